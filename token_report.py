@@ -1,0 +1,142 @@
+"""An analysis as a table in the terminal. Knows nothing of where the analysis came from."""
+
+import math
+import unicodedata
+from dataclasses import dataclass, field
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
+PROMPT_END = 4  # prompt tokens shown before each answer
+TOKEN_WIDTH, PREDICTIONS_WIDTH, OWN_WIDTH = 30, 60, 15
+ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"', " ": "␣"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One entry of a position's nucleus."""
+
+    token_id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class TokenAnalysis:
+    """A token of the conversation and, where it was extracted, what the model said in its place.
+
+    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the real token's, exact,
+    in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
+    ``tail_mass`` the probability outside the nucleus.
+    """
+
+    position: int
+    token_id: int
+    text: str
+    status: str
+    reason: str | None = None
+    log_prob: float | None = None
+    rank: int | None = None
+    kept: int = 0
+    tail_mass: float | None = None
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console | None = None) -> None:
+    """Print "Detailed Token Analysis:", a line a token. A terminal gets lines that fit it, a pipe whole ones."""
+    console = console or Console(highlight=False)
+    shown = [token for i, token in enumerate(tokens) if _is_shown(tokens, i)]
+    widths = _column_widths(shown, console)
+    rule = sum(widths) + 6
+    console.print("Detailed Token Analysis:", markup=False, style="bold")
+    console.print("=" * rule, markup=False, soft_wrap=True)
+    header = ("Real Token", f"Extracted Predictions (Top {top_n})", "Own p   Rank")
+    console.print(_line(*(Text(cell) for cell in header), widths), soft_wrap=True)
+    console.print("-" * rule, markup=False, soft_wrap=True)
+    for token in shown:
+        console.print(_token_line(token, widths), soft_wrap=True)
+
+
+def _is_shown(tokens: list[TokenAnalysis], i: int) -> bool:
+    ahead = tokens[i : i + PROMPT_END + 1]
+    return any(token.status != PROMPT for token in ahead)
+
+
+def _column_widths(tokens: list[TokenAnalysis], console: Console) -> tuple[int, int, int]:
+    """Cells of the three columns."""
+    needed = max((cell_len(_predictions(token).plain) for token in tokens), default=0)
+    needed = max(needed, PREDICTIONS_WIDTH // 2)
+    if not console.is_terminal:
+        return TOKEN_WIDTH, needed, OWN_WIDTH
+    token_width = TOKEN_WIDTH if console.width >= 100 else 18
+    return token_width, min(needed, max(20, console.width - token_width - OWN_WIDTH - 6)), OWN_WIDTH
+
+
+def _token_line(token: TokenAnalysis, widths: tuple[int, int, int]) -> Text:
+    if token.status == EXTRACTED:
+        own = Text(f"{_short_probability(token.log_prob):>5}   {_rank(token):>4}")
+        return _line(Text(quoted(token.text)), _predictions(token), own, widths)
+    line = _line(Text(quoted(token.text)), _predictions(token), Text(""), widths)
+    line.stylize("bright_black")
+    return line
+
+
+def _predictions(token: TokenAnalysis) -> Text:
+    """The predictions, ``"The"(0.85), "A"(0.10)``, the real token's marked; or why there are none."""
+    if token.status != EXTRACTED:
+        return Text("(prompt)" if token.status == PROMPT else f"({SKIPPED}: {token.reason})")
+    cell = Text()
+    for rank, prediction in enumerate(token.predictions, start=1):
+        entry = f"{quoted(prediction.text)}({prediction.probability:.2f})"
+        cell.append(", " if rank > 1 else "")
+        cell.append(f"{entry}*" if rank == token.rank else entry, "bold green" if rank == token.rank else "")
+    return cell
+
+
+def _rank(token: TokenAnalysis) -> str:
+    return str(token.rank) if token.rank else f">{token.kept}"
+
+
+def _short_probability(log_prob: float) -> str:
+    probability = math.exp(log_prob)
+    return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
+
+
+def _line(token: Text, predictions: Text, own: Text, widths: tuple[int, int, int]) -> Text:
+    cells = [_fit(cell, width) for cell, width in zip((token, predictions, own), widths, strict=True)]
+    line = Text(" | ").join(cells)
+    line.rstrip()
+    return line
+
+
+def _fit(cell: Text, width: int) -> Text:
+    """The cell at exactly ``width`` columns, cut with an ellipsis where it is longer."""
+    if cell_len(cell.plain) > width:
+        kept = len(set_cell_size(cell.plain, width - 1).rstrip())
+        cell = Text.assemble(cell[:kept], "…")
+    return Text.assemble(cell, " " * (width - cell_len(cell.plain)))
+
+
+def quoted(text: str) -> str:
+    """The token in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
+
+    >>> quoted(" a\\n")
+    '"␣a\\\\n"'
+    """
+    shown = "".join(_visible(character) for character in text)
+    if shown and unicodedata.combining(shown[0]):
+        shown = f"◌{shown}"
+    return f'"{shown}"'
+
+
+def _visible(character: str) -> str:
+    if character in ESCAPES:
+        return ESCAPES[character]
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a partial character, PEP 383
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
