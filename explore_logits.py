@@ -14,7 +14,7 @@ import numpy as np
 
 from chat_alignment import PROMPT, align_row, load_tokenizer, token_text, tokenizer_fingerprint
 from command_line import run_command
-from errors import ToolkitError
+from errors import ToolkitError, UsageError
 from logit_codec import dequantize_all_logits, unpack_indices
 from logit_dataset import open_dataset
 from token_report import EXTRACTED, SKIPPED, Prediction, TokenAnalysis, print_token_table
@@ -36,6 +36,8 @@ def execute_analysis(
     ones from the end. ``chat_template`` (a path or text) replaces the recorded one and must give the same tokens;
     ``tokenizer_id`` says where the recorded tokenizer lies now. Raises ToolkitError, with what to do about it.
     """
+    if top_n < 1:
+        raise UsageError(f"--top_n {top_n}: expected 1 or more")
     dataset = open_dataset(logit_dataset_id, revision)
     row = dataset.read_row(sample_index)
     tokenizer = _recorded_tokenizer(dataset.extraction, tokenizer_id)

@@ -261,16 +261,22 @@ def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
 
 def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and codes uint8, both (width,), of one position."""
-    codes = sample[f"{kind}_logits_quantized"]
-    width, rest = divmod(len(codes), n)
-    low, high = sample[f"{kind}_indices_low"], sample[f"{kind}_indices_high"]
-    if rest or len(low) != len(codes) or len(high) != -(-len(codes) // 4):
+    low = sample[f"{kind}_indices_low"]
+    codes = _whole_bytes(sample[f"{kind}_logits_quantized"], len(low))
+    high = _whole_bytes(sample[f"{kind}_indices_high"], -(-len(low) // 4))
+    if len(low) % n or len(codes) != len(low) or len(high) != -(-len(low) // 4):
         found = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
         raise RowError(f"{kind}_*", found, f"a multiple of {n}, as many low entries, a quarter of high bytes")
+    width = len(low) // n
     start, end = index * width, (index + 1) * width
     high_bits = _high_bits(_as_numbers(high[start // 4 : -(-end // 4)], np.uint8))[start % 4 :][:width]
     ids = _as_numbers(low[start:end], "<u2").astype(np.int32) | high_bits << 16
     return ids, _as_numbers(codes[start:end], np.uint8)
+
+
+def _whole_bytes(value, length: int):
+    """A binary column's value; ``with_format("numpy")`` drops its trailing zero bytes, which are put back."""
+    return bytes(value).ljust(length, b"\0") if isinstance(value, np.bytes_) else value
 
 
 def decode_row(row: dict) -> DecodedRow:
@@ -278,8 +284,9 @@ def decode_row(row: dict) -> DecodedRow:
     n = int(row["num_tokens"])
     arrays = {}
     for kind in ("top", "sampled"):
-        codes = _as_numbers(row[f"{kind}_logits_quantized"], np.uint8).reshape(n, -1)
-        ids = unpack_indices(row[f"{kind}_indices_low"], row[f"{kind}_indices_high"])
+        low = row[f"{kind}_indices_low"]
+        codes = _as_numbers(_whole_bytes(row[f"{kind}_logits_quantized"], len(low)), np.uint8).reshape(n, -1)
+        ids = unpack_indices(low, _whole_bytes(row[f"{kind}_indices_high"], -(-len(low) // 4)))
         arrays[f"{kind}_ids"] = ids.reshape(codes.shape)
         arrays[f"{kind}_log_probs"] = CODE_LOG_PROBS[codes]
     stored = np.exp(arrays["top_log_probs"]).sum(axis=1)

@@ -133,7 +133,8 @@ def write_shard(folder: Path, split: str, shard: int, rows: list[dict], metadata
     )
     with writer:
         writer.add_key_value_metadata({METADATA_KEY: _canonical(metadata).decode()})
-        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
+        if rows:  # an empty row group would be one that `datasets` cannot read
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
     _flush_and_rename(temporary, path)
     return path
 
@@ -251,9 +252,16 @@ def _locate(dataset_id: str, name: str, revision: str | None) -> Path:
 def _read_parquet_row(path: Path, offset: int) -> dict:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if file.schema_arrow.remove_metadata() != SCHEMA:
-                raise ToolkitError(f"{path.name}: schema {file.schema_arrow.names}, expected {SCHEMA.names}")
+            _check_schema(file.schema_arrow, path.name)
             group = file.read_row_group(offset // ROWS_PER_GROUP)
             return group.slice(offset % ROWS_PER_GROUP, 1).to_pylist()[0]
     except (pa.ArrowException, OSError) as error:
         raise ToolkitError(f"{path.name}: damaged Parquet file: {error}") from error
+
+
+def _check_schema(found: pa.Schema, name: str) -> None:
+    if found.names != SCHEMA.names:
+        raise ToolkitError(f"{name}: columns {', '.join(found.names)}; expected {', '.join(SCHEMA.names)}")
+    for column, expected in zip(found, SCHEMA, strict=True):
+        if column.type != expected.type:
+            raise ToolkitError(f"{name}: column {column.name} is {column.type}, expected {expected.type}")

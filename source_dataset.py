@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from content_hash import hash_files
-from errors import UsageError
+from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, resolve_commit
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -28,6 +28,8 @@ def open_source(
     if path.exists():
         rows = _load(_local_arguments(path, config, split), dataset_id, split)
         return _not_empty(SourceDataset(rows, hash_files(path)), dataset_id, split)
+    if path.suffix in FILE_FORMATS:
+        raise UsageError(f"--dataset_id {dataset_id}: no such file")
     commit = resolve_commit(dataset_id, "dataset", revision)
     arguments = {"path": dataset_id, "name": config, "revision": commit}
     return _not_empty(SourceDataset(_load(arguments, dataset_id, split), commit), dataset_id, split)
@@ -44,13 +46,22 @@ def _local_arguments(path: Path, config: str | None, split: str) -> dict:
 def _load(arguments: dict, dataset_id: str, split: str):
     import datasets
 
+    what = f"--dataset_id {dataset_id}, --split {split}"
     try:
         return datasets.load_dataset(**arguments, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise explain_hub_error(error, f"--dataset_id {dataset_id}, --split {split}", UsageError) from error
+    except StopIteration as error:  # what an empty file of JSON lines ends in
+        raise UsageError(f"{what}: no rows") from error
+    except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
+        raise ToolkitError(
+            f"dataset {dataset_id}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
+        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UsageError(f"{what}: {error.__cause__ or error}") from error
+    except (ValueError, OSError) as error:
+        raise explain_hub_error(error, what, UsageError) from error
 
 
 def _not_empty(source: SourceDataset, dataset_id: str, split: str) -> SourceDataset:
     if len(source.rows) == 0:
-        raise UsageError(f"dataset {dataset_id}: split {split} has no rows")
+        raise UsageError(f"--dataset_id {dataset_id}, --split {split}: no rows")
     return source

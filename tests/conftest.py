@@ -1,0 +1,116 @@
+"""Real parts for the tests: SmolLM2 and real conversations, and tiny random models with wide vocabularies."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+MODEL = REPO / ".cache" / "smollm2-135m-instruct"
+CONVERSATIONS = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
+TEMPLATE = REPO / "templates" / "smollm2.jinja"
+WIDE_VOCABULARY = 262_144
+
+
+def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
+    """One of the commands in a process of its own, as a user types it."""
+    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32 and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    return model, AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="session")
+def source_rows() -> list[dict]:
+    """The English construction questions and answers, as ShareGPT."""
+    return [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def real_extraction(tmp_path_factory) -> Path:
+    """The command's own output for the first 32 conversations, with its defaults."""
+    folder = tmp_path_factory.mktemp("real") / "outputs" / "demo"
+    done = run_command(
+        "extract_logits.py",
+        *("--model_id", MODEL, "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE),
+        *("--max_samples", 32, "--output_dir", folder),
+    )
+    assert done.returncode == 0, done.stderr
+    (folder.parent.parent / "summary.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_alignments(smollm2, source_rows):
+    """The first 32 conversations as tokens and extracted positions."""
+    from chat_alignment import ChatFormat, align_conversation, default_skipped_token_ids
+    from conversations import to_conversation
+
+    tokenizer = smollm2[1]
+    skipped = frozenset(default_skipped_token_ids(tokenizer))
+    chat_format = ChatFormat(TEMPLATE.read_text(encoding="utf-8"), skipped, {}, None)
+    columns = {"conversations": "conversations"}
+    return [align_conversation(to_conversation(row, columns), tokenizer, chat_format) for row in source_rows[:32]]
+
+
+def make_tiny_model(folder: Path, vocab_size: int = WIDE_VOCABULARY, seed: int = 0, **changes) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer and a vocabulary matrix of ``vocab_size`` rows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        **changes,
+    }
+    LlamaForCausalLM(LlamaConfig(**options)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random model with ids beyond 17 bits."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A random model with SmolLM2's vocabulary, for runs in which only the way matters."""
+    return make_tiny_model(tmp_path_factory.mktemp("small") / "model", vocab_size=49_152)
+
+
+@pytest.fixture
+def chat_file(tmp_path):
+    """Write rows as a JSON-lines file and give its path."""
+
+    def write(rows: list[dict], name: str = "chats.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def pytest_configure():
+    """No test reaches the Hub by accident."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,142 @@
+"""The analysis of a real row against plain forwards, and the exploration command."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, REPO, TEMPLATE, make_tiny_model, run_command
+
+import explore_logits
+from chat_alignment import AlignmentError
+from errors import ToolkitError
+from explore_logits import analyze_token_probabilities, execute_analysis, unpack_indices
+from logit_dataset import open_dataset
+from token_report import EXTRACTED, PROMPT, SKIPPED
+
+
+@pytest.fixture(scope="module")
+def analysis(real_extraction):
+    return execute_analysis(str(real_extraction), sample_index=2)
+
+
+def test_every_token_of_the_conversation_is_there_once(analysis, smollm2, source_rows):
+    question, answer = (turn["value"] for turn in source_rows[2]["conversations"])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    ids = smollm2[1].apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert [token.token_id for token in analysis] == ids
+    assert "".join(token.text for token in analysis if token.status == EXTRACTED) == answer
+    assert [token.text for token in analysis if token.status == SKIPPED] == ["<|im_end|>"]
+
+
+def test_predictions_are_what_the_model_says_there(analysis, smollm2):
+    """Against a plain forward: the predictions beside a token are the model's before it has seen it."""
+    model, tokenizer = smollm2
+    with torch.inference_mode():
+        logits = model(torch.tensor([[token.token_id for token in analysis]])).logits[0].double()
+    probabilities = logits.softmax(-1).numpy()
+    for token in analysis:
+        if token.status != EXTRACTED:
+            continue
+        expected = probabilities[token.position - 1]
+        top = np.argsort(-expected)[:5]
+        assert [prediction.token_id for prediction in token.predictions] == top[: len(token.predictions)].tolist()
+        for prediction in token.predictions:
+            assert prediction.probability == pytest.approx(expected[prediction.token_id], abs=0.01)
+            assert prediction.text.encode(errors="surrogateescape").decode(errors="replace") == tokenizer.decode(
+                [prediction.token_id]
+            )
+        assert token.log_prob == pytest.approx(np.log(expected[token.token_id]), abs=1e-4)
+        rank = int((expected > expected[token.token_id]).sum()) + 1
+        assert token.rank == (rank if rank <= token.kept else None)
+
+
+def test_the_command_prints_the_table(real_extraction, source_rows):
+    done = run_command("explore_logits.py", "--logit_dataset_id", real_extraction, "--sample_index", 2, "--top_n", 3)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Detailed Token Analysis:"
+    assert lines[2].startswith("Real Token                     | Extracted Predictions (Top 3)")
+    rows = [line for line in lines[4:] if "(prompt)" not in line and "(skipped" not in line]
+    shown = "".join(json.loads(line.split(" | ")[0].strip()) for line in rows).replace("␣", " ")
+    assert shown == source_rows[2]["conversations"][1]["value"]
+    assert all(1 <= line.count("(0.") + line.count("(1.") <= 3 for line in rows)
+
+
+@pytest.mark.parametrize("given", [str(TEMPLATE), TEMPLATE.read_text(encoding="utf-8")])
+def test_the_template_may_be_given_again(real_extraction, given):
+    assert len(execute_analysis(str(real_extraction), 0, chat_template=given)) > 50
+
+
+def test_another_template_is_refused_with_the_first_difference(real_extraction):
+    other = TEMPLATE.read_text(encoding="utf-8").replace("helpful AI", "unhelpful AI")
+    with pytest.raises(AlignmentError, match=r"does not fit the extraction: token \d+ is .*, expected ' helpful'"):
+        execute_analysis(str(real_extraction), 0, chat_template=other)
+
+
+def test_a_row_that_was_changed_is_refused(real_extraction, smollm2):
+    dataset = open_dataset(str(real_extraction))
+    row = dataset.read_row(0)
+    for change in ({"alignment_checksum": 1}, {"messages": dataset.read_row(1)["messages"]}):
+        with pytest.raises(AlignmentError, match="column alignment_checksum"):
+            analyze_token_probabilities({**row, **change}, smollm2[1], dataset.extraction)
+
+
+def test_a_model_that_has_moved_is_found_by_tokenizer_id(real_extraction, tmp_path, capsys):
+    moved = shutil.copytree(real_extraction, tmp_path / "moved")
+    extraction = json.loads((moved / "extraction.json").read_text())
+    extraction["model_id"] = str(tmp_path / "gone")
+    (moved / "extraction.json").write_text(json.dumps(extraction))
+    assert explore_logits.main(["--logit_dataset_id", str(moved)]) != 0
+    assert "tokenizer_id" in capsys.readouterr().err
+    assert explore_logits.main(["--logit_dataset_id", str(moved), "--tokenizer_id", str(MODEL)]) == 0
+
+
+def test_another_tokenizer_is_refused(real_extraction, tmp_path):
+    model = make_tiny_model(tmp_path / "other", vocab_size=49_152)
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"].pop()
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(ToolkitError, match=r"fingerprint .*, expected .*; it is not the tokenizer"):
+        execute_analysis(str(real_extraction), 0, tokenizer_id=str(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--sample_index", "32"], 2, "has 32 rows, 0 to 31"),
+        (["--chat_template", "missing.jinja"], 2, "no such file"),
+        (["--logit_dataset_id", "/no/such/folder"], 2, "no such file or folder, and no Hub id"),
+        (["--top_n", "0"], 2, "--top_n 0: expected 1 or more"),
+    ],
+)
+def test_wrong_use_ends_in_a_line(real_extraction, capsys, options, status, words):
+    assert explore_logits.main(["--logit_dataset_id", str(real_extraction), *options]) == status
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+def test_debug_shows_the_traceback(real_extraction, capsys):
+    assert explore_logits.main(["--logit_dataset_id", str(real_extraction), "--sample_index", "99", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error(real_extraction):
+    command = f"{sys.executable} {REPO}/explore_logits.py --logit_dataset_id {real_extraction} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("Detailed Token Analysis:\n", "")
+
+
+def test_helpers_are_passed_on(real_extraction):
+    row = open_dataset(str(real_extraction)).read_row(0)
+    ids = unpack_indices(row["top_indices_low"], row["top_indices_high"])
+    position = explore_logits.dequantize_all_logits(row, 0)
+    assert ids[: position.token_ids.size][0] == position.token_ids[0]
+    assert position.weights.sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_prompt_tokens_carry_no_numbers(analysis):
+    assert all(token.log_prob is None and not token.predictions for token in analysis if token.status == PROMPT)

@@ -1,0 +1,233 @@
+"""The extraction command as its user meets it: what it writes, what it skips, what it refuses."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import TEMPLATE, make_tiny_model
+
+import extract_logits
+import logit_codec
+from logit_dataset import open_dataset
+
+GOOD = {"question": "What is the capital of France?", "answer": "Paris, on the Seine."}
+
+
+@pytest.fixture
+def extract(small_model, tmp_path):
+    """Run the command in this process on a small random model; options given replace the defaults."""
+
+    def run(dataset_id, *flags, **options) -> int:
+        defaults = {"model_id": small_model, "chat_template": TEMPLATE, "output_dir": tmp_path / "out"}
+        arguments = {**defaults, "dataset_id": dataset_id, "device": "cpu", **options}
+        pairs = [part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value))]
+        return extract_logits.main([*pairs, *flags])
+
+    return run
+
+
+def test_what_cannot_be_extracted_is_skipped_and_counted(extract, chat_file, tmp_path, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hi " * 80}, {"role": "assistant", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "Yo"}, {"role": "assistant", "content": "Hello again"}]},
+    ]
+    assert extract(chat_file(rows), max_length=90) == 0
+    summary = capsys.readouterr().out
+    assert "2 written, 3 skipped" in summary
+    for reason in ("no assistant turn", "longer than 90 tokens", "no token to extract: the assistant mask is empty"):
+        assert f"1 × {reason}" in summary
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert [dataset.read_row(i)["source_index"] for i in range(2)] == [0, 4]
+    (shard,) = (tmp_path / "out").glob("data/*/*.parquet")
+    recorded = json.loads(pq.ParquetFile(shard).metadata.metadata[b"logit_extraction"])
+    assert [entry["row"] for entry in recorded["skipped"]] == [1, 2, 3]
+    assert (recorded["first_row"], recorded["end_row"], recorded["num_rows"]) == (0, 5, 2)
+
+
+def test_conversations_longer_than_the_models_positions_are_skipped(extract, chat_file, tmp_path, capsys):
+    model = make_tiny_model(tmp_path / "short", vocab_size=49_152, max_position_embeddings=48)
+    assert extract(chat_file([GOOD, {**GOOD, "question": "why " * 40}]), model_id=model) == 0
+    assert "1 × longer than 48 tokens" in capsys.readouterr().out
+
+
+def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
+    """With 262,144 rows, against the distributions of a plain forward."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert extract(chat_file([GOOD]), model_id=tiny_model, top_k=8, num_sampled=8) == 0
+    dataset = open_dataset(str(tmp_path / "out"))
+    row = dataset.read_row(0)
+    from chat_alignment import align_row, load_tokenizer
+
+    aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.extraction)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.inference_mode():
+        log_probs = model(torch.from_numpy(aligned.input_ids)[None]).logits[0].double().log_softmax(-1).numpy()
+    seen = []
+    for index, position in enumerate(aligned.positions):
+        found = logit_codec.dequantize_all_logits(row, index)
+        nucleus = found.token_ids[~found.is_sampled]
+        assert nucleus.tolist() == logit_codec.select_nucleus(log_probs[position - 1], 8, 0.98).tolist()
+        exact = np.exp(log_probs[position - 1][found.token_ids])
+        np.testing.assert_allclose(np.exp(found.log_probs), exact, rtol=0.25, atol=1e-13)
+        seen += found.token_ids.tolist()
+    assert max(seen) > 131_072 and min(seen) < 65_536
+    assert any(65_536 <= token < 131_072 for token in seen)
+
+
+def test_several_shards_cover_fixed_ranges(extract, chat_file, tmp_path, monkeypatch):
+    import extraction_run
+
+    monkeypatch.setattr(extraction_run, "ROWS_PER_SHARD", 3)
+    rows = [{"question": f"Number {i}?", "answer": f"It is {i}."} for i in range(8)]
+    assert extract(chat_file(rows)) == 0
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert [shard["num_rows"] for shard in dataset.shard_rows] == [3, 3, 2]
+    assert [dataset.read_row(i)["source_index"] for i in range(8)] == list(range(8))
+    assert dataset.read_row(-1)["messages"][1]["content"] == "It is 7."
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "question,answer\nHi,Hello there\n"),
+        ("a.json", json.dumps([{"prompt": "Hi", "completion": "Hello there"}])),
+        ("a.jsonl", json.dumps({"query": "Hi", "response": "Hello there"})),
+    ],
+)
+def test_files_of_every_kind_are_read(extract, tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert extract(tmp_path / name) == 0
+    row = open_dataset(str(tmp_path / "out")).read_row(0)
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [("user", "Hi"), ("assistant", "Hello there")]
+
+
+def test_a_folder_and_another_split_are_read(extract, tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"question": split, "answer": "Hello there"}))
+    assert extract(folder, split="test") == 0
+    out = tmp_path / "out"
+    assert open_dataset(str(out)).read_row(0)["messages"][0]["content"] == "test"
+    assert (out / "data/00000/test-00000.parquet").is_file()
+    assert "split: test" in (out / "README.md").read_text()
+
+
+def test_a_template_may_be_given_as_text(extract, chat_file, tmp_path):
+    text = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
+    assert extract(chat_file([GOOD]), chat_template=text) == 0
+    assert open_dataset(str(tmp_path / "out")).extraction["chat_template"] == text
+
+
+def test_the_seed_changes_the_draws_alone(extract, chat_file, tmp_path):
+    rows = []
+    for seed in (0, 0, 1):
+        assert extract(chat_file([GOOD]), "--overwrite", seed=seed) == 0
+        rows.append(open_dataset(str(tmp_path / "out")).read_row(0))
+    assert rows[0] == rows[1] != rows[2]
+    changed = {key for key in rows[0] if rows[0][key] != rows[2][key]}
+    assert changed <= {"sampled_logits_quantized", "sampled_indices_low", "sampled_indices_high"}
+
+
+# --- refusals ---
+
+
+def refused(capsys) -> str:
+    """The error's message, which is one or two lines and no traceback."""
+    message = capsys.readouterr().err.split("error: ")[-1].strip()
+    assert "Traceback" not in message and len(message.splitlines()) <= 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({"top_p": 0}, 2, "--top_p 0.0: expected a number above 0 and up to 1"),
+        ({"top_p": 1.5}, 2, "--top_p 1.5"),
+        ({"top_k": 0}, 2, "--top_k 0: expected 1 or more"),
+        ({"num_sampled": -1}, 2, "--num_sampled -1: expected 0 or more"),
+        ({"seed": -1}, 2, "--seed -1"),
+        ({"batch_tokens": 0}, 2, "--batch_tokens 0"),
+        ({"device": "cuda:9"}, 2, "--device cuda:9"),
+        ({"output_dir": None}, 2, "nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER"),
+        ({"chat_template": None}, 2, "no generation blocks"),
+        ({"chat_template": "no/such.jinja"}, 2, "--chat_template no/such.jinja: no such file"),
+        ({"chat_template": "{% for %}"}, 2, "chat template, line 1"),
+        ({"chat_template": "{{ raise_exception('not me') }}{% generation %}{% endgeneration %}"}, 1, "not me"),
+        ({"chat_template": "{{ messages }}{% generation %}{% endgeneration %}"}, 1, "the assistant mask is empty"),
+        ({"model_id": "/no/such/model"}, 2, "/no/such/model"),
+        ({"attn_implementation": "nonsense"}, 1, "nonsense"),
+        ({"split": "nowhere[:3]"}, 2, "--max_samples"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_options_are_refused(extract, chat_file, tmp_path, capsys, options, status, words):
+    assert extract(chat_file([GOOD]), **options) == status
+    assert words in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "words"),
+    [
+        ([{"text": "a", "label": 1}], 2, "no chat columns among: text, label"),
+        (
+            [{**GOOD, "prompt": "a", "completion": "b"}],
+            2,
+            "ambiguous columns: question + answer and prompt",
+        ),
+        ([], 2, "no rows"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}] * 3, 1, "first 3 conversations (3 × no assistant turn)"),
+    ],
+)
+def test_datasets_without_conversations_are_refused(extract, chat_file, tmp_path, capsys, rows, status, words):
+    assert extract(chat_file(rows)) == status
+    assert words in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "notes.txt"])
+def test_missing_or_strange_datasets_are_refused(extract, tmp_path, capsys, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    assert extract(name) == 2
+    assert name.removeprefix("./") in refused(capsys)
+
+
+def test_a_folder_that_holds_another_run_is_kept(extract, chat_file, tmp_path, capsys):
+    assert extract(chat_file([GOOD])) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert extract(chat_file([GOOD]), top_k=8) == 2
+    assert "holds another run already (1 shards)" in refused(capsys)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
+    assert open_dataset(str(tmp_path / "out")).extraction["top_k"] == 8
+
+
+def test_a_folder_with_other_files_is_never_written_to(extract, chat_file, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert extract(chat_file([GOOD]), "--overwrite") == 2
+    assert "holds other files, such as thesis.tex" in refused(capsys)
+
+
+def test_a_tokenizer_with_wide_ordinary_ids_is_refused(extract, chat_file, tmp_path, capsys):
+    model = make_tiny_model(tmp_path / "wide")
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"]["wide"] = 2**18
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert extract(chat_file([GOOD]), model_id=model) == 2
+    assert "ordinary tokens up to id 262144, expected ids below 262144" in refused(capsys)
+
+
+def test_dtypes_are_listed(extract, chat_file, capsys):
+    with pytest.raises(SystemExit) as left:
+        extract(chat_file([GOOD]), dtype="float8")
+    assert left.value.code == 2
+    assert "invalid choice: 'float8'" in capsys.readouterr().err

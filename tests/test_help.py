@@ -1,0 +1,44 @@
+"""Help explains every option, and costs no import of torch."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+import explore_logits
+import extract_logits
+
+COMMANDS = {"extract_logits": extract_logits, "explore_logits": explore_logits}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_does_not_import_torch(name):
+    code = (
+        f"import sys, {name}\n"
+        "try:\n"
+        f"    {name}.main(['--help'])\n"
+        "except SystemExit as left:\n"
+        "    heavy = sorted({'torch', 'transformers', 'datasets'} & set(sys.modules))\n"
+        "    print('STATUS', left.code, 'HEAVY', heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "STATUS 0 HEAVY []", done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_with_its_default(name):
+    for action in COMMANDS[name].build_parser()._actions:
+        if action.dest == "help":
+            continue
+        assert action.help and re.search(r"\((default: .+|required)\)$", action.help, re.S), action.dest
+        assert all(re.fullmatch(r"--[a-z_]+", option) for option in action.option_strings)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_missing_options_are_wrong_use(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        COMMANDS[name].main([])
+    assert left.value.code == 2
+    assert "required" in capsys.readouterr().err

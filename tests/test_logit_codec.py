@@ -1,0 +1,299 @@
+"""The codec against FORMAT.md's worked numbers, a naive decoder, and statistics of the sampled tail."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import plain_decoder
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import logit_codec as codec
+
+VECTORS = json.loads((Path(__file__).parent / "data" / "vectors.json").read_text())
+
+
+def columns_of(written: dict) -> dict:
+    """A row of vectors.json as columns: hex becomes bytes, and the column it leaves out is added."""
+    columns = {key: bytes.fromhex(value) if isinstance(value, str) else value for key, value in written.items()}
+    return {"token_log_probs": [-1.0] * 3, **columns}
+
+
+ROW = columns_of(VECTORS["row"]["columns"])
+SIZES = {"top_k": 3, "num_sampled": 2, "vocab_size": 2**18}
+
+
+# --- worked numbers ---
+
+
+def test_code_table():
+    expected = VECTORS["code_table_log_probs"]
+    assert codec.CODE_LOG_PROBS[0] == -math.inf
+    np.testing.assert_allclose(codec.CODE_LOG_PROBS[1:], expected[1:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vector", VECTORS["index_packing"], ids=lambda v: str(v["token_ids"]))
+def test_index_packing(vector):
+    low, high = codec.pack_indices(vector["token_ids"])
+    assert (low.tolist(), high.hex()) == (vector["low"], vector["high_hex"])
+    assert codec.unpack_indices(vector["low"], bytes.fromhex(vector["high_hex"])).tolist() == vector["token_ids"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["head_codes"], ids=lambda v: str(v["codes"]))
+def test_head_codes(vector):
+    probabilities = np.array([vector["probabilities"]])
+    kept = codec.nucleus_cut(probabilities, vector["top_p"])
+    assert codec.carried_codes(probabilities, kept)[0].tolist() == vector["codes"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["uniforms"], ids=lambda v: f"{v['seed']}-{v['source_index']}")
+def test_uniforms(vector):
+    found = codec.draw_uniforms(vector["seed"], vector["source_index"], 9)
+    np.testing.assert_allclose(found[:4], vector["first"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vector", VECTORS["tail_draws"], ids=lambda v: f"S{v['num_sampled']}")
+def test_tail_draws(vector):
+    drawn = codec.draw_tail(np.array(vector["probabilities"]), vector["excluded"], vector["u"], vector["num_sampled"])
+    expected = vector["token_ids"] or [codec.ABSENT] * vector["num_sampled"]
+    assert drawn.tolist() == expected
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, -1, -3])
+def test_worked_row_decodes(index):
+    codec.validate_row(ROW, **SIZES)
+    position, expected = codec.dequantize_all_logits(ROW, index), VECTORS["row"]["decoded"][index]
+    head = ~position.is_sampled
+    nucleus = dict(zip(position.token_ids[head].tolist(), position.weights[head], strict=True))
+    assert nucleus == pytest.approx({int(i): p for i, p in expected["nucleus"].items()}, abs=1e-6)
+    assert list(nucleus) == [int(i) for i in expected["nucleus"]]
+    np.testing.assert_allclose(np.exp(position.log_probs[head]), position.weights[head], atol=1e-12)
+    tail = zip(
+        position.token_ids[~head].tolist(), np.exp(position.log_probs[~head]), position.weights[~head], strict=True
+    )
+    sampled = {i: (p, weight) for i, p, weight in tail}
+    assert sampled.keys() == {int(i) for i in expected["sampled"]}
+    for token, numbers in expected["sampled"].items():
+        assert sampled[int(token)] == pytest.approx((numbers["probability"], numbers["weight"]), abs=1e-6)
+    assert position.tail_mass == pytest.approx(expected["tail_mass"], abs=1e-6)
+    assert position.logsumexp == VECTORS["row"]["columns"]["logsumexp"][index]
+
+
+@pytest.mark.parametrize("vector", VECTORS["malformed_rows"], ids=lambda v: v["why"])
+def test_malformed_worked_rows_are_refused(vector):
+    column = "top_logits_quantized" if vector["why"] == "lengths do not fit" else next(iter(vector["change"]))
+    with pytest.raises(codec.RowError, match=f"column {column}: found .*, expected"):
+        codec.validate_row({**ROW, **columns_of(vector["change"]), "token_log_probs": [-1.0] * 3}, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        ({"token_log_probs": [-1.0]}, "token_log_probs"),
+        ({"sampled_indices_low": [5, 0, 9, 9, 1, 0]}, "sampled_indices_low"),
+        ({"sampled_indices_high": b"\x08\x10"}, "sampled_indices_high"),
+        ({"top_indices_low": None}, "top_indices_low"),
+    ],
+)
+def test_other_malformed_rows_are_refused_by_name(change, column):
+    with pytest.raises(codec.RowError, match=f"column {column} of row 7: found .*, expected"):
+        codec.validate_row({**ROW, **change}, **SIZES, row_number=7)
+
+
+def test_an_id_at_the_vocabulary_size_is_refused():
+    with pytest.raises(codec.RowError, match="id 262143, expected ids below the vocabulary size 262143"):
+        codec.validate_row(ROW, top_k=3, num_sampled=2, vocab_size=262143)
+
+
+def test_positions_outside_the_row_are_refused():
+    for index in (3, -4):
+        with pytest.raises(IndexError, match="3 extracted tokens"):
+            codec.dequantize_all_logits(ROW, index)
+
+
+def test_reading_refuses_columns_that_disagree():
+    with pytest.raises(codec.RowError, match="top_"):
+        codec.dequantize_all_logits({**ROW, "top_indices_high": b"\x12"}, 0)
+
+
+# --- properties ---
+
+token_ids = st.lists(st.integers(0, 2**18 - 1), max_size=70)
+
+
+@given(token_ids)
+def test_ids_survive_packing_in_every_form(ids):
+    low, high = codec.pack_indices(ids)
+    assert codec.unpack_indices(low, high).tolist() == ids
+    assert codec.unpack_indices(low.tolist(), list(high)).tolist() == ids
+    assert codec.unpack_indices(low.astype("<u2").tobytes(), np.frombuffer(high, np.uint8)).tolist() == ids
+
+
+@given(st.lists(st.integers(2**18, 2**40) | st.integers(-5, -1), min_size=1))
+def test_ids_that_do_not_fit_are_refused(ids):
+    with pytest.raises(ValueError, match="expected 0 to 262143"):
+        codec.pack_indices(ids)
+
+
+@given(token_ids, st.integers(1, 3))
+def test_high_bits_of_another_length_are_refused(ids, extra):
+    low, high = codec.pack_indices(ids)
+    with pytest.raises(ValueError, match="bytes of high bits"):
+        codec.unpack_indices(low, high + bytes(extra))
+
+
+@given(st.floats(0, 1))
+def test_nearest_code_is_the_formulas(probability):
+    found = int(codec.nearest_codes(np.array([probability]))[0])
+    exact = 510 / math.pi * math.asin(probability ** (1 / 6))
+    assert abs(found - min(255, max(1, exact))) <= 0.5 + 1e-9
+
+
+@st.composite
+def nuclei(draw):
+    """Probabilities of one position's top K, most probable first."""
+    weights = draw(st.lists(st.floats(1e-9, 1), min_size=1, max_size=20))
+    rest = draw(st.floats(0, 1))
+    return sorted((weight / (sum(weights) + rest) for weight in weights), reverse=True)
+
+
+@given(nuclei(), st.floats(0.05, 1))
+@settings(max_examples=300)
+def test_carried_codes_are_the_naive_ones(probabilities, top_p):
+    array = np.array([probabilities])
+    found = codec.carried_codes(array, codec.nucleus_cut(array, top_p))[0].tolist()
+    expected = plain_decoder.carried_codes(probabilities, top_p)
+    assert found == expected
+
+
+@given(nuclei())
+def test_the_carry_keeps_the_total(probabilities):
+    array = np.array([probabilities])
+    codes = codec.carried_codes(array, np.ones_like(array, bool))[0]
+    step = np.diff(codec.CODE_PROBS).max()
+    if codes.max() < 255 and codes.min() > 1:
+        assert abs(codec.CODE_PROBS[codes].sum() - sum(probabilities)) <= step
+
+
+@st.composite
+def tails(draw):
+    weights = np.array(draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]) | st.floats(1e-6, 1), min_size=1)))
+    excluded = draw(st.sets(st.integers(0, len(weights) - 1)))
+    total = weights.sum() or 1.0
+    uniform = draw(st.floats(0, 1, exclude_max=True))
+    return weights / total, sorted(excluded), uniform, draw(st.integers(1, 9))
+
+
+@given(tails())
+@settings(max_examples=300)
+def test_draws_are_the_naive_ones(case):
+    probabilities, excluded, uniform, count = case
+    found = codec.draw_tail(probabilities, excluded, uniform, count)
+    expected = plain_decoder.systematic_draws(probabilities.tolist(), excluded, uniform, count)
+    assert found.tolist() == (expected or [codec.ABSENT] * count)
+
+
+# --- whole rows ---
+
+
+def random_distributions(rng, n, top_k, num_sampled, absent=0.3) -> codec.Distributions:
+    """Distributions with absent entries, whatever a model might say."""
+    top_probs = -np.sort(-rng.dirichlet(np.ones(top_k + 1), n)[:, :top_k], axis=1)
+    top_ids = np.stack([rng.choice(2**18, top_k, replace=False) for _ in range(n)])
+    kept = np.arange(top_k) < rng.integers(1, top_k + 1, n)[:, None]
+    sampled_ids = np.sort(rng.integers(0, 2**18, (n, num_sampled)), axis=1)
+    sampled_ids[rng.random(n) < absent] = codec.ABSENT
+    return codec.Distributions(
+        np.where(kept, top_ids, codec.ABSENT),
+        top_probs * kept,
+        sampled_ids,
+        rng.random((n, num_sampled)) * 1e-3,
+        rng.normal(20, 5, n),
+        -rng.random(n),
+    )
+
+
+@pytest.mark.parametrize(("top_k", "num_sampled"), [(5, 3), (1, 0), (7, 1), (64, 16)])
+def test_rows_of_a_batch_decode_as_the_naive_decoder_reads_them(top_k, num_sampled):
+    rng = np.random.default_rng(top_k)
+    lengths = [3, 1, 6]
+    rows = codec.encode_rows(random_distributions(rng, 10, top_k, num_sampled), lengths)
+    for row, length in zip(rows, lengths, strict=True):
+        codec.validate_row(row, top_k, num_sampled, 2**18)
+        whole = codec.decode_row(row)
+        for index in range(length):
+            check_position(row, index, top_k, num_sampled)
+            position = codec.dequantize_all_logits(row, index)
+            head = ~position.is_sampled
+            present = np.isfinite(whole.top_log_probs[index])
+            assert whole.top_ids[index][present].tolist() == position.token_ids[head].tolist()
+            assert whole.tail_mass[index] == pytest.approx(position.tail_mass, abs=1e-12)
+
+
+def check_position(row: dict, index: int, top_k: int, num_sampled: int) -> None:
+    """``dequantize_all_logits`` against the naive decoder at one position."""
+    found = codec.dequantize_all_logits(row, index)
+    plain_row = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in row.items()}
+    expected = plain_decoder.decode_position(plain_row, index, top_k, num_sampled)
+    head = ~found.is_sampled
+    nucleus = list(zip(found.token_ids[head].tolist(), np.exp(found.log_probs[head]), strict=True))
+    assert [i for i, _ in nucleus] == [i for i, _ in expected["nucleus"]]
+    assert [p for _, p in nucleus] == pytest.approx([p for _, p in expected["nucleus"]], abs=1e-12)
+    sampled = found.token_ids[~head].tolist()
+    assert set(sampled) == set(expected["sampled"]) and len(sampled) == len(set(sampled))
+    for token, log_prob, weight in zip(sampled, found.log_probs[~head], found.weights[~head], strict=True):
+        assert (math.exp(log_prob), weight) == pytest.approx(expected["sampled"][token], abs=1e-12)
+    assert (np.diff(found.log_probs[~head]) <= 0).all()
+    assert found.tail_mass == pytest.approx(expected["tail_mass"], abs=1e-12)
+
+
+# --- the sampled tail is unbiased ---
+
+SEEDS, TOP_K, DRAWS = 2000, 8, 16
+FUNCTIONS = {
+    "id": lambda ids: ids.astype(float),
+    "parity": lambda ids: (ids % 2).astype(float),
+    "square_root": np.sqrt,
+}
+
+
+def distribution(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    if kind == "zipf":
+        weights = rng.permutation(1 / np.arange(1, 1001) ** 1.1)
+    elif kind == "flat":
+        weights = rng.random(1000) + 0.5
+    else:
+        weights = np.exp(rng.normal(0, 2.5, 1000))
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("kind", ["zipf", "flat", "lognormal"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_tail_is_unbiased_and_of_small_variance(kind, name):
+    probabilities, function = distribution(kind), FUNCTIONS[name]
+    kept = codec.select_nucleus(np.log(probabilities), TOP_K, 0.98)
+    estimates = np.array([estimate(probabilities, kept, seed, function) for seed in range(SEEDS)])
+    codes = codec.carried_codes(probabilities[kept][None], np.ones((1, len(kept)), bool))[0]
+    head = codec.CODE_PROBS[codes]
+    tail = np.delete(probabilities, kept)
+    values = function(np.delete(np.arange(len(probabilities)), kept))
+    mean = (tail * values).sum() / tail.sum()
+    tail_mass = 1 - head.sum()
+    exact = (head * function(kept)).sum() + tail_mass * mean
+    standard_error = estimates.std(ddof=1) / math.sqrt(SEEDS)
+    assert abs(estimates.mean() - exact) <= 4 * standard_error
+    independent = tail_mass**2 / DRAWS * ((tail * values**2).sum() / tail.sum() - mean**2)
+    assert estimates.var() <= (0.3 if name == "id" else 1.2) * independent
+
+
+def estimate(probabilities, kept, seed, function) -> float:
+    """E[f] as a reader of the stored row computes it, for one seed."""
+    drawn = codec.draw_tail(probabilities, kept, codec.draw_uniforms(seed, 11, 1)[0], DRAWS)
+    stored = codec.Distributions(
+        kept[None], probabilities[kept][None], drawn[None], probabilities[drawn][None], np.zeros(1), np.zeros(1)
+    )
+    position = codec.dequantize_all_logits(codec.encode_rows(stored, [1])[0], 0)
+    return float((position.weights * function(position.token_ids)).sum())

@@ -1,0 +1,158 @@
+"""Reading refuses what the format forbids; writing leaves whole files or none."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import logit_dataset
+from errors import ToolkitError, UsageError
+from logit_dataset import METADATA_KEY, SCHEMA, open_dataset
+
+
+@pytest.fixture
+def copy(real_extraction, tmp_path):
+    """A copy of the real dataset that a test may damage."""
+    return shutil.copytree(real_extraction, tmp_path / "copy")
+
+
+def shard_of(folder):
+    (path,) = folder.glob("data/*/*.parquet")
+    return path
+
+
+def rewrite(folder, schema=SCHEMA, **changes):
+    """Change columns of row 3 and write the shard again, as any other writer might."""
+    rows = pq.read_table(shard_of(folder)).to_pylist()
+    rows[3].update(changes)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), shard_of(folder), row_group_size=16, store_schema=False)
+
+
+def test_rows_are_counted_from_both_ends(real_extraction):
+    dataset = open_dataset(str(real_extraction))
+    assert dataset.num_rows == 32
+    assert dataset.read_row(-1) == dataset.read_row(31)
+    assert [dataset.read_row(i)["source_index"] for i in (0, 15, 16, 31)] == [0, 15, 16, 31]
+
+
+@pytest.mark.parametrize("index", [32, -33])
+def test_rows_outside_are_refused(real_extraction, index):
+    with pytest.raises(UsageError, match=f"sample_index {index}: .* has 32 rows, 0 to 31"):
+        open_dataset(str(real_extraction)).read_row(index)
+
+
+@pytest.mark.parametrize("name", ["extraction.json", "shards.json"])
+def test_a_folder_without_the_files_around_is_no_logit_dataset(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(ToolkitError, match=f"no {name} in it, so it is no logit dataset"):
+        open_dataset(str(copy))
+
+
+def test_damaged_json_is_named(copy):
+    (copy / "extraction.json").write_text("{")
+    with pytest.raises(ToolkitError, match=r"extraction\.json is no JSON"):
+        open_dataset(str(copy))
+
+
+def test_another_version_is_refused(copy):
+    extraction = json.loads((copy / "extraction.json").read_text())
+    (copy / "extraction.json").write_text(json.dumps({**extraction, "format_version": 2}))
+    with pytest.raises(ToolkitError, match="format_version 2, expected 1"):
+        open_dataset(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_logits_quantized": b"\x01"}, r"column top_logits_quantized of row 3: found length 1, expected"),
+        ({"num_tokens": 1}, r"column top_logits_quantized of row 3: found length \d+, expected length 64"),
+        ({"num_tokens": 0}, "column num_tokens of row 3: found 0"),
+        ({"logsumexp": []}, "column logsumexp of row 3"),
+    ],
+)
+def test_malformed_rows_are_refused_by_name(copy, changes, message):
+    rewrite(copy, **changes)
+    dataset = open_dataset(str(copy))
+    assert dataset.read_row(2)["num_tokens"] > 0
+    with pytest.raises(ToolkitError, match=message):
+        dataset.read_row(3)
+
+
+def test_another_schema_is_refused(copy):
+    fields = [pa.field("num_tokens", pa.int64()) if field.name == "num_tokens" else field for field in SCHEMA]
+    rewrite(copy, schema=pa.schema(fields))
+    with pytest.raises(ToolkitError, match="num_tokens is int64, expected int32"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_a_flipped_byte_is_found_by_the_page_checksum(copy):
+    content = bytearray(shard_of(copy).read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    shard_of(copy).write_bytes(content)
+    dataset = open_dataset(str(copy))
+    failures = 0
+    for index in (0, 16):
+        try:
+            dataset.read_row(index)
+        except ToolkitError as error:
+            assert "damaged Parquet file" in str(error)
+            failures += 1
+    assert failures == 1
+
+
+def test_a_cut_file_is_named(copy):
+    shard_of(copy).write_bytes(shard_of(copy).read_bytes()[:1000])
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: damaged Parquet file"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_metadata_says_what_the_shard_covers(real_extraction):
+    import zlib
+
+    described = json.loads(pq.ParquetFile(shard_of(real_extraction)).metadata.metadata[METADATA_KEY.encode()])
+    crc = described.pop("crc32")
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert crc == zlib.crc32(text.encode())
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    assert described == {
+        "fingerprint": logit_dataset.run_fingerprint(extraction),
+        "first_row": 0,
+        "end_row": 32,
+        "num_rows": 32,
+        "skipped": [],
+    }
+
+
+def test_the_fingerprint_follows_what_decides_the_rows(real_extraction):
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    known = logit_dataset.run_fingerprint(extraction)
+    for key in ("top_k", "seed", "chat_template", "dtype", "skipped_token_ids"):
+        assert logit_dataset.run_fingerprint({**extraction, key: "other"}) != known
+    for key in ("versions", "batch_tokens", "model_id"):
+        assert logit_dataset.run_fingerprint({**extraction, key: "other"}) == known
+
+
+def test_extraction_json_has_the_formats_keys(real_extraction):
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    listed = """format_version top_k top_p num_sampled seed vocab_size rows_per_shard model_id model_revision
+    tokenizer_fingerprint dataset_id dataset_config split dataset_revision columns chat_template template_kwargs
+    template_date mask_source skipped_token_ids dtype attn_implementation versions batch_tokens"""
+    assert set(listed.split()) <= set(extraction)
+    assert extraction["vocab_size"] == 49_152 and extraction["dtype"] == "float32"
+
+
+def test_a_write_that_fails_leaves_no_shard(tmp_path):
+    with pytest.raises(pa.ArrowException):
+        logit_dataset.write_shard(tmp_path, "train", 0, [{"num_tokens": "three"}], {})
+    assert not list(tmp_path.glob("data/*/*.parquet"))
+    assert all(path.name.startswith(".") for path in (tmp_path / "data" / "00000").iterdir())
+
+
+def test_an_empty_shard_can_be_read_with_the_others(copy):
+    """Every row of a source range may be skipped."""
+    import datasets
+
+    logit_dataset.write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300})
+    assert len(datasets.load_dataset(str(copy), split="train")) == 32

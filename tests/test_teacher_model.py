@@ -1,0 +1,239 @@
+"""The model's side against plain forwards of transformers and the codec's NumPy reference."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_model
+
+import logit_codec
+import teacher_model
+from errors import ToolkitError, UsageError
+
+
+def request(ids, positions, seed=0) -> teacher_model.Request:
+    positions = np.asarray(positions)
+    return teacher_model.Request(np.asarray(ids), positions, logit_codec.draw_uniforms(seed, len(ids), len(positions)))
+
+
+def random_requests(vocabulary: int, lengths: list[int]) -> list[teacher_model.Request]:
+    rng = np.random.default_rng(1)
+    return [
+        request(rng.integers(0, vocabulary, length), np.sort(rng.choice(np.arange(1, length), length // 2, False)))
+        for length in lengths
+    ]
+
+
+def plain_logits(model, requests) -> torch.Tensor:
+    """The predicting rows of a plain forward of each conversation alone."""
+    with torch.inference_mode():
+        return torch.cat([model(torch.from_numpy(r.input_ids)[None]).logits[0][r.positions - 1] for r in requests])
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "mistral": {},
+}
+
+
+def random_model(model_type: str):
+    """A random two-layer model of a family, weights large enough for its logits to differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    config = AutoConfig.for_model(model_type, **sizes, **ARCHITECTURES[model_type])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_selected_rows_are_the_plain_forwards(model_type):
+    model = random_model(model_type)
+    requests = random_requests(1000, [5, 20, 11])
+    expected = plain_logits(model, requests)
+    torch.testing.assert_close(teacher_model.row_logits(model, requests), expected, atol=2e-5, rtol=1e-5)
+    teacher_model.probe(model)
+
+
+def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
+    class Leaky(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden - hidden.mean(dim=1, keepdim=True))
+
+    model = random_model("llama")
+    leaky = Leaky(32, 1000, bias=False)
+    leaky.weight = model.lm_head.weight
+    model.lm_head = leaky
+    with pytest.raises(ToolkitError, match="differ from the plain forward by"):
+        teacher_model.probe(model)
+
+
+def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_codec.Distributions:
+    tokens = torch.zeros(len(logits), dtype=torch.long)
+    return teacher_model.select(
+        torch.tensor(logits), tokens, torch.tensor(uniforms, dtype=torch.float64), top_k, top_p, num_sampled
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000, 4096, 50_257])
+@pytest.mark.parametrize("top_p", [0.5, 0.98, 1.0])
+def test_selection_is_the_reference(vocabulary, top_p):
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.normal(0, 4, (40, vocabulary))).astype(np.float32)
+    uniforms = rng.random(40)
+    found = select(logits, uniforms, 16, top_p, 8)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    drawn_elsewhere = 0
+    for i in range(40):
+        kept = logit_codec.select_nucleus(exact[i], 16, top_p)
+        assert found.top_ids[i][found.top_ids[i] >= 0].tolist() == kept.tolist()
+        np.testing.assert_allclose(found.top_probs[i][: len(kept)], np.exp(exact[i][kept]), rtol=2e-6)
+        drawn = logit_codec.draw_tail(np.exp(exact[i]), kept, uniforms[i], 8)
+        drawn_elsewhere += (found.sampled_ids[i] != drawn).sum()
+        present = found.sampled_ids[i] >= 0
+        np.testing.assert_allclose(
+            found.sampled_probs[i][present], np.exp(exact[i])[found.sampled_ids[i][present]], rtol=1e-5
+        )
+    assert drawn_elsewhere <= 1  # a threshold within float32's last bits of a running total
+    np.testing.assert_allclose(found.token_log_probs, exact[:, 0], atol=2e-6)
+
+
+def test_logsumexp_is_within_two_millionths():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 3, (64, 151_936)).astype(np.float32)
+    found = select(logits, np.zeros(64), 4, 0.9, 0).logsumexp
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    assert np.abs(found - exact).max() < 2e-6
+
+
+def test_ids_that_cannot_be_stored_take_no_place():
+    """Rows beyond 2**18 and logits of -inf count in logsumexp alone; what is then missing is absent."""
+    logits = np.full((2, 2**18 + 64), -30, np.float32)
+    logits[:, 2**18 + 5] = 9  # the most probable of all
+    logits[:, 7], logits[:, 3] = 5, 4
+    logits[1] = -np.inf
+    logits[1, [2, 2**18 + 5]] = [1, 9]
+    found = select(logits, [0.5, 0.5], 3, 1.0, 2)
+    assert found.top_ids[0][:2].tolist() == [7, 3]
+    np.testing.assert_allclose(found.top_probs[0][0], np.exp(5 - found.logsumexp[0]), rtol=1e-6)
+    assert found.top_probs[0][0] < 0.02
+    assert found.top_ids[1].tolist() == [2, -1, -1]
+    assert found.sampled_ids[1].tolist() == [-1, -1]
+    assert (found.sampled_ids[0] < 2**18).all() and (found.sampled_ids[0] >= 0).all()
+
+
+def test_a_vocabulary_smaller_than_k_leaves_places_absent():
+    found = select(np.zeros((1, 3), np.float32), [0.1], 5, 1.0, 2)
+    assert sorted(found.top_ids[0][:3]) == [0, 1, 2] and found.top_ids[0][3:].tolist() == [-1, -1]
+    assert found.sampled_ids.tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_stop_the_run(bad):
+    logits = np.zeros((1, 8), np.float32)
+    logits[0, 2] = bad
+    with pytest.raises(ToolkitError, match="not finite"):
+        select(logits, [0.5], 2, 0.9, 1)
+
+
+def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):
+    """One by one, all together, and reversed: the same but for last bits."""
+    model, _ = smollm2
+    requests = [
+        teacher_model.Request(a.input_ids, a.positions, logit_codec.draw_uniforms(0, i, len(a.positions)))
+        for i, a in enumerate(real_alignments[:16])
+    ]
+    alone = [teacher_model.distributions(model, [r], 64, 0.98, 16) for r in requests]
+    for order in (range(16), reversed(range(16))):
+        order = list(order)
+        together = teacher_model.distributions(model, [requests[i] for i in order], 64, 0.98, 16)
+        sizes = np.cumsum([len(requests[i].positions) for i in order])[:-1]
+        parts = {name: dict(zip(order, np.split(array, sizes), strict=True)) for name, array in vars(together).items()}
+        compare(requests, alone, parts, model)
+
+
+def compare(requests, alone, parts, model) -> None:
+    positions = nuclei = draws = 0
+    divergences = []
+    for i, single in enumerate(alone):
+        many = logit_codec.Distributions(**{name: split[i] for name, split in parts.items()})
+        positions += len(single.logsumexp)
+        nuclei += (single.top_ids != many.top_ids).any(axis=1).sum()
+        moved = single.sampled_ids != many.sampled_ids
+        draws += moved.sum()
+        if moved.any():
+            check_moved_draws(requests[i], single, many, moved, plain_logits(model, [requests[i]]))
+        divergences.append(divergence(single, many))
+    assert nuclei <= 0.005 * positions
+    assert draws <= 0.05 * positions * 16
+    assert np.concatenate(divergences).mean() <= 5e-5
+
+
+def check_moved_draws(request, single, many, moved, logits) -> None:
+    """A draw may move only to a neighbour, and only if its threshold lies within 1e-5 of the running total."""
+    probabilities = torch.softmax(logits.double(), dim=1).numpy()
+    for row, column in np.argwhere(moved):
+        if set(single.top_ids[row]) != set(many.top_ids[row]):
+            continue  # another nucleus, another tail
+        tail = probabilities[row].copy()
+        tail[single.top_ids[row][single.top_ids[row] >= 0]] = 0
+        running = np.cumsum(tail)
+        threshold = (request.uniforms[row] + column) / 16 * running[-1]
+        low, high = sorted((single.sampled_ids[row, column], many.sampled_ids[row, column]))
+        assert not tail[low + 1 : high].any() or running[high - 1] - running[low] < 1e-5
+        assert abs(running[low] - threshold) < 1e-5
+
+
+def divergence(single, many) -> np.ndarray:
+    """KL between the decodings of two writers, over the nucleus and one bucket for the rest, nats."""
+    rows = [logit_codec.encode_rows(d, [len(d.logsumexp)])[0] for d in (single, many)]
+    one, other = (logit_codec.decode_row(row) for row in rows)
+    found = []
+    for i in range(len(one.logsumexp)):
+        p = dict(zip(one.top_ids[i].tolist(), np.exp(one.top_log_probs[i]), strict=True))
+        q = dict(zip(other.top_ids[i].tolist(), np.exp(other.top_log_probs[i]), strict=True))
+        shared = [token for token in p if p[token] > 0 and q.get(token, 0) > 0]
+        a = np.array([p[t] for t in shared])
+        b = np.array([q[t] for t in shared])
+        a, b = np.append(a, max(1 - a.sum(), 1e-9)), np.append(b, max(1 - b.sum(), 1e-9))
+        a, b = a / a.sum(), b / b.sum()
+        found.append((a * np.log(a / b)).sum())
+    return np.array(found)
+
+
+def test_a_device_that_is_not_there_is_named():
+    for name in ("cuda:7", "warp"):
+        with pytest.raises(UsageError, match=rf"--device {name}: .*Available: cpu"):
+            teacher_model.choose_device(name)
+
+
+def test_a_missing_model_is_explained(tmp_path):
+    with pytest.raises(ToolkitError, match=r"model .*nothing-here"):
+        teacher_model.load_teacher(str(tmp_path / "nothing-here"))
+
+
+def test_bfloat16_runs_and_stays_near_float32(tmp_path):
+    folder = make_tiny_model(tmp_path, vocab_size=49_152)
+    half, full = (teacher_model.load_teacher(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
+    teacher_model.probe(half)
+    requests = random_requests(49_152, [30])
+    found, expected = (teacher_model.distributions(model, requests, 8, 0.98, 4) for model in (half, full))
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
+    assert np.abs(found.logsumexp - expected.logsumexp).max() < 0.5
+    assert np.abs(found.token_log_probs - expected.token_log_probs).mean() < 0.2

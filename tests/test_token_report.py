@@ -1,0 +1,103 @@
+"""The table in terminals and pipes: columns line up, and nothing in a token acts on the terminal."""
+
+import io
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from token_report import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis, print_token_table, quoted
+
+
+def extracted(text: str, rank: int | None, predictions: list[tuple[str, float]], log_prob=-0.5) -> TokenAnalysis:
+    found = [Prediction(i, text, p) for i, (text, p) in enumerate(predictions)]
+    return TokenAnalysis(9, 1, text, EXTRACTED, None, log_prob, rank, 31, 0.02, found)
+
+
+TOKENS = [
+    *(TokenAnalysis(i, i, f"far{i}", PROMPT, "prompt") for i in range(6)),
+    TokenAnalysis(6, 6, "assistant", PROMPT, "prompt"),
+    TokenAnalysis(7, 7, "<think>", SKIPPED, "think tag"),
+    extracted("The", 1, [("The", 0.85), ("A", 0.1)], -0.1625),
+    extracted(" capital", None, [("[INST]", 0.5), ("\x1b[31mred", 0.25)], -12.0),
+    extracted("東京都の塔です", 2, [("日本", 0.4), ("東京都の塔です", 0.3)]),
+    extracted("🙂\n", 1, [("🙂\n", 0.9)]),
+    TokenAnalysis(12, 12, "<|im_end|>", SKIPPED, "special token"),
+]
+
+
+def table(width: int | None = None, **options) -> list[str]:
+    """The printed lines; a width makes it a terminal."""
+    buffer = io.StringIO()
+    terminal = {"width": width, "force_terminal": True, "legacy_windows": False} if width else {}
+    print_token_table(TOKENS, 2, Console(file=buffer, highlight=False, **terminal, **options))
+    return buffer.getvalue().splitlines()
+
+
+def test_the_readmes_lines():
+    lines = table()
+    assert lines[0] == "Detailed Token Analysis:"
+    assert set(lines[1]) == {"="} and set(lines[3]) == {"-"} and len(lines[1]) >= 80
+    assert [part.strip() for part in lines[2].split("|")] == [
+        "Real Token",
+        "Extracted Predictions (Top 2)",
+        "Own p   Rank",
+    ]
+    (line,) = [line for line in lines if line.startswith('"The"')]
+    assert [part.strip() for part in line.split("|")] == ['"The"', '"The"(0.85)*, "A"(0.10)', "0.85      1"]
+
+
+def test_a_token_outside_the_nucleus_shows_how_many_were_kept():
+    (line,) = [line for line in table() if line.startswith('"␣capital"')]
+    assert line.split("|")[-1].split() == ["6e-06", ">31"]
+    assert "*" not in line
+
+
+def test_only_the_prompts_end_is_shown():
+    text = "\n".join(table())
+    assert '"far2"' not in text and '"far3"' in text and '"assistant"' in text
+
+
+def test_skipped_tokens_and_the_prompt_are_grey_in_a_terminal_and_say_why():
+    lines = table(width=120)
+    for token, why in (('"<think>"', "(skipped: think tag)"), ('"<|im_end|>"', "(skipped: special token)")):
+        (line,) = [line for line in lines if token in line]
+        assert why in line and line.startswith("\x1b[90m")
+    assert any("(prompt)" in line and line.startswith("\x1b[90m") for line in lines)
+    (line,) = [line for line in lines if '"The"' in line]
+    assert '\x1b[1;32m"The"(0.85)*\x1b[0m' in line
+
+
+@pytest.mark.parametrize("width", [None, 80, 100, 200])
+def test_columns_line_up_by_cells(width):
+    lines = [line for line in table(width, color_system=None) if " | " in line]
+    assert len({cell_len(line[: line.index(" | ")]) for line in lines}) == 1
+    assert len({cell_len(line[: line.rindex(" | ")]) for line in lines if line.count(" | ") == 2}) == 1
+    if width:
+        assert max(map(cell_len, lines)) <= width
+
+
+def test_nothing_acts_on_the_terminal_and_markup_is_text():
+    text = "\n".join(table())
+    assert "\x1b" not in text
+    assert '"\\x1b[31mred"(0.25)' in text and '"[INST]"(0.50)' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a", '"a"'),
+        ("  x", '"␣␣x"'),
+        ("\n\t\r", '"\\n\\t\\r"'),
+        ('say "\\"', '"say␣\\"\\\\\\""'),
+        ("\x00\x1b\x7f\x9b", '"\\x00\\x1b\\x7f\\x9b"'),
+        ("a\u202eb\u200b", '"a\\u202eb\\u200b"'),
+        ("\u00a0\u3000", '"\\xa0\\u3000"'),
+        ("\udcf0\udc9f", '"\\xf0\\x9f"'),
+        ("\u0301e", '"◌\u0301e"'),
+        ("\U000e0041", '"\\U000e0041"'),
+        ("", '""'),
+    ],
+)
+def test_every_character_can_be_told(text, shown):
+    assert quoted(text) == shown
