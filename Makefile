@@ -9,7 +9,7 @@ DEMO := outputs/demo
 demo: .venv/ready
 	$(IN) demo/fetch.py
 	$(IN) extract_logits.py --model_id .cache/smollm2-135m-instruct --dataset_id .cache/zaragoza/faq-en-sharegpt.jsonl \
-	    --chat_template templates/smollm2.jinja --output_dir $(DEMO) --max_samples 64 --overwrite
+	    --output_dir $(DEMO) --max_samples 64 --overwrite
 	$(IN) explore_logits.py --logit_dataset_id $(DEMO) --sample_index 0
 
 test: lint

@@ -1,66 +1,42 @@
 """Conversations to token ids, assistant mask and skipped tokens. Both commands align through this one place.
 
-    template + conversation -> text and character spans of its generation blocks
-                            -> token ids with offsets -> which tokens are the assistant's -> which are skipped
+    text and spans of the assistant's turns (chat_templates.py)
+        -> token ids with offsets -> which tokens are the assistant's -> which of those are skipped
 
 What is left are the *extracted positions*: the tokens whose predicting distributions are stored.
 """
 
-import datetime
 import hashlib
 import json
 import re
 import zlib
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
+from chat_templates import ChatTemplate, TemplateError, choose_template
 from conversations import from_stored
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error
 from logit_codec import MAX_TOKEN_ID
 
-GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-THINK_TAG = re.compile(r"</?think>")
+THINK_TAGS = ("<think>", "</think>")
+# At the start of a turn; the opening tag may be the generation prompt's.
+EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
+SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
-EMPTY_THINK_BLOCK = re.compile(r"\s*<think>\s*</think>\s*")
 
 PROMPT = "prompt"
 THINK_TAG_REASON = "think tag"
 EMPTY_THINK_REASON = "empty think block"
 SPECIAL_REASON = "special token"
+CHOSEN_REASON = "--skip_tokens"
 AFTER_END_REASON = "after the end of the turn"
 FIRST_TOKEN_REASON = "first token: nothing predicts it"
 
-HOW_TO_MARK = (
-    "Pass --chat_template with a template that wraps the assistant's answer and its end-of-turn token in "
-    "{% generation %} … {% endgeneration %}; templates/ has some."
-)
-
 
 class AlignmentError(ToolkitError):
-    """A conversation that the template cannot render, or a stored row that the rebuilt tokens don't fit."""
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How conversations become tokens: the part of ``extraction.json`` that alignment depends on."""
-
-    template: str
-    skipped_token_ids: frozenset[int]
-    template_kwargs: dict
-    template_date: str | None
-
-    @classmethod
-    def from_extraction(cls, extraction: dict) -> "ChatFormat":
-        """The format that an extraction recorded."""
-        return cls(
-            template=extraction["chat_template"],
-            skipped_token_ids=frozenset(extraction["skipped_token_ids"]),
-            template_kwargs=extraction["template_kwargs"],
-            template_date=extraction["template_date"],
-        )
+    """A stored row that the rebuilt tokens do not fit."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +57,11 @@ class Alignment:
     @property
     def checksum(self) -> int:
         """CRC-32 over input ids, then extracted positions, each as little-endian uint32 (FORMAT.md)."""
-        return zlib.crc32(self.positions.astype("<u4").tobytes(), zlib.crc32(self.input_ids.astype("<u4").tobytes()))
+        ids, positions = (part.astype("<u4").tobytes() for part in (self.input_ids, self.positions))
+        return zlib.crc32(ids + positions)
 
 
-# --- tokenizer and template ---
+# --- tokenizer ---
 
 
 def load_tokenizer(tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None):
@@ -141,132 +118,107 @@ def _token_bytes(piece: str) -> bytes:
     return bytes(table[character] for character in piece if character in table)
 
 
-def choose_template(argument: str | None, tokenizer) -> str:
-    """The template's text: ``--chat_template`` (a path or the text itself), else the tokenizer's own.
-
-    Raises UsageError for a missing file, a template that does not parse, or one without generation blocks.
-    """
-    template = read_template(argument) if argument is not None else tokenizer.chat_template
-    if template is None:
-        raise UsageError(f"this model has no chat template: is it a base model? {HOW_TO_MARK}")
-    if isinstance(template, dict):
-        template = template.get("default", next(iter(template.values())))
-    compile_template(template)
-    if not GENERATION_BLOCK.search(template):
-        origin = "the model's own chat template" if argument is None else "--chat_template"
-        raise UsageError(
-            f"{origin} has no generation blocks, so the assistant's tokens cannot be told apart. {HOW_TO_MARK}"
-        )
-    return template
-
-
-def read_template(argument: str) -> str:
-    """The text of ``argument``, a path or a template. Raises UsageError for a path that does not exist."""
-    if "{%" in argument or "{{" in argument:
-        return argument
-    path = Path(argument).expanduser()
-    if not path.is_file():
-        raise UsageError(f"--chat_template {argument}: no such file, and no template text ({{% … %}}) either")
-    return path.read_text(encoding="utf-8")
-
-
-def compile_template(template: str):
-    """The template compiled in transformers' sandbox. Raises UsageError where it does not parse."""
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        return _compile_jinja_template(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UsageError(f"chat template, line {error.lineno}: {error.message}") from error
-
-
-def todays_date(template: str) -> str | None:
-    """Today as YYYY-MM-DD if the template asks for the date, else None; recorded so that it can be repeated."""
-    return datetime.date.today().isoformat() if "strftime_now" in template else None
-
-
-def default_skipped_token_ids(tokenizer) -> list[int]:
-    """Ids that are never extracted: special tokens (ends of turns among them) and think tags."""
+def special_token_ids(tokenizer) -> set[int]:
+    """Ids of the tokens that the tokenizer marks as special, ends of turns among them."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
+
+
+def skipped_token_ids(tokenizer, skip: list[str] = (), keep: list[str] = ()) -> frozenset[int]:
+    """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
+
+    Raises UsageError for a text that is not one token of the vocabulary.
+    """
     vocabulary = tokenizer.get_vocab()
-    think = {vocabulary[tag] for tag in ("<think>", "</think>") if tag in vocabulary}
-    return sorted(special | set(tokenizer.all_special_ids) | think)
+    think = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
+    chosen = {}
+    for option, tokens in (("--skip_tokens", skip), ("--keep_tokens", keep)):
+        unknown = [token for token in tokens if token not in vocabulary]
+        if unknown:
+            raise UsageError(f"{option} {unknown[0]!r}: not one token of this vocabulary, as tokenizer.json spells it")
+        chosen[option] = {vocabulary[token] for token in tokens}
+    return frozenset((special_token_ids(tokenizer) | think | chosen["--skip_tokens"]) - chosen["--keep_tokens"])
 
 
 # --- conversation to tokens ---
 
 
-def align_conversation(conversation: list[dict], tokenizer, chat_format: ChatFormat) -> Alignment:
-    """Render, tokenize, mask and skip. Raises AlignmentError where the template refuses the conversation."""
-    text, spans = render(conversation, tokenizer, chat_format)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    input_ids = np.array(encoding["input_ids"], np.int64)
-    extents = token_extents(encoding["offset_mapping"])
-    reasons = [PROMPT] * len(input_ids)
-    for span in spans:
-        _mark_span(reasons, span, text, input_ids, extents, tokenizer, chat_format)
-    if reasons and reasons[0] is None:
-        reasons[0] = FIRST_TOKEN_REASON
-    return Alignment(input_ids, reasons)
+class Aligner:
+    """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids."""
 
+    def __init__(self, tokenizer, template: ChatTemplate, skipped_ids: frozenset[int]):
+        self.tokenizer, self.template, self.skipped_ids = tokenizer, template, skipped_ids
+        self.special_ids = special_token_ids(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
+        written_out = [re.escape(tag) for tag in THINK_TAGS if tag not in vocabulary]
+        self.written_tag = re.compile("|".join(written_out)) if written_out else None
 
-def render(conversation: list[dict], tokenizer, chat_format: ChatFormat) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation's text and the character spans of its generation blocks."""
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if chat_format.template_date:
-        # The library hands templates no functions, and its own strftime_now is the clock: pin it.
-        date = datetime.date.fromisoformat(chat_format.template_date)
-        compile_template(chat_format.template).globals["strftime_now"] = date.strftime
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[conversation],
-            chat_template=chat_format.template,
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **chat_format.template_kwargs},
+    @classmethod
+    def from_extraction(cls, tokenizer, extraction: dict) -> "Aligner":
+        """As the extraction that wrote ``extraction.json`` aligned."""
+        template = ChatTemplate(
+            extraction["chat_template"],
+            tokenizer.special_tokens_map,
+            extraction["template_kwargs"],
+            extraction["template_date"],
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise AlignmentError(f"the chat template refuses it: {error}") from error
-    return texts[0], spans[0]
+        return cls(tokenizer, template, frozenset(extraction["skipped_token_ids"]))
+
+    def align(self, conversation: list[dict]) -> Alignment:
+        """Render, tokenize, mask and skip. Raises TemplateError where the template refuses the conversation."""
+        text, spans = self.template.render(conversation)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        input_ids = np.array(encoding["input_ids"], np.int64)
+        pieces = self.tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+        extents = token_extents(encoding["offset_mapping"], pieces)
+        reasons: list[str | None] = [PROMPT] * len(input_ids)
+        for start, end in spans:
+            inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
+            for i in inside:
+                reasons[i] = self._skip_reason(int(input_ids[i]))
+            self._skip_by_text(reasons, inside, extents, text, start, end)
+            self._skip_after_end(reasons, inside, extents, input_ids, text, end)
+        if reasons and reasons[0] is None:
+            reasons[0] = FIRST_TOKEN_REASON
+        return Alignment(input_ids, reasons)
+
+    def _skip_reason(self, token_id: int) -> str | None:
+        if token_id not in self.skipped_ids:
+            return None
+        if token_id in self.think_ids:
+            return THINK_TAG_REASON
+        return SPECIAL_REASON if token_id in self.special_ids else CHOSEN_REASON
+
+    def _skip_by_text(self, reasons, inside, extents, text: str, start: int, end: int) -> None:
+        """Think tags that are no tokens of their own, and an empty think block at the start of the turn."""
+        for tag in self.written_tag.finditer(text, start, end) if self.written_tag else ():
+            for i in inside[(extents[inside, 0] < tag.end()) & (extents[inside, 1] > tag.start())]:
+                reasons[i] = THINK_TAG_REASON
+        if block := EMPTY_THINK_BLOCK.match(text, start, end):
+            for i in inside[extents[inside, 1] <= block.end()]:
+                reasons[i] = EMPTY_THINK_REASON
+
+    def _skip_after_end(self, reasons, inside, extents, input_ids, text: str, end: int) -> None:
+        """White space that the template adds behind the turn's last special token."""
+        ends = [i for i in inside if input_ids[i] in self.special_ids]
+        if ends and not text[extents[ends[-1], 1] : end].strip():
+            for i in inside[inside > ends[-1]]:
+                reasons[i] = AFTER_END_REASON
 
 
-def token_extents(offsets: list[tuple[int, int]]) -> np.ndarray:
+def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarray:
     """Characters each token stands for, int64 (T, 2): its offsets, begun where the token before it ended.
 
-    Offsets may leave out a leading space (``trim_offsets``); tokens that share a character keep its start.
+    Offsets may leave out a token's spaces (``trim_offsets``). Those at its end, which only ``pieces``, the tokens as
+    the vocabulary spells them, tell from the next one's, are given back; a token of spaces alone has its end right.
+    Tokens that share a character keep its start.
     """
     extents = np.array(offsets, np.int64).reshape(-1, 2)
+    for i in np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])):
+        extents[i, 1] += len(pieces[i]) - len(pieces[i].rstrip(SPACE_SIGNS))
     extents[1:, 0] = np.minimum(extents[1:, 0], extents[:-1, 1])
     return extents
-
-
-def _mark_span(reasons, span, text, input_ids, extents, tokenizer, chat_format) -> None:
-    """Write the reasons of one generation block's tokens: None where a token is to be extracted."""
-    start, end = span
-    inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
-    skipped = [i for i in inside if input_ids[i] in chat_format.skipped_token_ids]
-    for i in inside:
-        reasons[i] = None
-    for i in skipped:
-        is_tag = THINK_TAG.fullmatch(tokenizer.convert_ids_to_tokens(int(input_ids[i])))
-        reasons[i] = THINK_TAG_REASON if is_tag else SPECIAL_REASON
-    for tag in THINK_TAG.finditer(text, start, end):
-        _skip_overlapping(reasons, inside, extents, tag.span(), THINK_TAG_REASON)
-    if block := EMPTY_THINK_BLOCK.match(text, start, end):
-        for i in inside[extents[inside, 1] <= block.end()]:
-            reasons[i] = EMPTY_THINK_REASON
-    ends = [i for i in skipped if reasons[i] == SPECIAL_REASON]
-    if ends and not text[extents[ends[-1], 1] : end].strip():
-        for i in inside[inside > ends[-1]]:
-            reasons[i] = AFTER_END_REASON
-
-
-def _skip_overlapping(reasons, inside, extents, span, reason) -> None:
-    start, end = span
-    for i in inside[(extents[inside, 0] < end) & (extents[inside, 1] > start)]:
-        reasons[i] = reason
 
 
 # --- stored rows ---
@@ -278,19 +230,24 @@ def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None 
     ``extraction`` is the dataset's ``extraction.json``; ``chat_template`` (a path or text) replaces the recorded
     one. Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
     """
-    chat_format = recorded = ChatFormat.from_extraction(extraction)
-    if chat_template is not None:
-        chat_format = replace(recorded, template=choose_template(chat_template, tokenizer))
+    aligner = recorded = Aligner.from_extraction(tokenizer, extraction)
     conversation = from_stored(row["messages"])
-    alignment = align_conversation(conversation, tokenizer, chat_format)
+    if chat_template is not None:
+        kwargs, date = extraction["template_kwargs"], extraction["template_date"]
+        choice = choose_template(chat_template, tokenizer, kwargs, date, [conversation])
+        aligner = Aligner(tokenizer, choice.template, recorded.skipped_ids)
+    try:
+        alignment = aligner.align(conversation)
+    except TemplateError as error:
+        raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
     if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
-        raise AlignmentError(_explain_mismatch(row, alignment, conversation, tokenizer, recorded))
+        raise AlignmentError(_explain_mismatch(row, alignment, recorded, conversation))
     return alignment
 
 
-def _explain_mismatch(row: dict, rebuilt: Alignment, conversation, tokenizer, recorded: ChatFormat) -> str:
+def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner, conversation: list[dict]) -> str:
     """Where the rebuilt conversation first differs, known if the recorded template still gives the tokens."""
-    original = align_conversation(conversation, tokenizer, recorded)
+    original = recorded.align(conversation)
     if original.checksum != row["alignment_checksum"]:
         return (
             f"column alignment_checksum: the rebuilt conversation ({len(rebuilt.input_ids)} tokens) is not the "
@@ -298,7 +255,7 @@ def _explain_mismatch(row: dict, rebuilt: Alignment, conversation, tokenizer, re
         )
     if len(original.positions) != row["num_tokens"]:
         return f"column num_tokens: found {row['num_tokens']}, expected {len(original.positions)} extracted tokens"
-    return "this chat template does not fit the extraction: " + _first_difference(original, rebuilt, tokenizer)
+    return "this chat template does not fit the extraction: " + _first_difference(original, rebuilt, recorded.tokenizer)
 
 
 def _first_difference(original: Alignment, rebuilt: Alignment, tokenizer) -> str:

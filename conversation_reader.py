@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import chat_alignment
-from conversations import ConversationError, detect_columns, to_conversation
+from chat_templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
+from conversations import ConversationError, choose_columns, to_conversation
 from errors import ToolkitError
 from source_dataset import SourceDataset, open_source
 
@@ -23,28 +24,34 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Reader:
-    """The rows to extract from, and how each becomes tokens; ``num_rows`` of them are read."""
+    """The rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown."""
 
     source: SourceDataset
     columns: dict[str, str]
-    tokenizer: object
-    chat_format: chat_alignment.ChatFormat
+    system_prompt: str | None
+    choice: TemplateChoice
+    aligner: chat_alignment.Aligner
     max_length: int | None
-    num_rows: int
+    num_rows: int | None
 
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
-        """Rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``."""
+        """Rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``.
+
+        Together they are fewer than asked for only where the rows end.
+        """
         ready, skipped = [], []
-        for index, row in zip(range(first, end), self.source.rows.select(range(first, end)), strict=True):
+        end = end if self.num_rows is None else min(end, self.num_rows)
+        for index, row in enumerate(self.source.read(first, end), start=first):
             try:
                 ready.append(self._align_row(index, row))
-            except (ConversationError, chat_alignment.AlignmentError) as reason:
+            except (ConversationError, TemplateError) as reason:
                 skipped.append({"row": index, "reason": str(reason)})
         return ready, skipped
 
     def _align_row(self, index: int, row: dict) -> Aligned:
-        conversation = to_conversation(row, self.columns)
-        alignment = chat_alignment.align_conversation(conversation, self.tokenizer, self.chat_format)
+        conversation = to_conversation(row, self.columns, self.system_prompt)
+        self.choice.check(conversation)
+        alignment = self.aligner.align(conversation)
         if self.max_length and len(alignment.input_ids) > self.max_length:
             raise ConversationError(f"longer than {self.max_length} tokens")
         if not len(alignment.positions):
@@ -54,29 +61,55 @@ class Reader:
 
 def open_reader(arguments: argparse.Namespace, model_commit: str | None, positions: int | None) -> Reader:
     """Open dataset and tokenizer, and prove on the first conversations that there is something to extract."""
-    source = open_source(arguments.dataset_id, arguments.dataset_config, arguments.dataset_revision, arguments.split)
+    source = open_source(
+        arguments.dataset_id,
+        arguments.dataset_config,
+        arguments.dataset_revision,
+        arguments.split,
+        arguments.streaming,
+    )
+    columns = choose_columns(
+        source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column
+    )
     tokenizer = chat_alignment.load_tokenizer(arguments.model_id, model_commit, arguments.gguf_file)
     chat_alignment.refuse_wide_vocabulary(tokenizer)
-    template = chat_alignment.choose_template(arguments.chat_template, tokenizer)
+    conversations = _first_conversations(source, columns, arguments)
+    choice = choose_template(arguments.chat_template, tokenizer, arguments.template_kwargs, None, conversations)
+    skipped = chat_alignment.skipped_token_ids(tokenizer, arguments.skip_tokens, arguments.keep_tokens)
     reader = Reader(
         source=source,
-        columns=detect_columns(source.rows.column_names),
-        tokenizer=tokenizer,
-        chat_format=chat_alignment.ChatFormat(
-            template=template,
-            skipped_token_ids=frozenset(chat_alignment.default_skipped_token_ids(tokenizer)),
-            template_kwargs={},
-            template_date=chat_alignment.todays_date(template),
-        ),
+        columns=columns,
+        system_prompt=arguments.system_prompt,
+        choice=choice,
+        aligner=chat_alignment.Aligner(tokenizer, choice.template, skipped),
         max_length=min(filter(None, (arguments.max_length, positions)), default=None),
-        num_rows=min(len(source.rows), arguments.max_samples or len(source.rows)),
+        num_rows=min((n for n in (source.num_rows, arguments.max_samples) if n is not None), default=None),
     )
-    ready, skipped = reader.align(0, min(FIRST_CONVERSATIONS, reader.num_rows))
-    if not ready:
-        reasons = _list_reasons(Counter(entry["reason"] for entry in skipped))
-        raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({reasons}).")
+    _prove(reader, conversations)
     return reader
 
 
-def _list_reasons(reasons: Counter) -> str:
-    return "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+def _first_conversations(source: SourceDataset, columns: dict, arguments: argparse.Namespace) -> list[list[dict]]:
+    found = []
+    for row in source.read(0, FIRST_CONVERSATIONS):
+        try:
+            found.append(to_conversation(row, columns, arguments.system_prompt))
+        except ConversationError:
+            continue  # the run counts it
+    return found
+
+
+def _prove(reader: Reader, conversations: list[list[dict]]) -> None:
+    """Raise PrefixError where the first conversations' prefixes do not nest, ToolkitError where nothing is left."""
+    for conversation in conversations:
+        try:
+            reader.choice.template.render(conversation)
+        except PrefixError:
+            raise
+        except TemplateError:
+            continue  # the run counts it
+    ready, skipped = reader.align(0, FIRST_CONVERSATIONS)
+    if not ready:
+        reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+        raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).\n{THREE_WAYS}")

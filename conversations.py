@@ -1,8 +1,8 @@
 """Source rows to conversations: lists of ``{"role", "content", ...}`` messages, and the form they are stored in.
 
 Which columns hold the conversation is found from their names alone, once a run, and recorded as ``columns``:
-``{"messages": NAME}``, ``{"conversations": NAME}`` or ``{"prompt": NAME, "response": NAME}``, the last with an
-optional ``"input"``.
+``{"messages": NAME}`` or ``{"prompt": NAME, "response": NAME}``, with an optional ``"input"`` (Alpaca's) and
+``"system"``.
 """
 
 import json
@@ -12,12 +12,14 @@ from errors import ToolkitError, UsageError
 # In the order they are looked for; a `reference_answer` beside `answer` is a grader's column, never the response.
 FORMATS = (
     {"messages": "messages"},
-    {"conversations": "conversations"},
+    {"messages": "conversations"},
     {"prompt": "question", "response": "answer"},
     {"prompt": "prompt", "response": "completion"},
     {"prompt": "instruction", "response": "output"},
     {"prompt": "query", "response": "response"},
 )
+SYSTEM_COLUMNS = ("system", "system_prompt")
+OVERRIDES = "Name the ones that are meant: --messages_column, or --prompt_column and --response_column."
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -35,51 +37,89 @@ class ConversationError(ToolkitError):
     """A source row that is no conversation; the run skips it and counts the message as the reason."""
 
 
-def detect_columns(column_names: list[str]) -> dict[str, str]:
-    """The columns that hold the conversation. Raises UsageError where none or several formats fit."""
-    found = [columns for columns in FORMATS if set(columns.values()) <= set(column_names)]
-    listed = ", ".join(column_names)
+def choose_columns(
+    names: list[str], messages: str | None = None, prompt: str | None = None, response: str | None = None
+) -> dict[str, str]:
+    """The columns that hold the conversation, those named or those found among all ``names``.
+
+    Raises UsageError where a column that was named is missing, or where none or several formats fit.
+    """
+    if messages or prompt or response:
+        columns = _named_columns(messages, prompt, response)
+        missing = [name for name in columns.values() if name not in names]
+        if missing:
+            raise UsageError(f"no column {missing[0]!r}; the dataset has: {', '.join(names)}")
+    else:
+        columns = _detect_columns(names)
+    if columns.get("prompt") == "instruction" and "input" in names:
+        columns["input"] = "input"
+    system = next((name for name in SYSTEM_COLUMNS if name in names), None)
+    return {**columns, "system": system} if system else columns
+
+
+def _named_columns(messages: str | None, prompt: str | None, response: str | None) -> dict[str, str]:
+    if messages and not (prompt or response):
+        return {"messages": messages}
+    if prompt and response and not messages:
+        return {"prompt": prompt, "response": response}
+    raise UsageError("expected --messages_column alone, or --prompt_column and --response_column together")
+
+
+def _detect_columns(names: list[str]) -> dict[str, str]:
+    found = [columns for columns in FORMATS if set(columns.values()) <= set(names)]
+    listed = ", ".join(names)
     if not found:
         known = "; ".join(" + ".join(columns.values()) for columns in FORMATS)
-        raise UsageError(
-            f"no chat columns among: {listed}\nExpected one of: {known}. Rename the dataset's columns to one of these."
-        )
+        raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{OVERRIDES}")
     if len(found) > 1:
         fits = " and ".join(" + ".join(columns.values()) for columns in found)
-        raise UsageError(
-            f"ambiguous columns: {fits} both hold conversations (all columns: {listed})\n"
-            "Remove or rename the ones that are not meant."
-        )
-    columns = dict(found[0])
-    if columns.get("prompt") == "instruction" and "input" in column_names:
-        columns["input"] = "input"
-    return columns
+        raise UsageError(f"ambiguous columns: {fits} both hold conversations (all columns: {listed}).\n{OVERRIDES}")
+    return dict(found[0])
 
 
-def to_conversation(row: dict, columns: dict[str, str]) -> list[dict]:
-    """The row's messages, ``content`` a string each. Raises ConversationError, whose message is a skip reason."""
+def to_conversation(row: dict, columns: dict[str, str], system_prompt: str | None = None) -> list[dict]:
+    """The row's messages, ``content`` a string each; ``system_prompt`` goes before those that have none.
+
+    Raises ConversationError, whose message is a skip reason.
+    """
     if "messages" in columns:
-        return _messages(row[columns["messages"]])
-    if "conversations" in columns:
-        return _messages([_from_sharegpt(turn) for turn in row[columns["conversations"]] or []])
-    prompt, response = row[columns["prompt"]], row[columns["response"]]
+        messages = _turns(row[columns["messages"]])
+    else:
+        messages = _prompt_turns(row, columns) + _as_turns(row[columns["response"]], "assistant")
+    system = row.get(columns.get("system")) or system_prompt
+    if system and not any(message.get("role") == "system" for message in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    return _checked(messages)
+
+
+def _prompt_turns(row: dict, columns: dict[str, str]) -> list[dict]:
+    prompt = row[columns["prompt"]]
     if "input" in columns and row[columns["input"]]:
         prompt = f"{prompt}\n\n{row[columns['input']]}"
-    return _messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
+    return _as_turns(prompt, "user")
+
+
+def _as_turns(value, role: str) -> list[dict]:
+    """A text as one turn of ``role``; a list of messages as it is."""
+    return _turns(value) if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _turns(turns) -> list[dict]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ConversationError("no list of messages")
+    return [turn if turn.get("role") is not None else _from_sharegpt(turn) for turn in turns]
 
 
 def _from_sharegpt(turn: dict) -> dict:
-    if "from" not in turn or "value" not in turn:
-        raise ConversationError("a turn without 'from' and 'value'")
+    if turn.get("from") is None or "value" not in turn:
+        raise ConversationError("a turn with neither 'role' nor 'from' and 'value'")
     role = SHAREGPT_ROLES.get(turn["from"])
     if role is None:
         raise ConversationError(f"unknown speaker {turn['from']!r}")
     return {"role": role, "content": turn["value"]}
 
 
-def _messages(messages: list[dict] | None) -> list[dict]:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ConversationError("no list of messages")
+def _checked(messages: list[dict]) -> list[dict]:
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in messages:
         if not isinstance(message.get("role"), str):

@@ -8,16 +8,18 @@ From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``; ``unpac
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from chat_alignment import PROMPT, align_row, load_tokenizer, token_text, tokenizer_fingerprint
+from chat_alignment import align_row, load_tokenizer, token_text, tokenizer_fingerprint
 from command_line import run_command
 from errors import ToolkitError, UsageError
 from logit_codec import dequantize_all_logits, unpack_indices
 from logit_dataset import open_dataset
-from token_report import EXTRACTED, SKIPPED, Prediction, TokenAnalysis, print_token_table
+from token_analysis import EXTRACTED, Prediction, TokenAnalysis, label_tokens
+from token_report import print_token_table
 
 __all__ = ["analyze_token_probabilities", "dequantize_all_logits", "execute_analysis", "unpack_indices"]
 
@@ -54,28 +56,18 @@ def analyze_token_probabilities(
     Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
     extracted from; the remaining tokens then match the stored distributions one to one.
     """
-    alignment = align_row(row, tokenizer, extraction, chat_template)
-    stored = iter(range(row["num_tokens"]))
-    tokens = []
-    for position, (token_id, reason) in enumerate(zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)):
-        text = token_text(tokenizer, token_id)
-        if reason is None:
-            tokens.append(_extracted_token(row, next(stored), position, token_id, text, tokenizer, top_n))
-        else:
-            status = PROMPT if reason == PROMPT else SKIPPED
-            tokens.append(TokenAnalysis(position, token_id, text, status, reason))
-    return tokens
+    tokens = label_tokens(align_row(row, tokenizer, extraction, chat_template), tokenizer)
+    extracted = [token for token in tokens if token.status == EXTRACTED]
+    told = (_with_predictions(token, row, i, tokenizer, top_n) for i, token in enumerate(extracted))
+    return [next(told) if token.status == EXTRACTED else token for token in tokens]
 
 
-def _extracted_token(row, index: int, position: int, token_id: int, text: str, tokenizer, top_n: int) -> TokenAnalysis:
+def _with_predictions(token: TokenAnalysis, row: dict, index: int, tokenizer, top_n: int) -> TokenAnalysis:
     distribution = dequantize_all_logits(row, index)
     nucleus = distribution.token_ids[~distribution.is_sampled]
-    found = np.flatnonzero(nucleus == token_id)
-    return TokenAnalysis(
-        position=position,
-        token_id=token_id,
-        text=text,
-        status=EXTRACTED,
+    found = np.flatnonzero(nucleus == token.token_id)
+    return replace(
+        token,
         log_prob=float(row["token_log_probs"][index]),
         rank=int(found[0]) + 1 if len(found) else None,
         kept=len(nucleus),

@@ -7,12 +7,16 @@ Data flows one way: source rows -> aligned conversations -> batches -> distribut
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from chat_templates import RESERVED_KWARGS
 from command_line import run_command
 from errors import UsageError
 from logit_dataset import check_folder
+
+LEAST = {"top_k": 1, "num_sampled": 0, "batch_tokens": 1, "max_samples": 1, "max_length": 2, "preview": 1}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     source("--dataset_config", metavar="NAME", help="configuration of the dataset (default: its only one)")
     source("--dataset_revision", metavar="REV", help="branch, tag or commit of a Hub dataset (default: main branch)")
     source("--split", default="train", metavar="NAME", help="split to read (default: %(default)s)")
+    source("--streaming", action="store_true", help="read a dataset too large for the disk row by row (default: off)")
+    source("--messages_column", metavar="NAME", help="column with the list of messages (default: found by its name)")
+    source("--prompt_column", metavar="NAME", help="column with the question, or messages (default: found by its name)")
+    source("--response_column", metavar="NAME", help="column with the answer, or messages (default: found by its name)")
+    source("--system_prompt", metavar="TEXT", help="system message for conversations without one (default: none)")
     source("--max_samples", type=int, metavar="N", help="read the first N rows only (default: all)")
     source(
         "--max_length",
@@ -41,10 +50,38 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="skip conversations of more tokens; nothing is truncated (default: the model's positions)",
     )
-    source(
+    chat = parser.add_argument_group("what is extracted").add_argument
+    chat(
         "--chat_template",
         metavar="FILE_OR_TEXT",
-        help="Jinja template with {%% generation %%} blocks, a file or the text (default: the model's own)",
+        help="Jinja chat template, a file or the text (default: the model's own)",
+    )
+    chat(
+        "--template_kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template, such as '{\"enable_thinking\": false}' or tools (default: none)",
+    )
+    chat(
+        "--skip_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="do not extract these tokens of answers either (default: special tokens and think tags)",
+    )
+    chat(
+        "--keep_tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="extract these, such as the end-of-turn token, although they are special (default: none)",
+    )
+    chat(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="print N conversations as they would be extracted, run no model, write nothing (default: off)",
     )
     output = parser.add_argument_group("what is written").add_argument
     output("--output_repo", metavar="USER/NAME", help="Hub dataset to push to (default: none; the folder only)")
@@ -87,15 +124,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def json_object(text: str) -> dict:
+    """An option's JSON object; argparse turns the error into one about the option."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r} ({error})") from error
+    if not isinstance(value, dict) or RESERVED_KWARGS & set(value):
+        raise argparse.ArgumentTypeError(f"expected a JSON object without {', '.join(sorted(RESERVED_KWARGS))}")
+    return value
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for a value outside its range, naming option, value and range."""
-    if not arguments.output_repo and not arguments.output_dir:
+    if arguments.preview is None and not arguments.output_repo and not arguments.output_dir:
         raise UsageError("nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER, or both")
     if not 0 < arguments.top_p <= 1:
         raise UsageError(f"--top_p {arguments.top_p}: expected a number above 0 and up to 1")
     if not 0 <= arguments.seed < 2**63:
         raise UsageError(f"--seed {arguments.seed}: expected 0 or more, below 2**63")
-    for name, least in (("top_k", 1), ("num_sampled", 0), ("batch_tokens", 1), ("max_samples", 1), ("max_length", 2)):
+    for name, least in (
+        ("top_k", 1),
+        ("num_sampled", 0),
+        ("batch_tokens", 1),
+        ("max_samples", 1),
+        ("max_length", 2),
+        ("preview", 1),
+    ):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: expected {least} or more")
@@ -103,11 +158,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def _extract(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
-    folder = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
-    check_folder(folder, arguments.overwrite)
-    from extraction_run import extract  # torch takes seconds to import: help and wrong options don't wait for it
+    if arguments.preview is None:
+        folder = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
+        check_folder(folder, arguments.overwrite)
+    import extraction_run  # with torch, which takes seconds to import: help and wrong options don't wait for it
 
-    extract(arguments, folder)
+    if arguments.preview is not None:
+        extraction_run.preview(arguments)
+    else:
+        extraction_run.extract(arguments, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The run: shards of source rows through the model into files, with progress on the way and a summary at the end."""
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -22,6 +23,8 @@ from content_hash import hash_files
 from conversation_reader import Aligned, Reader, open_reader
 from conversations import to_stored
 from hub_access import resolve_commit
+from token_analysis import label_tokens
+from token_report import print_preview
 
 ROWS_PER_SHARD = 256
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
@@ -40,13 +43,31 @@ class Tally:
     shards: list[dict] = field(default_factory=list)
 
 
-def extract(arguments: argparse.Namespace, folder: Path) -> None:
-    """The command's work, from its checked arguments to the pushed dataset."""
+def open_conversations(arguments: argparse.Namespace) -> tuple[Reader, str | None]:
+    """The conversations as the model will read them, and the model's Hub commit (None for a folder)."""
     is_local = Path(arguments.model_id).exists()
-    device = teacher_model.choose_device(arguments.device)
     commit = None if is_local else resolve_commit(arguments.model_id, "model", arguments.model_revision)
     config = teacher_model.load_config(arguments.model_id, commit, arguments.gguf_file)
     reader = open_reader(arguments, commit, teacher_model.max_positions(config))
+    print(f"Assistant tokens: {reader.choice.mask_source}", file=sys.stderr)
+    return reader, commit
+
+
+def preview(arguments: argparse.Namespace) -> None:
+    """Print the first conversations as they would be extracted; runs no model and writes nothing."""
+    reader, _ = open_conversations(arguments)
+    ready, skipped = reader.align(0, arguments.preview)
+    for aligned in ready:
+        tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
+        print_preview(f"Source row {aligned.source_index}", tokens)
+    for entry in skipped:
+        print(f"Source row {entry['row']} would be skipped: {entry['reason']}")
+
+
+def extract(arguments: argparse.Namespace, folder: Path) -> None:
+    """The command's work, from its checked arguments to the pushed dataset."""
+    device = teacher_model.choose_device(arguments.device)
+    reader, commit = open_conversations(arguments)
     print(f"Loading {arguments.model_id} on {device} …", file=sys.stderr)
     model = teacher_model.load_teacher(
         arguments.model_id,
@@ -79,17 +100,18 @@ def describe_run(arguments: argparse.Namespace, reader: Reader, model, commit: s
         "model_id": arguments.model_id,
         "model_revision": commit or hash_files(arguments.model_id),
         "gguf_file": arguments.gguf_file,
-        "tokenizer_fingerprint": chat_alignment.tokenizer_fingerprint(reader.tokenizer),
+        "tokenizer_fingerprint": chat_alignment.tokenizer_fingerprint(reader.aligner.tokenizer),
         **{name: options[name] for name in ("dataset_id", "dataset_config", "split")},
         "dataset_revision": reader.source.revision,
         "max_samples": arguments.max_samples,
         "max_length": reader.max_length,
         "columns": reader.columns,
-        "chat_template": reader.chat_format.template,
-        "template_kwargs": reader.chat_format.template_kwargs,
-        "template_date": reader.chat_format.template_date,
-        "mask_source": "generation blocks",
-        "skipped_token_ids": sorted(reader.chat_format.skipped_token_ids),
+        "system_prompt": reader.system_prompt,
+        "chat_template": reader.choice.template.text,
+        "template_kwargs": reader.choice.template.kwargs,
+        "template_date": reader.choice.template.date,
+        "mask_source": reader.choice.mask_source,
+        "skipped_token_ids": sorted(reader.aligner.skipped_ids),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "versions": {name: metadata.version(name) for name in VERSIONED},
@@ -100,12 +122,12 @@ def describe_run(arguments: argparse.Namespace, reader: Reader, model, commit: s
 def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
     """Compute and write one shard after another, with a progress bar over the conversations."""
     tally, started = Tally(), time.monotonic()
-    fingerprint = logit_dataset.run_fingerprint(extraction)
     with tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True) as progress:
         try:
-            for shard, first in enumerate(range(0, reader.num_rows, ROWS_PER_SHARD)):
-                end = min(first + ROWS_PER_SHARD, reader.num_rows)
-                ready, skipped = reader.align(first, end)
+            for shard in itertools.count():
+                ready, skipped = reader.align(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
+                if not ready and not skipped:
+                    break
                 progress.update(len(skipped))
                 rows = []
                 for batch_rows, input_tokens in encode_batches(ready, extraction, model):
@@ -113,17 +135,30 @@ def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
                     count_rows(tally, batch_rows, input_tokens)
                     progress.set_postfix_str(f"{tally.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
                     progress.update(len(batch_rows))
-                rows.sort(key=lambda row: row["source_index"])
-                described = {"fingerprint": fingerprint, "first_row": first, "end_row": end, "skipped": skipped}
-                path = logit_dataset.write_shard(folder, extraction["split"], shard, rows, described)
-                tally.disk_bytes += path.stat().st_size
-                tally.skipped.update(entry["reason"] for entry in skipped)
-                tally.shards.append({"path": path.relative_to(folder).as_posix(), "num_rows": len(rows)})
-                logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": tally.shards})
+                finish_shard(folder, extraction, shard, rows, skipped, tally)
         except KeyboardInterrupt:
             progress.write(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.", file=sys.stderr)
             raise
     return tally
+
+
+def finish_shard(
+    folder: Path, extraction: dict, shard: int, rows: list[dict], skipped: list[dict], tally: Tally
+) -> None:
+    """Write a shard's rows in the order of the source, and what the folder says about its shards."""
+    first = shard * ROWS_PER_SHARD
+    described = {
+        "fingerprint": logit_dataset.run_fingerprint(extraction),
+        "first_row": first,
+        "end_row": first + len(rows) + len(skipped),
+        "skipped": skipped,
+    }
+    rows = sorted(rows, key=lambda row: row["source_index"])
+    path = logit_dataset.write_shard(folder, extraction["split"], shard, rows, described)
+    tally.disk_bytes += path.stat().st_size
+    tally.skipped.update(entry["reason"] for entry in skipped)
+    tally.shards.append({"path": path.relative_to(folder).as_posix(), "num_rows": len(rows)})
+    logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": tally.shards})
 
 
 def encode_batches(ready: list[Aligned], extraction: dict, model) -> Iterator[tuple[list[dict], int]]:

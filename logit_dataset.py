@@ -64,6 +64,7 @@ FINGERPRINT_KEYS = (
     "max_samples",
     "max_length",
     "columns",
+    "system_prompt",
     "chat_template",
     "template_kwargs",
     "template_date",

@@ -1,6 +1,9 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from content_hash import hash_files
@@ -10,29 +13,65 @@ from hub_access import explain_hub_error, resolve_commit
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceDataset:
-    """``rows`` is a ``datasets.Dataset``; ``revision`` a Hub commit, or a hash of the local files' contents."""
+    """One split of a dataset.
+
+    ``rows`` is a ``datasets`` Dataset or, streamed, an IterableDataset; ``revision`` a Hub commit, or a hash of the
+    local files' contents; ``num_rows`` is None for a stream whose length is recorded nowhere.
+    """
 
     rows: object
     revision: str
+    num_rows: int | None
+    column_names: list[str]
+    _stream: Iterator[dict] | None = None
+    _next_row: int = 0
+
+    def read(self, first: int, end: int) -> list[dict]:
+        """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order."""
+        if self.num_rows is not None:
+            end = min(end, self.num_rows)
+        if first >= end:
+            return []
+        if hasattr(self.rows, "select"):
+            return list(self.rows.select(range(first, end)))
+        if self._stream is None or first != self._next_row:
+            self._stream = iter(self.rows.skip(first))
+        found = list(islice(self._stream, end - first))
+        self._next_row = first + len(found)
+        return found
 
 
 def open_source(
-    dataset_id: str, config: str | None = None, revision: str | None = None, split: str = "train"
+    dataset_id: str,
+    config: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
 ) -> SourceDataset:
     """Open one split. Raises UsageError for wrong names and ToolkitError where the Hub refuses."""
     if "[" in split:
         raise UsageError(f"--split {split}: give the split's name alone, and --max_samples for its first rows")
+    what = f"--dataset_id {dataset_id}, --split {split}"
     path = Path(dataset_id)
     if path.exists():
-        rows = _load(_local_arguments(path, config, split), dataset_id, split)
-        return _not_empty(SourceDataset(rows, hash_files(path)), dataset_id, split)
-    if path.suffix in FILE_FORMATS:
+        arguments, commit = _local_arguments(path, config, split), hash_files(path)
+    elif path.suffix in FILE_FORMATS:
         raise UsageError(f"--dataset_id {dataset_id}: no such file")
-    commit = resolve_commit(dataset_id, "dataset", revision)
-    arguments = {"path": dataset_id, "name": config, "revision": commit}
-    return _not_empty(SourceDataset(_load(arguments, dataset_id, split), commit), dataset_id, split)
+    else:
+        commit = resolve_commit(dataset_id, "dataset", revision)
+        arguments = {"path": dataset_id, "name": config, "revision": commit}
+    with explained(dataset_id, what):
+        rows = _load(arguments, split, streaming)
+        first = next(iter(rows))  # no first row: StopIteration, as for an empty file
+    num_rows = _recorded_length(rows, split) if streaming else len(rows)
+    return SourceDataset(rows, commit, num_rows, list(first))
+
+
+def _recorded_length(stream, split: str) -> int | None:
+    splits = stream.info.splits
+    return splits[split].num_examples or None if splits and split in splits else None
 
 
 def _local_arguments(path: Path, config: str | None, split: str) -> dict:
@@ -43,13 +82,20 @@ def _local_arguments(path: Path, config: str | None, split: str) -> dict:
     return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}}
 
 
-def _load(arguments: dict, dataset_id: str, split: str):
+def _load(arguments: dict, split: str, streaming: bool):
     import datasets
 
-    what = f"--dataset_id {dataset_id}, --split {split}"
+    return datasets.load_dataset(**arguments, split=split, streaming=streaming)
+
+
+@contextmanager
+def explained(dataset_id: str, what: str) -> Iterator[None]:
+    """What ``datasets`` raises, as errors that say what to do."""
+    import datasets
+
     try:
-        return datasets.load_dataset(**arguments, split=split)
-    except StopIteration as error:  # what an empty file of JSON lines ends in
+        yield
+    except StopIteration as error:
         raise UsageError(f"{what}: no rows") from error
     except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
         raise ToolkitError(
@@ -59,9 +105,3 @@ def _load(arguments: dict, dataset_id: str, split: str):
         raise UsageError(f"{what}: {error.__cause__ or error}") from error
     except (ValueError, OSError) as error:
         raise explain_hub_error(error, what, UsageError) from error
-
-
-def _not_empty(source: SourceDataset, dataset_id: str, split: str) -> SourceDataset:
-    if len(source.rows) == 0:
-        raise UsageError(f"--dataset_id {dataset_id}, --split {split}: no rows")
-    return source

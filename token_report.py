@@ -1,47 +1,18 @@
-"""An analysis as a table in the terminal. Knows nothing of where the analysis came from."""
+"""An analysis as a table in the terminal, and a conversation before it is extracted."""
 
+import itertools
 import math
 import unicodedata
-from dataclasses import dataclass, field
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis
+
 PROMPT_END = 4  # prompt tokens shown before each answer
 TOKEN_WIDTH, PREDICTIONS_WIDTH, OWN_WIDTH = 30, 60, 15
-ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"', " ": "␣"}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One entry of a position's nucleus."""
-
-    token_id: int
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class TokenAnalysis:
-    """A token of the conversation and, where it was extracted, what the model said in its place.
-
-    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the real token's, exact,
-    in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
-    ``tail_mass`` the probability outside the nucleus.
-    """
-
-    position: int
-    token_id: int
-    text: str
-    status: str
-    reason: str | None = None
-    log_prob: float | None = None
-    rank: int | None = None
-    kept: int = 0
-    tail_mass: float | None = None
-    predictions: list[Prediction] = field(default_factory=list)
+ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 
 
 def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console | None = None) -> None:
@@ -119,13 +90,25 @@ def _fit(cell: Text, width: int) -> Text:
     return Text.assemble(cell, " " * (width - cell_len(cell.plain)))
 
 
-def quoted(text: str) -> str:
-    """The token in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
+def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | None = None) -> None:
+    """Print a conversation in runs of prompt, extracted and skipped tokens, told apart by word and by colour."""
+    console = console or Console(highlight=False)
+    extracted = sum(token.status == EXTRACTED for token in tokens)
+    console.print(f"{title}: {len(tokens)} tokens, {extracted} extracted", markup=False, style="bold", soft_wrap=True)
+    for (status, reason), run in itertools.groupby(tokens, key=lambda token: (token.status, token.reason)):
+        texts = [token.text for token in run]
+        line = f"  {status:<9} {len(texts):>5}  {quoted(''.join(texts), space=' ')}"
+        line += f"  ({reason})" if status == SKIPPED else ""
+        console.print(line, markup=False, style="bold green" if status == EXTRACTED else "bright_black", soft_wrap=True)
 
-    >>> quoted(" a\\n")
-    '"␣a\\\\n"'
+
+def quoted(text: str, space: str = "␣") -> str:
+    """The text in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
+
+    >>> quoted(" a\n")
+    '"␣a\\n"'
     """
-    shown = "".join(_visible(character) for character in text)
+    shown = "".join(space if character == " " else _visible(character) for character in text)
     if shown and unicodedata.combining(shown[0]):
         shown = f"◌{shown}"
     return f'"{shown}"'

@@ -55,14 +55,14 @@ def real_extraction(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def real_alignments(smollm2, source_rows):
     """The first 32 conversations as tokens and extracted positions."""
-    from chat_alignment import ChatFormat, align_conversation, default_skipped_token_ids
+    from chat_alignment import Aligner, skipped_token_ids
+    from chat_templates import ChatTemplate
     from conversations import to_conversation
 
     tokenizer = smollm2[1]
-    skipped = frozenset(default_skipped_token_ids(tokenizer))
-    chat_format = ChatFormat(TEMPLATE.read_text(encoding="utf-8"), skipped, {}, None)
-    columns = {"conversations": "conversations"}
-    return [align_conversation(to_conversation(row, columns), tokenizer, chat_format) for row in source_rows[:32]]
+    template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})
+    aligner = Aligner(tokenizer, template, skipped_token_ids(tokenizer))
+    return [aligner.align(to_conversation(row, {"messages": "conversations"})) for row in source_rows[:32]]
 
 
 def make_tiny_model(folder: Path, vocab_size: int = WIDE_VOCABULARY, seed: int = 0, **changes) -> Path:

@@ -1,13 +1,12 @@
 """Masks, skipped tokens, templates and checksums, against hand-written expectations and transformers itself."""
 
-import datetime
-
 import numpy as np
 import pytest
 from conftest import TEMPLATE
 
 import chat_alignment
-from chat_alignment import AlignmentError, ChatFormat, align_conversation, choose_template
+from chat_alignment import Aligner, AlignmentError, skipped_token_ids
+from chat_templates import ChatTemplate
 from conversations import to_stored
 from errors import UsageError
 
@@ -30,9 +29,9 @@ def align(smollm2):
     """Align a conversation and give its tokens' texts and reasons."""
     tokenizer = smollm2[1]
 
-    def run(messages, template=SHIPPED):
-        skipped = frozenset(chat_alignment.default_skipped_token_ids(tokenizer))
-        found = align_conversation(messages, tokenizer, ChatFormat(template, skipped, {}, None))
+    def run(messages, template=SHIPPED, skip=(), keep=()):
+        chat_template = ChatTemplate(template, tokenizer.special_tokens_map, {})
+        found = Aligner(tokenizer, chat_template, skipped_token_ids(tokenizer, skip, keep)).align(messages)
         texts = [chat_alignment.token_text(tokenizer, int(i)) for i in found.input_ids]
         return list(zip(texts, found.reasons, strict=True))
 
@@ -124,65 +123,24 @@ def test_ids_are_apply_chat_templates(smollm2, source_rows, real_alignments):
         assert aligned.input_ids.tolist() == expected
 
 
-def test_smollm2_template_renders_as_the_models_own(smollm2):
-    tokenizer = smollm2[1]
-    system = {"role": "system", "content": "Be brief"}
-    for content in ("Paris", " Paris", "\nParis\n", "", "ok 🙂", "<think>\n</think>x", "{{ 1 }} <b>"):
-        for messages in (assistant(content), [system, *assistant(content)], assistant(content) * 3, [QUESTION]):
-            for prompt in (False, True):
-                own = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-                options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": SHIPPED}
-                assert tokenizer.apply_chat_template(messages, **options) == own
+def test_tokens_may_be_kept_and_skipped(align):
+    messages = assistant("Yes, Paris")
+    assert answer_part(align(messages))[3:] == [
+        *(("Yes", None), (",", None), (" Paris", None)),
+        *(("<|im_end|>", SPECIAL), ("\n", "prompt")),
+    ]
+    marks_newline = THINKING.replace("if '<think>' not in", "if 0 and")
+    changed = answer_part(align(messages, marks_newline, skip=["ĠParis"], keep=["<|im_end|>"]))
+    assert changed[3:] == [
+        *(("Yes", None), (",", None), (" Paris", chat_alignment.CHOSEN_REASON)),
+        *(("<|im_end|>", None), ("\n", chat_alignment.AFTER_END_REASON)),
+    ]
 
 
-# --- templates that are refused ---
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("no/such/file.jinja", "no such file"),
-        ("{% for m in messages %}", "chat template, line 1"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "--chat_template has no generation blocks.*Pass"),
-        (None, "the model's own chat template has no generation blocks.*Pass --chat_template"),
-    ],
-)
-def test_templates_that_cannot_work_are_refused(smollm2, argument, message):
-    with pytest.raises(UsageError, match=message):
-        choose_template(argument, smollm2[1])
-
-
-def test_a_model_without_a_template_is_refused():
-    class Base:
-        chat_template = None
-
-    with pytest.raises(UsageError, match="no chat template: is it a base model"):
-        choose_template(None, Base())
-
-
-def test_a_template_is_a_path_or_its_text(smollm2):
-    text = TEMPLATE.read_text(encoding="utf-8")
-    assert choose_template(str(TEMPLATE), smollm2[1]) == choose_template(text, smollm2[1]) == text
-
-
-@pytest.mark.parametrize("body", ["raise_exception('no system role')", "messages[0].nothing.at.all", "1 + 'a'"])
-def test_a_template_that_raises_is_a_reason(align, body):
-    with pytest.raises(AlignmentError, match="the chat template refuses it"):
-        align(assistant("Yes"), f"{BARE}{{{{ {body} }}}}")
-
-
-def test_templates_cannot_leave_the_sandbox(align):
-    template = "{% generation %}{{ ().__class__.__bases__[0].__subclasses__() }}{% endgeneration %}"
-    with pytest.raises(AlignmentError, match="unsafe"):
-        align(assistant("Yes"), template)
-
-
-def test_a_recorded_date_is_the_templates_date(smollm2):
-    template = "{{ strftime_now('%d %b %Y') }} {% generation %}x{% endgeneration %}"
-    assert chat_alignment.todays_date(template) == datetime.date.today().isoformat()
-    assert chat_alignment.todays_date("no date") is None
-    chat_format = ChatFormat(template, frozenset(), {}, "2024-07-26")
-    assert chat_alignment.render([QUESTION], smollm2[1], chat_format)[0] == "26 Jul 2024 x"
+@pytest.mark.parametrize("option", ["skip", "keep"])
+def test_texts_that_are_no_token_are_refused(align, option):
+    with pytest.raises(UsageError, match=f"--{option}_tokens 'two words': not one token"):
+        align(assistant("Yes"), **{option: ["two words"]})
 
 
 # --- stored rows ---
@@ -194,11 +152,11 @@ def stored(smollm2):
     tokenizer = smollm2[1]
     extraction = {
         "chat_template": TEMPLATE.read_text(encoding="utf-8"),
-        "skipped_token_ids": chat_alignment.default_skipped_token_ids(tokenizer),
+        "skipped_token_ids": sorted(skipped_token_ids(tokenizer)),
         "template_kwargs": {},
         "template_date": None,
     }
-    aligned = align_conversation(assistant("Paris, France"), tokenizer, ChatFormat.from_extraction(extraction))
+    aligned = Aligner.from_extraction(tokenizer, extraction).align(assistant("Paris, France"))
     row = {
         "messages": to_stored(assistant("Paris, France")),
         "num_tokens": len(aligned.positions),

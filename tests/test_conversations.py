@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversations import ConversationError, detect_columns, from_stored, to_conversation, to_stored
+from conversations import ConversationError, choose_columns, from_stored, to_conversation, to_stored
 from errors import ToolkitError, UsageError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -25,24 +25,71 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
     ids=lambda row: "+".join(row),
 )
 def test_every_format_becomes_the_same_conversation(row):
-    assert to_conversation(row, detect_columns(list(row))) == [USER, ASSISTANT]
+    assert to_conversation(row, choose_columns(list(row))) == [USER, ASSISTANT]
 
 
 def test_an_alpaca_input_follows_the_instruction():
     row = {"instruction": "Translate.", "input": "Hej", "output": "Hello"}
-    assert to_conversation(row, detect_columns(list(row)))[0]["content"] == "Translate.\n\nHej"
+    assert to_conversation(row, choose_columns(list(row)))[0]["content"] == "Translate.\n\nHej"
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "x", "chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
+        ({"dialog": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {"messages": "dialog"}),
+        ({"q": "Hi", "a": "Hello", "question": "?", "answer": "!"}, {"prompt": "q", "response": "a"}),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {}),
+        ({"prompt": [USER], "completion": "Hello"}, {}),
+    ],
+)
+def test_columns_may_be_named_and_hold_messages(row, named):
+    assert to_conversation(row, choose_columns(list(row), **named)) == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"messages": "missing"}, "no column 'missing'; the dataset has: question, answer"),
+        ({"prompt": "question"}, "--prompt_column and --response_column together"),
+        ({"messages": "question", "response": "answer"}, "--messages_column alone"),
+    ],
+)
+def test_columns_that_are_named_wrongly_are_refused(named, message):
+    with pytest.raises(UsageError, match=message):
+        choose_columns(["question", "answer"], **named)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_system_prompts_beside_the_conversation(name):
+    row = {"question": "Hi", "answer": "Hello", name: "Be kind"}
+    columns = choose_columns(list(row))
+    system = {"role": "system", "content": "Be kind"}
+    assert to_conversation(row, columns) == [system, USER, ASSISTANT]
+    assert to_conversation({**row, name: ""}, columns) == [USER, ASSISTANT]
+    assert to_conversation({**row, name: None}, columns, "Fixed")[0]["content"] == "Fixed"
+    assert to_conversation(row, columns, "Fixed")[0] == system
+    own = {"messages": [{"role": "system", "content": "Own"}, USER, ASSISTANT]}
+    assert to_conversation(own, {"messages": "messages"}, "Fixed")[0]["content"] == "Own"
+
+
+def test_other_keys_of_messages_are_kept_and_nulls_are_not():
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+    found = to_conversation({"messages": [USER, calling]}, {"messages": "messages"})
+    assert found == [USER, {"role": "assistant", "tool_calls": [call]}]
 
 
 def test_sharegpt_roles():
     turns = [("system", "Be kind"), ("user", "Hi"), ("chatgpt", "Hello"), ("tool", "7"), ("model", "Seven")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    found = [message["role"] for message in to_conversation(row, {"conversations": "conversations"})]
+    found = [message["role"] for message in to_conversation(row, {"messages": "conversations"})]
     assert found == ["system", "user", "assistant", "tool", "assistant"]
 
 
 def test_unknown_columns_are_listed():
     with pytest.raises(UsageError, match="no chat columns among: text, label"):
-        detect_columns(["text", "label"])
+        choose_columns(["text", "label"])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +102,7 @@ def test_unknown_columns_are_listed():
 )
 def test_ambiguous_columns_are_listed(columns):
     with pytest.raises(UsageError, match="ambiguous columns") as caught:
-        detect_columns(columns)
+        choose_columns(columns)
     assert ", ".join(columns) in str(caught.value)
 
 
@@ -67,17 +114,18 @@ def test_ambiguous_columns_are_listed(columns):
         ({"messages": None}, "no list of messages"),
         ({"messages": "Hi"}, "no list of messages"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "an assistant turn without content"),
-        ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a message without a role"),
+        ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a turn with neither 'role' nor 'from' and 'value'"),
+        ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "a message without a role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "content is not text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown speaker 'alien'"),
-        ({"conversations": [{"role": "user", "content": "x"}]}, "a turn without 'from' and 'value'"),
+        ({"conversations": [{"value": "x"}]}, "a turn with neither 'role' nor 'from' and 'value'"),
         ({"question": "Hi", "answer": None}, "an assistant turn without content"),
         ({"question": "Hi", "answer": 7}, "content is not text"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(row, reason):
     with pytest.raises(ConversationError, match=reason):
-        to_conversation(row, detect_columns(list(row)))
+        to_conversation(row, choose_columns(list(row)))
 
 
 values = st.none() | st.booleans() | st.integers() | st.text()

@@ -15,7 +15,7 @@ from chat_alignment import AlignmentError
 from errors import ToolkitError
 from explore_logits import analyze_token_probabilities, execute_analysis, unpack_indices
 from logit_dataset import open_dataset
-from token_report import EXTRACTED, PROMPT, SKIPPED
+from token_analysis import EXTRACTED, PROMPT, SKIPPED
 
 
 @pytest.fixture(scope="module")

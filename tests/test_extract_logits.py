@@ -156,7 +156,8 @@ def refused(capsys) -> str:
         ({"batch_tokens": 0}, 2, "--batch_tokens 0"),
         ({"device": "cuda:9"}, 2, "--device cuda:9"),
         ({"output_dir": None}, 2, "nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER"),
-        ({"chat_template": None}, 2, "no generation blocks"),
+        ({"chat_template": "{{ messages[-1].content }}"}, 2, "renders otherwise alone"),
+        ({"chat_template": "{{ messages | length }}"}, 2, "Three ways out"),
         ({"chat_template": "no/such.jinja"}, 2, "--chat_template no/such.jinja: no such file"),
         ({"chat_template": "{% for %}"}, 2, "chat template, line 1"),
         ({"chat_template": "{{ raise_exception('not me') }}{% generation %}{% endgeneration %}"}, 1, "not me"),
@@ -224,6 +225,14 @@ def test_a_tokenizer_with_wide_ordinary_ids_is_refused(extract, chat_file, tmp_p
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     assert extract(chat_file([GOOD]), model_id=model) == 2
     assert "ordinary tokens up to id 262144, expected ids below 262144" in refused(capsys)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"messages": []}'])
+def test_template_kwargs_are_a_json_object(extract, chat_file, capsys, text):
+    with pytest.raises(SystemExit) as left:
+        extract(chat_file([GOOD]), template_kwargs=text)
+    assert left.value.code == 2
+    assert "argument --template_kwargs: expected a JSON object" in capsys.readouterr().err
 
 
 def test_dtypes_are_listed(extract, chat_file, capsys):

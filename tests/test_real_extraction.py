@@ -10,7 +10,7 @@ from conftest import TEMPLATE
 
 import logit_codec
 import logit_dataset
-from chat_alignment import align_row, choose_template
+from chat_alignment import align_row
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,9 @@ def test_parquet_is_written_as_the_format_says(real_extraction):
     assert b"ARROW:schema" not in (file.schema_arrow.metadata or {})
 
 
-def test_the_recorded_template_is_the_options(stored, smollm2):
-    assert stored[0].extraction["chat_template"] == choose_template(str(TEMPLATE), smollm2[1])
+def test_the_recorded_template_is_the_options(stored):
+    assert stored[0].extraction["chat_template"] == TEMPLATE.read_text(encoding="utf-8")
+    assert stored[0].extraction["mask_source"] == "generation blocks of --chat_template"
 
 
 def test_the_summary_is_true(real_extraction, stored):

@@ -6,7 +6,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from token_report import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis, print_token_table, quoted
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis
+from token_report import print_preview, print_token_table, quoted
 
 
 def extracted(text: str, rank: int | None, predictions: list[tuple[str, float]], log_prob=-0.5) -> TokenAnalysis:
@@ -101,3 +102,19 @@ def test_nothing_acts_on_the_terminal_and_markup_is_text():
 )
 def test_every_character_can_be_told(text, shown):
     assert quoted(text) == shown
+
+
+def test_a_preview_tells_runs_of_tokens_apart():
+    buffer = io.StringIO()
+    print_preview("Source row 3", TOKENS, Console(file=buffer, highlight=False))
+    assert buffer.getvalue().splitlines() == [
+        "Source row 3: 13 tokens, 4 extracted",
+        '  prompt        7  "far0far1far2far3far4far5assistant"',
+        '  skipped       1  "<think>"  (think tag)',
+        '  extracted     4  "The capital東京都の塔です🙂\\n"',
+        '  skipped       1  "<|im_end|>"  (special token)',
+    ]
+    buffer = io.StringIO()
+    print_preview("x", TOKENS, Console(file=buffer, highlight=False, force_terminal=True, width=60))
+    styles = [line[: line.index("m") + 1] for line in buffer.getvalue().splitlines()[1:] if line.startswith("\x1b")]
+    assert styles[:4] == ["\x1b[90m", "\x1b[90m", "\x1b[1;32m", "\x1b[90m"]
