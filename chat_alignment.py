@@ -161,7 +161,7 @@ class Aligner:
             extraction["chat_template"],
             tokenizer.special_tokens_map,
             extraction["template_kwargs"],
-            extraction["template_date"],
+            extraction.get("template_date"),
         )
         return cls(tokenizer, template, frozenset(extraction["skipped_token_ids"]))
 
@@ -233,7 +233,7 @@ def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None 
     aligner = recorded = Aligner.from_extraction(tokenizer, extraction)
     conversation = from_stored(row["messages"])
     if chat_template is not None:
-        kwargs, date = extraction["template_kwargs"], extraction["template_date"]
+        kwargs, date = extraction["template_kwargs"], extraction.get("template_date")
         choice = choose_template(chat_template, tokenizer, kwargs, date, [conversation])
         aligner = Aligner(tokenizer, choice.template, recorded.skipped_ids)
     try:

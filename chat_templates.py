@@ -81,13 +81,13 @@ class ChatTemplate:
             return None
 
     def _render(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # The library hands templates no functions, and its own strftime_now is the clock: pin it on the compiled one.
+        pinned = compile_template(self.text).globals
+        pinned.pop("strftime_now", None)
         if self.date:
-            # The library hands templates no functions, and its own strftime_now is the clock: pin it.
-            date = datetime.date.fromisoformat(self.date)
-            compile_template(self.text).globals["strftime_now"] = date.strftime
+            pinned["strftime_now"] = datetime.date.fromisoformat(self.date).strftime
         try:
             texts, spans = render_jinja_template(
                 conversations=[conversation],
@@ -95,7 +95,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self.has_generation_blocks,
                 **{**self.special_tokens, **self.kwargs, **options},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {error}") from error
         return texts[0], spans[0] if spans else []
 
@@ -203,7 +203,10 @@ def read_template(argument: str) -> str:
     path = Path(argument).expanduser()
     if not path.is_file():
         raise UsageError(f"--chat_template {argument}: no such file, and no template text ({{% … %}}) either")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--chat_template {argument}: expected UTF-8 text ({error})") from error
 
 
 def compile_template(text: str):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import chat_alignment
 from chat_templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
-from conversations import ConversationError, choose_columns, to_conversation
+from conversations import ConversationError, choose_columns, to_conversation, to_stored
 from errors import ToolkitError
 from source_dataset import SourceDataset, open_source
 
@@ -18,7 +18,7 @@ class Aligned:
     """A source row that is ready for the model."""
 
     source_index: int
-    conversation: list[dict]
+    messages: list[dict]
     alignment: chat_alignment.Alignment
 
 
@@ -32,6 +32,7 @@ class Reader:
     choice: TemplateChoice
     aligner: chat_alignment.Aligner
     max_length: int | None
+    vocab_size: int
     num_rows: int | None
 
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
@@ -54,13 +55,18 @@ class Reader:
         alignment = self.aligner.align(conversation)
         if self.max_length and len(alignment.input_ids) > self.max_length:
             raise ConversationError(f"longer than {self.max_length} tokens")
+        if alignment.input_ids.max(initial=0) >= self.vocab_size:
+            raise ConversationError(f"a token beyond the model's {self.vocab_size} embeddings")
         if not len(alignment.positions):
             raise ConversationError("no token to extract: the assistant mask is empty")
-        return Aligned(index, conversation, alignment)
+        return Aligned(index, to_stored(conversation), alignment)
 
 
-def open_reader(arguments: argparse.Namespace, model_commit: str | None, positions: int | None) -> Reader:
-    """Open dataset and tokenizer, and prove on the first conversations that there is something to extract."""
+def open_reader(arguments: argparse.Namespace, model_commit: str | None, limits) -> Reader:
+    """Open dataset and tokenizer, and prove on the first conversations that there is something to extract.
+
+    ``limits`` has the model's ``vocab_size`` and ``positions``.
+    """
     source = open_source(
         arguments.dataset_id,
         arguments.dataset_config,
@@ -82,7 +88,8 @@ def open_reader(arguments: argparse.Namespace, model_commit: str | None, positio
         system_prompt=arguments.system_prompt,
         choice=choice,
         aligner=chat_alignment.Aligner(tokenizer, choice.template, skipped),
-        max_length=min(filter(None, (arguments.max_length, positions)), default=None),
+        max_length=min(filter(None, (arguments.max_length, limits.positions)), default=None),
+        vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, arguments.max_samples) if n is not None), default=None),
     )
     _prove(reader, conversations)

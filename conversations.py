@@ -94,8 +94,9 @@ def to_conversation(row: dict, columns: dict[str, str], system_prompt: str | Non
 
 def _prompt_turns(row: dict, columns: dict[str, str]) -> list[dict]:
     prompt = row[columns["prompt"]]
-    if "input" in columns and row[columns["input"]]:
-        prompt = f"{prompt}\n\n{row[columns['input']]}"
+    added = row[columns["input"]] if "input" in columns else None
+    if isinstance(added, str) and added.strip():
+        prompt = f"{prompt}\n\n{added}" if prompt else added
     return _as_turns(prompt, "user")
 
 
@@ -111,26 +112,36 @@ def _turns(turns) -> list[dict]:
 
 
 def _from_sharegpt(turn: dict) -> dict:
-    if turn.get("from") is None or "value" not in turn:
+    speaker = turn.get("from")
+    if speaker is None or "value" not in turn:
         raise ConversationError("a turn with neither 'role' nor 'from' and 'value'")
-    role = SHAREGPT_ROLES.get(turn["from"])
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise ConversationError(f"unknown speaker {turn['from']!r}")
+        raise ConversationError(f"unknown speaker {speaker!r}")
     return {"role": role, "content": turn["value"]}
 
 
 def _checked(messages: list[dict]) -> list[dict]:
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = [_plain({key: value for key, value in message.items() if value is not None}) for message in messages]
     for message in messages:
-        if not isinstance(message.get("role"), str):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
             raise ConversationError("a message without a role")
-        if not isinstance(message.get("content", ""), str):
+        if not isinstance(content, str | None):
             raise ConversationError("a message whose content is not text")
+        if content is None and (role != "assistant" or set(message) == {"role"}):
+            raise ConversationError(f"a turn of role {role!r} without content")
     if not any(message["role"] == "assistant" for message in messages):
         raise ConversationError("no assistant turn")
-    if any(message["role"] == "assistant" and set(message) == {"role"} for message in messages):
-        raise ConversationError("an assistant turn without content")
     return messages
+
+
+def _plain(message: dict) -> dict:
+    """The message as JSON gives it back, so that what is rendered now is what can be rendered from the stored row."""
+    try:
+        return json.loads(json.dumps(message, default=str, allow_nan=False))
+    except ValueError as error:
+        raise ConversationError("a message with a number that JSON has not") from error
 
 
 def to_stored(conversation: list[dict]) -> list[dict]:
@@ -155,12 +166,21 @@ def from_stored(messages: list[dict]) -> list[dict]:
 
 
 def _from_stored(message: dict) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ToolkitError(f"column messages: found {message!r:.40}, expected role, content and extra")
     restored = {"role": message["role"]}
-    if message["content"] is not None:
+    if message.get("content") is not None:
         restored["content"] = message["content"]
-    if message["extra"] is not None:
-        try:
-            restored.update(json.loads(message["extra"]))
-        except ValueError as error:
-            raise ToolkitError(f"column messages: extra is no JSON object: {error}") from error
+    if message.get("extra") is not None:
+        restored.update(_extra_object(message["extra"]))
     return restored
+
+
+def _extra_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise ToolkitError(f"column messages: extra is no JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ToolkitError(f"column messages: extra is no JSON object: {text:.40}")
+    return value

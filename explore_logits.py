@@ -21,6 +21,8 @@ from logit_dataset import open_dataset
 from token_analysis import EXTRACTED, Prediction, TokenAnalysis, label_tokens
 from token_report import print_token_table
 
+COMMIT_DIGITS = 40  # a Hub commit; a local model's revision is a hash of 64
+
 __all__ = ["analyze_token_probabilities", "dequantize_all_logits", "execute_analysis", "unpack_indices"]
 
 
@@ -82,17 +84,18 @@ def _with_predictions(token: TokenAnalysis, row: dict, index: int, tokenizer, to
 def _recorded_tokenizer(extraction: dict, tokenizer_id: str | None):
     """The tokenizer that the extraction used, from its recorded place or from ``tokenizer_id``."""
     source = tokenizer_id or extraction["model_id"]
-    recorded = tokenizer_id is None
-    revision = extraction["model_revision"] if recorded and not Path(source).exists() else None
-    try:
-        tokenizer = load_tokenizer(source, revision, extraction["gguf_file"] if recorded else None)
-    except ToolkitError as error:
-        raise ToolkitError(f"{error}\nSay where the tokenizer lies now with tokenizer_id.") from error
+    recorded, is_commit = tokenizer_id is None, len(extraction["model_revision"]) == COMMIT_DIGITS
+    if recorded and not is_commit and not Path(source).exists():
+        raise ToolkitError(
+            f"the model was the local folder {source}, which is not here. Say where it lies now: --tokenizer_id FOLDER"
+        )
+    revision = extraction["model_revision"] if recorded and is_commit else None
+    tokenizer = load_tokenizer(source, revision, extraction.get("gguf_file") if recorded else None)
     found = tokenizer_fingerprint(tokenizer)
     if found != extraction["tokenizer_fingerprint"]:
         raise ToolkitError(
             f"tokenizer of {source}: fingerprint {found[:12]}, expected {extraction['tokenizer_fingerprint'][:12]}; "
-            "it is not the tokenizer that the extraction used. Name another with tokenizer_id."
+            "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
         )
     return tokenizer
 

@@ -8,6 +8,7 @@ Data flows one way: source rows -> aligned conversations -> batches -> distribut
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for a value outside its range, naming option, value and range."""
     if arguments.preview is None and not arguments.output_repo and not arguments.output_dir:
         raise UsageError("nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER, or both")
+    if arguments.model_id.endswith(".gguf"):
+        name = Path(arguments.model_id).name
+        raise UsageError(f"--model_id {arguments.model_id}: give the folder, and the file's name: --gguf_file {name}")
+    if arguments.output_repo and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", arguments.output_repo):
+        raise UsageError(f"--output_repo {arguments.output_repo}: expected USER/NAME")
     if not 0 < arguments.top_p <= 1:
         raise UsageError(f"--top_p {arguments.top_p}: expected a number above 0 and up to 1")
     if not 0 <= arguments.seed < 2**63:

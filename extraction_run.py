@@ -21,8 +21,8 @@ import teacher_model
 from batching import plan_batches
 from content_hash import hash_files
 from conversation_reader import Aligned, Reader, open_reader
-from conversations import to_stored
-from hub_access import resolve_commit
+from errors import UsageError
+from hub_access import HubUnreachable, resolve_commit
 from token_analysis import label_tokens
 from token_report import print_preview
 
@@ -47,8 +47,13 @@ def open_conversations(arguments: argparse.Namespace) -> tuple[Reader, str | Non
     """The conversations as the model will read them, and the model's Hub commit (None for a folder)."""
     is_local = Path(arguments.model_id).exists()
     commit = None if is_local else resolve_commit(arguments.model_id, "model", arguments.model_revision)
+    if is_local and arguments.model_revision:
+        raise UsageError(f"--model_revision: {arguments.model_id} is a local folder, which has no revisions")
     config = teacher_model.load_config(arguments.model_id, commit, arguments.gguf_file)
-    reader = open_reader(arguments, commit, teacher_model.max_positions(config))
+    limits = teacher_model.input_limits(config)
+    if arguments.top_k > limits.vocab_size:
+        raise UsageError(f"--top_k {arguments.top_k}: the model has {limits.vocab_size} tokens, expected no more")
+    reader = open_reader(arguments, commit, limits)
     print(f"Assistant tokens: {reader.choice.mask_source}", file=sys.stderr)
     return reader, commit
 
@@ -68,6 +73,11 @@ def extract(arguments: argparse.Namespace, folder: Path) -> None:
     """The command's work, from its checked arguments to the pushed dataset."""
     device = teacher_model.choose_device(arguments.device)
     reader, commit = open_conversations(arguments)
+    if arguments.output_repo:
+        try:  # what the Hub refuses, it refuses before the night and not after it
+            logit_dataset.make_repository(arguments.output_repo, arguments.private)
+        except HubUnreachable:
+            print(f"The Hub cannot be reached now; rows go to {folder}, and are pushed at the end.", file=sys.stderr)
     print(f"Loading {arguments.model_id} on {device} …", file=sys.stderr)
     model = teacher_model.load_teacher(
         arguments.model_id,
@@ -79,11 +89,13 @@ def extract(arguments: argparse.Namespace, folder: Path) -> None:
     )
     teacher_model.probe(model)
     extraction = describe_run(arguments, reader, model, commit)
-    logit_dataset.clear_folder(folder)
+    logit_dataset.set_aside(folder)
     logit_dataset.write_json(folder, logit_dataset.EXTRACTION_FILE, extraction)
+    logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": []})
     logit_dataset.write_text(folder, logit_dataset.CARD_FILE, dataset_card.render_card(extraction))
     tally = run_shards(folder, extraction, reader, model)
     logit_dataset.write_text(folder, logit_dataset.CARD_FILE, dataset_card.render_card(extraction, vars(tally)))
+    logit_dataset.drop_replaced(folder)
     print_summary(tally, folder)
     if arguments.output_repo:
         print(f"Pushed: {logit_dataset.push_folder(folder, arguments.output_repo, arguments.private)}")
@@ -122,6 +134,7 @@ def describe_run(arguments: argparse.Namespace, reader: Reader, model, commit: s
 def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
     """Compute and write one shard after another, with a progress bar over the conversations."""
     tally, started = Tally(), time.monotonic()
+    replaced = (folder / logit_dataset.REPLACED).exists()
     with tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True) as progress:
         try:
             for shard in itertools.count():
@@ -137,7 +150,8 @@ def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
                     progress.update(len(batch_rows))
                 finish_shard(folder, extraction, shard, rows, skipped, tally)
         except KeyboardInterrupt:
-            progress.write(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.", file=sys.stderr)
+            kept = f" The run that it was to replace is in {folder / logit_dataset.REPLACED}." if replaced else ""
+            progress.write(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.{kept}", file=sys.stderr)
             raise
     return tally
 
@@ -183,7 +197,7 @@ def _request(aligned: Aligned, seed: int):
 def _stored_row(aligned: Aligned, columns: dict) -> dict:
     return {
         **columns,
-        "messages": to_stored(aligned.conversation),
+        "messages": aligned.messages,
         "source_index": aligned.source_index,
         "alignment_checksum": aligned.alignment.checksum,
     }

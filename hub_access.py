@@ -7,6 +7,10 @@ from errors import ToolkitError, UsageError
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
 
 
+class HubUnreachable(ToolkitError):
+    """No answer at all: no network, no Hub, or offline mode."""
+
+
 def explain_hub_error(error: BaseException, what: str, otherwise: type[ToolkitError] = ToolkitError) -> ToolkitError:
     """A ToolkitError for an exception of the Hub's clients, or of type ``otherwise`` if it is not of the Hub.
 
@@ -19,7 +23,7 @@ def explain_hub_error(error: BaseException, what: str, otherwise: type[ToolkitEr
     if status is not None:
         return ToolkitError(f"{what}: {_advice(status, names, chain)}")
     if names & UNREACHABLE:
-        return ToolkitError(f"{what}: the Hub cannot be reached, and nothing on this machine has that name")
+        return HubUnreachable(f"{what}: the Hub cannot be reached, and nothing here serves in its place")
     if "HFValidationError" in names:
         return UsageError(f"{what}: no such file or folder, and no Hub id (USER/NAME) either")
     return otherwise(f"{what}: {error}")

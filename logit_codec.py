@@ -93,7 +93,7 @@ def nearest_codes(probabilities: np.ndarray) -> np.ndarray:
 
 
 def carried_codes(probabilities: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Codes of a nucleus, uint8 (n, K), that keep each row's total (FORMAT.md, "Rounding carries").
+    """Codes of a nucleus, uint8 (n, K), that keep each row's total (FORMAT.md, "Codes").
 
     ``probabilities`` float64 (n, K), most probable first; entries outside ``present`` (bool, same shape) get 0.
     """
@@ -180,7 +180,7 @@ def select_nucleus(log_probs: np.ndarray, top_k: int, top_p: float) -> np.ndarra
 def draw_tail(probabilities: np.ndarray, kept_ids: np.ndarray, uniform: float, num_sampled: int) -> np.ndarray:
     """Systematic draws in id order from what was not kept, int64 (S,), all ``ABSENT`` where nothing is left.
 
-    ``probabilities`` float64 (V,). The plain reference of FORMAT.md, "Sampled tail".
+    ``probabilities`` float64 (V,). The plain reference of FORMAT.md, "What is stored at a position".
     """
     tail = np.array(probabilities[:MAX_TOKEN_ID], np.float64)
     tail[kept_ids] = 0
@@ -261,9 +261,7 @@ def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
 
 def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and codes uint8, both (width,), of one position."""
-    low = sample[f"{kind}_indices_low"]
-    codes = _whole_bytes(sample[f"{kind}_logits_quantized"], len(low))
-    high = _whole_bytes(sample[f"{kind}_indices_high"], -(-len(low) // 4))
+    low, high, codes = _entry_values(sample, kind)
     if len(low) % n or len(codes) != len(low) or len(high) != -(-len(low) // 4):
         found = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
         raise RowError(f"{kind}_*", found, f"a multiple of {n}, as many low entries, a quarter of high bytes")
@@ -274,9 +272,13 @@ def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray
     return ids, _as_numbers(codes[start:end], np.uint8)
 
 
-def _whole_bytes(value, length: int):
-    """A binary column's value; ``with_format("numpy")`` drops its trailing zero bytes, which are put back."""
-    return bytes(value).ljust(length, b"\0") if isinstance(value, np.bytes_) else value
+def _entry_values(row: dict, kind: str) -> tuple:
+    """The low, high and code columns. Formatted as arrays (``with_format("numpy")``, ``"torch"``), bytes have lost
+    the zeros at their end, which are put back."""
+    low, high, codes = (row[f"{kind}_{name}"] for name in ("indices_low", "indices_high", "logits_quantized"))
+    if not isinstance(low, list):
+        codes, high = bytes(codes).ljust(len(low), b"\0"), bytes(high).ljust(-(-len(low) // 4), b"\0")
+    return low, high, codes
 
 
 def decode_row(row: dict) -> DecodedRow:
@@ -284,9 +286,9 @@ def decode_row(row: dict) -> DecodedRow:
     n = int(row["num_tokens"])
     arrays = {}
     for kind in ("top", "sampled"):
-        low = row[f"{kind}_indices_low"]
-        codes = _as_numbers(_whole_bytes(row[f"{kind}_logits_quantized"], len(low)), np.uint8).reshape(n, -1)
-        ids = unpack_indices(low, _whole_bytes(row[f"{kind}_indices_high"], -(-len(low) // 4)))
+        low, high, codes = _entry_values(row, kind)
+        codes = _as_numbers(codes, np.uint8).reshape(n, -1)
+        ids = unpack_indices(low, high)
         arrays[f"{kind}_ids"] = ids.reshape(codes.shape)
         arrays[f"{kind}_log_probs"] = CODE_LOG_PROBS[codes]
     stored = np.exp(arrays["top_log_probs"]).sum(axis=1)
@@ -299,33 +301,41 @@ def decode_row(row: dict) -> DecodedRow:
 
 def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_number: int | None = None) -> None:
     """Raise RowError where a row breaks FORMAT.md, "What a reader refuses" (its numeric columns)."""
-    n = row["num_tokens"]
+    n = row.get("num_tokens")
     if not isinstance(n, (int, np.integer)) or n < 1:
         raise RowError("num_tokens", repr(n), "at least 1 extracted token", row_number)
     for kind, width in (("top", top_k), ("sampled", num_sampled)):
         _check_entries(row, kind, n * width, vocab_size, row_number)
-    for column in ("logsumexp", "token_log_probs"):
-        _check_length(row, column, n, row_number)
+    log_probs = _check_numbers(row, "token_log_probs", n, np.float64, row_number)
+    if not (log_probs <= 1e-3).all():  # a float32 logsumexp may put a certain token a last bit above 0
+        raise RowError("token_log_probs", f"{log_probs.max()}", "log-probabilities, at most 0", row_number)
+    if not np.isfinite(_check_numbers(row, "logsumexp", n, np.float64, row_number)).all():
+        raise RowError("logsumexp", "a number that is not finite", "finite nats", row_number)
 
 
-def _check_length(row: dict, column: str, expected: int, row_number: int | None) -> None:
+def _check_numbers(row: dict, column: str, expected: int, dtype, row_number: int | None) -> np.ndarray:
+    """The column as an array of ``expected`` numbers."""
     value = row.get(column)
     if value is None or len(value) != expected:
         found = "nothing" if value is None else f"length {len(value)}"
         raise RowError(column, found, f"length {expected}", row_number)
+    try:
+        return _as_numbers(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RowError(column, "null, or no number", f"{expected} numbers", row_number) from error
 
 
 def _check_entries(row: dict, kind: str, count: int, vocab_size: int, row_number: int | None) -> None:
-    codes, low, high = f"{kind}_logits_quantized", f"{kind}_indices_low", f"{kind}_indices_high"
-    _check_length(row, codes, count, row_number)
-    _check_length(row, low, count, row_number)
-    _check_length(row, high, -(-count // 4), row_number)
+    low_name, high_name = f"{kind}_indices_low", f"{kind}_indices_high"
+    codes = _check_numbers(row, f"{kind}_logits_quantized", count, np.uint8, row_number)
+    low = _check_numbers(row, low_name, count, "<u2", row_number)
+    high = _check_numbers(row, high_name, -(-count // 4), np.uint8, row_number)
     used_bits = 2 * (count % 4)
-    if used_bits and row[high][-1] >> used_bits:
-        raise RowError(high, f"last byte {row[high][-1]:#04x}", "padding bits of zero", row_number)
-    ids = unpack_indices(row[low], row[high])
-    absent = _as_numbers(row[codes], np.uint8) == 0
-    if ids[absent].any():
-        raise RowError(low, f"id {ids[absent].max()} beside code 0", "id 0 there", row_number)
+    if used_bits and high[-1] >> used_bits:
+        raise RowError(high_name, f"last byte {high[-1]:#04x}", "padding bits of zero", row_number)
+    ids = unpack_indices(low, high)
+    beside_absent = ids[codes == 0]
+    if beside_absent.any():
+        raise RowError(low_name, f"id {beside_absent.max()} beside code 0", "id 0 there", row_number)
     if ids.size and ids.max() >= vocab_size:
-        raise RowError(low, f"id {ids.max()}", f"ids below the vocabulary size {vocab_size}", row_number)
+        raise RowError(low_name, f"id {ids.max()}", f"ids below the vocabulary size {vocab_size}", row_number)

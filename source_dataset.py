@@ -1,5 +1,6 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from content_hash import hash_files
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, resolve_commit
 
+SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -51,11 +53,13 @@ def open_source(
     streaming: bool = False,
 ) -> SourceDataset:
     """Open one split. Raises UsageError for wrong names and ToolkitError where the Hub refuses."""
-    if "[" in split:
-        raise UsageError(f"--split {split}: give the split's name alone, and --max_samples for its first rows")
+    if not SPLIT_NAME.fullmatch(split):
+        raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
     what = f"--dataset_id {dataset_id}, --split {split}"
     path = Path(dataset_id)
     if path.exists():
+        if revision or (config and path.is_file()):
+            raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
         arguments, commit = _local_arguments(path, config, split), hash_files(path)
     elif path.suffix in FILE_FORMATS:
         raise UsageError(f"--dataset_id {dataset_id}: no such file")
@@ -102,6 +106,13 @@ def explained(dataset_id: str, what: str) -> Iterator[None]:
             f"dataset {dataset_id}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UsageError(f"{what}: {error.__cause__ or error}") from error
+        raise UsageError(f"{what}: {_shortened(error.__cause__ or error)}") from error
     except (ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            raise UsageError(f"{what}: no rows") from error
         raise explain_hub_error(error, what, UsageError) from error
+
+
+def _shortened(error: BaseException) -> str:
+    """The first line: some go on with whole schemas."""
+    return str(error).strip().partition("\n")[0][:300]

@@ -37,10 +37,10 @@ def choose_device(name: str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: {reason} Available: {', '.join(_devices())}.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: {reason}. Available: {', '.join(_devices())}.") from error
     return device
 
 
@@ -89,9 +89,18 @@ def _load(auto_class, model_id: str, revision: str | None, gguf_file: str | None
         raise explain_hub_error(error, f"model {model_id}") from error
 
 
-def max_positions(config) -> int | None:
-    """The longest conversation the model has positions for, or None where its configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+@dataclass(frozen=True)
+class InputLimits:
+    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit named)."""
+
+    vocab_size: int
+    positions: int | None
+
+
+def input_limits(config) -> InputLimits:
+    """The limits that a model's configuration names."""
+    text = config.get_text_config()
+    return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
 
 
 # --- forward ---
@@ -159,7 +168,7 @@ def select(
     """Nucleus, tail draws, logsumexp and real-token log-probabilities of float32 logits (R, V).
 
     ``tokens`` (R,) int64 are the real tokens, ``uniforms`` (R,) float64. The logits are overwritten. The rules are
-    FORMAT.md's, "Which tokens are stored"; ``logit_codec`` has the plain reference.
+    FORMAT.md's, "What is stored at a position"; ``logit_codec`` has the plain reference.
     """
     storable = min(logits.shape[1], MAX_TOKEN_ID)
     top_values, top_ids = logits[:, :storable].topk(min(top_k, storable))

@@ -15,9 +15,16 @@ TOKEN_WIDTH, PREDICTIONS_WIDTH, OWN_WIDTH = 30, 60, 15
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 
 
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command, instead of ending the process itself."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console | None = None) -> None:
     """Print "Detailed Token Analysis:", a line a token. A terminal gets lines that fit it, a pipe whole ones."""
-    console = console or Console(highlight=False)
+    console = console or PipeConsole(highlight=False)
     shown = [token for i, token in enumerate(tokens) if _is_shown(tokens, i)]
     widths = _column_widths(shown, console)
     rule = sum(widths) + 6
@@ -46,23 +53,28 @@ def _column_widths(tokens: list[TokenAnalysis], console: Console) -> tuple[int, 
 
 
 def _token_line(token: TokenAnalysis, widths: tuple[int, int, int]) -> Text:
+    predictions = _predictions(token, widths[1])
     if token.status == EXTRACTED:
         own = Text(f"{_short_probability(token.log_prob):>5}   {_rank(token):>4}")
-        return _line(Text(quoted(token.text)), _predictions(token), own, widths)
-    line = _line(Text(quoted(token.text)), _predictions(token), Text(""), widths)
+        return _line(Text(quoted(token.text)), predictions, own, widths)
+    line = _line(Text(quoted(token.text)), predictions, Text(""), widths)
     line.stylize("bright_black")
     return line
 
 
-def _predictions(token: TokenAnalysis) -> Text:
-    """The predictions, ``"The"(0.85), "A"(0.10)``, the real token's marked; or why there are none."""
+def _predictions(token: TokenAnalysis, width: int | None = None) -> Text:
+    """The predictions, ``"The"(0.85), "A"(0.10)``, as many as fit, the real token's marked; or why there are none."""
     if token.status != EXTRACTED:
         return Text("(prompt)" if token.status == PROMPT else f"({SKIPPED}: {token.reason})")
     cell = Text()
     for rank, prediction in enumerate(token.predictions, start=1):
-        entry = f"{quoted(prediction.text)}({prediction.probability:.2f})"
-        cell.append(", " if rank > 1 else "")
-        cell.append(f"{entry}*" if rank == token.rank else entry, "bold green" if rank == token.rank else "")
+        mark, style = ("*", "bold green") if rank == token.rank else ("", "")
+        entry = f"{quoted(prediction.text)}({prediction.probability:.2f}){mark}"
+        separator = ", " if rank > 1 else ""
+        if rank > 1 and width is not None and cell_len(cell.plain + separator + entry) > width:
+            break
+        cell.append(separator)
+        cell.append(entry, style)
     return cell
 
 
@@ -92,7 +104,7 @@ def _fit(cell: Text, width: int) -> Text:
 
 def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | None = None) -> None:
     """Print a conversation in runs of prompt, extracted and skipped tokens, told apart by word and by colour."""
-    console = console or Console(highlight=False)
+    console = console or PipeConsole(highlight=False)
     extracted = sum(token.status == EXTRACTED for token in tokens)
     console.print(f"{title}: {len(tokens)} tokens, {extracted} extracted", markup=False, style="bold", soft_wrap=True)
     for (status, reason), run in itertools.groupby(tokens, key=lambda token: (token.status, token.reason)):

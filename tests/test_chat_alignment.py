@@ -176,13 +176,13 @@ def test_align_row_gives_ids_and_positions(smollm2, stored):
     ("before", "after", "message"),
     [
         ("named SmolLM", "called SmolLM", r"token 9 is ' called' \(\d+\), expected ' named' \(\d+\)"),
-        ("+ '<|im_end|>' -}}{%- endgen", "-}}{%- endgen", r"token \d+ is .* expected '<\|im_end\|>'"),
+        ("+ '<|im_end|>' }}\n        {%- endgen", "}}\n        {%- endgen", r"token \d+ is .* expected '<\|im_end\|>'"),
         (
-            "{%- generation -%}{{- message.content",
-            "{{- message.content[:5] -}}{%- generation -%}{{- message.content[5:]",
+            "{%- generation %}\n            {{- message.content",
+            "{{- message.content[:5] }}{%- generation %}{{- message.content[5:]",
             r"it skips token \d+, which was extracted",
         ),
-        ("    {{- '\\n' -}}\n{%- endfor", "{%- endfor", r"it gives \d+ tokens|token \d+ is"),
+        ("    {{- '\\n' }}\n{%- endfor", "{%- endfor", r"it gives \d+ tokens|token \d+ is"),
     ],
 )
 def test_another_template_is_told_where_it_differs(smollm2, stored, before, after, message):

@@ -130,7 +130,9 @@ def test_prefixes_that_do_not_nest_are_refused_with_the_difference(text, message
 # --- rendering ---
 
 
-@pytest.mark.parametrize("body", ["raise_exception('no system role')", "messages[0].nothing.at.all", "1 + 'a'"])
+@pytest.mark.parametrize(
+    "body", ["raise_exception('no system role')", "messages[0].nothing.at.all", "1 + 'a'", "1 / 0", "[][9] + 1"]
+)
 def test_a_template_that_raises_is_a_reason(body):
     with pytest.raises(TemplateError, match="the chat template refuses it"):
         template(f"{PLAIN}{{{{ {body} }}}}").render([QUESTION, ANSWER])
@@ -147,6 +149,12 @@ def test_a_recorded_date_is_the_templates_date():
     assert choose(SHIPPED, Tokenizer()).template.date is None
     for date, shown in (("2024-07-26", "26 Jul 2024 x"), ("2025-01-02", "02 Jan 2025 x")):
         assert template(text, date=date).render([QUESTION])[0] == shown
+
+
+def test_a_date_does_not_stay_behind():
+    text = "{{ strftime_now('%Y') }}"
+    assert template(text, date="1999-12-31").text_or_none([QUESTION]) == "1999"
+    assert template(text).text_or_none([QUESTION]) == str(datetime.date.today().year)
 
 
 def test_special_tokens_and_variables_reach_the_template():

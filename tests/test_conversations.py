@@ -1,5 +1,7 @@
 """Source rows to conversations, and the form they are stored in."""
 
+import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,21 @@ def test_other_keys_of_messages_are_kept_and_nulls_are_not():
     assert found == [USER, {"role": "assistant", "tool_calls": [call]}]
 
 
+def test_an_alpaca_input_without_instruction_is_the_prompt():
+    columns = {"prompt": "instruction", "response": "output", "input": "input"}
+    row = {"instruction": None, "input": "Hi", "output": "Hello"}
+    assert to_conversation(row, columns) == [USER, ASSISTANT]
+    assert to_conversation({**row, "instruction": "Hi", "input": " \n"}, columns) == [USER, ASSISTANT]
+
+
+def test_keys_that_json_has_not_are_stored_as_text():
+    """WildChat's messages carry timestamps: what the template sees now is what a stored row gives back."""
+    stamped = {**ASSISTANT, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}
+    found = to_conversation({"messages": [USER, stamped]}, {"messages": "messages"})
+    assert found[1] == {**ASSISTANT, "timestamp": "2024-05-01 12:30:00"}
+    assert from_stored(to_stored(found)) == found
+
+
 def test_sharegpt_roles():
     turns = [("system", "Be kind"), ("user", "Hi"), ("chatgpt", "Hello"), ("tool", "7"), ("model", "Seven")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
@@ -113,14 +130,18 @@ def test_ambiguous_columns_are_listed(columns):
         ({"messages": []}, "no assistant turn"),
         ({"messages": None}, "no list of messages"),
         ({"messages": "Hi"}, "no list of messages"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "an assistant turn without content"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a turn of role 'assistant' without content"),
         ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a turn with neither 'role' nor 'from' and 'value'"),
         ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "a message without a role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "content is not text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown speaker 'alien'"),
         ({"conversations": [{"value": "x"}]}, "a turn with neither 'role' nor 'from' and 'value'"),
-        ({"question": "Hi", "answer": None}, "an assistant turn without content"),
+        ({"question": "Hi", "answer": None}, "a turn of role 'assistant' without content"),
         ({"question": "Hi", "answer": 7}, "content is not text"),
+        ({"question": None, "answer": "Hello"}, "a turn of role 'user' without content"),
+        ({"conversations": [None]}, "no list of messages"),
+        ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown speaker"),
+        ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON has not"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(row, reason):
@@ -147,6 +168,13 @@ def test_stored_messages_give_the_conversation_back(parts):
     assert [list(message) for message in from_stored(stored)] == [list(message) for message in conversation]
 
 
-def test_a_damaged_extra_is_refused():
+@pytest.mark.parametrize("extra", ["{", "[1, 2]", "7", 7])
+def test_a_damaged_extra_is_refused(extra):
     with pytest.raises(ToolkitError, match="column messages: extra is no JSON object"):
-        from_stored([{"role": "user", "content": "Hi", "extra": "{"}])
+        from_stored([{"role": "user", "content": "Hi", "extra": extra}])
+
+
+@pytest.mark.parametrize("message", [None, {}, {"role": None, "content": "x", "extra": None}])
+def test_a_damaged_message_is_refused(message):
+    with pytest.raises(ToolkitError, match=r"column messages: found .*, expected role"):
+        from_stored([message])

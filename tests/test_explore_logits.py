@@ -1,6 +1,7 @@
 """The analysis of a real row against plain forwards, and the exploration command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def test_a_model_that_has_moved_is_found_by_tokenizer_id(real_extraction, tmp_pa
     extraction = json.loads((moved / "extraction.json").read_text())
     extraction["model_id"] = str(tmp_path / "gone")
     (moved / "extraction.json").write_text(json.dumps(extraction))
-    assert explore_logits.main(["--logit_dataset_id", str(moved)]) != 0
-    assert "tokenizer_id" in capsys.readouterr().err
+    assert explore_logits.main(["--logit_dataset_id", str(moved)]) == 1
+    assert "which is not here. Say where it lies now: --tokenizer_id FOLDER" in capsys.readouterr().err
     assert explore_logits.main(["--logit_dataset_id", str(moved), "--tokenizer_id", str(MODEL)]) == 0
 
 
@@ -126,8 +127,14 @@ def test_debug_shows_the_traceback(real_extraction, capsys):
 
 def test_a_reader_that_stops_early_is_no_error(real_extraction):
     command = f"{sys.executable} {REPO}/explore_logits.py --logit_dataset_id {real_extraction} | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("Detailed Token Analysis:\n", "")
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Detailed Token Analysis:\n", "")
+
+
+def test_a_terminal_without_the_characters_shows_their_codes(real_extraction):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run_command("explore_logits.py", "--logit_dataset_id", real_extraction, env=env)
+    assert done.returncode == 0 and '"\\u2423by"' in done.stdout
 
 
 def test_helpers_are_passed_on(real_extraction):

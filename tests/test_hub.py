@@ -142,7 +142,7 @@ def test_what_the_hub_refuses_is_explained(workplace, options, token, words):
     assert not (folder / "refused").exists()
 
 
-def test_a_push_that_is_refused_keeps_the_rows(workplace):
+def test_a_push_that_would_be_refused_is_refused_before_the_model_loads(workplace):
     folder, env = workplace
     env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
     done = run_command(
@@ -153,9 +153,27 @@ def test_a_push_that_is_refused_keeps_the_rows(workplace):
         env=env,
     )
     assert done.returncode == 1
-    assert "repository user/forbidden" in done.stderr and "HF_TOKEN" in done.stderr
-    assert "All rows are in outputs/forbidden; nothing is lost." in done.stderr
-    assert open_dataset(str(folder / "outputs" / "forbidden")).num_rows == 2
+    assert "--output_repo user/forbidden" in done.stderr and "HF_TOKEN" in done.stderr
+    assert "Loading" not in done.stderr and not (folder / "outputs" / "forbidden").exists()
+
+
+def test_a_hub_that_is_not_there_stops_nothing_but_the_push(small_model, chat_file, tmp_path, hub):
+    env = {**hub[0].environment(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run_command(
+        "extract_logits.py",
+        *("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--chat_template", TEMPLATE),
+        *("--output_repo", "user/later", "--max_samples", 2),
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "The Hub cannot be reached now; rows go to outputs/later" in done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        "error: --output_repo user/later: the Hub cannot be reached, and nothing here serves in its place",
+        "All rows are in outputs/later; nothing is lost. To push later: "
+        'hf upload user/later outputs/later . --repo-type dataset --exclude ".*"',
+    ]
+    assert open_dataset(str(tmp_path / "outputs" / "later")).num_rows == 2
 
 
 def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):

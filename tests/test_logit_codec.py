@@ -95,11 +95,21 @@ def test_malformed_worked_rows_are_refused(vector):
         ({"sampled_indices_low": [5, 0, 9, 9, 1, 0]}, "sampled_indices_low"),
         ({"sampled_indices_high": b"\x08\x10"}, "sampled_indices_high"),
         ({"top_indices_low": None}, "top_indices_low"),
+        ({"top_indices_low": [1, None, 3, 4, 5, 6, 0, 0, 0]}, "top_indices_low"),
+        ({"logsumexp": [1.0, None, 2.0]}, "logsumexp"),
+        ({"logsumexp": [1.0, float("nan"), 2.0]}, "logsumexp"),
+        ({"token_log_probs": [-1.0, 5.0, -2.0]}, "token_log_probs"),
+        ({"token_log_probs": [-1.0, float("nan"), -2.0]}, "token_log_probs"),
+        ({"num_tokens": None}, "num_tokens"),
     ],
 )
 def test_other_malformed_rows_are_refused_by_name(change, column):
     with pytest.raises(codec.RowError, match=f"column {column} of row 7: found .*, expected"):
         codec.validate_row({**ROW, **change}, **SIZES, row_number=7)
+
+
+def test_a_real_token_of_no_probability_is_no_damage():
+    codec.validate_row({**ROW, "token_log_probs": [-float("inf"), 0.0, -1.0]}, **SIZES)
 
 
 def test_an_id_at_the_vocabulary_size_is_refused():

@@ -43,11 +43,51 @@ def test_rows_outside_are_refused(real_extraction, index):
         open_dataset(str(real_extraction)).read_row(index)
 
 
-@pytest.mark.parametrize("name", ["extraction.json", "shards.json"])
-def test_a_folder_without_the_files_around_is_no_logit_dataset(copy, name):
+@pytest.mark.parametrize(("name", "what"), [("extraction.json", "no logit dataset"), ("shards.json", "not whole")])
+def test_a_folder_without_the_files_around_is_refused(copy, name, what):
     (copy / name).unlink()
-    with pytest.raises(ToolkitError, match=f"no {name} in it, so it is no logit dataset"):
+    with pytest.raises(ToolkitError, match=f"no {name} in it, so it is {what}"):
         open_dataset(str(copy))
+
+
+def test_a_shard_that_is_missing_or_of_another_length_is_named(copy):
+    table = pq.read_table(shard_of(copy))
+    pq.write_table(table.slice(0, 30), shard_of(copy), store_schema=False)
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: 30 rows, expected 32"):
+        open_dataset(str(copy)).read_row(0)
+    shard_of(copy).unlink()
+    with pytest.raises(ToolkitError, match=r"no data/00000/train-00000\.parquet in it, so it is not whole"):
+        open_dataset(str(copy)).read_row(0)
+
+
+@pytest.mark.parametrize("size", [1, 8, 17, 64])
+def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
+    table = pq.read_table(shard_of(copy))
+    pq.write_table(table, shard_of(copy), row_group_size=size, store_schema=False)
+    dataset, expected = open_dataset(str(copy)), open_dataset(str(real_extraction))
+    for index in (0, 7, 8, 16, 17, 31):
+        assert dataset.read_row(index) == expected.read_row(index)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("extraction.json", [], "holds no JSON object"),
+        ("extraction.json", {}, "format_version None, expected 1"),
+        ("extraction.json", {"top_k": "64"}, "top_k '64', expected"),
+        ("extraction.json", {"skipped_token_ids": None}, "skipped_token_ids None, expected"),
+        ("shards.json", {}, "lists no shards"),
+        ("shards.json", {"shards": [{"path": "../x", "num_rows": 32}]}, "lists no shards"),
+        ("shards.json", {"shards": [{"path": "data/x", "num_rows": "32"}]}, "lists no shards"),
+        ("shards.json", {"shards": []}, "no rows yet; its extraction is not finished"),
+    ],
+)
+def test_damaged_files_around_are_named(copy, name, content, message):
+    if name == "extraction.json" and content:
+        content = {**json.loads((copy / name).read_text()), **content}
+    (copy / name).write_text(json.dumps(content))
+    with pytest.raises(ToolkitError, match=message):
+        open_dataset(str(copy)).read_row(0)
 
 
 def test_damaged_json_is_named(copy):
@@ -70,6 +110,8 @@ def test_another_version_is_refused(copy):
         ({"num_tokens": 1}, r"column top_logits_quantized of row 3: found length \d+, expected length 64"),
         ({"num_tokens": 0}, "column num_tokens of row 3: found 0"),
         ({"logsumexp": []}, "column logsumexp of row 3"),
+        ({"logsumexp": None}, "column logsumexp of row 3: found nothing"),
+        ({"top_logits_quantized": None}, "column top_logits_quantized of row 3: found nothing"),
     ],
 )
 def test_malformed_rows_are_refused_by_name(copy, changes, message):
