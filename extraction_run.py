@@ -5,8 +5,9 @@ import itertools
 import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,15 +19,19 @@ import dataset_card
 import logit_codec
 import logit_dataset
 import teacher_model
-from batching import plan_batches
+from batching import Budget
 from content_hash import hash_files
 from conversation_reader import Aligned, Reader, open_reader
 from errors import UsageError
 from hub_access import HubUnreachable, resolve_commit
+from memory_budget import choose_budget
+from model_batches import Batches
 from token_analysis import label_tokens
 from token_report import print_preview
+from token_selection import OnTheWay
 
 ROWS_PER_SHARD = 256
+BACKLOG = 2  # batches whose results wait to be encoded and written
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
 
@@ -36,7 +41,6 @@ class Tally:
 
     written: int = 0
     tokens: int = 0
-    input_tokens: int = 0
     nll: float = 0.0
     disk_bytes: int = 0
     skipped: Counter = field(default_factory=Counter)
@@ -87,8 +91,12 @@ def extract(arguments: argparse.Namespace, folder: Path) -> None:
         device,
         arguments.attn_implementation,
     )
-    teacher_model.probe(model)
-    extraction = describe_run(arguments, reader, model, commit)
+    cache_agrees = teacher_model.probe(model)
+    if not cache_agrees and arguments.prefix_cache:
+        print("Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr)
+    budget = choose_budget(model, arguments.batch_tokens, arguments.logit_memory)
+    prefix_cache = arguments.prefix_cache and cache_agrees
+    extraction = describe_run(arguments, reader, model, commit, budget, prefix_cache)
     logit_dataset.set_aside(folder)
     logit_dataset.write_json(folder, logit_dataset.EXTRACTION_FILE, extraction)
     logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": []})
@@ -101,7 +109,9 @@ def extract(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"Pushed: {logit_dataset.push_folder(folder, arguments.output_repo, arguments.private)}")
 
 
-def describe_run(arguments: argparse.Namespace, reader: Reader, model, commit: str | None) -> dict:
+def describe_run(
+    arguments: argparse.Namespace, reader: Reader, model, commit: str | None, budget: Budget, prefix_cache: bool
+) -> dict:
     """``extraction.json``: what is needed to decode, align and repeat the run."""
     options = vars(arguments)
     return {
@@ -127,33 +137,95 @@ def describe_run(arguments: argparse.Namespace, reader: Reader, model, commit: s
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "versions": {name: metadata.version(name) for name in VERSIONED},
-        "batch_tokens": arguments.batch_tokens,
+        "batch_tokens": budget.tokens,
+        "batch_logit_rows": budget.logit_rows,
+        "prefix_cache": prefix_cache,
     }
 
 
 def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
-    """Compute and write one shard after another, with a progress bar over the conversations."""
+    """Compute and write one shard after another, with a progress bar over the conversations.
+
+    While the model computes, one thread reads and aligns the next shard, and one encodes and writes the last batches.
+    """
     tally, started = Tally(), time.monotonic()
     replaced = (folder / logit_dataset.REPLACED).exists()
-    with tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True) as progress:
+    batches = Batches(model, extraction)
+    with (
+        tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True, smoothing=0) as progress,
+        Side() as side,
+    ):
         try:
-            for shard in itertools.count():
-                ready, skipped = reader.align(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
-                if not ready and not skipped:
-                    break
+            for shard, (ready, skipped) in enumerate(side.read_ahead(reader)):
+                rows: list[dict] = []
                 progress.update(len(skipped))
-                rows = []
-                for batch_rows, input_tokens in encode_batches(ready, extraction, model):
-                    rows += batch_rows
-                    count_rows(tally, batch_rows, input_tokens)
-                    progress.set_postfix_str(f"{tally.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
-                    progress.update(len(batch_rows))
-                finish_shard(folder, extraction, shard, rows, skipped, tally)
+                for members, on_the_way in batches.compute(ready):
+                    side.write(encode_batch, members, on_the_way, rows, tally)
+                    progress.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
+                    progress.update(len(members))
+                side.write(finish_shard, folder, extraction, shard, rows, skipped, tally)
+            side.finish()
         except KeyboardInterrupt:
             kept = f" The run that it was to replace is in {folder / logit_dataset.REPLACED}." if replaced else ""
             progress.write(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.{kept}", file=sys.stderr)
             raise
     return tally
+
+
+class Side:
+    """The two threads beside the model's: one reads a shard ahead, one writes, at most ``BACKLOG`` batches behind.
+
+    What either raises is raised in the caller at its next step.
+    """
+
+    def __enter__(self) -> "Side":
+        self._reading = ThreadPoolExecutor(1, "read")
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._backlog: deque[Future] = deque()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._reading, self._writing):
+            pool.shutdown(cancel_futures=True)
+
+    def read_ahead(self, reader: Reader) -> Iterator[tuple[list[Aligned], list[dict]]]:
+        """The reader's shards in order, the next one under way."""
+        upcoming = self._reading.submit(reader.align, 0, ROWS_PER_SHARD)
+        for first in itertools.count(ROWS_PER_SHARD, ROWS_PER_SHARD):
+            ready, skipped = upcoming.result()
+            if not ready and not skipped:
+                return
+            upcoming = self._reading.submit(reader.align, first, first + ROWS_PER_SHARD)
+            yield ready, skipped
+
+    def write(self, task, *arguments) -> None:
+        """Do ``task(*arguments)`` after all that was given before."""
+        self._backlog.append(self._writing.submit(task, *arguments))
+        while len(self._backlog) > BACKLOG or self._backlog[0].done():
+            self._backlog.popleft().result()
+            if not self._backlog:
+                break
+
+    def finish(self) -> None:
+        """Wait for all that was given."""
+        while self._backlog:
+            self._backlog.popleft().result()
+
+
+def encode_batch(members: list[Aligned], on_the_way: OnTheWay, rows: list[dict], tally: Tally) -> None:
+    """Append a batch's stored rows to those of its shard."""
+    encoded = logit_codec.encode_rows(on_the_way.wait(), [len(aligned.positions) for aligned in members])
+    found = [
+        {
+            **columns,
+            "messages": aligned.messages,
+            "source_index": aligned.source_index,
+            "alignment_checksum": aligned.alignment.checksum,
+        }
+        for aligned, columns in zip(members, encoded, strict=True)
+    ]
+    rows += found
+    count_rows(tally, found)
 
 
 def finish_shard(
@@ -167,7 +239,7 @@ def finish_shard(
         "end_row": first + len(rows) + len(skipped),
         "skipped": skipped,
     }
-    rows = sorted(rows, key=lambda row: row["source_index"])
+    rows.sort(key=lambda row: row["source_index"])
     path = logit_dataset.write_shard(folder, extraction["split"], shard, rows, described)
     tally.disk_bytes += path.stat().st_size
     tally.skipped.update(entry["reason"] for entry in skipped)
@@ -175,37 +247,8 @@ def finish_shard(
     logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": tally.shards})
 
 
-def encode_batches(ready: list[Aligned], extraction: dict, model) -> Iterator[tuple[list[dict], int]]:
-    """The stored rows of a batch of conversations and the tokens the model read for it, batch after batch."""
-    lengths = [len(aligned.alignment.input_ids) for aligned in ready]
-    for batch in plan_batches(lengths, extraction["batch_tokens"]):
-        members = [ready[i] for i in batch]
-        requests = [_request(aligned, extraction["seed"]) for aligned in members]
-        sizes = [extraction[key] for key in ("top_k", "top_p", "num_sampled")]
-        found = teacher_model.distributions(model, requests, *sizes)
-        encoded = logit_codec.encode_rows(found, [len(request.positions) for request in requests])
-        rows = [_stored_row(aligned, columns) for aligned, columns in zip(members, encoded, strict=True)]
-        yield rows, sum(lengths[i] for i in batch)
-
-
-def _request(aligned: Aligned, seed: int):
-    positions = aligned.alignment.positions
-    uniforms = logit_codec.draw_uniforms(seed, aligned.source_index, len(positions))
-    return teacher_model.Request(aligned.alignment.input_ids, positions, uniforms)
-
-
-def _stored_row(aligned: Aligned, columns: dict) -> dict:
-    return {
-        **columns,
-        "messages": aligned.messages,
-        "source_index": aligned.source_index,
-        "alignment_checksum": aligned.alignment.checksum,
-    }
-
-
-def count_rows(tally: Tally, rows: list[dict], input_tokens: int) -> None:
+def count_rows(tally: Tally, rows: list[dict]) -> None:
     """Add a batch's rows to the tally."""
-    tally.input_tokens += input_tokens
     for row in rows:
         tally.written += 1
         tally.tokens += row["num_tokens"]

@@ -1,19 +1,24 @@
-"""The model's side: token ids and positions to nucleus, tail draws, logsumexp and real-token log-probabilities.
+"""The model's side: token ids and positions to the logits that predict the extracted tokens, and what is selected.
 
 Only the rows of the hidden state that predict an extracted token meet the vocabulary matrix, by a pre-hook on the
 model's own output embedding, so that whatever the model does to its logits afterwards is done to these.
 """
 
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error
-from logit_codec import ABSENT, MAX_TOKEN_ID, Distributions
+from token_selection import OnTheWay, SelectionSettings, select
 
-BLOCK = 256  # vocabulary entries that are summed in float32 before totals go on in float64
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
 # What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
@@ -106,130 +111,137 @@ def input_limits(config) -> InputLimits:
 # --- forward ---
 
 
-@torch.inference_mode()
-def row_logits(model, requests: list[Request]) -> torch.Tensor:
-    """Float32 logits (R, V) that predict the requests' extracted tokens, in order; R is all positions together.
+class Teacher:
+    """A model as it is run: its rows in pieces of bounded size, and a shared beginning's cache.
 
-    Pads on the right, so that positions count from 0 without a position argument.
+    ``logit_rows`` bounds the rows of the vocabulary matrix at once.
     """
-    lengths = [len(request.input_ids) for request in requests]
-    ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
-    for i, request in enumerate(requests):
-        ids[i, : lengths[i]] = torch.from_numpy(request.input_ids)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
-    before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1
 
-    def keep_rows(_module, args):
-        hidden = args[0]
-        return (hidden[sample.to(hidden.device), before.to(hidden.device)].unsqueeze(0), *args[1:])
+    def __init__(self, model, logit_rows: int):
+        self.model, self.logit_rows = model, logit_rows
+        self._prefix_ids, self._prefix_cache = np.zeros(0, np.int64), None
+        takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
+        self._cache_name = "cache" if takes_cache else "past_key_values"
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
-    try:
-        output = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-    return output.logits[0].float()
+    @torch.inference_mode()
+    def hold_prefix(self, ids: np.ndarray) -> None:
+        """Compute the key-value cache of a beginning that the next batches share; an empty one clears it."""
+        self._prefix_ids, self._prefix_cache = ids, None
+        if len(ids):
+            inputs = torch.from_numpy(ids)[None].to(self.model.device)
+            with self._head_inputs(lambda hidden: hidden[:, -1:]):
+                self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
+
+    def distributions(self, requests: list[Request], settings: SelectionSettings) -> OnTheWay:
+        """What the model says at every extracted position of the requests, one after another.
+
+        All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
+        """
+        device = self.model.device
+        tokens = torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])).to(device)
+        uniforms = torch.from_numpy(np.concatenate([r.uniforms for r in requests])).to(device)
+        pieces, start = [], 0
+        for logits in self.row_logits(requests):
+            part = slice(start, start + len(logits))
+            pieces.append(select(logits, tokens[part], uniforms[part], settings))
+            start = part.stop
+        return OnTheWay(pieces)
+
+    def row_logits(self, requests: list[Request]) -> Iterator[torch.Tensor]:
+        """Float32 logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
+
+        More rows than that go through the model's own head and tail in pieces, without the decoder again: their
+        hidden states are kept, and put in the place of a dummy token's.
+        """
+        sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
+        before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1 - len(self._prefix_ids)
+        sample, before = sample.to(self.model.device), before.to(self.model.device)
+        if len(sample) <= self.logit_rows:
+            yield self._forward(requests, lambda hidden: hidden[sample, before].unsqueeze(0))[0].float()
+            return
+        kept = []
+
+        def keep(hidden):
+            kept.append(hidden[sample, before])
+            return hidden[:1, :1]
+
+        self._forward(requests, keep)
+        for rows in kept[0].split(self.logit_rows):
+            yield self._dummy_forward(rows)[0].float()
+
+    @torch.inference_mode()
+    def _forward(self, requests: list[Request], pick) -> torch.Tensor:
+        """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
+        shared, device = len(self._prefix_ids), self.model.device
+        lengths = [len(request.input_ids) - shared for request in requests]
+        ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
+        for i, request in enumerate(requests):
+            ids[i, : lengths[i]] = torch.from_numpy(request.input_ids[shared:])
+        # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
+        inputs = {"input_ids": ids.to(device), "use_cache": bool(shared)}
+        if shared:
+            inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
+            inputs[self._cache_name].batch_repeat_interleave(len(requests))
+        with self._head_inputs(pick):
+            return self.model(**inputs).logits
+
+    @torch.inference_mode()
+    def _dummy_forward(self, rows: torch.Tensor) -> torch.Tensor:
+        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)):
+            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+
+    @contextmanager
+    def _head_inputs(self, pick) -> Iterator[None]:
+        """Within, the output embedding gets what ``pick`` makes of its hidden states (B, T, H)."""
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: (pick(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-def distributions(model, requests: list[Request], top_k: int, top_p: float, num_sampled: int) -> Distributions:
-    """What the model says at every extracted position of the requests, one after another."""
-    logits = row_logits(model, requests)
-    tokens = torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])).to(logits.device)
-    uniforms = torch.from_numpy(np.concatenate([r.uniforms for r in requests])).to(logits.device)
-    return select(logits, tokens, uniforms, top_k, top_p, num_sampled)
+# --- checks at start-up ---
 
 
-def probe(model) -> None:
-    """Compare ``row_logits`` on a padded batch with the plain forward; raise ToolkitError if they differ."""
+def probe(model) -> bool:
+    """Compare what ``Teacher`` gives on a short padded batch with the model's plain forward.
+
+    Raises ToolkitError where the rows differ. Returns whether a shared beginning's cache may be used: whether the
+    model has a plain key-value cache, and rows computed after it agree as well.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = np.random.default_rng(0).integers(0, vocabulary, 24)
-    requests = [Request(part, np.arange(1, len(part)), np.zeros(len(part) - 1)) for part in (ids[:9], ids[9:])]
-    found = row_logits(model, requests)
-    with torch.inference_mode():
-        plain = [model(torch.from_numpy(r.input_ids)[None].to(model.device)).logits[0, :-1] for r in requests]
-    expected = torch.cat(plain).float()
-    difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    ids = np.random.default_rng(0).integers(0, vocabulary, 32)
+    parts = [np.concatenate([ids[:8], ids[8:16]]), np.concatenate([ids[:8], ids[16:]])]
+    requests = [Request(part, np.arange(9, len(part)), np.zeros(len(part) - 9)) for part in parts]
+    expected = _plain_rows(model, requests)
     limit = PROBE_TOLERANCE.get(model.dtype, 6e-2) * max(1.0, expected.abs().max().item())
+    teacher = Teacher(model, logit_rows=7)
+    difference = _difference(teacher, requests, expected)
     if not difference <= limit:
         raise ToolkitError(
             f"model check: logits of selected rows differ from the plain forward by {difference:.3g}, expected at "
             f"most {limit:.3g}. Nothing was extracted; try --attn_implementation eager or --dtype float32."
         )
-
-
-# --- selection ---
+    return _cache_agrees(teacher, ids[:8], requests, expected, limit)
 
 
 @torch.inference_mode()
-def select(
-    logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, top_k: int, top_p: float, num_sampled: int
-) -> Distributions:
-    """Nucleus, tail draws, logsumexp and real-token log-probabilities of float32 logits (R, V).
-
-    ``tokens`` (R,) int64 are the real tokens, ``uniforms`` (R,) float64. The logits are overwritten. The rules are
-    FORMAT.md's, "What is stored at a position"; ``logit_codec`` has the plain reference.
-    """
-    storable = min(logits.shape[1], MAX_TOKEN_ID)
-    top_values, top_ids = logits[:, :storable].topk(min(top_k, storable))
-    real = logits.gather(1, tokens[:, None])[:, 0].double()
-    highest = logits.amax(dim=1, keepdim=True)
-    mass = logits.sub_(highest).exp_()
-    blocks = _block_sums(mass)
-    logsumexp = highest[:, 0].double() + blocks.sum(dim=1).log()
-    if not torch.isfinite(logsumexp).all():
-        raise ToolkitError("the model's logits are not finite; try --dtype float32")
-    top_probs = (top_values.double() - logsumexp[:, None]).exp()
-    kept = _nucleus_cut(top_probs, top_p) & torch.isfinite(top_values)
-    mass.scatter_(1, top_ids, mass.gather(1, top_ids) * ~kept)
-    sampled_ids, sampled_mass = _draw_tail(mass[:, :storable], uniforms, num_sampled)
-    missing = top_k - top_ids.shape[1]
-    arrays = {
-        "top_ids": torch.nn.functional.pad(top_ids.where(kept, ABSENT), (0, missing), value=ABSENT),
-        "top_probs": torch.nn.functional.pad(top_probs * kept, (0, missing)),
-        "sampled_ids": sampled_ids,
-        "sampled_probs": sampled_mass * (highest.double() - logsumexp[:, None]).exp(),
-        "logsumexp": logsumexp,
-        "token_log_probs": real - logsumexp,
-    }
-    return Distributions(**{name: array.cpu().numpy() for name, array in arrays.items()})
+def _plain_rows(model, requests: list[Request]) -> torch.Tensor:
+    plain = [model(torch.from_numpy(r.input_ids)[None].to(model.device)).logits[0, r.positions - 1] for r in requests]
+    return torch.cat(plain).float()
 
 
-def _nucleus_cut(top_probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    if top_p >= 1:
-        return torch.ones_like(top_probs, dtype=torch.bool)
-    before = torch.nn.functional.pad(top_probs.cumsum(dim=1)[:, :-1], (1, 0))
-    return before < top_p
+def _difference(teacher: Teacher, requests: list[Request], expected: torch.Tensor) -> float:
+    found = torch.cat(list(teacher.row_logits(requests)))
+    return (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
 
 
-def _block_sums(mass: torch.Tensor) -> torch.Tensor:
-    """Sums over blocks of ``BLOCK`` columns, float64 (R, ceil(V / BLOCK)); within a block in float32."""
-    whole = mass.shape[1] // BLOCK * BLOCK
-    sums = mass[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2) if whole else mass[:, :0]
-    if whole < mass.shape[1]:
-        sums = torch.cat([sums, mass[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    return sums.double()
-
-
-def _draw_tail(mass: torch.Tensor, uniforms: torch.Tensor, num_sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Systematic draws from the mass (R, V) that is left: ids int64 and mass float64, both (R, S).
-
-    Two searches: for the block that a threshold falls into, then within that block.
-    """
-    sums = _block_sums(mass)
-    running = sums.cumsum(dim=1)
-    steps = torch.arange(num_sampled, device=mass.device, dtype=torch.float64)
-    thresholds = (uniforms[:, None] + steps) / max(1, num_sampled) * running[:, -1:]
-    # A threshold that rounding puts past the end takes the last block, and below the last id, with mass.
-    order = torch.arange(sums.shape[1], device=mass.device)
-    last_block = ((sums > 0) * order).amax(dim=1, keepdim=True)
-    block = torch.minimum(torch.searchsorted(running, thresholds, right=True), last_block)
-    column = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=mass.device)
-    inside = mass.gather(1, column.clamp(max=mass.shape[1] - 1).flatten(1)).unflatten(1, (num_sampled, BLOCK))
-    inside = (inside * (column < mass.shape[1])).double()
-    within = (running - sums).gather(1, block)[:, :, None] + inside.cumsum(dim=2)
-    offset = (within <= thresholds[:, :, None]).sum(dim=2)
-    last = ((inside > 0) * torch.arange(BLOCK, device=mass.device)).amax(dim=2)
-    ids = block * BLOCK + torch.minimum(offset, last)
-    drawn = running[:, -1:] > 0
-    return ids.where(drawn, ABSENT), mass.gather(1, ids).double() * drawn
+def _cache_agrees(teacher: Teacher, prefix: np.ndarray, requests, expected: torch.Tensor, limit: float) -> bool:
+    try:
+        teacher.hold_prefix(prefix)
+        if not all(type(layer) in PLAIN_LAYERS for layer in teacher._prefix_cache.layers):
+            return False
+        return _difference(teacher, requests, expected) <= limit
+    except Exception:  # whatever a model without such a cache does when it is given one
+        return False

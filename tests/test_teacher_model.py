@@ -7,7 +7,13 @@ from conftest import make_tiny_model
 
 import logit_codec
 import teacher_model
+import token_selection
+from batching import shared_prefix
 from errors import ToolkitError, UsageError
+from teacher_model import Teacher
+from token_selection import OnTheWay, SelectionSettings
+
+DEFAULTS = SelectionSettings(top_k=64, top_p=0.98, num_sampled=16)
 
 
 def request(ids, positions, seed=0) -> teacher_model.Request:
@@ -61,13 +67,69 @@ def random_model(model_type: str):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def rows(model, requests, logit_rows: int = 1000, prefix=()) -> torch.Tensor:
+    teacher = Teacher(model, logit_rows)
+    teacher.hold_prefix(np.asarray(prefix, np.int64))
+    pieces = list(teacher.row_logits(requests))
+    assert all(len(piece) <= logit_rows for piece in pieces)
+    return torch.cat(pieces)
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_selected_rows_are_the_plain_forwards(model_type):
+@pytest.mark.parametrize("logit_rows", [1000, 7, 1])
+def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
+    """At once, and in pieces without the decoder again."""
     model = random_model(model_type)
     requests = random_requests(1000, [5, 20, 11])
     expected = plain_logits(model, requests)
-    torch.testing.assert_close(teacher_model.row_logits(model, requests), expected, atol=2e-5, rtol=1e-5)
-    teacher_model.probe(model)
+    torch.testing.assert_close(rows(model, requests, logit_rows), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_shared_beginning_gives_the_plain_forwards_rows(model_type):
+    model = random_model(model_type)
+    assert teacher_model.probe(model)
+    prefix = np.random.default_rng(4).integers(0, 1000, 9)
+    requests = []
+    for ending in random_requests(1000, [5, 20, 11]):
+        requests.append(request(np.concatenate([prefix, ending.input_ids]), ending.positions + 9))
+    expected = plain_logits(model, requests)
+    for logit_rows in (1000, 7):
+        found = rows(model, requests, logit_rows, prefix)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_pieces_do_not_run_the_decoder_again():
+    model = random_model("llama")
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(lambda _module, args: lengths.append(tuple(args[0].shape[:2])))
+    rows(model, random_requests(1000, [30, 30]), logit_rows=10)
+    assert lengths == [(2, 30), (1, 1), (1, 1), (1, 1)]
+
+
+def test_a_model_without_a_plain_cache_goes_without_shared_beginnings():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    assert not teacher_model.probe(model)
+    requests = random_requests(1000, [5, 20, 11])
+    torch.testing.assert_close(rows(model, requests, 7), plain_logits(model, requests), atol=2e-5, rtol=1e-5)
+
+
+def test_the_probe_finds_a_cache_that_does_not_agree():
+    """A model whose positions start again after a cached beginning."""
+    model = random_model("llama")
+    forward = model.model.forward
+
+    def forgetful(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        kwargs["position_ids"] = torch.arange(ids.shape[1])[None].expand(len(ids), -1)
+        return forward(*args, **kwargs)
+
+    model.model.forward = forgetful
+    assert not teacher_model.probe(model)
 
 
 def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
@@ -85,9 +147,9 @@ def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
 
 def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_codec.Distributions:
     tokens = torch.zeros(len(logits), dtype=torch.long)
-    return teacher_model.select(
-        torch.tensor(logits), tokens, torch.tensor(uniforms, dtype=torch.float64), top_k, top_p, num_sampled
-    )
+    uniforms = torch.tensor(uniforms, dtype=torch.float64)
+    settings = SelectionSettings(top_k, top_p, num_sampled)
+    return OnTheWay([token_selection.select(torch.tensor(logits), tokens, uniforms, settings)]).wait()
 
 
 @pytest.mark.parametrize("vocabulary", [7, 256, 1000, 4096, 50_257])
@@ -153,16 +215,20 @@ def test_logits_that_are_not_finite_stop_the_run(bad):
 
 
 def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):
-    """One by one, all together, and reversed: the same but for last bits."""
+    """One by one; all together; and reversed, in pieces, after a shared beginning: the same but for last bits."""
     model, _ = smollm2
     requests = [
         teacher_model.Request(a.input_ids, a.positions, logit_codec.draw_uniforms(0, i, len(a.positions)))
         for i, a in enumerate(real_alignments[:16])
     ]
-    alone = [teacher_model.distributions(model, [r], 64, 0.98, 16) for r in requests]
-    for order in (range(16), reversed(range(16))):
-        order = list(order)
-        together = teacher_model.distributions(model, [requests[i] for i in order], 64, 0.98, 16)
+    alone = [Teacher(model, 1000).distributions([r], DEFAULTS).wait() for r in requests]
+    prefix = shared_prefix([r.input_ids for r in requests], [int(r.positions[0]) - 1 for r in requests])
+    assert len(prefix) > 20
+    nothing = np.zeros(0, np.int64)
+    for order, logit_rows, shared in ((range(16), 10_000, nothing), (range(15, -1, -1), 100, prefix)):
+        order, teacher = list(order), Teacher(model, logit_rows)
+        teacher.hold_prefix(shared)
+        together = teacher.distributions([requests[i] for i in order], DEFAULTS).wait()
         sizes = np.cumsum([len(requests[i].positions) for i in order])[:-1]
         parts = {name: dict(zip(order, np.split(array, sizes), strict=True)) for name, array in vars(together).items()}
         compare(requests, alone, parts, model)
@@ -233,7 +299,8 @@ def test_bfloat16_runs_and_stays_near_float32(tmp_path):
     half, full = (teacher_model.load_teacher(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
     teacher_model.probe(half)
     requests = random_requests(49_152, [30])
-    found, expected = (teacher_model.distributions(model, requests, 8, 0.98, 4) for model in (half, full))
+    settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=4)
+    found, expected = (Teacher(model, 100).distributions(requests, settings).wait() for model in (half, full))
     assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
     assert np.abs(found.logsumexp - expected.logsumexp).max() < 0.5
     assert np.abs(found.token_log_probs - expected.token_log_probs).mean() < 0.2
