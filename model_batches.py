@@ -61,7 +61,7 @@ class Batches:
 
     def _plan(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
         """Batches, the longest first: it fails first if one must. The others are mixed, so that their pace is even."""
-        full = [len(aligned.input_ids) for aligned in group]
+        full = [int(aligned.positions[-1]) for aligned in group]  # what stands behind is not read
         lengths = [max(length - shared, -(-length // CACHED_A_TOKEN) if shared else 0) for length in full]
         rows = [len(aligned.positions) for aligned in group]
         batches = [[group[i] for i in batch] for batch in plan_batches(lengths, rows, self.budget)]

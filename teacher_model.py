@@ -19,6 +19,7 @@ from hub_access import explain_hub_error
 from token_selection import OnTheWay, SelectionSettings, select
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
+WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
 # What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
@@ -30,6 +31,11 @@ class Request:
     input_ids: np.ndarray
     positions: np.ndarray
     uniforms: np.ndarray
+
+    @property
+    def read_ids(self) -> np.ndarray:
+        """The tokens the model has to read: up to the one that predicts the last extracted one, and no further."""
+        return self.input_ids[: self.positions[-1]]
 
 
 # --- loading ---
@@ -137,11 +143,12 @@ class Teacher:
 
         All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
         """
-        device = self.model.device
+        device = "cpu" if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
         tokens = torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])).to(device)
         uniforms = torch.from_numpy(np.concatenate([r.uniforms for r in requests])).to(device)
         pieces, start = [], 0
         for logits in self.row_logits(requests):
+            logits = logits.to(device)
             part = slice(start, start + len(logits))
             pieces.append(select(logits, tokens[part], uniforms[part], settings))
             start = part.stop
@@ -173,10 +180,10 @@ class Teacher:
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
         """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
         shared, device = len(self._prefix_ids), self.model.device
-        lengths = [len(request.input_ids) - shared for request in requests]
+        lengths = [len(request.read_ids) - shared for request in requests]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for i, request in enumerate(requests):
-            ids[i, : lengths[i]] = torch.from_numpy(request.input_ids[shared:])
+            ids[i, : lengths[i]] = torch.from_numpy(request.read_ids[shared:])
         # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
         inputs = {"input_ids": ids.to(device), "use_cache": bool(shared)}
         if shared:

@@ -48,8 +48,7 @@ def prepare(conversations: int, system_prompt: str | None = None):
 
 @torch.inference_mode()
 def plain_loop(model, ready) -> None:
-    """The same results as anybody would get them first: one conversation after another, full logits, log-softmax, top K,
-    and draws from what the top leaves."""
+    """The same results as anybody would first get them: a conversation at a time, full logits, top K, draws."""
     for aligned in ready:
         log_probs = model(torch.from_numpy(aligned.input_ids)[None]).logits[0].log_softmax(-1)[aligned.positions - 1]
         top = log_probs.topk(64)
@@ -197,10 +196,8 @@ def bench_codec(model, conversations: int) -> None:
         kept = logit_codec.nucleus_cut(np.exp(kept_log_probs), top_p)
         probabilities = np.exp(kept_log_probs) * kept
         codes = logit_codec.carried_codes(probabilities, kept)
-        size = tally.disk_bytes / tally.tokens
-        print(
-            f"| {name} | **this format** | **{size:.0f}** | **{kl(probabilities, logit_codec.CODE_PROBS[codes]):.1e}** |"
-        )
+        size, loss = tally.disk_bytes / tally.tokens, kl(probabilities, logit_codec.CODE_PROBS[codes])
+        print(f"| {name} | **this format** | **{size:.0f}** | **{loss:.1e}** |")
         entries = kept.sum() + len(truth) * num_sampled
         ids = np.resize(top_ids[kept], entries).astype(np.int32)
         for coding, decoded in plain_codings(kept_log_probs).items():

@@ -113,6 +113,22 @@ def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
     }
 
 
+def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
+    folder, env = workplace
+    done = run_command(
+        "extract_logits.py",
+        *("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--streaming"),
+        *("--output_dir", "streamed", "--device", "cpu", "--chat_template", TEMPLATE),
+        cwd=folder,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    streamed, whole = open_dataset(str(folder / "streamed")), open_dataset(str(pushed[0]))
+    assert streamed.num_rows == whole.num_rows == len(ROWS)
+    assert all(streamed.read_row(i) == whole.read_row(i) for i in range(len(ROWS)))
+    assert streamed.extraction["dataset_revision"] == whole.extraction["dataset_revision"]
+
+
 @pytest.mark.parametrize(
     ("options", "token", "words"),
     [

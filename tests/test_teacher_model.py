@@ -39,13 +39,13 @@ ARCHITECTURES = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 6},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 8.0},
     "olmo2": {},
     "phi3": {"pad_token_id": 0},
-    "mistral": {},
+    "mistral": {"sliding_window": 6},
 }
 
 
@@ -103,8 +103,9 @@ def test_pieces_do_not_run_the_decoder_again():
     model = random_model("llama")
     lengths = []
     model.model.layers[0].register_forward_pre_hook(lambda _module, args: lengths.append(tuple(args[0].shape[:2])))
-    rows(model, random_requests(1000, [30, 30]), logit_rows=10)
-    assert lengths == [(2, 30), (1, 1), (1, 1), (1, 1)]
+    ids = np.random.default_rng(0).integers(0, 1000, 30)
+    rows(model, [request(ids, np.arange(10, 25)), request(ids, np.arange(5, 20))], logit_rows=10)
+    assert lengths == [(2, 24), (1, 1), (1, 1), (1, 1)]  # and nothing behind the last row is read
 
 
 def test_a_model_without_a_plain_cache_goes_without_shared_beginnings():
