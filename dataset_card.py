@@ -3,6 +3,7 @@
 CARD = """---
 configs:
 - config_name: default
+  description: {state}
   data_files:
   - split: {split}
     path: data/*/{split}-*.parquet
@@ -36,10 +37,14 @@ log-likelihood is {mean_nll:.4f} nats.
 """
 
 
-def render_card(extraction: dict, tally: dict | None = None) -> str:
-    """The card's text; without a tally (a run that has just begun) it has no numbers yet."""
-    numbers = ""
-    if tally and tally["tokens"]:
-        tokens = tally["tokens"]
+def render_card(extraction: dict, fingerprint: str, tally: dict) -> str:
+    """The card's text. ``tally`` counts what is there; a run that has just begun has no numbers yet.
+
+    ``state`` changes with the rows: ``datasets`` takes a local folder for one it has in its cache if name and
+    ``configs`` are the same, whatever is in the files.
+    """
+    tokens, numbers = tally["tokens"], ""
+    if tokens:
         numbers = NUMBERS.format(**tally, bytes_a_token=tally["disk_bytes"] / tokens, mean_nll=tally["nll"] / tokens)
-    return CARD.format(**extraction, numbers=numbers)
+    state = f"run {fingerprint[:16]}, {len(tally['shards'])} shards, {tally['disk_bytes']} bytes"
+    return CARD.format(**extraction, numbers=numbers, state=state)

@@ -99,10 +99,8 @@ def extract(arguments: argparse.Namespace, folder: Path) -> None:
     extraction = describe_run(arguments, reader, model, commit, budget, prefix_cache)
     logit_dataset.set_aside(folder)
     logit_dataset.write_json(folder, logit_dataset.EXTRACTION_FILE, extraction)
-    logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": []})
-    logit_dataset.write_text(folder, logit_dataset.CARD_FILE, dataset_card.render_card(extraction))
+    tell_shards(folder, extraction, Tally())
     tally = run_shards(folder, extraction, reader, model)
-    logit_dataset.write_text(folder, logit_dataset.CARD_FILE, dataset_card.render_card(extraction, vars(tally)))
     logit_dataset.drop_replaced(folder)
     print_summary(tally, folder)
     if arguments.output_repo:
@@ -244,7 +242,14 @@ def finish_shard(
     tally.disk_bytes += path.stat().st_size
     tally.skipped.update(entry["reason"] for entry in skipped)
     tally.shards.append({"path": path.relative_to(folder).as_posix(), "num_rows": len(rows)})
+    tell_shards(folder, extraction, tally)
+
+
+def tell_shards(folder: Path, extraction: dict, tally: Tally) -> None:
+    """Write what the folder says about its shards: the list, and the card."""
     logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": tally.shards})
+    card = dataset_card.render_card(extraction, logit_dataset.run_fingerprint(extraction), vars(tally))
+    logit_dataset.write_text(folder, logit_dataset.CARD_FILE, card)
 
 
 def count_rows(tally: Tally, rows: list[dict]) -> None:

@@ -60,7 +60,8 @@ def open_source(
     if path.exists():
         if revision or (config and path.is_file()):
             raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
-        arguments, commit = _local_arguments(path, config, split), hash_files(path)
+        commit = hash_files(path)
+        arguments = _local_arguments(path, config, split, commit)
     elif path.suffix in FILE_FORMATS:
         raise UsageError(f"--dataset_id {dataset_id}: no such file")
     else:
@@ -78,12 +79,17 @@ def _recorded_length(stream, split: str) -> int | None:
     return splits[split].num_examples or None if splits and split in splits else None
 
 
-def _local_arguments(path: Path, config: str | None, split: str) -> dict:
+def _local_arguments(path: Path, config: str | None, split: str, content: str) -> dict:
+    """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
+    or another of the same name, for the one it has cached."""
+    import datasets
+
+    cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
     if path.is_dir():
-        return {"path": str(path), "name": config}
+        return {"path": str(path), "name": config, **cache}
     if path.suffix not in FILE_FORMATS:
         raise UsageError(f"--dataset_id {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
-    return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}}
+    return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}, **cache}
 
 
 def _load(arguments: dict, split: str, streaming: bool):

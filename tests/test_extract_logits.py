@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -256,6 +257,26 @@ def interrupt_when(path, model, source, out) -> tuple[int, str]:
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     return process.returncode, errors
+
+
+def test_datasets_does_not_take_a_folder_for_its_cached_elder(extract, chat_file, tmp_path):
+    """It goes by the folder's name and the card's configs alone: same name, other rows."""
+    for answer in ("Paris.", "Lutetia, once."):
+        assert extract(chat_file([{**GOOD, "answer": answer}]), "--overwrite") == 0
+        (row,) = datasets.load_dataset(str(tmp_path / "out"), split="train")
+        assert row["messages"][1]["content"] == answer
+
+
+def test_a_source_folder_that_has_changed_is_read_anew(extract, tmp_path):
+    """The same trap on the other side: a folder with a card, written again."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data.jsonl\n---\n"
+    (folder / "README.md").write_text(card)
+    for answer in ("Paris.", "Lutetia, once."):
+        (folder / "data.jsonl").write_text(json.dumps({**GOOD, "answer": answer}))
+        assert extract(folder, "--overwrite") == 0
+        assert open_dataset(str(tmp_path / "out")).read_row(0)["messages"][1]["content"] == answer
 
 
 def test_one_bad_row_does_not_end_the_run(extract, chat_file, tmp_path, capsys):
