@@ -41,7 +41,9 @@ def plan_batches(lengths: list[int], rows: list[int], budget: Budget) -> list[li
 
 
 def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
-    """The beginning that saves the most tokens when it is computed once, int64; empty where none is worth it.
+    """A beginning that is worth computing once, int64; empty where none is.
+
+    Of those on the way along each position's most common token, the one that saves the most tokens.
 
     ``limits`` says how many of a sequence's first tokens may be taken: not the one that predicts its first row.
 

@@ -14,7 +14,10 @@ from errors import ToolkitError, UsageError
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SHIPPED = Path(__file__).resolve().parent / "templates"
-RESERVED_KWARGS = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+RESERVED_KWARGS = {
+    *("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"),
+    "return_assistant_tokens_mask",
+}
 
 # Conversations that tell the families apart: their renderings decide whether two templates are the same.
 _ASK, _ANSWER = {"role": "user", "content": " Hi 🙂\n"}, {"role": "assistant", "content": "\n Hello.\n"}
@@ -130,6 +133,10 @@ def _check_nesting(shorter: str, longer: str) -> None:
 
 def _check_header(turn: str, content: str) -> None:
     """Without a generation prompt only the answer itself can tell whether the turn begins with a header."""
+    if not content.strip():
+        raise TemplateError(
+            "an empty answer, and a chat template without generation prompt: no telling where it begins"
+        )
     if not turn.lstrip().startswith(content.strip()[:20]):
         raise PrefixError(
             f"the chat template marks no answers and has no generation prompt, so the header of {turn[:30]!r} cannot "
@@ -149,8 +156,8 @@ class TemplateChoice:
     own: ChatTemplate | None = None
 
     def check(self, conversation: list[dict]) -> None:
-        """Raise TemplateError where a shipped template renders otherwise than the one it stands in for."""
-        if self.own and self.own.text_or_none(conversation) != self.template.text_or_none(conversation):
+        """Raise TemplateError where a shipped template refuses it, or renders otherwise than the one it stands for."""
+        if self.own and self.own.text_or_none(conversation) != self.template.render(conversation)[0]:
             raise TemplateError(f"the {self.mask_source} renders it otherwise than the model's own template")
 
 
@@ -189,11 +196,17 @@ def _own_template(tokenizer) -> str:
 
 
 def _render_alike(template: ChatTemplate, shipped: ChatTemplate, conversations: list[list[dict]]) -> bool:
-    for conversation in (*PROBES, *conversations):
+    for conversation in (*PROBES, TOOL_PROBE, *conversations):
         for prompt in (False, True):
-            if len({t.text_or_none(conversation, add_generation_prompt=prompt) for t in (template, shipped)}) > 1:
+            own, ours = (t.text_or_none(conversation, add_generation_prompt=prompt) for t in (template, shipped))
+            if own != ours and not (ours is None and _has_tools(conversation, template.kwargs)):
                 return False
-    return shipped.text_or_none(TOOL_PROBE) in (None, template.text_or_none(TOOL_PROBE))
+    return True
+
+
+def _has_tools(conversation: list[dict], kwargs: dict) -> bool:
+    """Whether a shipped template may refuse the conversation, though the family's own renders or drops its tools."""
+    return "tools" in kwargs or any(message.get("tool_calls") or message["role"] == "tool" for message in conversation)
 
 
 def read_template(argument: str) -> str:

@@ -168,14 +168,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--top_p {arguments.top_p}: expected a number above 0 and up to 1")
     if not 0 <= arguments.seed < 2**63:
         raise UsageError(f"--seed {arguments.seed}: expected 0 or more, below 2**63")
-    for name, least in (
-        ("top_k", 1),
-        ("num_sampled", 0),
-        ("batch_tokens", 1),
-        ("max_samples", 1),
-        ("max_length", 2),
-        ("preview", 1),
-    ):
+    for name, least in LEAST.items():
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: expected {least} or more")

@@ -149,11 +149,9 @@ def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
     tally, started = Tally(), time.monotonic()
     replaced = (folder / logit_dataset.REPLACED).exists()
     batches = Batches(model, extraction)
-    with (
-        tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True, smoothing=0) as progress,
-        Side() as side,
-    ):
-        try:
+    bar = tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True, smoothing=0)
+    try:
+        with bar as progress, Side() as side:
             for shard, (ready, skipped) in enumerate(side.read_ahead(reader)):
                 rows: list[dict] = []
                 progress.update(len(skipped))
@@ -163,34 +161,41 @@ def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
                     progress.update(len(members))
                 side.write(finish_shard, folder, extraction, shard, rows, skipped, tally)
             side.finish()
-        except KeyboardInterrupt:
-            kept = f" The run that it was to replace is in {folder / logit_dataset.REPLACED}." if replaced else ""
-            progress.write(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.{kept}", file=sys.stderr)
-            raise
+    except KeyboardInterrupt:
+        kept = f" The run that it was to replace is in {folder / logit_dataset.REPLACED}." if replaced else ""
+        print(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.{kept}", file=sys.stderr)
+        raise
     return tally
 
 
 class Side:
     """The two threads beside the model's: one reads a shard ahead, one writes, at most ``BACKLOG`` batches behind.
 
-    What either raises is raised in the caller at its next step.
+    What either raises is raised in the caller at its next step. After a failure nothing more is written, so that no
+    shard is finished with rows missing; after a failure to read, what was read before is.
     """
 
     def __enter__(self) -> "Side":
         self._reading = ThreadPoolExecutor(1, "read")
         self._writing = ThreadPoolExecutor(1, "write")
         self._backlog: deque[Future] = deque()
+        self._stopped = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (self._reading, self._writing):
-            pool.shutdown(cancel_futures=True)
+        self._stopped = True
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._writing.shutdown()
 
     def read_ahead(self, reader: Reader) -> Iterator[tuple[list[Aligned], list[dict]]]:
         """The reader's shards in order, the next one under way."""
         upcoming = self._reading.submit(reader.align, 0, ROWS_PER_SHARD)
         for first in itertools.count(ROWS_PER_SHARD, ROWS_PER_SHARD):
-            ready, skipped = upcoming.result()
+            try:
+                ready, skipped = upcoming.result()
+            except Exception:
+                self.finish()
+                raise
             if not ready and not skipped:
                 return
             upcoming = self._reading.submit(reader.align, first, first + ROWS_PER_SHARD)
@@ -198,16 +203,23 @@ class Side:
 
     def write(self, task, *arguments) -> None:
         """Do ``task(*arguments)`` after all that was given before."""
-        self._backlog.append(self._writing.submit(task, *arguments))
-        while len(self._backlog) > BACKLOG or self._backlog[0].done():
+        self._backlog.append(self._writing.submit(self._unless_stopped, task, arguments))
+        while len(self._backlog) > BACKLOG or (self._backlog and self._backlog[0].done()):
             self._backlog.popleft().result()
-            if not self._backlog:
-                break
 
     def finish(self) -> None:
         """Wait for all that was given."""
         while self._backlog:
             self._backlog.popleft().result()
+
+    def _unless_stopped(self, task, arguments) -> None:
+        if self._stopped:
+            return
+        try:
+            task(*arguments)
+        except BaseException:
+            self._stopped = True
+            raise
 
 
 def encode_batch(members: list[Aligned], on_the_way: OnTheWay, rows: list[dict], tally: Tally) -> None:

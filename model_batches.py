@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import logit_codec
 from batching import Budget, plan_batches, shared_prefix
@@ -14,6 +15,9 @@ from errors import ToolkitError
 from teacher_model import Request, Teacher
 from token_selection import OnTheWay, SelectionSettings
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+NO_PREFIX = np.zeros(0, np.int64)
 CACHED_A_TOKEN = 4  # tokens of a batch's cache for each token of the budget, which bounds it under a long beginning
 
 
@@ -29,35 +33,58 @@ class Batches:
 
     def compute(self, ready: list[Aligned]) -> Iterator[tuple[list[Aligned], OnTheWay]]:
         """Batches of the conversations with their results, in no particular order."""
-        for prefix, group in self._by_prefix(ready):
+        switch = self.teacher.length_switch
+        short = [aligned for aligned in ready if not switch or len(aligned.input_ids) <= switch]
+        for prefix, group in self._by_prefix(short):
+            held = self._hold(prefix)
+            yield from self._compute_group(self._plan(group, held), held)
+        self._hold(NO_PREFIX)
+        yield from self._compute_group(
+            [[aligned] for aligned in ready if switch and len(aligned.input_ids) > switch], 0
+        )
+
+    def _hold(self, prefix: np.ndarray) -> int:
+        """Have the teacher hold a beginning, or none where there is no room for it; gives its length."""
+        try:
             self.teacher.hold_prefix(prefix)
-            yield from self._compute_group(group, len(prefix))
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            self.teacher.hold_prefix(NO_PREFIX)
+            return 0
+        return len(prefix)
 
     def _by_prefix(self, ready: list[Aligned]) -> list[tuple[np.ndarray, list[Aligned]]]:
         """The conversations that begin with the beginning most worth sharing, and the others."""
-        nothing = np.zeros(0, np.int64)
         if not self.prefix_cache:
-            return [(nothing, ready)]
+            return [(NO_PREFIX, ready)]
         limits = [int(aligned.positions[0]) - 1 for aligned in ready]
         prefix = shared_prefix([aligned.input_ids for aligned in ready], limits)
         groups: dict[bool, list[Aligned]] = {True: [], False: []}
         for aligned, limit in zip(ready, limits, strict=True):
             shares = limit >= len(prefix) and np.array_equal(aligned.input_ids[: len(prefix)], prefix)
             groups[shares].append(aligned)
-        return [(chosen, group) for chosen, group in ((prefix, groups[True]), (nothing, groups[False])) if group]
+        return [(chosen, group) for chosen, group in ((prefix, groups[True]), (NO_PREFIX, groups[False])) if group]
 
-    def _compute_group(self, group: list[Aligned], shared: int) -> Iterator[tuple[list[Aligned], OnTheWay]]:
-        waiting = self._plan(group, shared)
+    def _compute_group(self, waiting: list[list[Aligned]], shared: int) -> Iterator[tuple[list[Aligned], OnTheWay]]:
         while waiting:
             members = waiting.pop(0)
-            try:
-                found = self.teacher.distributions([self._request(aligned) for aligned in members], self.settings)
-            except torch.OutOfMemoryError as error:
-                self._shrink(members, error)
+            found = self._attempt(members)
+            if found is None:
+                self._shrink(members)
                 waiting = [batch for some in (members, *waiting) for batch in self._plan(some, shared)]
                 continue
             self.input_tokens += sum(len(aligned.input_ids) for aligned in members)
             yield members, found
+
+    def _attempt(self, members: list[Aligned]) -> OnTheWay | None:
+        """The batch's results, or None where memory was too small, with nothing left that holds what there was."""
+        try:
+            return self.teacher.distributions([self._request(aligned) for aligned in members], self.settings)
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _plan(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
         """Batches, the longest first: it fails first if one must. The others are mixed, so that their pace is even."""
@@ -73,16 +100,21 @@ class Batches:
         uniforms = logit_codec.draw_uniforms(self.seed, aligned.source_index, len(aligned.positions))
         return Request(aligned.input_ids, aligned.positions, uniforms)
 
-    def _shrink(self, members: list[Aligned], error: torch.OutOfMemoryError) -> None:
+    def _shrink(self, members: list[Aligned]) -> None:
         if len(members) == 1 and self.budget.logit_rows == 1:
             longest = len(members[0].input_ids)
             raise ToolkitError(
                 f"out of memory with a single conversation of {longest} tokens (source row {members[0].source_index}). "
                 f"Skip such with --max_length {longest - 1}, or use a smaller dtype or another device."
-            ) from error
+            )
         self.budget = self.budget.halved()
         self.teacher.logit_rows = self.budget.logit_rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         now = f"{self.budget.tokens} tokens and {self.budget.logit_rows} logit rows"
-        print(f"Out of memory: going on with batches of {now}", file=sys.stderr)
+        tqdm.write(f"Out of memory: going on with batches of {now}", file=sys.stderr)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory was too small: only CUDA has a type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -19,6 +19,7 @@ from hub_access import explain_hub_error
 from token_selection import OnTheWay, SelectionSettings, select
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
+LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
 WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
 # What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -114,6 +115,24 @@ def input_limits(config) -> InputLimits:
     return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
 
 
+def length_switch(config) -> int | None:
+    """The length from which rotary frequencies follow the longest conversation of a batch, or None where they never do.
+
+    Conversations on both sides of it must not share a batch or a cache, nor may one be read in part.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [kind for kind in parameters.values() if kind]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min(limits, default=None)
+
+
 # --- forward ---
 
 
@@ -126,6 +145,7 @@ class Teacher:
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows = model, logit_rows
         self._prefix_ids, self._prefix_cache = np.zeros(0, np.int64), None
+        self.length_switch = length_switch(model.config)
         takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
         self._cache_name = "cache" if takes_cache else "past_key_values"
 
@@ -144,13 +164,14 @@ class Teacher:
         All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
         """
         device = "cpu" if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
-        tokens = torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])).to(device)
-        uniforms = torch.from_numpy(np.concatenate([r.uniforms for r in requests])).to(device)
+        tokens = _upload(torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])), device)
+        uniforms = _upload(torch.from_numpy(np.concatenate([r.uniforms for r in requests])), device)
         pieces, start = [], 0
         for logits in self.row_logits(requests):
             logits = logits.to(device)
             part = slice(start, start + len(logits))
             pieces.append(select(logits, tokens[part], uniforms[part], settings))
+            del logits  # or it would live on beside the next piece's
             start = part.stop
         return OnTheWay(pieces)
 
@@ -162,7 +183,7 @@ class Teacher:
         """
         sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
         before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1 - len(self._prefix_ids)
-        sample, before = sample.to(self.model.device), before.to(self.model.device)
+        sample, before = _upload(sample, self.model.device), _upload(before, self.model.device)
         if len(sample) <= self.logit_rows:
             yield self._forward(requests, lambda hidden: hidden[sample, before].unsqueeze(0))[0].float()
             return
@@ -180,12 +201,13 @@ class Teacher:
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
         """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
         shared, device = len(self._prefix_ids), self.model.device
-        lengths = [len(request.read_ids) - shared for request in requests]
+        read = [request.input_ids if self.length_switch else request.read_ids for request in requests]
+        lengths = [len(ids) - shared for ids in read]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
-        for i, request in enumerate(requests):
-            ids[i, : lengths[i]] = torch.from_numpy(request.read_ids[shared:])
+        for row, found in zip(ids, read, strict=True):
+            row[: len(found) - shared] = torch.from_numpy(found[shared:])
         # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
-        inputs = {"input_ids": ids.to(device), "use_cache": bool(shared)}
+        inputs = {"input_ids": _upload(ids, device), "use_cache": bool(shared)}
         if shared:
             inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
             inputs[self._cache_name].batch_repeat_interleave(len(requests))
@@ -206,6 +228,13 @@ class Teacher:
             yield
         finally:
             handle.remove()
+
+
+def _upload(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on the device; on its way to a GPU nothing waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # --- checks at start-up ---

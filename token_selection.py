@@ -67,7 +67,7 @@ class OnTheWay:
                 for name, tensor in joined.items()
             }
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(joined["logsumexp"].device))
         else:
             self._tensors = {name: tensor.cpu() for name, tensor in joined.items()}
 

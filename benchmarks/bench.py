@@ -7,7 +7,9 @@ every way once, in turn, so that a machine that slows down slows all of them; th
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +29,7 @@ import logit_codec  # noqa: E402
 import logit_dataset  # noqa: E402
 import teacher_model  # noqa: E402
 import token_selection  # noqa: E402
-from memory_budget import choose_budget  # noqa: E402
+from memory_budget import MIB, choose_budget, peak_memory  # noqa: E402
 
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 DATA = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
@@ -146,6 +148,26 @@ def bench_wide_selection(model) -> None:
     print(f"With a vocabulary of 151,936 rows, {rows} of 440 tokens extracted, it takes {100 * share:.1f}%.")
 
 
+def bench_memory(conversations: int) -> None:
+    """Peak memory over the model's own, in a process that does nothing else, against the formula."""
+    command = [sys.executable, __file__, "--conversations", str(conversations), "--memory"]
+    print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_memory(model, conversations: int) -> None:
+    arguments, reader = prepare(conversations)
+    ready, _ = reader.align(0, conversations)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    extraction(model, arguments, reader, True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    budget = choose_budget(model, None, None)
+    longest = max(len(aligned.input_ids) for aligned in ready)
+    formula = peak_memory(model, budget, longest, budget.logit_rows, True)
+    print(
+        f"\nPeak memory over the model's own: {peak / MIB:,.0f} MiB; the formula says at most {formula / MIB:,.0f} MiB."
+    )
+
+
 def true_log_probs(model, reader, conversations: int) -> tuple[np.ndarray, list[int]]:
     """Float64 log-probabilities (n, V) of real positions, and the rows' lengths."""
     ready, _ = reader.align(0, conversations)
@@ -243,11 +265,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=503, help="how many (default: all 503)")
     parser.add_argument("--rounds", type=int, default=3, help="times each way is timed (default: 3)")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory alone (default: off)")
     options = parser.parse_args()
     model = teacher_model.load_teacher(str(MODEL))
+    if options.memory:
+        measure_memory(model, options.conversations)
+        return
     seconds(bare_forward, model, prepare(8)[1].align(0, 8)[0])  # warm
     bench_extraction(model, options.conversations, options.rounds, None)
     bench_wide_selection(model)
+    bench_memory(min(96, options.conversations))
     bench_extraction(model, min(96, options.conversations), options.rounds, LONG_SYSTEM)
     bench_codec(model, min(32, options.conversations))
 

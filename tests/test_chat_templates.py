@@ -91,6 +91,15 @@ def test_a_dataset_that_tells_two_templates_apart_goes_by_prefixes(smollm2):
         choice.check(telling)
 
 
+def test_tools_among_the_first_conversations_decide_nothing(smollm2):
+    """The shipped template refuses them in words, wherever they stand in the dataset."""
+    calling = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [{"name": "now", "arguments": {}}]}]
+    choice = choose(None, smollm2[1], [calling, [QUESTION, ANSWER]])
+    assert choice.mask_source == "shipped template smollm2.jinja"
+    with pytest.raises(TemplateError, match="SmolLM 2 has no tools"):
+        choice.check(calling)
+
+
 # --- prefixes ---
 
 

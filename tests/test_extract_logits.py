@@ -161,6 +161,7 @@ def refused(capsys) -> str:
         ({"num_sampled": -1}, 2, "--num_sampled -1: expected 0 or more"),
         ({"seed": -1}, 2, "--seed -1"),
         ({"batch_tokens": 0}, 2, "--batch_tokens 0"),
+        ({"logit_memory": -5}, 2, "--logit_memory -5: expected 1 or more"),
         ({"device": "cuda:9"}, 2, "--device cuda:9"),
         ({"output_dir": None}, 2, "nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER"),
         ({"chat_template": "{{ messages[-1].content }}"}, 2, "renders otherwise alone"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import extraction_run
 import memory_budget
 import model_batches
 from batching import Budget
+from errors import ToolkitError
 from logit_dataset import open_dataset
 from teacher_model import Teacher
 
@@ -71,7 +73,7 @@ def test_the_beginning_is_computed_once(extract, tmp_path, monkeypatch):
         for row in ROWS
     ]
     extract([*chats, odd])
-    assert held[0] == 8 and held[1] > 20 and held[2:] == [0]  # the probe's, the shard's, and the odd one without
+    assert held[0] == 8 and held[1] > 20 and held[2:] == [0, 0]  # the probe's, the shard's; then none
     assert json.loads((tmp_path / "out" / "extraction.json").read_text())["prefix_cache"] is True
 
 
@@ -133,6 +135,55 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_path, chat_file, monkeypatch, capsys):
+    """The last batch of a shard fails in the writing thread, with the shard's end queued behind it."""
+    encode, calls = extraction_run.encode_batch, []
+
+    def failing(members, *rest):
+        calls.append(members)
+        if sum(map(len, calls)) == len(ROWS):
+            time.sleep(0.5)
+            raise ToolkitError("the model's logits are not finite")
+        encode(members, *rest)
+
+    monkeypatch.setattr(extraction_run, "encode_batch", failing)
+    options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
+    assert extract_logits.main([*map(str, options), "--device", "cpu", "--batch_tokens", "100"]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert len(calls) > 2 and not list((tmp_path / "out").glob("data/*/*.parquet"))
+
+
+def test_what_was_read_before_a_reading_error_is_written(small_model, tmp_path, chat_file, monkeypatch):
+    from conversation_reader import Reader
+
+    align = Reader.align
+
+    def failing(self, first, end):
+        if first >= 16:
+            raise OSError("the source is gone")
+        return align(self, first, end)
+
+    monkeypatch.setattr(extraction_run, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(Reader, "align", failing)
+    options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
+    assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert [dataset.read_row(i)["source_index"] for i in range(dataset.num_rows)] == list(range(16))
+
+
+def test_no_room_for_a_shared_beginning_goes_without(extract, monkeypatch):
+    plain = extract(ROWS, "--no_prefix_cache", out="plain", system_prompt=SYSTEM)
+    hold = Teacher.hold_prefix
+
+    def full(self, ids):
+        if len(ids) > 20:
+            raise torch.OutOfMemoryError("tried to allocate")
+        hold(self, ids)
+
+    monkeypatch.setattr(Teacher, "hold_prefix", full)
+    assert_alike(extract(ROWS, out="full", system_prompt=SYSTEM), plain)
 
 
 HARD_CASE = """

@@ -9,7 +9,10 @@ import logit_codec
 import teacher_model
 import token_selection
 from batching import shared_prefix
+from chat_alignment import Alignment
+from conversation_reader import Aligned
 from errors import ToolkitError, UsageError
+from model_batches import Batches
 from teacher_model import Teacher
 from token_selection import OnTheWay, SelectionSettings
 
@@ -97,6 +100,48 @@ def test_a_shared_beginning_gives_the_plain_forwards_rows(model_type):
     for logit_rows in (1000, 7):
         found = rows(model, requests, logit_rows, prefix)
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def longrope_model():
+    """A tiny Phi 3 whose rotary frequencies are others for a batch that reaches past 64 tokens."""
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10_000.0}
+    sizes = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Phi3Config(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
+    """Through a shard's batches, with a shared beginning: each conversation as its own plain forward."""
+    model = longrope_model()
+    assert teacher_model.length_switch(model.config) == 64
+    rng = np.random.default_rng(2)
+    beginning = rng.integers(0, 1000, 12)
+    ready = [
+        Aligned(i, [], Alignment(ids, []), np.arange(20, length))
+        for i, length in enumerate((50, 90, 40, 66, 64, 200))
+        for ids in [np.concatenate([beginning, rng.integers(0, 1000, length - 12)])]
+    ]
+    settings = {"top_k": 8, "top_p": 0.98, "num_sampled": 4, "seed": 0, "prefix_cache": True}
+    batches = Batches(model, {**settings, "batch_tokens": 1000, "batch_logit_rows": 1000})
+    seen = []
+    for members, found in batches.compute(ready):
+        seen += [aligned.source_index for aligned in members]
+        requests = [request(aligned.input_ids, aligned.positions) for aligned in members]
+        expected = plain_logits(model, requests).double().logsumexp(-1).numpy()
+        np.testing.assert_allclose(found.wait().logsumexp, expected, atol=1e-4)
+    assert sorted(seen) == list(range(6))
 
 
 def test_pieces_do_not_run_the_decoder_again():
