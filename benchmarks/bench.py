@@ -268,10 +268,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory alone (default: off)")
     options = parser.parse_args()
     model = teacher_model.load_teacher(str(MODEL))
+    seconds(bare_forward, model, prepare(8)[1].align(0, 8)[0])  # warm, and the weights read from the disk
     if options.memory:
         measure_memory(model, options.conversations)
         return
-    seconds(bare_forward, model, prepare(8)[1].align(0, 8)[0])  # warm
     bench_extraction(model, options.conversations, options.rounds, None)
     bench_wide_selection(model)
     bench_memory(min(96, options.conversations))
