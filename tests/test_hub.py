@@ -48,17 +48,17 @@ def workplace(hub, tmp_path_factory):
     return folder, {**hub[0].environment(folder / "home"), "PYTHONPATH": str(REPO)}
 
 
+def extract(folder, env, *options):
+    """The extraction of the Hub's own model and dataset, with these options, in a process of its own."""
+    sources = ("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE)
+    return run_command("extract_logits.py", *sources, *options, cwd=folder, env=env)
+
+
 @pytest.fixture(scope="module")
 def pushed(workplace):
     """What the README's command does with --output_repo alone."""
     folder, env = workplace
-    done = run_command(
-        "extract_logits.py",
-        *("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE),
-        *("--output_repo", "user/logits", "--device", "cpu"),
-        cwd=folder,
-        env=env,
-    )
+    done = extract(folder, env, "--output_repo", "user/logits", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "logits", done.stdout
 
@@ -98,13 +98,7 @@ def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
     """Shards of a longer run must not stay beside those of a shorter one."""
     folder, env = workplace
     for flags in ((), ("--max_samples", 2, "--overwrite")):
-        done = run_command(
-            "extract_logits.py",
-            *("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE),
-            *("--output_repo", "user/again", "--output_dir", "again", *flags),
-            cwd=folder,
-            env=env,
-        )
+        done = extract(folder, env, "--output_repo", "user/again", "--output_dir", "again", *flags)
         assert done.returncode == 0, done.stderr
     local = (folder / "again" / "data" / "00000" / "train-00000.parquet").read_bytes()
     found = hub[0].files("dataset", "user/again")
@@ -115,13 +109,7 @@ def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
 
 def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
     folder, env = workplace
-    done = run_command(
-        "extract_logits.py",
-        *("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--streaming"),
-        *("--output_dir", "streamed", "--device", "cpu", "--chat_template", TEMPLATE),
-        cwd=folder,
-        env=env,
-    )
+    done = extract(folder, env, "--streaming", "--output_dir", "streamed", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     streamed, whole = open_dataset(str(folder / "streamed")), open_dataset(str(pushed[0]))
     assert streamed.num_rows == whole.num_rows == len(ROWS)
@@ -161,13 +149,7 @@ def test_what_the_hub_refuses_is_explained(workplace, options, token, words):
 def test_a_push_that_would_be_refused_is_refused_before_the_model_loads(workplace):
     folder, env = workplace
     env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
-    done = run_command(
-        "extract_logits.py",
-        *("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE),
-        *("--output_repo", "user/forbidden", "--max_samples", 2),
-        cwd=folder,
-        env=env,
-    )
+    done = extract(folder, env, "--output_repo", "user/forbidden", "--max_samples", 2)
     assert done.returncode == 1
     assert "--output_repo user/forbidden" in done.stderr and "HF_TOKEN" in done.stderr
     assert "Loading" not in done.stderr and not (folder / "outputs" / "forbidden").exists()

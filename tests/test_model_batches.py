@@ -196,7 +196,6 @@ run_shards = extraction_run.run_shards
 def measured(folder, extraction, reader, model):
     budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
     seen["formula"] = memory_budget.peak_memory(model, budget, 8000, 8000, extraction["prefix_cache"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/statm") as file:
         seen["before"] = int(file.read().split()[1]) * resource.getpagesize()
     found = run_shards(folder, extraction, reader, model)
