@@ -17,7 +17,7 @@ import numpy as np
 from chat_templates import ChatTemplate, TemplateError, choose_template
 from conversations import from_stored
 from errors import ToolkitError, UsageError
-from hub_access import explain_hub_error
+from hub_access import explain_loading
 from logit_codec import MAX_TOKEN_ID
 
 THINK_TAGS = ("<think>", "</think>")
@@ -64,15 +64,19 @@ class Alignment:
 # --- tokenizer ---
 
 
-def load_tokenizer(tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None):
+def load_tokenizer(
+    tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+):
     """A fast tokenizer from a Hub id or local folder. Raises ToolkitError where there is none."""
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_id, revision=revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_id, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
     except Exception as error:
-        raise explain_hub_error(error, f"tokenizer of {tokenizer_id}") from error
+        raise explain_loading(error, f"tokenizer of {tokenizer_id}") from error
     if not tokenizer.is_fast:
         raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
     return tokenizer

@@ -1,14 +1,26 @@
-"""How both commands end: exit status, and errors in a line or two."""
+"""How both commands end: exit status, errors in a line or two, and signals that lose nothing."""
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from errors import ToolkitError
+from hub_access import redact
 
-INTERRUPTED = 130  # what shells give for SIGINT
+SIGNALLED = 128  # and the signal's number: what shells give
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM; ``number`` says which."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def run_command(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
@@ -16,20 +28,54 @@ def run_command(command: Callable[[argparse.Namespace], None], arguments: argpar
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal without the characters shows their codes
     try:
-        command(arguments)
-        sys.stdout.flush()
+        with stop_on_signals():
+            command(arguments)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
     except Exception as error:
-        if arguments.debug:
-            traceback.print_exc()
-        elif isinstance(error, ToolkitError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            found = f"{type(error).__name__}: {error}"
-            print(f"error: {found}\nThis was not expected; --debug shows where it happened.", file=sys.stderr)
+        print(redact(_told(error, arguments.debug)), file=sys.stderr)
         return error.exit_status if isinstance(error, ToolkitError) else 1
     return 0
+
+
+def _told(error: Exception, debug: bool) -> str:
+    if debug:
+        return "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, ToolkitError):
+        return f"error: {error}"
+    return f"error: {type(error).__name__}: {error}\nThis was not expected; --debug shows where it happened."
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises Stopped, for an end in order; the second leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def stop(number: int, _frame) -> None:
+        if received:
+            os._exit(SIGNALLED + number)
+        received.append(number)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(status: int) -> None:
+    """Leave the process; after a signal without waiting for threads, of which one may be at a read that never ends."""
+    if status <= SIGNALLED:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

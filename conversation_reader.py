@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,7 +31,10 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Reader:
-    """The rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown."""
+    """The rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
+
+    ``tokens_a_row`` is the mean of extracted tokens over the first rows.
+    """
 
     source: SourceDataset
     columns: dict[str, str]
@@ -41,6 +44,7 @@ class Reader:
     max_length: int | None
     vocab_size: int
     num_rows: int | None
+    tokens_a_row: float = 0.0
 
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
         """Rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``.
@@ -70,10 +74,12 @@ class Reader:
         return Aligned(index, to_stored(conversation), alignment, positions)
 
 
-def open_reader(arguments: argparse.Namespace, model_commit: str | None, limits) -> Reader:
+def open_reader(
+    arguments: argparse.Namespace, model_commit: str | None, limits, template_date: str | None = None
+) -> Reader:
     """Open dataset and tokenizer, and prove on the first conversations that there is something to extract.
 
-    ``limits`` has the model's ``vocab_size`` and ``positions``.
+    ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask.
     """
     source = open_source(
         arguments.dataset_id,
@@ -85,10 +91,14 @@ def open_reader(arguments: argparse.Namespace, model_commit: str | None, limits)
     columns = choose_columns(
         source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column
     )
-    tokenizer = chat_alignment.load_tokenizer(arguments.model_id, model_commit, arguments.gguf_file)
+    tokenizer = chat_alignment.load_tokenizer(
+        arguments.model_id, model_commit, arguments.gguf_file, arguments.trust_remote_code
+    )
     chat_alignment.refuse_wide_vocabulary(tokenizer)
     conversations = _first_conversations(source, columns, arguments)
-    choice = choose_template(arguments.chat_template, tokenizer, arguments.template_kwargs, None, conversations)
+    choice = choose_template(
+        arguments.chat_template, tokenizer, arguments.template_kwargs, template_date, conversations
+    )
     skipped = chat_alignment.skipped_token_ids(tokenizer, arguments.skip_tokens, arguments.keep_tokens)
     reader = Reader(
         source=source,
@@ -100,8 +110,7 @@ def open_reader(arguments: argparse.Namespace, model_commit: str | None, limits)
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, arguments.max_samples) if n is not None), default=None),
     )
-    _prove(reader, conversations)
-    return reader
+    return replace(reader, tokens_a_row=_prove(reader, conversations))
 
 
 def _first_conversations(source: SourceDataset, columns: dict, arguments: argparse.Namespace) -> list[list[dict]]:
@@ -114,8 +123,11 @@ def _first_conversations(source: SourceDataset, columns: dict, arguments: argpar
     return found
 
 
-def _prove(reader: Reader, conversations: list[list[dict]]) -> None:
-    """Raise PrefixError where the first conversations' prefixes do not nest, ToolkitError where nothing is left."""
+def _prove(reader: Reader, conversations: list[list[dict]]) -> float:
+    """Extracted tokens a row over the first conversations.
+
+    Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has anything to extract.
+    """
     for conversation in conversations:
         try:
             reader.choice.template.render(conversation)
@@ -128,3 +140,4 @@ def _prove(reader: Reader, conversations: list[list[dict]]) -> None:
         reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).\n{THREE_WAYS}")
+    return sum(len(aligned.positions) for aligned in ready) / (len(ready) + len(skipped))

@@ -7,21 +7,19 @@ From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``; ``unpac
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from chat_alignment import align_row, load_tokenizer, token_text, tokenizer_fingerprint
-from command_line import run_command
+from command_line import leave, run_command
 from errors import ToolkitError, UsageError
+from hub_access import is_commit
 from logit_codec import dequantize_all_logits, unpack_indices
 from logit_dataset import open_dataset
 from token_analysis import EXTRACTED, Prediction, TokenAnalysis, label_tokens
 from token_report import print_token_table
-
-COMMIT_DIGITS = 40  # a Hub commit; a local model's revision is a hash of 64
 
 __all__ = ["analyze_token_probabilities", "dequantize_all_logits", "execute_analysis", "unpack_indices"]
 
@@ -33,18 +31,20 @@ def execute_analysis(
     tokenizer_id: str | None = None,
     revision: str | None = None,
     top_n: int = 5,
+    trust_remote_code: bool = False,
 ) -> list[TokenAnalysis]:
     """Print the token table of one stored row and return its tokens.
 
     ``logit_dataset_id`` is a folder or a Hub id (at ``revision``), ``sample_index`` counts stored rows, negative
     ones from the end. ``chat_template`` (a path or text) replaces the recorded one and must give the same tokens;
-    ``tokenizer_id`` says where the recorded tokenizer lies now. Raises ToolkitError, with what to do about it.
+    ``tokenizer_id`` says where the recorded tokenizer lies now; with ``trust_remote_code`` it may run code of its own.
+    Raises ToolkitError, with what to do about it.
     """
     if top_n < 1:
         raise UsageError(f"--top_n {top_n}: expected 1 or more")
     dataset = open_dataset(logit_dataset_id, revision)
     row = dataset.read_row(sample_index)
-    tokenizer = _recorded_tokenizer(dataset.extraction, tokenizer_id)
+    tokenizer = _recorded_tokenizer(dataset.extraction, tokenizer_id, trust_remote_code)
     tokens = analyze_token_probabilities(row, tokenizer, dataset.extraction, chat_template, top_n)
     print_token_table(tokens, top_n)
     return tokens
@@ -81,16 +81,16 @@ def _with_predictions(token: TokenAnalysis, row: dict, index: int, tokenizer, to
     )
 
 
-def _recorded_tokenizer(extraction: dict, tokenizer_id: str | None):
+def _recorded_tokenizer(extraction: dict, tokenizer_id: str | None, trust_remote_code: bool):
     """The tokenizer that the extraction used, from its recorded place or from ``tokenizer_id``."""
     source = tokenizer_id or extraction["model_id"]
-    recorded, is_commit = tokenizer_id is None, len(extraction["model_revision"]) == COMMIT_DIGITS
-    if recorded and not is_commit and not Path(source).exists():
+    recorded, on_hub = tokenizer_id is None, is_commit(extraction["model_revision"])
+    if recorded and not on_hub and not Path(source).exists():
         raise ToolkitError(
             f"the model was the local folder {source}, which is not here. Say where it lies now: --tokenizer_id FOLDER"
         )
-    revision = extraction["model_revision"] if recorded and is_commit else None
-    tokenizer = load_tokenizer(source, revision, extraction.get("gguf_file") if recorded else None)
+    revision = extraction["model_revision"] if recorded and on_hub else None
+    tokenizer = load_tokenizer(source, revision, extraction.get("gguf_file") if recorded else None, trust_remote_code)
     found = tokenizer_fingerprint(tokenizer)
     if found != extraction["tokenizer_fingerprint"]:
         raise ToolkitError(
@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="explore_logits.py",
+        allow_abbrev=False,
         description="Print each token of a stored answer beside what the model predicted in its place.",
     )
     add = parser.add_argument
@@ -129,6 +130,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub dataset (default: its main branch)")
     add("--top_n", type=int, default=5, metavar="N", help="predictions shown a token (default: 5)")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that the tokenizer brings along, if it does (default: refuse)",
+    )
     add("--debug", action="store_true", help="show the traceback of an error (default: its message)")
     return parser
 
@@ -144,4 +150,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

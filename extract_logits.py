@@ -9,17 +9,20 @@ Data flows one way: source rows -> aligned conversations -> batches -> distribut
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 from chat_templates import RESERVED_KWARGS
-from command_line import run_command
+from command_line import leave, run_command
 from errors import UsageError
-from logit_dataset import check_folder
+from run_folder import RunFolder
 
 LEAST = {
     "top_k": 1,
     "num_sampled": 0,
+    "rows_per_shard": 1,
+    "push_every": 0,
     "batch_tokens": 1,
     "logit_memory": 1,
     "max_samples": 1,
@@ -32,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="extract_logits.py",
+        allow_abbrev=False,  # so that the command to go on with can be told from the options as they stand
         description="Store a chat model's token log-probabilities for every assistant token of a chat dataset.",
     )
     source = parser.add_argument_group("what is read").add_argument
@@ -94,9 +98,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output = parser.add_argument_group("what is written").add_argument
     output("--output_repo", metavar="USER/NAME", help="Hub dataset to push to (default: none; the folder only)")
+    output("--output_revision", metavar="BRANCH", help="its branch, made if it is missing (default: main)")
     output("--private", action="store_true", help="make the Hub dataset private if it is new (default: public)")
+    output(
+        "--push_every",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="time between commits to the Hub (default: %(default)s)",
+    )
     output("--output_dir", metavar="FOLDER", help="local folder (default: outputs/NAME of --output_repo)")
-    output("--overwrite", action="store_true", help="replace the run that is in the folder (default: refuse)")
+    output(
+        "--overwrite",
+        action="store_true",
+        help="replace the run that is in folder and Hub dataset (default: go on with it, if it is this one)",
+    )
+    output(
+        "--rows_per_shard",
+        type=int,
+        default=256,
+        metavar="N",
+        help="source rows a file; a stopped run goes on with the first one missing (default: %(default)s)",
+    )
     output("--top_k", type=int, default=64, metavar="K", help="most probable tokens considered (default: %(default)s)")
     output(
         "--top_p",
@@ -140,6 +163,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compute("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, … (default: the first accelerator, else cpu)")
     compute("--attn_implementation", metavar="NAME", help="eager, sdpa, … (default: transformers' choice)")
+    compute(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that model or tokenizer bring along, if they do (default: refuse)",
+    )
     compute("--debug", action="store_true", help="show the traceback of an error (default: its message)")
     return parser
 
@@ -176,21 +204,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def _extract(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
-    if arguments.preview is None:
-        folder = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
-        check_folder(folder, arguments.overwrite)
-    import extraction_run  # with torch, which takes seconds to import: help and wrong options don't wait for it
-
     if arguments.preview is not None:
+        import extraction_run  # with torch, which takes seconds to import: help and wrong options don't wait for it
+
         extraction_run.preview(arguments)
-    else:
+        return
+    path = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
+    with RunFolder(path, arguments.overwrite) as folder:
+        import extraction_run
+
         extraction_run.extract(arguments, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(_extract, build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
+    typed = ["python", "extract_logits.py", *argv] if argv is not None else sys.orig_argv
+    arguments.command = shlex.join(part for part in typed if part != "--overwrite")
+    return run_command(_extract, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,70 +1,36 @@
-"""The run: shards of source rows through the model into files, with progress on the way and a summary at the end."""
+"""The run: from its options to the finished dataset, begun anew or gone on with where another process left it.
+
+the record, if any -> source, template -> is it the same run? -> the missing shards through the model -> the Hub
+"""
 
 import argparse
 import itertools
 import math
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
-import chat_alignment
-import dataset_card
-import logit_codec
-import logit_dataset
 import teacher_model
-from batching import Budget
-from content_hash import hash_files
-from conversation_reader import Aligned, Reader, open_reader
+from disk_space import DiskWatch
 from errors import UsageError
-from hub_access import HubUnreachable, resolve_commit
+from hub_repository import Repository
+from hub_sync import HubSync
 from memory_budget import choose_budget
-from model_batches import Batches
+from run_description import OpenedRun, describe_with_model, open_run, what_differs
+from run_folder import RunFolder
+from shard_files import ShardEntry
+from shard_loop import Side, missing_shards, run_shards
 from token_analysis import label_tokens
 from token_report import print_preview
-from token_selection import OnTheWay
-
-ROWS_PER_SHARD = 256
-BACKLOG = 2  # batches whose results wait to be encoded and written
-VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
-
-
-@dataclass
-class Tally:
-    """What a run has done so far."""
-
-    written: int = 0
-    tokens: int = 0
-    nll: float = 0.0
-    disk_bytes: int = 0
-    skipped: Counter = field(default_factory=Counter)
-    shards: list[dict] = field(default_factory=list)
-
-
-def open_conversations(arguments: argparse.Namespace) -> tuple[Reader, str | None]:
-    """The conversations as the model will read them, and the model's Hub commit (None for a folder)."""
-    is_local = Path(arguments.model_id).exists()
-    commit = None if is_local else resolve_commit(arguments.model_id, "model", arguments.model_revision)
-    if is_local and arguments.model_revision:
-        raise UsageError(f"--model_revision: {arguments.model_id} is a local folder, which has no revisions")
-    config = teacher_model.load_config(arguments.model_id, commit, arguments.gguf_file)
-    limits = teacher_model.input_limits(config)
-    if arguments.top_k > limits.vocab_size:
-        raise UsageError(f"--top_k {arguments.top_k}: the model has {limits.vocab_size} tokens, expected no more")
-    reader = open_reader(arguments, commit, limits)
-    print(f"Assistant tokens: {reader.choice.mask_source}", file=sys.stderr)
-    return reader, commit
 
 
 def preview(arguments: argparse.Namespace) -> None:
     """Print the first conversations as they would be extracted; runs no model and writes nothing."""
-    reader, _ = open_conversations(arguments)
+    reader = open_run(arguments).reader
     ready, skipped = reader.align(0, arguments.preview)
     for aligned in ready:
         tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
@@ -73,211 +39,174 @@ def preview(arguments: argparse.Namespace) -> None:
         print(f"Source row {entry['row']} would be skipped: {entry['reason']}")
 
 
-def extract(arguments: argparse.Namespace, folder: Path) -> None:
-    """The command's work, from its checked arguments to the pushed dataset."""
-    device = teacher_model.choose_device(arguments.device)
-    reader, commit = open_conversations(arguments)
-    if arguments.output_repo:
-        try:  # what the Hub refuses, it refuses before the night and not after it
-            logit_dataset.make_repository(arguments.output_repo, arguments.private)
-        except HubUnreachable:
-            print(f"The Hub cannot be reached now; rows go to {folder}, and are pushed at the end.", file=sys.stderr)
-    print(f"Loading {arguments.model_id} on {device} …", file=sys.stderr)
-    model = teacher_model.load_teacher(
-        arguments.model_id,
-        commit,
-        arguments.gguf_file,
-        arguments.dtype,
-        device,
-        arguments.attn_implementation,
-    )
-    cache_agrees = teacher_model.probe(model)
-    if not cache_agrees and arguments.prefix_cache:
-        print("Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr)
-    budget = choose_budget(model, arguments.batch_tokens, arguments.logit_memory)
-    prefix_cache = arguments.prefix_cache and cache_agrees
-    extraction = describe_run(arguments, reader, model, commit, budget, prefix_cache)
-    logit_dataset.set_aside(folder)
-    logit_dataset.write_json(folder, logit_dataset.EXTRACTION_FILE, extraction)
-    tell_shards(folder, extraction, Tally())
-    tally = run_shards(folder, extraction, reader, model)
-    logit_dataset.drop_replaced(folder)
-    print_summary(tally, folder)
-    if arguments.output_repo:
-        print(f"Pushed: {logit_dataset.push_folder(folder, arguments.output_repo, arguments.private)}")
+def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
+    """The command's work, from its checked arguments to the pushed dataset.
 
-
-def describe_run(
-    arguments: argparse.Namespace, reader: Reader, model, commit: str | None, budget: Budget, prefix_cache: bool
-) -> dict:
-    """``extraction.json``: what is needed to decode, align and repeat the run."""
-    options = vars(arguments)
-    return {
-        "format_version": logit_dataset.FORMAT_VERSION,
-        **{name: options[name] for name in ("top_k", "top_p", "num_sampled", "seed")},
-        "vocab_size": model.get_output_embeddings().weight.shape[0],
-        "rows_per_shard": ROWS_PER_SHARD,
-        "model_id": arguments.model_id,
-        "model_revision": commit or hash_files(arguments.model_id),
-        "gguf_file": arguments.gguf_file,
-        "tokenizer_fingerprint": chat_alignment.tokenizer_fingerprint(reader.aligner.tokenizer),
-        **{name: options[name] for name in ("dataset_id", "dataset_config", "split")},
-        "dataset_revision": reader.source.revision,
-        "max_samples": arguments.max_samples,
-        "max_length": reader.max_length,
-        "columns": reader.columns,
-        "system_prompt": reader.system_prompt,
-        "chat_template": reader.choice.template.text,
-        "template_kwargs": reader.choice.template.kwargs,
-        "template_date": reader.choice.template.date,
-        "mask_source": reader.choice.mask_source,
-        "skipped_token_ids": sorted(reader.aligner.skipped_ids),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
-        "versions": {name: metadata.version(name) for name in VERSIONED},
-        "batch_tokens": budget.tokens,
-        "batch_logit_rows": budget.logit_rows,
-        "prefix_cache": prefix_cache,
-    }
-
-
-def run_shards(folder: Path, extraction: dict, reader: Reader, model) -> Tally:
-    """Compute and write one shard after another, with a progress bar over the conversations.
-
-    While the model computes, one thread reads and aligns the next shard, and one encodes and writes the last batches.
+    The same call goes on with what an earlier one left unfinished. Raises UsageError where the folder or the
+    repository holds another run.
     """
-    tally, started = Tally(), time.monotonic()
-    replaced = (folder / logit_dataset.REPLACED).exists()
-    batches = Batches(model, extraction)
-    bar = tqdm(total=reader.num_rows, unit=" conversations", dynamic_ncols=True, smoothing=0)
+    device, sync = teacher_model.choose_device(arguments.device), _connect(arguments, folder)
     try:
-        with bar as progress, Side() as side:
-            for shard, (ready, skipped) in enumerate(side.read_ahead(reader)):
-                rows: list[dict] = []
-                progress.update(len(skipped))
-                for members, on_the_way in batches.compute(ready):
-                    side.write(encode_batch, members, on_the_way, rows, tally)
-                    progress.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
-                    progress.update(len(members))
-                side.write(finish_shard, folder, extraction, shard, rows, skipped, tally)
-            side.finish()
+        opened, recorded = open_or_go_on(arguments, folder, sync)
+        run = Run(opened, folder, device, sync, DiskWatch(folder.path, opened.reader.num_rows))
+        if recorded:
+            folder.resume(recorded)
+        else:
+            run.begin()
+        run.compute_missing()
+        print_summary(run.finished.values(), folder)
+        if sync:
+            sync.finish()
+            print(f"Pushed         {sync.repository.url}")
+        folder.finish()
     except KeyboardInterrupt:
-        kept = f" The run that it was to replace is in {folder / logit_dataset.REPLACED}." if replaced else ""
-        print(f"Interrupted. {len(tally.shards)} finished shards are in {folder}.{kept}", file=sys.stderr)
+        _tell_interrupted(arguments, folder)
         raise
-    return tally
+    finally:
+        if sync:
+            sync.close()
 
 
-class Side:
-    """The two threads beside the model's: one reads a shard ahead, one writes, at most ``BACKLOG`` batches behind.
+def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync | None:
+    if not arguments.output_repo:
+        return None
+    repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
+    sync = HubSync(repository, folder, arguments.push_every, arguments.overwrite or folder.is_replacing)
+    sync.connect()
+    return sync
 
-    What either raises is raised in the caller at its next step. After a failure nothing more is written, so that no
-    shard is finished with rows missing; after a failure to read, what was read before is.
+
+def open_or_go_on(
+    arguments: argparse.Namespace, folder: RunFolder, sync: HubSync | None
+) -> tuple[OpenedRun, dict | None]:
+    """What is read, and the record of the run to go on with: the folder's, else the repository's; None for a new run.
+
+    Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
+    recorded, where = folder.recorded, f"--output_dir {folder.path}"
+    if not recorded and sync and sync.remote:
+        recorded, where = sync.remote.extraction, sync.what
+    if arguments.overwrite and not folder.is_replacing:
+        recorded = None
+    opened = open_run(arguments, recorded)
+    different = what_differs(opened, recorded) if recorded else []
+    if different and not arguments.overwrite:
+        raise UsageError(
+            f"{where}: holds another run ({'; '.join(different)}). Choose another place, or replace that run with "
+            "--overwrite."
+        )
+    return (open_run(arguments), None) if different else (opened, recorded)
 
-    def __enter__(self) -> "Side":
-        self._reading = ThreadPoolExecutor(1, "read")
-        self._writing = ThreadPoolExecutor(1, "write")
-        self._backlog: deque[Future] = deque()
-        self._stopped = False
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stopped = True
-        self._reading.shutdown(wait=False, cancel_futures=True)
-        self._writing.shutdown()
+@dataclass
+class Run:
+    """A run on its way; ``finished`` are its shards, in the folder or only in the repository."""
 
-    def read_ahead(self, reader: Reader) -> Iterator[tuple[list[Aligned], list[dict]]]:
-        """The reader's shards in order, the next one under way."""
-        upcoming = self._reading.submit(reader.align, 0, ROWS_PER_SHARD)
-        for first in itertools.count(ROWS_PER_SHARD, ROWS_PER_SHARD):
-            try:
-                ready, skipped = upcoming.result()
-            except Exception:
-                self.finish()
-                raise
-            if not ready and not skipped:
+    opened: OpenedRun
+    folder: RunFolder
+    device: torch.device
+    sync: HubSync | None
+    watch: DiskWatch
+    model: object = None
+    cache_agrees: bool = False
+
+    @property
+    def finished(self) -> dict[int, ShardEntry]:
+        return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
+
+    def begin(self) -> None:
+        """Start a new run in the folder."""
+        arguments = self.opened.arguments
+        self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
+        self.load_model()
+        described = describe_with_model(self.opened, self.model)
+        self.folder.begin({**described, **self._budget({})}, arguments.overwrite)
+
+    def compute_missing(self) -> None:
+        """Compute the shards that are missing; loads the model only if there are any."""
+        reader, finished = self.opened.reader, self.finished
+        self._tell_state(finished)
+        if self.sync:
+            self.sync.start()
+        size = self.folder.extraction["rows_per_shard"]
+        covered = {shard: entry.source_rows for shard, entry in finished.items()}
+        with Side() as side:
+            shards = side.read_ahead(reader, missing_shards(covered, size, reader.num_rows), size)
+            first = next(shards, None)
+            if first is None:
                 return
-            upcoming = self._reading.submit(reader.align, first, first + ROWS_PER_SHARD)
-            yield ready, skipped
+            self.load_model()
+            settings = {**self.folder.extraction, **self._budget(self.folder.extraction)}
+            done = sum(covered.values())
+            with tqdm(
+                total=reader.num_rows, initial=done, unit=" conversations", dynamic_ncols=True, smoothing=0
+            ) as bar:
+                run_shards(self.model, settings, itertools.chain([first], shards), side, self._write, bar)
 
-    def write(self, task, *arguments) -> None:
-        """Do ``task(*arguments)`` after all that was given before."""
-        self._backlog.append(self._writing.submit(self._unless_stopped, task, arguments))
-        while len(self._backlog) > BACKLOG or (self._backlog and self._backlog[0].done()):
-            self._backlog.popleft().result()
-
-    def finish(self) -> None:
-        """Wait for all that was given."""
-        while self._backlog:
-            self._backlog.popleft().result()
-
-    def _unless_stopped(self, task, arguments) -> None:
-        if self._stopped:
+    def load_model(self) -> None:
+        """Load and check the model, if that is not done yet."""
+        if self.model is not None:
             return
-        try:
-            task(*arguments)
-        except BaseException:
-            self._stopped = True
-            raise
+        arguments = self.opened.arguments
+        print(f"Loading {arguments.model_id} on {self.device} …", file=sys.stderr)
+        self.model = teacher_model.load_teacher(
+            arguments.model_id,
+            self.opened.model_commit,
+            arguments.gguf_file,
+            arguments.dtype,
+            self.device,
+            arguments.attn_implementation,
+            arguments.trust_remote_code,
+        )
+        self.cache_agrees = teacher_model.probe(self.model)
+        if not self.cache_agrees and arguments.prefix_cache:
+            print(
+                "Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr
+            )
+
+    def _budget(self, recorded: dict) -> dict:
+        """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
+        arguments = self.opened.arguments
+        budget = choose_budget(self.model, arguments.batch_tokens, arguments.logit_memory)
+        chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
+        options = {"batch_tokens": arguments.batch_tokens, "batch_logit_rows": arguments.logit_memory}
+        kept = {name: recorded[name] for name, option in options.items() if option is None and name in recorded}
+        cached = arguments.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
+        return {**chosen, **kept, "prefix_cache": cached}
+
+    def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> None:
+        entry = self.folder.add_shard(shard, rows, skipped)
+        if self.sync:
+            self.sync.add(entry)
+        self.watch.check_rest(self.folder.entries.values(), self.finished.values())
+
+    def _tell_state(self, finished: dict[int, ShardEntry]) -> None:
+        if not finished:
+            return
+        apart = len(finished) - len(self.folder.entries)
+        where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart else ""
+        rows = sum(entry.source_rows for entry in finished.values())
+        print(f"Going on: {rows:,} rows are done, in {len(finished)} shards{where}", file=sys.stderr)
+        self.watch.check_rest(self.folder.entries.values(), finished.values())
 
 
-def encode_batch(members: list[Aligned], on_the_way: OnTheWay, rows: list[dict], tally: Tally) -> None:
-    """Append a batch's stored rows to those of its shard."""
-    encoded = logit_codec.encode_rows(on_the_way.wait(), [len(aligned.positions) for aligned in members])
-    found = [
-        {
-            **columns,
-            "messages": aligned.messages,
-            "source_index": aligned.source_index,
-            "alignment_checksum": aligned.alignment.checksum,
-        }
-        for aligned, columns in zip(members, encoded, strict=True)
-    ]
-    rows += found
-    count_rows(tally, found)
+def _tell_interrupted(arguments: argparse.Namespace, folder: RunFolder) -> None:
+    kept = " The run that it is to replace is kept in .replaced there." if folder.is_replacing else ""
+    print(
+        f"Stopped. {len(folder.entries)} finished shards are in {folder.path}.{kept} To go on:\n  {arguments.command}",
+        file=sys.stderr,
+    )
 
 
-def finish_shard(
-    folder: Path, extraction: dict, shard: int, rows: list[dict], skipped: list[dict], tally: Tally
-) -> None:
-    """Write a shard's rows in the order of the source, and what the folder says about its shards."""
-    first = shard * ROWS_PER_SHARD
-    described = {
-        "fingerprint": logit_dataset.run_fingerprint(extraction),
-        "first_row": first,
-        "end_row": first + len(rows) + len(skipped),
-        "skipped": skipped,
-    }
-    rows.sort(key=lambda row: row["source_index"])
-    path = logit_dataset.write_shard(folder, extraction["split"], shard, rows, described)
-    tally.disk_bytes += path.stat().st_size
-    tally.skipped.update(entry["reason"] for entry in skipped)
-    tally.shards.append({"path": path.relative_to(folder).as_posix(), "num_rows": len(rows)})
-    tell_shards(folder, extraction, tally)
-
-
-def tell_shards(folder: Path, extraction: dict, tally: Tally) -> None:
-    """Write what the folder says about its shards: the list, and the card."""
-    logit_dataset.write_json(folder, logit_dataset.SHARDS_FILE, {"shards": tally.shards})
-    card = dataset_card.render_card(extraction, logit_dataset.run_fingerprint(extraction), vars(tally))
-    logit_dataset.write_text(folder, logit_dataset.CARD_FILE, card)
-
-
-def count_rows(tally: Tally, rows: list[dict]) -> None:
-    """Add a batch's rows to the tally."""
-    for row in rows:
-        tally.written += 1
-        tally.tokens += row["num_tokens"]
-        tally.nll -= float(row["token_log_probs"].sum(dtype=float))
-
-
-def print_summary(tally: Tally, folder: Path) -> None:
+def print_summary(entries: Collection[ShardEntry], folder: RunFolder) -> None:
     """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
-    mean = tally.nll / tally.tokens
-    print(f"Conversations  {tally.written:,} written, {tally.skipped.total():,} skipped")
-    for reason, count in tally.skipped.most_common():
+    skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
+    tokens, size = sum(entry.num_tokens for entry in entries), sum(entry.num_bytes for entry in entries)
+    print(f"Conversations  {sum(entry.num_rows for entry in entries):,} written, {skipped.total():,} skipped")
+    for reason, count in skipped.most_common():
         print(f"               {count:,} × {reason}")
-    print(f"Tokens         {tally.tokens:,} extracted")
-    print(f"Disk           {tally.disk_bytes / tally.tokens:.1f} bytes a token, {tally.disk_bytes:,} bytes in {folder}")
-    print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")
+    print(f"Tokens         {tokens:,} extracted")
+    if tokens:
+        mean = sum(entry.nll for entry in entries) / tokens
+        print(f"Disk           {size / tokens:.1f} bytes a token, {size:,} bytes in {folder.path}")
+        print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")

@@ -1,10 +1,18 @@
-"""What the Hub's clients raise, in words: which repository, what the Hub answered, what to do."""
+"""What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
 
+import os
+import re
 from pathlib import Path
 
 from errors import ToolkitError, UsageError
 
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
+BROKEN = {"ReadError", "WriteError", "CloseError", "RemoteProtocolError", "ReadTimeout", "WriteTimeout", "PoolTimeout"}
+COMMIT_DIGITS = 40
+PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
+PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
+# Tokens, and what gives an address the right to be written to.
+SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|token)=)[^\s'\"]+", re.IGNORECASE)
 
 
 class HubUnreachable(ToolkitError):
@@ -17,16 +25,92 @@ def explain_hub_error(error: BaseException, what: str, otherwise: type[ToolkitEr
     ``what`` names the repository as the caller knows it, such as ``dataset user/name``. The clients wrap the
     Hub's answer differently, so the chain of causes is searched.
     """
+    if isinstance(error, ToolkitError):
+        return error
     chain = _causes(error)
-    status = next((status for status in map(_status, chain) if status), None)
+    status = _answered(chain)
     names = {type(cause).__name__ for cause in chain}
     if status is not None:
         return ToolkitError(f"{what}: {_advice(status, names, chain)}")
     if names & UNREACHABLE:
-        return HubUnreachable(f"{what}: the Hub cannot be reached, and nothing here serves in its place")
+        return HubUnreachable(f"{what}: the Hub cannot be reached")
+    if names & BROKEN:
+        return HubUnreachable(f"{what}: the connection to the Hub broke ({chain[0] or 'no answer in time'})")
     if "HFValidationError" in names:
         return UsageError(f"{what}: no such file or folder, and no Hub id (USER/NAME) either")
     return otherwise(f"{what}: {error}")
+
+
+def redact(text: str) -> str:
+    """The text without the Hub's tokens and the queries of signed addresses.
+
+    >>> redact("PUT https://x/lfs?X-Amz-Signature=12ab&part=1 with hf_abcdefghij")
+    'PUT https://x/lfs?… with …'
+    """
+    token = os.environ.get("HF_TOKEN")
+    return SECRETS.sub("…", text.replace(token, "…") if token else text)
+
+
+def explain_loading(error: BaseException, what: str) -> ToolkitError:
+    """As ``explain_hub_error``, for models and tokenizers, which may bring code of their own."""
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{what}: it brings Python code of its own, which would run here. Read that code first; then allow it with "
+            "--trust_remote_code."
+        )
+    return explain_hub_error(error, what)
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a recorded revision is a Hub commit; a local folder's is a hash of 64 digits."""
+    return len(revision) == COMMIT_DIGITS
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a push that ended so may go well later: all but refusals, which only people can lift."""
+    if isinstance(error, ToolkitError):
+        return isinstance(error, HubUnreachable)
+    chain = _causes(error)
+    if any(type(cause).__name__ == "HFValidationError" for cause in chain):
+        return False
+    status = _answered(chain)
+    return status is None or status in PASSING or status >= 500
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait: its ``Retry-After``, or until its rate limit starts anew; None if neither."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    answers = [cause.response for cause in _causes(error) if _status(cause)]
+    if not answers:
+        return None
+    asked, limit = answers[0].headers.get("retry-after", ""), parse_ratelimit_headers(answers[0].headers)
+    if asked.strip().isdigit():
+        return float(asked)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+
+
+def patient_client():
+    """The Hub's client with limits to its patience: its own has none, and would wait for a dead line for ever."""
+    from huggingface_hub.utils._http import default_client_factory
+
+    client = default_client_factory()
+    client.timeout = PATIENCE
+    return client
+
+
+def find_license(repo_id: str, kind: str, commit: str | None) -> str | None:
+    """The licence that a model's or dataset's card states, None where it states none or cannot be read."""
+    import huggingface_hub
+
+    card = {"model": huggingface_hub.ModelCard, "dataset": huggingface_hub.DatasetCard}[kind]
+    try:
+        if Path(repo_id).exists():
+            return card.load(Path(repo_id) / "README.md").data.get("license")
+        found = huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=commit).card_data
+        return (found or {}).get("license")
+    except Exception:  # a note on the card is not worth a run
+        return None
 
 
 def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
@@ -53,7 +137,7 @@ def _cached_commit(repo_id: str, repo_type: str, revision: str | None, explained
             repo_id, repo_type=repo_type, revision=revision, local_files_only=True
         )
     except Exception as error:
-        raise explained from error
+        raise HubUnreachable(f"{explained}, and nothing in the cache here serves in its place") from error
     return Path(folder).name
 
 
@@ -63,6 +147,10 @@ def _causes(error: BaseException) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
+
+
+def _answered(chain: list[BaseException]) -> int | None:
+    return next((status for status in map(_status, chain) if status), None)
 
 
 def _status(error: BaseException) -> int | None:
@@ -81,4 +169,10 @@ def _advice(status: int, names: set[str], chain: list[BaseException]) -> str:
             f"not found on the Hub, or not yours to see ({status}). "
             "Check the name; for a private repository set HF_TOKEN to a token that may read or write it."
         )
-    return f"the Hub answered {status}: {chain[0]}"
+    if status in (409, 412):
+        return f"somebody else's commit came first ({status})"
+    if status == 429:
+        return "too many requests, says the Hub (429)"
+    if status >= 500:
+        return f"the Hub fails ({status})"
+    return f"the Hub answered {status}: {str(chain[0]).partition(chr(10))[0]}"

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from errors import ToolkitError, UsageError
-from hub_access import explain_hub_error
+from hub_access import explain_loading
 from token_selection import OnTheWay, SelectionSettings, select
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
@@ -62,11 +62,13 @@ def _devices() -> list[str]:
     return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
 
 
-def load_config(model_id: str, revision: str | None = None, gguf_file: str | None = None):
+def load_config(
+    model_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+):
     """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
-    return _load(AutoConfig, model_id, revision, gguf_file)
+    return _load(AutoConfig, model_id, revision, gguf_file, trust_remote_code=trust_remote_code)
 
 
 def load_teacher(
@@ -76,11 +78,16 @@ def load_teacher(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ):
-    """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere."""
+    """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
+
+    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
+    """
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype}
+    options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     model = _load(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
@@ -98,7 +105,7 @@ def _load(auto_class, model_id: str, revision: str | None, gguf_file: str | None
         needs = "requirements-dev.txt has gguf and accelerate, which GGUF files need" if gguf_file else str(error)
         raise ToolkitError(f"model {model_id}: {needs}") from error
     except Exception as error:
-        raise explain_hub_error(error, f"model {model_id}") from error
+        raise explain_loading(error, f"model {model_id}") from error
 
 
 @dataclass(frozen=True)

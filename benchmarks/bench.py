@@ -26,10 +26,13 @@ sys.path.insert(0, str(REPO))
 import extract_logits  # noqa: E402
 import extraction_run  # noqa: E402
 import logit_codec  # noqa: E402
-import logit_dataset  # noqa: E402
+import run_description  # noqa: E402
 import teacher_model  # noqa: E402
 import token_selection  # noqa: E402
+from disk_space import DiskWatch  # noqa: E402
 from memory_budget import MIB, choose_budget, peak_memory  # noqa: E402
+from run_folder import RunFolder  # noqa: E402
+from shard_files import write_shard  # noqa: E402
 
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 DATA = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
@@ -38,11 +41,11 @@ SETTINGS = {"K=64 S=16 p=0.98": (64, 16, 0.98), "K=32 S=8 p=0.95": (32, 8, 0.95)
 
 
 def prepare(conversations: int, system_prompt: str | None = None):
-    """The command's own options and reader for the first conversations."""
+    """The first conversations, opened as the command opens them."""
     options = ["--model_id", str(MODEL), "--dataset_id", str(DATA), "--output_dir", "unused"]
     options += ["--max_samples", str(conversations), *(["--system_prompt", system_prompt] if system_prompt else [])]
     arguments = extract_logits.build_parser().parse_args(options)
-    return arguments, extraction_run.open_conversations(arguments)[0]
+    return run_description.open_run(arguments)
 
 
 # --- ways to do it ---
@@ -71,12 +74,14 @@ def bare_forward(model, ready) -> None:
         model.lm_head(torch.cat([hidden[i, aligned.positions - 1] for i, aligned in enumerate(batch)]))
 
 
-def extraction(model, arguments, reader, prefix_cache: bool):
-    """The command's run, model loading aside, into a temporary folder; gives the tally."""
-    with tempfile.TemporaryDirectory() as folder:
-        budget = choose_budget(model, None, None)
-        described = extraction_run.describe_run(arguments, reader, model, "benchmark", budget, prefix_cache)
-        return extraction_run.run_shards(Path(folder), described, reader, model)
+def extraction(model, opened, prefix_cache: bool) -> int:
+    """The command's run, model loading aside, into a temporary folder; gives the bytes written."""
+    with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
+        watch = DiskWatch(folder.path, opened.reader.num_rows)
+        run = extraction_run.Run(opened, folder, model.device, None, watch, model, cache_agrees=prefix_cache)
+        run.begin()
+        run.compute_missing()
+        return sum(entry.num_bytes for entry in folder.entries.values())
 
 
 def seconds(way, *arguments) -> float:
@@ -103,8 +108,8 @@ class SelectionClock:
 
 
 def bench_extraction(model, conversations: int, rounds: int, system_prompt: str | None) -> None:
-    arguments, reader = prepare(conversations, system_prompt)
-    ready, _ = reader.align(0, conversations)
+    opened = prepare(conversations, system_prompt)
+    ready, _ = opened.reader.align(0, conversations)
     tokens = sum(len(aligned.input_ids) for aligned in ready)
     times: dict[str, list[float]] = {}
     share = []
@@ -113,10 +118,10 @@ def bench_extraction(model, conversations: int, rounds: int, system_prompt: str 
         if not system_prompt:
             times.setdefault("plain loop", []).append(seconds(plain_loop, model, ready))
             clock = teacher_model.select = SelectionClock()
-            times.setdefault("extraction", []).append(seconds(extraction, model, arguments, reader, False))
+            times.setdefault("extraction", []).append(seconds(extraction, model, opened, False))
             teacher_model.select = clock._select
             share.append(clock.seconds / times["extraction"][-1])
-        cached = seconds(extraction, model, arguments, reader, True)
+        cached = seconds(extraction, model, opened, True)
         times.setdefault("extraction, shared beginnings once", []).append(cached)
     title = "with a system prompt of 300 tokens" if system_prompt else "as they are"
     print(f"\n### {len(ready)} conversations {title}, {tokens:,} tokens, {rounds} rounds\n")
@@ -155,10 +160,10 @@ def bench_memory(conversations: int) -> None:
 
 
 def measure_memory(model, conversations: int) -> None:
-    arguments, reader = prepare(conversations)
-    ready, _ = reader.align(0, conversations)
+    opened = prepare(conversations)
+    ready, _ = opened.reader.align(0, conversations)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    extraction(model, arguments, reader, True)
+    extraction(model, opened, True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     budget = choose_budget(model, None, None)
     longest = max(len(aligned.input_ids) for aligned in ready)
@@ -206,19 +211,21 @@ def bytes_a_token(columns: dict, positions: int, folder: str) -> float:
 
 
 def bench_codec(model, conversations: int) -> None:
-    arguments, reader = prepare(conversations)
-    truth, lengths = true_log_probs(model, reader, conversations)
+    opened = prepare(conversations)
+    truth, lengths = true_log_probs(model, opened.reader, conversations)
     print(f"\n### Size and loss on {len(truth):,} positions\n")
     print("| settings | coding | bytes a token | mean KL, nats |\n| --- | --- | --- | --- |")
     for name, (top_k, num_sampled, top_p) in SETTINGS.items():
-        arguments.top_k, arguments.num_sampled, arguments.top_p = top_k, num_sampled, top_p
-        tally = extraction(model, arguments, reader, True)
+        changed = {"top_k": top_k, "num_sampled": num_sampled, "top_p": top_p}
+        vars(opened.arguments).update(changed)
+        opened.described.update(changed)
+        stored_bytes = extraction(model, opened, True)
         top_ids = np.argsort(-truth, axis=1)[:, :top_k]
         kept_log_probs = np.take_along_axis(truth, top_ids, 1)
         kept = logit_codec.nucleus_cut(np.exp(kept_log_probs), top_p)
         probabilities = np.exp(kept_log_probs) * kept
         codes = logit_codec.carried_codes(probabilities, kept)
-        size, loss = tally.disk_bytes / tally.tokens, kl(probabilities, logit_codec.CODE_PROBS[codes])
+        size, loss = stored_bytes / len(truth), kl(probabilities, logit_codec.CODE_PROBS[codes])
         print(f"| {name} | **this format** | **{size:.0f}** | **{loss:.1e}** |")
         entries = kept.sum() + len(truth) * num_sampled
         ids = np.resize(top_ids[kept], entries).astype(np.int32)
@@ -248,8 +255,8 @@ def bench_codec_speed(truth: np.ndarray, lengths: list[int]) -> None:
             {**row, "messages": [], "source_index": i, "alignment_checksum": 0}
             for i, row in enumerate(logit_codec.encode_rows(found, lengths))
         ]
-        path = logit_dataset.write_shard(Path(folder), "train", 0, rows, {})
-        table = pq.read_table(path)
+        entry = write_shard(Path(folder), "train", 0, rows, {"skipped": []})
+        table = pq.read_table(Path(folder) / entry.path)
     columns = {
         name: table[name].to_numpy() if name.endswith("low") else table[name].to_pylist() for name in table.schema.names
     }
@@ -268,7 +275,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory alone (default: off)")
     options = parser.parse_args()
     model = teacher_model.load_teacher(str(MODEL))
-    seconds(bare_forward, model, prepare(8)[1].align(0, 8)[0])  # warm, and the weights read from the disk
+    seconds(bare_forward, model, prepare(8).reader.align(0, 8)[0])  # warm, and the weights read from the disk
     if options.memory:
         measure_memory(model, options.conversations)
         return

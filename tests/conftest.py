@@ -99,6 +99,26 @@ def small_model(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("small") / "model", vocab_size=49_152)
 
 
+@pytest.fixture(scope="session")
+def calm_source(tmp_path_factory) -> Path:
+    """The source of the run of ``runs.py``."""
+    import runs
+
+    return runs.write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def calm_run(small_model, calm_source, tmp_path_factory) -> Path:
+    """The folder of such a run that nothing disturbed."""
+    import runs
+
+    import extract_logits
+
+    out = tmp_path_factory.mktemp("calm") / "out"
+    assert extract_logits.main(runs.flags_for(small_model, calm_source, out)) == 0
+    return out
+
+
 @pytest.fixture
 def chat_file(tmp_path):
     """Write rows as a JSON-lines file and give its path."""

@@ -176,17 +176,14 @@ def test_columns_by_name_and_nested(extract, chat_file, tmp_path, row, options):
     assert [{"role": m["role"], "content": m["content"]} for m in messages] == CHAT
 
 
-def test_streaming_gives_the_same_rows(extract, chat_file, tmp_path, monkeypatch):
-    import extraction_run
-
-    monkeypatch.setattr(extraction_run, "ROWS_PER_SHARD", 4)
+def test_streaming_gives_the_same_rows(extract, chat_file, tmp_path):
     source = chat_file([{"question": f"{i}?", "answer": f"It is {i}."} for i in range(10)])
-    assert extract(source, out="whole") == 0
-    assert extract(source, "--streaming", out="stream") == 0
-    assert extract(source, "--streaming", out="few", max_samples=6) == 0
+    assert extract(source, out="whole", rows_per_shard=4) == 0
+    assert extract(source, "--streaming", out="stream", rows_per_shard=4) == 0
+    assert extract(source, "--streaming", out="few", max_samples=6, rows_per_shard=4) == 0
     whole, stream, few = (rows_of(tmp_path / out) for out in ("whole", "stream", "few"))
     assert len(whole) == 10 and whole == stream and few == whole[:6]
-    assert [s["num_rows"] for s in open_dataset(str(tmp_path / "few")).shard_rows] == [4, 2]
+    assert [s.num_rows for s in open_dataset(str(tmp_path / "few")).shards] == [4, 2]
 
 
 def test_a_template_whose_prefixes_do_not_nest_stops_before_the_model_loads(extract, chat_file, tmp_path, capsys):

@@ -87,14 +87,11 @@ def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
     assert any(65_536 <= token < 131_072 for token in seen)
 
 
-def test_several_shards_cover_fixed_ranges(extract, chat_file, tmp_path, monkeypatch):
-    import extraction_run
-
-    monkeypatch.setattr(extraction_run, "ROWS_PER_SHARD", 3)
+def test_several_shards_cover_fixed_ranges(extract, chat_file, tmp_path):
     rows = [{"question": f"Number {i}?", "answer": f"It is {i}."} for i in range(8)]
-    assert extract(chat_file(rows)) == 0
+    assert extract(chat_file(rows), rows_per_shard=3) == 0
     dataset = open_dataset(str(tmp_path / "out"))
-    assert [shard["num_rows"] for shard in dataset.shard_rows] == [3, 3, 2]
+    assert [shard.num_rows for shard in dataset.shards] == [3, 3, 2]
     assert [dataset.read_row(i)["source_index"] for i in range(8)] == list(range(8))
     assert dataset.read_row(-1)["messages"][1]["content"] == "It is 7."
 
@@ -222,7 +219,7 @@ def test_a_folder_that_holds_another_run_is_kept(extract, chat_file, tmp_path, c
     assert extract(chat_file([GOOD])) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert extract(chat_file([GOOD]), top_k=8) == 2
-    assert "holds another run already (1 shards)" in refused(capsys)
+    assert "holds another run (top_k: 64 there, 8 here)" in refused(capsys)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
     assert open_dataset(str(tmp_path / "out")).extraction["top_k"] == 8
@@ -233,11 +230,11 @@ def test_a_run_that_is_being_replaced_is_kept_until_the_new_one_is_whole(extract
     rows = [{"question": f"{i}?", "answer": "word " * 300} for i in range(60)]
     out = tmp_path / "out"
     assert extract(chat_file([GOOD])) == 0
-    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
     source = chat_file(rows, "long.jsonl")
     for _ in range(2):
         interrupted = interrupt_when(out / ".replaced", small_model, source, out)
-        assert interrupted[0] == 130 and f"is in {out}/.replaced." in interrupted[1]
+        assert interrupted[0] == 130 and "is kept in .replaced there" in interrupted[1]
         kept = out / ".replaced"
         assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == first
     assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0

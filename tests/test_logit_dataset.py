@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import zlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import logit_dataset
 from errors import ToolkitError, UsageError
-from logit_dataset import METADATA_KEY, SCHEMA, open_dataset
+from logit_dataset import open_dataset
+from run_fingerprint import run_fingerprint
+from shard_files import METADATA_KEY, SCHEMA, write_shard
 
 
 @pytest.fixture
@@ -24,10 +26,22 @@ def shard_of(folder):
 
 
 def rewrite(folder, schema=SCHEMA, **changes):
-    """Change columns of row 3 and write the shard again, as any other writer might."""
+    """Change columns of row 3 and write the shard again, as another writer might, who gives no checksums of rows."""
     rows = pq.read_table(shard_of(folder)).to_pylist()
     rows[3].update(changes)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), shard_of(folder), row_group_size=16, store_schema=False)
+    write_plainly(pa.Table.from_pylist(rows, schema=schema), folder, row_group_size=16)
+
+
+def write_plainly(table, folder, **options):
+    """Write the shard with the metadata that the format asks for and no more."""
+    described = json.loads(pq.ParquetFile(shard_of(folder)).metadata.metadata[METADATA_KEY.encode()])
+    described = {key: value for key, value in described.items() if key not in ("row_crc32", "crc32")}
+    described["num_rows"] = len(table)
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    described["crc32"] = zlib.crc32(text.encode())
+    with pq.ParquetWriter(shard_of(folder), table.schema, store_schema=False) as writer:
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(described)})
+        writer.write_table(table, **options)
 
 
 def test_rows_are_counted_from_both_ends(real_extraction):
@@ -52,7 +66,7 @@ def test_a_folder_without_the_files_around_is_refused(copy, name, what):
 
 def test_a_shard_that_is_missing_or_of_another_length_is_named(copy):
     table = pq.read_table(shard_of(copy))
-    pq.write_table(table.slice(0, 30), shard_of(copy), store_schema=False)
+    write_plainly(table.slice(0, 30), copy)
     with pytest.raises(ToolkitError, match=r"train-00000\.parquet: 30 rows, expected 32"):
         open_dataset(str(copy)).read_row(0)
     shard_of(copy).unlink()
@@ -63,7 +77,7 @@ def test_a_shard_that_is_missing_or_of_another_length_is_named(copy):
 @pytest.mark.parametrize("size", [1, 8, 17, 64])
 def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
     table = pq.read_table(shard_of(copy))
-    pq.write_table(table, shard_of(copy), row_group_size=size, store_schema=False)
+    write_plainly(table, copy, row_group_size=size)
     dataset, expected = open_dataset(str(copy)), open_dataset(str(real_extraction))
     for index in (0, 7, 8, 16, 17, 31):
         assert dataset.read_row(index) == expected.read_row(index)
@@ -151,15 +165,15 @@ def test_a_cut_file_is_named(copy):
 
 
 def test_metadata_says_what_the_shard_covers(real_extraction):
-    import zlib
-
     described = json.loads(pq.ParquetFile(shard_of(real_extraction)).metadata.metadata[METADATA_KEY.encode()])
     crc = described.pop("crc32")
+    assert len(described["row_crc32"]) == 32
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert crc == zlib.crc32(text.encode())
     extraction = json.loads((real_extraction / "extraction.json").read_text())
+    del described["row_crc32"]
     assert described == {
-        "fingerprint": logit_dataset.run_fingerprint(extraction),
+        "fingerprint": run_fingerprint(extraction),
         "first_row": 0,
         "end_row": 32,
         "num_rows": 32,
@@ -169,11 +183,11 @@ def test_metadata_says_what_the_shard_covers(real_extraction):
 
 def test_the_fingerprint_follows_what_decides_the_rows(real_extraction):
     extraction = json.loads((real_extraction / "extraction.json").read_text())
-    known = logit_dataset.run_fingerprint(extraction)
+    known = run_fingerprint(extraction)
     for key in ("top_k", "seed", "chat_template", "dtype", "skipped_token_ids"):
-        assert logit_dataset.run_fingerprint({**extraction, key: "other"}) != known
+        assert run_fingerprint({**extraction, key: "other"}) != known
     for key in ("versions", "batch_tokens", "model_id"):
-        assert logit_dataset.run_fingerprint({**extraction, key: "other"}) == known
+        assert run_fingerprint({**extraction, key: "other"}) == known
 
 
 def test_extraction_json_has_the_formats_keys(real_extraction):
@@ -187,14 +201,14 @@ def test_extraction_json_has_the_formats_keys(real_extraction):
 
 def test_a_write_that_fails_leaves_no_shard(tmp_path):
     with pytest.raises(pa.ArrowException):
-        logit_dataset.write_shard(tmp_path, "train", 0, [{"num_tokens": "three"}], {})
+        write_shard(tmp_path, "train", 0, [{"num_tokens": "three"}], {"skipped": []})
     assert not list(tmp_path.glob("data/*/*.parquet"))
-    assert all(path.name.startswith(".") for path in (tmp_path / "data" / "00000").iterdir())
+    assert not list((tmp_path / "data" / "00000").iterdir())
 
 
 def test_an_empty_shard_can_be_read_with_the_others(copy):
     """Every row of a source range may be skipped."""
     import datasets
 
-    logit_dataset.write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300})
+    write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300, "skipped": []})
     assert len(datasets.load_dataset(str(copy), split="train")) == 32

@@ -14,6 +14,8 @@ import extract_logits
 import extraction_run
 import memory_budget
 import model_batches
+import run_folder
+import shard_loop
 from batching import Budget
 from errors import ToolkitError
 from logit_dataset import open_dataset
@@ -114,7 +116,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert "out of memory with a single conversation of" in message and "--max_length" in message
 
 
-@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("logit_dataset", "write_shard")])
+@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("run_folder", "write_shard")])
 def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
     small_model, tmp_path, chat_file, monkeypatch, capsys, place, name
 ):
@@ -130,7 +132,7 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
             return original(*arguments)
         raise OSError(28, "No space left on device")
 
-    owner = Reader if place == "reader" else extraction_run.logit_dataset
+    owner = Reader if place == "reader" else run_folder
     monkeypatch.setattr(owner, name, failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
@@ -139,7 +141,7 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
 
 def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_path, chat_file, monkeypatch, capsys):
     """The last batch of a shard fails in the writing thread, with the shard's end queued behind it."""
-    encode, calls = extraction_run.encode_batch, []
+    encode, calls = shard_loop.encode_batch, []
 
     def failing(members, *rest):
         calls.append(members)
@@ -148,7 +150,7 @@ def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_p
             raise ToolkitError("the model's logits are not finite")
         encode(members, *rest)
 
-    monkeypatch.setattr(extraction_run, "encode_batch", failing)
+    monkeypatch.setattr(shard_loop, "encode_batch", failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu", "--batch_tokens", "100"]) == 1
     assert "not finite" in capsys.readouterr().err
@@ -165,10 +167,9 @@ def test_what_was_read_before_a_reading_error_is_written(small_model, tmp_path, 
             raise OSError("the source is gone")
         return align(self, first, end)
 
-    monkeypatch.setattr(extraction_run, "ROWS_PER_SHARD", 8)
     monkeypatch.setattr(Reader, "align", failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
-    assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
+    assert extract_logits.main([*map(str, options), "--device", "cpu", "--rows_per_shard", "8"]) == 1
     dataset = open_dataset(str(tmp_path / "out"))
     assert [dataset.read_row(i)["source_index"] for i in range(dataset.num_rows)] == list(range(16))
 
@@ -193,14 +194,13 @@ from batching import Budget
 
 seen = {}
 run_shards = extraction_run.run_shards
-def measured(folder, extraction, reader, model):
+def measured(model, extraction, *rest):
     budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
     seen["formula"] = memory_budget.peak_memory(model, budget, 8000, 8000, extraction["prefix_cache"])
     with open("/proc/self/statm") as file:
         seen["before"] = int(file.read().split()[1]) * resource.getpagesize()
-    found = run_shards(folder, extraction, reader, model)
+    run_shards(model, extraction, *rest)
     seen["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
 extraction_run.run_shards = measured
 status = extract_logits.main(sys.argv[1:])
 print("SEEN", json.dumps({**seen, "status": status}))

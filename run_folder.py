@@ -1,0 +1,203 @@
+"""The folder of a run: its lock, the shards that are finished in it, and the files that describe them.
+
+The finished shards are the state of a run. Whatever else is in the folder can be made anew from them and from
+``extraction.json``.
+"""
+
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+import dataset_card
+from disk_space import make_room_or_stop
+from errors import ToolkitError, UsageError
+from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json
+from run_fingerprint import run_fingerprint
+from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename, shard_path, write_shard
+
+REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
+CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
+PARTS = (EXTRACTION_FILE, "data", SHARDS_FILE, CARD_FILE)
+
+
+class RunFolder:
+    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the ``extraction.json`` found in it.
+
+    Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False):
+        self.path = path
+        self.entries: dict[int, ShardEntry] = {}
+        self.extraction: dict = {}
+        self._lock = filelock.FileLock(path / LOCK)
+        _check_place(path)
+        if path.is_dir():
+            self._acquire()
+        try:
+            self.recorded = self._read_extraction()
+        except ToolkitError as error:
+            if not overwrite:
+                self.close()
+                raise ToolkitError(f"{error}\nChoose another folder, or replace the run with --overwrite.") from error
+            self.recorded = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        self._lock.release()
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether an unfinished ``--overwrite`` has begun the run that is in the folder."""
+        return (self.path / REPLACED).exists()
+
+    @property
+    def fingerprint(self) -> str:
+        return run_fingerprint(self.extraction)
+
+    def begin(self, extraction: dict, overwrite: bool = False) -> None:
+        """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
+
+        A run that was set aside before, by an ``--overwrite`` that never finished, is kept, and the unfinished one not.
+        """
+        self._enter()
+        if overwrite or self.is_replacing:
+            self._set_aside()
+        self.extraction, self.entries = extraction, {}
+        with make_room_or_stop(self.path):
+            write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+            self.describe_shards()
+
+    def resume(self, extraction: dict) -> None:
+        """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot."""
+        self._enter()
+        self.extraction = extraction
+        with make_room_or_stop(self.path):
+            if not (self.path / EXTRACTION_FILE).exists():
+                write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+            for leftover in self.path.glob("data/*/.*.tmp"):
+                leftover.unlink()
+            self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
+            self.describe_shards()
+
+    def add_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
+        """Write one finished shard, and what the folder says about its shards."""
+        first = shard * self.extraction["rows_per_shard"]
+        described = {
+            "fingerprint": self.fingerprint,
+            "first_row": first,
+            "end_row": first + len(rows) + len(skipped),
+            "skipped": skipped,
+        }
+        with make_room_or_stop(self.path, self.entries.values()):
+            entry = write_shard(self.path, self.extraction["split"], shard, rows, described)
+            self.entries[shard] = entry
+            self.describe_shards()
+        return entry
+
+    def describe_shards(self) -> None:
+        """Write ``shards.json`` and the card."""
+        for name, text in self.files_around(list(self.entries.values())).items():
+            write_text(self.path / name, text)
+
+    def files_around(self, entries: list[ShardEntry]) -> dict[str, str]:
+        """The text of ``shards.json`` and of the card where these are the shards there are."""
+        entries = sorted(entries, key=lambda entry: entry.shard)
+        return {
+            SHARDS_FILE: as_json({"shards": [entry.as_json() for entry in entries]}),
+            CARD_FILE: dataset_card.render_card(self.extraction, self.fingerprint, entries),
+        }
+
+    def was_damaged(self, shard: int) -> bool:
+        """Whether the shard was set aside here and not computed again yet."""
+        path = self.path / shard_path(self.extraction["split"], shard)
+        return shard not in self.entries and path.with_name(DAMAGED + path.name).exists()
+
+    def finish(self) -> None:
+        """Remove the run that was replaced, now that the new one is whole."""
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+
+    def _enter(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise UsageError(
+                f"--output_dir {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
+                "choose another folder."
+            ) from error
+
+    def _read_extraction(self) -> dict | None:
+        path, what = self.path / EXTRACTION_FILE, f"--output_dir {self.path}"
+        if not path.is_file():
+            return None
+        found = read_json(path, f"{what}: {EXTRACTION_FILE}")
+        check_extraction(found, what)
+        return found
+
+    def _set_aside(self) -> None:
+        """Move one part after another; what a run that was stopped here has left is moved by the next."""
+        replaced = self.path / REPLACED
+        kept = (replaced / CARD_FILE).exists()  # the last part: the run that lies there is whole
+        replaced.mkdir(exist_ok=True)
+        for part in PARTS:
+            here, there = self.path / part, replaced / part
+            if not kept and here.exists() and not there.exists():
+                here.rename(there)
+            elif here.is_dir():
+                shutil.rmtree(here)
+            else:
+                here.unlink(missing_ok=True)
+
+    def _check_shards(self) -> list[ShardEntry | None]:
+        paths = sorted(self.path.glob(f"data/*/{self.extraction['split']}-*.parquet"))
+        with ThreadPoolExecutor(CHECKING) as pool:
+            checked = pool.map(self._checked, paths)
+            return list(tqdm(checked, "Checking shards", len(paths), unit=" shards", leave=False, delay=1))
+
+    def _checked(self, path: Path) -> ShardEntry | None:
+        relative = path.relative_to(self.path).as_posix()
+        try:
+            return check_shard(self.path, relative, self.fingerprint, self.extraction["rows_per_shard"])
+        except DamagedShard as error:
+            aside = path.with_name(DAMAGED + path.name)
+            path.rename(aside)
+            print(f"{error}\nSet aside as {aside}; its rows are computed again.", file=sys.stderr)
+            return None
+
+
+def _check_place(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"--output_dir {folder}: {nearest} is no folder that can be written to")
+    present = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
+    if present and not is_run:
+        raise UsageError(f"--output_dir {folder}: the folder holds other files, such as {present[0].name}")
+
+
+def as_json(content: dict) -> str:
+    """JSON for people to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    flush_and_rename(temporary, path)

@@ -1,0 +1,301 @@
+"""Finished shards reach the Hub through whatever it does, once each, and the run does not wait for it."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPO
+from hub_faults import Fault
+from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
+from runs import SHARDS, files_in, flags_for, shards_in
+
+from logit_dataset import open_dataset
+
+# The command, with fewer shards a commit so that 60 make several, and less patience with a dead line.
+COMMAND = """
+import sys, hub_access, hub_sync
+hub_sync.SHARDS_A_COMMIT, hub_access.PATIENCE = 8, (2, 2, 2, 2)
+import extract_logits
+sys.exit(extract_logits.main(sys.argv[1:]))
+"""
+LOAD = """
+import datasets, json, sys
+datasets.disable_progress_bars()
+for repo in sys.argv[1:]:
+    repo, _, revision = repo.partition("@")
+    rows = datasets.load_dataset(repo, split="train", revision=revision or None)
+    rows = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    print(repo, json.dumps(rows))
+"""
+EACH_FAULT = {
+    "none": [],
+    "rate limit": [Fault("refuse", "commit", status=429, headers={"Retry-After": "1"}, times=2)],
+    "server error": [Fault("refuse", "commit", status=500), Fault("refuse", "lfs_put", status=503, skip=5)],
+    "cut upload": [Fault("cut", "lfs_put", skip=3), Fault("cut", "commit", skip=1)],
+    "conflict": [Fault("conflict", "commit", times=3)],
+    "conflict code": [Fault("refuse", "commit", status=409), Fault("refuse", "preupload", status=412, skip=2)],
+    "slow": [Fault("slow", "commit", seconds=0.5), Fault("slow", "lfs_put", seconds=0.3)],
+    "lost answer": [Fault("lost", "commit"), Fault("lost", "commit", skip=3)],
+    "lost last answer": [Fault("lost", "commit", skip=7)],
+    "no answer": [Fault("stall", "commit", skip=2)],
+}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    return {**hub.environment(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(REPO)}
+
+
+@pytest.fixture
+def start(small_model, calm_source, environment, tmp_path):
+    """Start the command of ``runs.py`` with a repository to push to, in a process of its own."""
+
+    def run(repo: str, *more, out: str = "out", code: str = COMMAND) -> subprocess.Popen:
+        flags = [*flags_for(small_model, calm_source, tmp_path / out), "--output_repo", f"user/{repo}", *map(str, more)]
+        command = [sys.executable, "-c", code, *flags]
+        return subprocess.Popen(
+            command, cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    return run
+
+
+@pytest.fixture
+def extract(start):
+    def run(*arguments, **options) -> tuple[int, str]:
+        process = start(*arguments, **options)
+        out, errors = process.communicate(timeout=300)
+        assert TOKEN not in out + errors and SIGNATURE not in out + errors
+        return process.returncode, out + errors
+
+    return run
+
+
+def on_hub(hub, repo: str, revision: str = "main") -> dict[str, bytes]:
+    """The run's files in the repository."""
+    files = hub.files("dataset", f"user/{repo}", revision)
+    return {name: data for name, data in files.items() if name not in (".gitattributes", "notes.txt")}
+
+
+def our_commits(hub, repo: str) -> list:
+    commits = hub.commits("dataset", f"user/{repo}")
+    return [commit for commit in commits if any(path.startswith(("data/", "README")) for path in commit.paths)]
+
+
+def loaded(environment, *repos: str) -> dict[str, list]:
+    """What ``datasets.load_dataset`` gives for each repository."""
+    done = subprocess.run([sys.executable, "-c", LOAD, *repos], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {repo: json.loads(rows) for repo, _, rows in (line.partition(" ") for line in done.stdout.splitlines())}
+
+
+def local_rows(folder: Path) -> list:
+    rows = [row for path in shards_in(folder) for row in pq.read_table(path).to_pylist()]
+    plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    return json.loads(json.dumps(plain))
+
+
+# --- each fault ---
+
+
+@pytest.fixture(scope="module")
+def through_each_fault(hub, environment, small_model, calm_source, calm_run, tmp_path_factory):
+    """The finished run, pushed eight shards a commit while one thing goes wrong; then loaded from the Hub."""
+    told, uploads = {}, {}
+    for name, faults in EACH_FAULT.items():
+        out = tmp_path_factory.mktemp("pushed") / "out"
+        shutil.copytree(calm_run, out)
+        hub.clear_faults()
+        flags = [*flags_for(small_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
+        hub.forget_uploads()
+        hub.inject(*faults)
+        told[name] = subprocess.run(
+            [sys.executable, "-c", COMMAND, *flags], cwd=REPO, env=environment, capture_output=True, text=True
+        )
+        uploads[name] = dict(hub.uploaded)
+    hub.clear_faults()
+    repos = [f"user/{name.replace(' ', '-')}" for name in EACH_FAULT]
+    return told, uploads, loaded(environment, *repos)
+
+
+@pytest.mark.parametrize("name", EACH_FAULT)
+def test_through_each_fault_everything_arrives_once(hub, calm_run, through_each_fault, name):
+    told, uploads, rows = through_each_fault
+    repo = name.replace(" ", "-")
+    assert told[name].returncode == 0, told[name].stderr
+    assert "Loading" not in told[name].stderr and "Traceback" not in told[name].stderr
+    assert TOKEN not in told[name].stderr and SIGNATURE not in told[name].stderr
+    assert on_hub(hub, repo) == files_in(calm_run)
+    assert rows[f"user/{repo}"] == local_rows(calm_run)
+    commits = our_commits(hub, repo)
+    assert len(commits) == math.ceil(SHARDS / 8)
+    assert all(len(commit.paths) <= 100 for commit in commits)
+    sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in shards_in(calm_run)}
+    assert uploads[name].keys() == sent and set(uploads[name].values()) == {1}
+
+
+@pytest.mark.usefixtures("through_each_fault")
+def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, environment, calm_run):
+    commits = our_commits(hub, "none")
+    assert ["README.md" in commit.paths for commit in commits] == [True, *[False] * (len(commits) - 2), True]
+    assert ["extraction.json" in commit.paths for commit in commits] == [True] + [False] * (len(commits) - 1)
+    assert all("shards.json" in commit.paths for commit in commits)
+    cards = [commit.files["README.md"].data.decode() for commit in (commits[0], commits[-1])]
+    assert "160 conversations" in cards[1] and "160 conversations" not in cards[0]
+    half = loaded(environment, f"user/none@{commits[2].sha}")["user/none"]
+    assert half == local_rows(calm_run)[: len(half)] and len(half) > 40
+
+
+# --- a run that pushes as it goes ---
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(
+    hub, environment, extract, calm_run, tmp_path, seed
+):
+    hub.forget_uploads()
+    begun = len(hub.requests)
+    hub.inject_randomly(seed, 0.15)
+    started = time.monotonic()
+    status, said = extract(f"random{seed}", "--push_every", "0.5")
+    took = time.monotonic() - started
+    hub.clear_faults()
+    assert status == 0, said
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert on_hub(hub, f"random{seed}") == files_in(calm_run)
+    assert loaded(environment, f"user/random{seed}")[f"user/random{seed}"] == local_rows(calm_run)
+    hit = [request for request in hub.requests[begun:] if request.fault]
+    assert len(hit) > 5 and len({request.fault for request in hit}) > 3
+    commits = our_commits(hub, f"random{seed}")
+    assert len(commits) <= min(128, took / 0.5 + 2)
+    lost = sum(request.fault == "lost" and request.path.startswith("/lfs/") for request in hit)
+    assert sum(count - 1 for count in hub.uploaded.values()) <= lost
+    print(f"{len(hit)} faults in {took:.0f} s, {len(commits)} commits, {lost} uploads destroyed")
+
+
+def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, calm_run, tmp_path):
+    process = start("away", "--push_every", "0.3")
+    while len(shards_in(tmp_path / "out")) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    hub.stop()
+    time.sleep(2)
+    assert process.poll() is None and len(shards_in(tmp_path / "out")) > 10
+    hub.start()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert on_hub(hub, "away") == files_in(calm_run) == files_in(tmp_path / "out")
+
+
+def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_model(hub, extract, calm_run, tmp_path):
+    hub.stop()
+    try:
+        status, said = extract("dead")
+    finally:
+        hub.start()
+    assert status == 1
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert said.splitlines()[-2:] == [
+        "error: --output_repo user/dead: the Hub cannot be reached",
+        f"{SHARDS} of {SHARDS} shards are not on the Hub yet; all are in {tmp_path / 'out'}. "
+        "The same command pushes what is missing, and computes nothing again.",
+    ]
+    status, said = extract("dead")
+    assert status == 0 and "Loading" not in said
+    assert on_hub(hub, "dead") == files_in(calm_run)
+
+
+def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extract, calm_run, tmp_path):
+    """Only the repository is left: its shards are neither computed nor sent again."""
+    hub.forget_uploads()
+    process = start("moved", "--push_every", "0.5", out="first")
+    while not (hub.has_repo("dataset", "user/moved") and len(our_commits(hub, "moved")) >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    there = {name for name in on_hub(hub, "moved") if name.startswith("data/")}
+    assert 0 < len(there) < SHARDS
+    status, said = extract("moved", out="second")
+    assert status == 0, said
+    assert f"in {len(there)} shards, {len(there)} of them only in user/moved" in said
+    assert "160 written, 20 skipped" in said
+    assert on_hub(hub, "moved") == files_in(calm_run)
+    assert set(hub.uploaded.values()) == {1} and len(hub.uploaded) <= SHARDS + 8  # what was on its way at the kill
+    here = {name for name in files_in(tmp_path / "second") if name.startswith("data/")}
+    assert here == {name for name in files_in(calm_run) if name.startswith("data/")} - there
+    local = open_dataset(str(tmp_path / "second"))
+    assert len(local.shards) == len(here) and local.read_row(0)["source_index"] >= len(there)
+
+
+def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, calm_run, tmp_path):
+    assert extract("other", "--max_samples", "60", "--seed", "1")[0] == 0
+    before = on_hub(hub, "other")
+    status, said = extract("other", out="second")
+    assert status == 2
+    assert (
+        "--output_repo user/other: holds another run (seed: 1 there, 0 here; max_samples: 60 there, null here)" in said
+    )
+    assert "Loading" not in said and on_hub(hub, "other") == before
+    assert extract("other", "--overwrite", out="third")[0] == 0
+    assert on_hub(hub, "other") == files_in(calm_run) == files_in(tmp_path / "third")
+
+
+def test_a_repository_with_other_files_is_kept(hub, extract):
+    hub.add_repo("dataset", "user/thesis", files={"data/train.parquet": b"years of work"})
+    status, said = extract("thesis", "--overwrite")
+    assert status == 2 and "the repository holds other files, such as data/train.parquet" in said
+    assert hub.files("dataset", "user/thesis") == {"data/train.parquet": b"years of work"}
+
+
+def test_a_branch_is_made_and_pushed_to(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("branched", "--output_revision", "k64/first", "--private")[0] == 0
+    assert on_hub(hub, "branched", "k64/first") == files_in(calm_run)
+    assert on_hub(hub, "branched") == {} and hub.is_private("dataset", "user/branched")
+
+
+def test_a_push_that_is_refused_on_the_way_ends_the_run_with_all_rows_here(hub, extract, calm_run, tmp_path):
+    hub.inject(Fault("refuse", "commit", status=403, skip=1, times=math.inf))
+    status, said = extract("forbidden", "--push_every", "0.5")
+    hub.clear_faults()
+    assert status == 1 and re.search(r"\d+ of 60 shards are not on the Hub yet", said) and "403" in said
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+
+
+def test_no_token_is_in_any_file_of_the_run(calm_run, through_each_fault):
+    assert through_each_fault and not any(TOKEN.encode() in data for data in files_in(calm_run).values())
+
+
+# --- one row ---
+
+
+@pytest.mark.usefixtures("through_each_fault")
+def test_one_row_is_fetched_and_not_the_dataset(hub, environment, calm_run):
+    """Of a dataset of 60 shards: the files around, a footer and a row group."""
+    code = "from logit_dataset import open_dataset; import json; "
+    code += "row = open_dataset('user/none').read_row(77); print(row['source_index'])"
+    begun = len(hub.requests)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == open_dataset(str(calm_run)).read_row(77)["source_index"]
+    fetched = [request for request in hub.requests[begun:] if request.sent]
+    total = sum(map(len, on_hub(hub, "none").values()))
+    sent = sum(request.sent for request in fetched)
+    print(f"{sent:,} of {total:,} bytes ({100 * sent / total:.2f}%), {len(fetched)} requests")
+    assert sent <= 0.03 * total, [(request.path, request.sent) for request in fetched]
