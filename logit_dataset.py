@@ -5,6 +5,7 @@ footer and the one row group that has the row.
 """
 
 import json
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, resolve_commit
 from logit_codec import validate_row
-from run_fingerprint import FINGERPRINT_KEYS, run_fingerprint
+from run_fingerprint import FINGERPRINT_KEYS, canonical, run_fingerprint
 from shard_files import ShardEntry, read_shard_row, shard_number
 
 FORMAT_VERSION = 1
@@ -108,11 +109,20 @@ def check_extraction(extraction: dict, dataset_id: str) -> None:
         raise ToolkitError(f"{dataset_id}: {EXTRACTION_FILE} has no {', '.join(missing)}")
 
 
+def shard_listing(entries: list[ShardEntry]) -> dict:
+    """The content of ``shards.json`` for these shards."""
+    shards = [entry.as_json() for entry in sorted(entries, key=lambda entry: entry.shard)]
+    return {"shards": shards, "crc32": zlib.crc32(canonical(shards))}
+
+
 def shard_entries(listing: dict, what: str) -> list[ShardEntry]:
-    """The entries of a ``shards.json``, in order. Raises ToolkitError for any that is none."""
+    """The entries of a ``shards.json``, in order. Raises ToolkitError where it is not what was written."""
     shards = listing.get("shards")
     if not isinstance(shards, list) or not all(map(_is_entry, shards)):
         raise ToolkitError(f"{what} lists no shards with path and num_rows")
+    found = zlib.crc32(canonical(shards))
+    if listing.get("crc32", found) != found:
+        raise ToolkitError(f"{what} is damaged (checksum {str(listing['crc32'])[:40]}, expected {found})")
     return [ShardEntry(**shard) for shard in shards]
 
 

@@ -42,7 +42,7 @@ def run_fingerprint(extraction: dict) -> str:
 
 def canonical(value) -> bytes:
     """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def differences(there: dict, here: dict) -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import dataset_card
 from disk_space import make_room_or_stop
 from errors import ToolkitError, UsageError
-from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json
+from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_listing
 from run_fingerprint import run_fingerprint
 from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename, shard_path, write_shard
 
@@ -116,7 +116,7 @@ class RunFolder:
         """The text of ``shards.json`` and of the card where these are the shards there are."""
         entries = sorted(entries, key=lambda entry: entry.shard)
         return {
-            SHARDS_FILE: as_json({"shards": [entry.as_json() for entry in entries]}),
+            SHARDS_FILE: as_json(shard_listing(entries)),
             CARD_FILE: dataset_card.render_card(self.extraction, self.fingerprint, entries),
         }
 

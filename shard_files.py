@@ -189,7 +189,7 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
         if covered != list(range(first, first + len(covered))) or len(covered) > rows_per_shard or rows != sorted(rows):
             raise DamagedShard(f"{path}: source rows {covered[:1]} to {covered[-1:]}, expected those from {first} on")
-        if row_checksums(table) != described["row_crc32"]:
+        if row_checksums(table) != described.get("row_crc32"):
             raise DamagedShard(f"{path}: its rows are not those that were written (checksums differ)")
         return _entry(path, table, described["skipped"], file.stat().st_size)
 
@@ -240,6 +240,8 @@ def _described(file: pq.ParquetFile, path: str, fingerprint: str) -> dict:
     if text is None:
         raise DamagedShard(f"{path}: no metadata {METADATA_KEY!r}, so it is no shard of a logit dataset")
     described = json.loads(text)
+    if not _is_described(described):
+        raise DamagedShard(f"{path}: metadata {METADATA_KEY!r} is not what the format asks for")
     crc = described.pop("crc32", None)
     if crc != zlib.crc32(canonical(described)):
         raise DamagedShard(f"{path}: damaged metadata (checksum {crc}, expected {zlib.crc32(canonical(described))})")
@@ -248,6 +250,16 @@ def _described(file: pq.ParquetFile, path: str, fingerprint: str) -> dict:
             f"{path}: of another run (fingerprint {described['fingerprint'][:12]}, expected {fingerprint[:12]})"
         )
     return described
+
+
+def _is_described(metadata) -> bool:
+    kinds = {"fingerprint": str, "num_rows": int, "skipped": list}
+    return (
+        isinstance(metadata, dict)
+        and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
+        and isinstance(metadata.get("row_crc32", []), list)
+        and all(isinstance(entry, dict) and {"row", "reason"} <= entry.keys() for entry in metadata["skipped"])
+    )
 
 
 def check_schema(found: pa.Schema, name: str) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import CONVERSATIONS, MODEL, TEMPLATE
+from conftest import CONVERSATIONS, MODEL, TEMPLATE, make_tiny_model
 
 import extract_logits
 from chat_alignment import align_row, load_tokenizer
@@ -201,3 +201,53 @@ def test_later_rows_that_do_not_nest_are_skipped_and_counted(extract, chat_file,
     assert extract(chat_file(rows), chat_template=odd) == 0
     summary = capsys.readouterr().out
     assert "32 written, 1 skipped" in summary and "1 × the chat template marks no answers" in summary
+
+
+CONFIG_CODE = """
+import pathlib
+from transformers import LlamaConfig
+pathlib.Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+MODEL_CODE = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def model_with_code(tmp_path):
+    """A model that brings its own classes, whose code leaves a file behind when it runs."""
+    model = make_tiny_model(tmp_path / "own", vocab_size=49_152)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    config["model_type"] = "own"
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "configuration_own.py").write_text(CONFIG_CODE.format(marker=str(tmp_path / "it ran")))
+    (model / "modeling_own.py").write_text(MODEL_CODE)
+    return model
+
+
+def test_a_models_own_code_runs_only_if_it_is_trusted(extract, chat_file, tmp_path, capsys, model_with_code):
+    source = chat_file([{"messages": CHAT}])
+    assert extract(source, model_id=model_with_code) == 2
+    message = capsys.readouterr().err
+    assert "it brings Python code of its own" in message and "--trust_remote_code" in message
+    assert not (tmp_path / "it ran").exists() and not (tmp_path / "out").exists()
+    assert extract(source, "--trust_remote_code", model_id=model_with_code) == 0
+    assert (tmp_path / "it ran").exists() and len(rows_of(tmp_path / "out")) == 1
+
+
+def test_a_template_gets_no_further_than_its_sandbox(extract, chat_file, tmp_path, capsys):
+    """The way out that unsandboxed templates have, to a file that must not come to be."""
+    marker = tmp_path / "escaped"
+    escape = "{{ messages.__class__.__base__.__subclasses__() }}"
+    escape += "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
+    assert extract(chat_file([{"messages": CHAT}]), chat_template=escape) in (1, 2)
+    assert "error: " in capsys.readouterr().err and not marker.exists()

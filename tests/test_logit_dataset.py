@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import zlib
 
 import pyarrow as pa
@@ -212,3 +213,51 @@ def test_an_empty_shard_can_be_read_with_the_others(copy):
 
     write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300, "skipped": []})
     assert len(datasets.load_dataset(str(copy), split="train")) == 32
+
+
+def test_row_checksums_are_as_the_format_says(real_extraction):
+    """Laid out by hand from FORMAT.md, column by column."""
+    described = json.loads(pq.ParquetFile(shard_of(real_extraction)).metadata.metadata[METADATA_KEY.encode()])
+    for row, expected in zip(pq.read_table(shard_of(real_extraction)).to_pylist(), described["row_crc32"], strict=True):
+        parts = []
+        for kind in ("top", "sampled"):
+            low = row[f"{kind}_indices_low"]
+            packed = struct.pack(f"<{len(low)}H", *low)
+            parts += [row[f"{kind}_logits_quantized"], packed, row[f"{kind}_indices_high"]]
+        n = row["num_tokens"]
+        parts += [struct.pack(f"<{n}f", *row["logsumexp"]), struct.pack("<q", n)]
+        messages = [[message["role"], message["content"], message["extra"]] for message in row["messages"]]
+        parts += [struct.pack(f"<{n}f", *row["token_log_probs"])]
+        parts += [json.dumps(messages, separators=(",", ":"), ensure_ascii=False).encode()]
+        parts += [struct.pack("<qq", row["source_index"], row["alignment_checksum"])]
+        assert zlib.crc32(b"".join(parts)) == expected
+
+
+def test_a_row_that_is_not_what_was_written_is_refused(copy):
+    """Page headers and footer are in no page's CRC: the row's own shows what they did."""
+    described = json.loads(pq.ParquetFile(shard_of(copy)).metadata.metadata[METADATA_KEY.encode()])
+    rows = pq.read_table(shard_of(copy)).to_pylist()
+    rows[3]["logsumexp"][0] += 1
+    del described["crc32"]
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    described["crc32"] = zlib.crc32(text.encode())
+    with pq.ParquetWriter(shard_of(copy), SCHEMA, store_schema=False) as writer:
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(described)})
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    dataset = open_dataset(str(copy))
+    assert dataset.read_row(2)["num_tokens"] > 0
+    with pytest.raises(ToolkitError, match="row 3 is not what was written"):
+        dataset.read_row(3)
+
+
+def test_a_shard_of_another_run_is_refused(copy):
+    extraction = json.loads((copy / "extraction.json").read_text())
+    (copy / "extraction.json").write_text(json.dumps({**extraction, "seed": 1}))
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: of another run \(fingerprint"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_a_shard_without_the_formats_metadata_is_refused(copy):
+    pq.write_table(pq.read_table(shard_of(copy)), shard_of(copy), store_schema=False)
+    with pytest.raises(ToolkitError, match="no metadata 'logit_extraction'"):
+        open_dataset(str(copy)).read_row(0)

@@ -9,7 +9,7 @@ import torch
 from conftest import TEMPLATE
 
 import logit_codec
-import logit_dataset
+import shard_files
 from chat_alignment import align_row
 
 
@@ -143,7 +143,7 @@ def test_parquet_is_written_as_the_format_says(real_extraction):
     assert [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)] == [16, 16]
     for i in range(file.metadata.num_columns):
         column = file.metadata.row_group(0).column(i)
-        split = column.path_in_schema.split(".")[0] in logit_dataset._SPLIT_STREAMS
+        split = column.path_in_schema.split(".")[0] in shard_files._SPLIT_STREAMS
         assert ("BYTE_STREAM_SPLIT" in column.encodings) == split
         assert not any("DICTIONARY" in encoding for encoding in column.encodings)
         assert column.compression == "ZSTD" and not column.is_stats_set
