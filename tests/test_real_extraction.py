@@ -9,6 +9,7 @@ import torch
 from conftest import TEMPLATE
 
 import logit_codec
+import logit_dataset
 import shard_files
 from chat_alignment import align_row
 
