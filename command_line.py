@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from errors import ToolkitError
 from hub_access import redact
@@ -23,8 +23,13 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def run_command(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Call ``command(arguments)`` and return the exit status; a traceback is printed only with ``--debug``."""
+def run_command(
+    command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, closed_pipe: int = 1
+) -> int:
+    """Call ``command(arguments)`` and return the exit status; a traceback is printed only with ``--debug``.
+
+    ``closed_pipe`` is the status where nobody reads what is printed any more: 0 for a command that only prints.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal without the characters shows their codes
     try:
@@ -32,8 +37,9 @@ def run_command(command: Callable[[argparse.Namespace], None], arguments: argpar
             command(arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return closed_pipe
     except KeyboardInterrupt as stopped:
         return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
     except Exception as error:
@@ -73,9 +79,8 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def leave(status: int) -> None:
-    """Leave the process; after a signal without waiting for threads, of which one may be at a read that never ends."""
-    if status <= SIGNALLED:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Leave the process without waiting for threads, of which one may be at a read that never ends."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)

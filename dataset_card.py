@@ -63,6 +63,11 @@ mean negative log-likelihood is {mean_nll:.4f} nats."""
 NO_NUMBERS = "The extraction has just begun."
 
 
+def run_state(fingerprint: str, entries: list[ShardEntry]) -> str:
+    """In a line, which rows there are. It is part of the card."""
+    return f"run {fingerprint[:16]}, {len(entries)} shards, {sum(entry.num_bytes for entry in entries)} bytes"
+
+
 def render_card(extraction: dict, fingerprint: str, entries: list[ShardEntry]) -> str:
     """The card's text where ``entries`` are the shards there are; a run that has just begun has no numbers yet.
 
@@ -78,7 +83,7 @@ def render_card(extraction: dict, fingerprint: str, entries: list[ShardEntry]) -
             bytes_a_token=size / tokens,
             mean_nll=sum(entry.nll for entry in entries) / tokens,
         )
-    state = f"run {fingerprint[:16]}, {len(entries)} shards, {size} bytes"
+    state = run_state(fingerprint, entries)
     licenses = extraction.get("licenses", {})
     told = {f"{what}_license": licenses.get(what) or "not stated" for what in ("model", "dataset")}
     return CARD.format(**extraction, **told, numbers=numbers, state=state)

@@ -72,8 +72,12 @@ def make_room_or_stop(folder: Path, written: Collection[ShardEntry] = ()) -> Ite
 
 def free_bytes(folder: Path) -> int:
     """What is free where the folder is, or will be."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(nearest).free
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest of those around it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _full(folder: Path, why: str) -> DiskFull:

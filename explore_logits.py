@@ -146,7 +146,7 @@ def _explore(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(_explore, build_parser().parse_args(argv))
+    return run_command(_explore, build_parser().parse_args(argv), closed_pipe=0)
 
 
 if __name__ == "__main__":

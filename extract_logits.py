@@ -16,6 +16,7 @@ from pathlib import Path
 from chat_templates import RESERVED_KWARGS
 from command_line import leave, run_command
 from errors import UsageError
+from logit_dataset import EXTRACTION_FILE
 from run_folder import RunFolder
 
 LEAST = {
@@ -111,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     output(
         "--overwrite",
         action="store_true",
-        help="replace the run that is in folder and Hub dataset (default: go on with it, if it is this one)",
+        help="replace the run that is in folder and Hub dataset; given again in the same folder, it goes on with that "
+        "(default: go on with the run that is there, if it is this one)",
     )
     output(
         "--rows_per_shard",
@@ -190,7 +192,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.model_id.endswith(".gguf"):
         name = Path(arguments.model_id).name
         raise UsageError(f"--model_id {arguments.model_id}: give the folder, and the file's name: --gguf_file {name}")
-    if arguments.output_repo and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", arguments.output_repo):
+    if arguments.output_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.output_repo):
         raise UsageError(f"--output_repo {arguments.output_repo}: expected USER/NAME")
     if not 0 < arguments.top_p <= 1:
         raise UsageError(f"--top_p {arguments.top_p}: expected a number above 0 and up to 1")
@@ -211,16 +213,27 @@ def _extract(arguments: argparse.Namespace) -> None:
         return
     path = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
     with RunFolder(path, arguments.overwrite) as folder:
-        import extraction_run
+        try:
+            import extraction_run
 
-        extraction_run.extract(arguments, folder)
+            extraction_run.extract(arguments, folder)
+        except KeyboardInterrupt:
+            _tell_stopped(arguments, folder)
+            raise
+
+
+def _tell_stopped(arguments: argparse.Namespace, folder: RunFolder) -> None:
+    begun = folder.is_replacing and (folder.path / EXTRACTION_FILE).exists()
+    command = [part for part in arguments.command if not (begun and part == "--overwrite")]
+    kept = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
+    told = f"Stopped. {folder.count_shards()} finished shards are in {folder.path}.{kept}"
+    print(f"{told} To go on:\n  {shlex.join(command)}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = build_parser().parse_args(argv)
-    typed = ["python", "extract_logits.py", *argv] if argv is not None else sys.orig_argv
-    arguments.command = shlex.join(part for part in typed if part != "--overwrite")
+    arguments.command = ["python", "extract_logits.py", *argv] if argv is not None else sys.orig_argv
     return run_command(_extract, arguments)
 
 

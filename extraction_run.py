@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import teacher_model
 from disk_space import DiskWatch
-from errors import UsageError
+from errors import ToolkitError, UsageError
 from hub_repository import Repository
 from hub_sync import HubSync
 from memory_budget import choose_budget
@@ -45,33 +45,33 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
     The same call goes on with what an earlier one left unfinished. Raises UsageError where the folder or the
     repository holds another run.
     """
-    device, sync = teacher_model.choose_device(arguments.device), _connect(arguments, folder)
+    device = teacher_model.choose_device(arguments.device)
+    sync = _connect(arguments, folder) if arguments.output_repo else None
     try:
         opened, recorded = open_or_go_on(arguments, folder, sync)
+        if sync:
+            sync.make()
         run = Run(opened, folder, device, sync, DiskWatch(folder.path, opened.reader.num_rows))
-        if recorded:
-            folder.resume(recorded)
-        else:
-            run.begin()
+        run.begin_or_resume(recorded)
         run.compute_missing()
         print_summary(run.finished.values(), folder)
         if sync:
             sync.finish()
             print(f"Pushed         {sync.repository.url}")
         folder.finish()
-    except KeyboardInterrupt:
-        _tell_interrupted(arguments, folder)
-        raise
     finally:
         if sync:
             sync.close()
 
 
-def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync | None:
-    if not arguments.output_repo:
-        return None
+def _repository_of(arguments: argparse.Namespace) -> str:
+    return f"{arguments.output_repo}@{arguments.output_revision or 'main'}" if arguments.output_repo else ""
+
+
+def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
     repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
-    sync = HubSync(repository, folder, arguments.push_every, arguments.overwrite or folder.is_replacing)
+    overwrite = arguments.overwrite or folder.may_replace(_repository_of(arguments))
+    sync = HubSync(repository, folder, arguments.push_every, overwrite)
     sync.connect()
     return sync
 
@@ -84,8 +84,8 @@ def open_or_go_on(
     Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
     recorded, where = folder.recorded, f"--output_dir {folder.path}"
-    if not recorded and sync and sync.remote:
-        recorded, where = sync.remote.extraction, sync.what
+    if not recorded and sync and sync.remote and not folder.is_replacing:
+        recorded, where = sync.remote.extraction, sync.repository.what
     if arguments.overwrite and not folder.is_replacing:
         recorded = None
     opened = open_run(arguments, recorded)
@@ -114,22 +114,32 @@ class Run:
     def finished(self) -> dict[int, ShardEntry]:
         return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
 
-    def begin(self) -> None:
-        """Start a new run in the folder."""
-        arguments = self.opened.arguments
-        self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
-        self.load_model()
-        described = describe_with_model(self.opened, self.model)
-        self.folder.begin({**described, **self._budget({})}, arguments.overwrite)
+    def begin_or_resume(self, recorded: dict | None) -> None:
+        """Go on with the recorded run, or start a new one in the folder."""
+        if recorded:
+            self.folder.resume(recorded)
+        else:
+            arguments = self.opened.arguments
+            self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
+            self.load_model()
+            described = {**describe_with_model(self.opened, self.model), **self._budget({})}
+            self.folder.begin(described, arguments.overwrite, _repository_of(arguments))
 
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""
-        reader, finished = self.opened.reader, self.finished
+        finished = self.finished
         self._tell_state(finished)
         if self.sync:
             self.sync.start()
-        size = self.folder.extraction["rows_per_shard"]
-        covered = {shard: entry.source_rows for shard, entry in finished.items()}
+        try:
+            self._compute({shard: entry.source_rows for shard, entry in finished.items()})
+        except Exception:
+            if self.sync:
+                self._push_what_there_is()
+            raise
+
+    def _compute(self, covered: dict[int, int]) -> None:
+        reader, size = self.opened.reader, self.folder.extraction["rows_per_shard"]
         with Side() as side:
             shards = side.read_ahead(reader, missing_shards(covered, size, reader.num_rows), size)
             first = next(shards, None)
@@ -142,6 +152,13 @@ class Run:
                 total=reader.num_rows, initial=done, unit=" conversations", dynamic_ncols=True, smoothing=0
             ) as bar:
                 run_shards(self.model, settings, itertools.chain([first], shards), side, self._write, bar)
+
+    def _push_what_there_is(self) -> None:
+        """Before a failure ends the run: what is finished may be all that is left of this machine."""
+        try:
+            self.sync.finish()
+        except ToolkitError as error:
+            print(error, file=sys.stderr)
 
     def load_model(self) -> None:
         """Load and check the model, if that is not done yet."""
@@ -190,23 +207,16 @@ class Run:
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
 
-def _tell_interrupted(arguments: argparse.Namespace, folder: RunFolder) -> None:
-    kept = " The run that it is to replace is kept in .replaced there." if folder.is_replacing else ""
-    print(
-        f"Stopped. {len(folder.entries)} finished shards are in {folder.path}.{kept} To go on:\n  {arguments.command}",
-        file=sys.stderr,
-    )
-
-
 def print_summary(entries: Collection[ShardEntry], folder: RunFolder) -> None:
     """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
     skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
     tokens, size = sum(entry.num_tokens for entry in entries), sum(entry.num_bytes for entry in entries)
+    here = sum(entry.num_bytes for entry in folder.entries.values())
     print(f"Conversations  {sum(entry.num_rows for entry in entries):,} written, {skipped.total():,} skipped")
     for reason, count in skipped.most_common():
         print(f"               {count:,} × {reason}")
     print(f"Tokens         {tokens:,} extracted")
     if tokens:
         mean = sum(entry.nll for entry in entries) / tokens
-        print(f"Disk           {size / tokens:.1f} bytes a token, {size:,} bytes in {folder.path}")
+        print(f"Disk           {size / tokens:.1f} bytes a token, {here:,} bytes in {folder.path}")
         print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")

@@ -1,6 +1,5 @@
 """What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
 
-import os
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ COMMIT_DIGITS = 40
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
 # Tokens, and what gives an address the right to be written to.
-SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|token)=)[^\s'\"]+", re.IGNORECASE)
+SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
 
 
 class HubUnreachable(ToolkitError):
@@ -47,7 +46,9 @@ def redact(text: str) -> str:
     >>> redact("PUT https://x/lfs?X-Amz-Signature=12ab&part=1 with hf_abcdefghij")
     'PUT https://x/lfs?… with …'
     """
-    token = os.environ.get("HF_TOKEN")
+    import huggingface_hub
+
+    token = huggingface_hub.get_token()
     return SECRETS.sub("…", text.replace(token, "…") if token else text)
 
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
-from errors import UsageError
+from errors import ToolkitError, UsageError
 from hub_access import patient_client
-from logit_dataset import EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_entries
+from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_entries
 from run_fingerprint import run_fingerprint
 from shard_files import ShardEntry
 
@@ -21,13 +22,16 @@ DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz",
 class RemoteState:
     """A branch as it was seen: its newest commit, its files' hashes, and the run that they are of, if any.
 
-    ``files`` maps paths to SHA-256 (large files) or git's hash; ``entries`` are the shards that are listed and there.
+    ``entries`` are the shards that are listed and there, ``card`` the card's text. ``head`` is None where repository or
+    branch are missing; ``damage`` says why the record of a run cannot be read.
     """
 
-    head: str
-    files: dict[str, str] = field(default_factory=dict)
+    head: str | None
+    files: frozenset[str] = frozenset()
     extraction: dict | None = None
     entries: dict[int, ShardEntry] = field(default_factory=dict)
+    card: str = ""
+    damage: str = ""
 
     @property
     def fingerprint(self) -> str | None:
@@ -39,31 +43,53 @@ class Repository:
 
     def __init__(self, repo_id: str, branch: str | None, private: bool):
         self.repo_id, self.branch, self.private = repo_id, branch or "main", private
+        self.what = f"--output_repo {repo_id}"
         self._api = huggingface_hub.HfApi()
-        self._is_made = False
         huggingface_hub.set_client_factory(patient_client)
+        huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
         hub_logging.set_verbosity_error()  # its warnings name signed addresses, and break the progress bar
-        disable_progress_bars()
 
     @property
     def url(self) -> str:
         return f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{self.branch}"
 
     def look(self) -> RemoteState:
-        """What is there now; makes repository and branch if they are missing. Raises what the Hub's client raises."""
-        self._make()
-        head = self._api.repo_info(self.repo_id, repo_type="dataset", revision=self.branch).sha
+        """What is there now. Raises what the Hub's client raises, UsageError for a repository with other data."""
+        try:
+            head = self._api.repo_info(self.repo_id, repo_type="dataset", revision=self.branch).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return RemoteState(None)
         tree = self._api.list_repo_tree(self.repo_id, recursive=True, repo_type="dataset", revision=head)
-        files = {item.path: item.lfs.sha256 if item.lfs else item.blob_id for item in tree if hasattr(item, "blob_id")}
+        files = frozenset(item.path for item in tree if hasattr(item, "blob_id"))
         if EXTRACTION_FILE not in files:
             self._refuse_other_data(files)
             return RemoteState(head, files)
-        what = f"--output_repo {self.repo_id}"
-        extraction = read_json(self._download(EXTRACTION_FILE, head), f"{what}: {EXTRACTION_FILE}")
-        check_extraction(extraction, what)
-        listing = self._download(SHARDS_FILE, head) if SHARDS_FILE in files else None
-        listed = shard_entries(read_json(listing, f"{what}: {SHARDS_FILE}"), what) if listing else []
-        return RemoteState(head, files, extraction, {entry.shard: entry for entry in listed if entry.path in files})
+        try:
+            extraction = read_json(self._download(EXTRACTION_FILE, head), f"{self.what}: {EXTRACTION_FILE}")
+            check_extraction(extraction, self.what)
+        except ToolkitError as error:
+            return RemoteState(head, files, damage=str(error))
+        card = self._download(CARD_FILE, head).read_text(encoding="utf-8") if CARD_FILE in files else ""
+        return RemoteState(head, files, extraction, self._entries(files, head), card)
+
+    def make(self) -> None:
+        """Make repository and branch where they are missing; a branch begins where main began, without main's data."""
+        self._api.create_repo(self.repo_id, repo_type="dataset", private=self.private, exist_ok=True)
+        branches = self._api.list_repo_refs(self.repo_id, repo_type="dataset").branches
+        if self.branch not in [branch.name for branch in branches]:
+            first = self._api.list_repo_commits(self.repo_id, repo_type="dataset")[-1].commit_id
+            self._api.create_branch(
+                self.repo_id, branch=self.branch, revision=first, repo_type="dataset", exist_ok=True
+            )
+
+    def _entries(self, files: frozenset[str], head: str) -> dict[int, ShardEntry]:
+        """The shards that are listed and there; none for a list that is damaged: it is made anew."""
+        try:
+            listing = read_json(self._download(SHARDS_FILE, head), SHARDS_FILE) if SHARDS_FILE in files else {}
+            listed = shard_entries(listing, SHARDS_FILE)
+        except ToolkitError:
+            return {}
+        return {entry.shard: entry for entry in listed if entry.path in files}
 
     def commit(self, message: str, additions: dict[str, Path | str], deletions: list[str], parent: str) -> str:
         """One commit on top of ``parent``: files by their paths or texts. Returns its hash.
@@ -74,6 +100,7 @@ class Repository:
             huggingface_hub.CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)
             for name, content in additions.items()
         ]
+        disable_progress_bars()
         deletes = [huggingface_hub.CommitOperationDelete(name) for name in deletions]
         return self._api.create_commit(
             self.repo_id,
@@ -84,20 +111,10 @@ class Repository:
             parent_commit=parent,
         ).oid
 
-    def _make(self) -> None:
-        if self._is_made:
-            return
-        self._api.create_repo(self.repo_id, repo_type="dataset", private=self.private, exist_ok=True)
-        if self.branch != "main":
-            self._api.create_branch(self.repo_id, branch=self.branch, repo_type="dataset", exist_ok=True)
-        self._is_made = True
-
     def _download(self, name: str, commit: str) -> Path:
         return Path(self._api.hf_hub_download(self.repo_id, name, repo_type="dataset", revision=commit))
 
-    def _refuse_other_data(self, files: dict[str, str]) -> None:
+    def _refuse_other_data(self, files: frozenset[str]) -> None:
         others = [path for path in files if path.endswith(DATA_SUFFIXES) or path.startswith("data/")]
         if others:
-            raise UsageError(
-                f"--output_repo {self.repo_id}: the repository holds other files, such as {others[0]}. Choose another."
-            )
+            raise UsageError(f"{self.what}: the repository holds other files, such as {min(others)}. Choose another.")

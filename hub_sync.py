@@ -5,7 +5,6 @@
 A failure ends nothing: the next attempt looks anew, so that a commit whose answer was lost is found and not repeated.
 """
 
-import hashlib
 import random
 import sys
 import threading
@@ -14,6 +13,7 @@ from collections import deque
 
 from tqdm import tqdm
 
+from dataset_card import run_state
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, is_transient, redact, retry_after
 from hub_repository import RemoteState, Repository
@@ -23,9 +23,10 @@ from run_folder import RunFolder, as_json
 from shard_files import ShardEntry
 
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
-COMMITS_AN_HOUR = 120  # the Hub allows 128
+COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds between attempts, doubled from one to the next
-LAST_ATTEMPTS = 5  # in a row, once the run is over
+LONGEST_LAST_WAIT = 600.0  # that the Hub may ask for once the run is over
+ATTEMPTS = 5  # in a row: of a push that is refused, or of any once the run is over
 
 
 class HubSync:
@@ -41,53 +42,50 @@ class HubSync:
         self.remote: RemoteState | None = None
         self._is_stale = True
         self._entries: dict[int, ShardEntry] = {}
-        self._hashes: dict[str, str] = {}
+        self._resend: set[int] = set()  # shards to send although the repository has their like
         self._commits: deque[float] = deque(maxlen=COMMITS_AN_HOUR)  # when each was begun
         self._pushed_at: float | None = None
         self._changed = threading.Condition()
-        self._is_closing = self._is_closed = False
-        self._failure, self._told = None, ""
+        self._is_closing = self._is_closed = self._is_done = False
+        self._failure: BaseException | None = None
+        self._told = ""
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
-
-    @property
-    def what(self) -> str:
-        return f"--output_repo {self.repository.repo_id}"
 
     # --- the run's side ---
 
     def connect(self) -> None:
         """Look at the repository before the run begins. What the Hub refuses is refused now; its absence is not."""
-        try:
-            self._look()
-        except Exception as error:
-            explained = explain_hub_error(error, self.what)
-            if not is_transient(error):
-                raise explained from error
-            self._say(f"{explained}\nRows go to {self.folder.path}, and from there to the Hub as soon as it answers.")
+        self._unless_transient(self._look)
+
+    def make(self) -> None:
+        """Make the repository if it is missing. Raises ToolkitError where that, or what is in it, forbids the run."""
+        if self.remote and self.remote.damage and not self.overwrite:
+            raise self._another_run(self.remote.damage)
+        if self.remote and self.remote.head is None:
+            self._is_stale = True
+            self._unless_transient(self.repository.make)
 
     def adopted(self) -> dict[int, ShardEntry]:
         """The shards of this run that are in the repository and not in the folder; they are not computed again."""
         if self.overwrite or not self.remote or self.remote.fingerprint != self.folder.fingerprint:
             return {}
-        here = self.folder.entries
-        return {
-            shard: entry
-            for shard, entry in self.remote.entries.items()
-            if shard not in here and not self.folder.was_damaged(shard)
-        }
+        ours = self.folder.entries.keys() | self.folder.recomputed
+        return {shard: entry for shard, entry in self.remote.entries.items() if shard not in ours}
 
     def start(self) -> None:
-        """Begin pushing. Raises UsageError where the repository holds another run that may not be replaced."""
+        """Begin pushing. Raises UsageError where the repository holds another run that is not to be replaced."""
         if self.remote:
             self._refuse_another_run(self.remote)
         self._entries = dict(self.folder.entries)
+        self._resend = set(self._entries if self.overwrite else self.folder.recomputed)
         self._thread.start()
 
     def add(self, entry: ShardEntry) -> None:
         """Tell of a shard that has been finished."""
         with self._changed:
             self._entries[entry.shard] = entry
-            self._hashes.pop(entry.path, None)
+            if self.overwrite:
+                self._resend.add(entry.shard)
             self._changed.notify()
 
     def finish(self) -> None:
@@ -98,12 +96,12 @@ class HubSync:
         with tqdm(total=len(self._entries), desc="Pushing", unit=" shards", leave=False, delay=1) as bar:
             while self._thread.is_alive():
                 self._thread.join(0.2)
-                bar.update(len(self._entries) - len(self._missing()) - bar.n)
-        if self._failure:
-            missing, there = len(self._missing()), len(self._entries)
+                bar.update(len(self._entries) - self.left - bar.n)
+        if not self._is_done:
+            why = explain_hub_error(self._failure or RuntimeError("stopped"), self.repository.what)
             raise ToolkitError(
-                f"{explain_hub_error(self._failure, self.what)}\n{missing} of {there} shards are not on the Hub yet; "
-                f"all are in {self.folder.path}. The same command pushes what is missing, and computes nothing again."
+                f"{why}\n{self.left} of {len(self._entries)} shards are not on the Hub yet; all are in "
+                f"{self.folder.path}. The same command pushes what is missing, and computes nothing again."
             ) from self._failure
 
     def close(self) -> None:
@@ -112,37 +110,55 @@ class HubSync:
             self._is_closed = True
             self._changed.notify()
 
+    @property
+    def left(self) -> int:
+        """Finished shards that are not on the Hub yet."""
+        return len(self._missing())
+
+    def _unless_transient(self, step) -> None:
+        try:
+            step()
+        except Exception as error:
+            explained = explain_hub_error(error, self.repository.what)
+            if not is_transient(error):
+                raise explained from error
+            self._say(f"{explained}\nRows go to {self.folder.path}, and from there to the Hub as soon as it answers.")
+
     # --- the thread ---
 
     def _work(self) -> None:
-        failures = 0
-        while not self._is_closed:
-            try:
+        try:
+            failures = 0
+            while not (self._is_closed or self._is_done):
                 if not failures:
                     self._wait_until_due()
-                closing = self._is_closing
-                is_done = self._push(closing)
-                failures = 0
-            except Exception as error:
-                closing, failures = self._is_closing, failures + 1
-                if not is_transient(error) or (closing and failures > LAST_ATTEMPTS):
-                    self._give_up(error)
-                    return
-                self._pause(error, failures)
-                failures = 0 if self._is_closing and not closing else failures
-                continue
-            if closing and is_done:
-                return
+                failures = self._attempt(failures)
+        except BaseException as error:  # whatever it is: the run must not take the rest for pushed
+            self._failure = error
+            self._say(str(explain_hub_error(error, self.repository.what)))
+
+    def _attempt(self, failures: int) -> int:
+        """Push once. Returns the attempts that have failed in a row; raises the last error where there were enough."""
+        closing = self._is_closing
+        try:
+            everything = self._push(closing)
+        except Exception as error:
+            is_final = isinstance(error, ToolkitError) and not is_transient(error)
+            if is_final or (failures >= ATTEMPTS and (closing or not is_transient(error))):
+                raise
+            self._pause(error, failures, closing)
+            return 1 if self._is_closing and not closing else failures + 1
+        self._is_done = closing and everything
+        return 0
 
     def _wait_until_due(self) -> None:
         """Until a commit is due: the first shard at once, then by ``push_every``, a full commit, or the end."""
         with self._changed:
             while not (self._is_closing or self._is_closed):
-                missing = len(self._missing())
                 since = time.monotonic() - self._pushed_at if self._pushed_at else self.push_every
-                if missing >= SHARDS_A_COMMIT or (missing and since >= self.push_every):
+                if self.left >= SHARDS_A_COMMIT or (self.left and since >= self.push_every):
                     break
-                self._changed.wait(max(0.1, self.push_every - since) if missing else None)
+                self._changed.wait(max(0.1, self.push_every - since) if self.left else None)
 
     def _look(self) -> RemoteState:
         self.remote, self._is_stale = self.repository.look(), False
@@ -151,83 +167,93 @@ class HubSync:
     def _push(self, closing: bool) -> bool:
         """One commit at most. Returns whether all that there is now is on the Hub."""
         remote = self._look() if self._is_stale else self.remote
+        if remote.head is None:
+            self.repository.make()
+            remote = self._look()
         self._refuse_another_run(remote)
         missing = self._missing()
         chosen, is_last = missing[:SHARDS_A_COMMIT], closing and len(missing) <= SHARDS_A_COMMIT
-        if not chosen and not is_last:
+        if not chosen and (not is_last or self._is_described(remote)):
             return True
-        additions, deletions, kept = self._changes(remote, chosen, is_last)
         self._keep_to_the_limit()
         self._is_stale = True  # until the answer is here
-        head = self.repository.commit(_message(chosen), additions, deletions, remote.head)
-        self.remote = RemoteState(head, kept, self.folder.extraction, self._listed(remote, chosen))
-        self._is_stale = False
-        self._pushed_at = time.monotonic()
+        self.remote = self._commit(remote, chosen, is_last)
+        self._resend -= {entry.shard for entry in chosen}
+        self._pushed_at, self._is_stale = time.monotonic(), False
         self._say("")
         return is_last
 
-    def _keep_to_the_limit(self) -> None:
-        """Begin no more commits within an hour than the Hub takes."""
-        if len(self._commits) == COMMITS_AN_HOUR:
-            time.sleep(max(0.0, self._commits[0] + 3600 - time.monotonic()))
-        self._commits.append(time.monotonic())
-
-    def _changes(self, remote: RemoteState, chosen: list[ShardEntry], is_last: bool) -> tuple[dict, list[str], dict]:
-        """What a commit adds and deletes, and the hashes of the shards that are there after it."""
+    def _commit(self, remote: RemoteState, chosen: list[ShardEntry], is_last: bool) -> RemoteState:
+        """Send these shards and the files around, to the repository as it was seen. Gives what it is then."""
         is_first = remote.fingerprint != self.folder.fingerprint
-        around = self.folder.files_around(list(self._listed(remote, chosen).values()))
+        listed = self._listed(remote, chosen)
+        around = self.folder.files_around(list(listed.values()))
         if is_first:
             around[EXTRACTION_FILE] = as_json(self.folder.extraction)
         elif not is_last:
             del around[CARD_FILE]
-        sent = {entry.path: self._hashes[entry.path] for entry in chosen}
-        deletions = [path for path in remote.files if is_first and path.startswith("data/") and path not in sent]
-        kept = {path: oid for path, oid in remote.files.items() if path not in deletions}
-        additions = {**{path: self.folder.path / path for path in sent}, **around}
-        return additions, deletions, {**kept, **sent}
+        sent = {entry.path: self.folder.path / entry.path for entry in chosen}
+        replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
+        head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
+        files = remote.files.difference(replaced).union(sent, around)
+        return RemoteState(head, files, self.folder.extraction, listed, around.get(CARD_FILE, remote.card))
 
     def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
-        """The shards that are on the Hub after a commit."""
+        """The shards that are on the Hub after a commit of those chosen."""
         there = remote.entries if remote.fingerprint == self.folder.fingerprint else {}
-        ours = [entry for entry in list(self._entries.values()) if remote.files.get(entry.path) == self._hash(entry)]
-        return {**there, **{entry.shard: entry for entry in (*ours, *chosen)}}
+        return {**there, **{entry.shard: entry for entry in chosen}}
+
+    def _is_described(self, remote: RemoteState) -> bool:
+        """Whether the card on the Hub is that of these shards; what its owner has written into it is left alone."""
+        listed = list(self._listed(remote, []).values())
+        return run_state(self.folder.fingerprint, listed) in remote.card
 
     def _missing(self) -> list[ShardEntry]:
-        """The finished shards that the repository, as it was seen last, lacks."""
-        there = self.remote.files if self.remote else {}
+        """The finished shards that the repository, as it was seen last, lacks, in order."""
+        there = self._listed(self.remote, []) if self.remote else {}
         ours = sorted(self._entries.values(), key=lambda entry: entry.shard)
-        return [entry for entry in ours if there.get(entry.path) != self._hash(entry)]
-
-    def _hash(self, entry: ShardEntry) -> str:
-        if entry.path not in self._hashes:
-            with (self.folder.path / entry.path).open("rb") as file:
-                self._hashes[entry.path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._hashes[entry.path]
+        return [entry for entry in ours if entry.shard not in there or entry.shard in self._resend]
 
     def _refuse_another_run(self, remote: RemoteState) -> None:
-        if remote.extraction is None or self.overwrite or remote.fingerprint == self.folder.fingerprint:
+        if self.overwrite or remote.fingerprint == self.folder.fingerprint:
             return
-        told = "; ".join(differences(remote.extraction, self.folder.extraction))
-        raise UsageError(
-            f"{self.what}: holds another run ({told}). Choose another repository, or replace that run with --overwrite."
+        told = "; ".join(differences(remote.extraction, self.folder.extraction)) if remote.extraction else remote.damage
+        if told:
+            raise self._another_run(told)
+
+    def _another_run(self, told: str) -> UsageError:
+        return UsageError(
+            f"{self.repository.what}: holds another run ({told}). Choose another repository, or replace that run with "
+            "--overwrite."
         )
 
-    def _pause(self, error: Exception, failures: int) -> None:
+    def _keep_to_the_limit(self) -> None:
+        """Begin no more commits within an hour than the Hub takes."""
+        if len(self._commits) == COMMITS_AN_HOUR:
+            wait = self._commits[0] + HOUR - time.monotonic()
+            if wait > 0:
+                self._say(f"{self.repository.what}: {COMMITS_AN_HOUR} commits in an hour; the next in {wait:.0f} s")
+                self._sleep(wait, until_closing=False)
+        self._commits.append(time.monotonic())
+
+    def _pause(self, error: Exception, failures: int, closing: bool) -> None:
         """Before the next attempt: as long as the Hub asks for, else longer from one to the next, with jitter."""
         asked = retry_after(error)
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1)
-        self._say(f"{explain_hub_error(error, self.what)}\nThe run goes on, and the Hub is asked again.")
+        if asked is not None and closing and asked > LONGEST_LAST_WAIT:
+            raise error
+        going_on = "Trying again" if closing else "The run goes on, and the Hub is asked again"
+        after = f" in {asked:.0f} s" if asked else ""
+        self._say(f"{explain_hub_error(error, self.repository.what)}\n{going_on}{after}.")
         if asked is not None:
-            time.sleep(asked + random.uniform(0, 1))
-            return
-        was_closing, until = self._is_closing, time.monotonic() + wait
-        with self._changed:
-            while self._is_closing == was_closing and time.monotonic() < until:
-                self._changed.wait(until - time.monotonic())
+            self._sleep(asked + random.uniform(0, 1), until_closing=False)
+        else:
+            self._sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**failures) * random.uniform(0.5, 1), until_closing=not closing)
 
-    def _give_up(self, error: Exception) -> None:
-        self._say(str(explain_hub_error(error, self.what)))
-        self._failure = error
+    def _sleep(self, seconds: float, until_closing: bool) -> None:
+        until = time.monotonic() + seconds
+        with self._changed:
+            while time.monotonic() < until and not (self._is_closed or (until_closing and self._is_closing)):
+                self._changed.wait(until - time.monotonic())
 
     def _say(self, text: str) -> None:
         """Tell what is wrong once, and not again while it stays so."""

@@ -15,19 +15,21 @@ import filelock
 from tqdm import tqdm
 
 import dataset_card
-from disk_space import make_room_or_stop
+from disk_space import make_room_or_stop, nearest_existing
 from errors import ToolkitError, UsageError
 from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_listing
 from run_fingerprint import run_fingerprint
-from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename, shard_path, write_shard
+from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename, write_shard
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
+REPLACED_REPO = ".output_repo"  # within .replaced: the repository whose run may be replaced too
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
 PARTS = (EXTRACTION_FILE, "data", SHARDS_FILE, CARD_FILE)
 
 
 class RunFolder:
-    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the ``extraction.json`` found in it.
+    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the ``extraction.json`` found in it,
+    ``recomputed`` the shards that were found damaged, now or earlier.
 
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
     """
@@ -36,6 +38,7 @@ class RunFolder:
         self.path = path
         self.entries: dict[int, ShardEntry] = {}
         self.extraction: dict = {}
+        self.recomputed: set[int] = set()
         self._lock = filelock.FileLock(path / LOCK)
         _check_place(path)
         if path.is_dir():
@@ -56,7 +59,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Leave the folder to others."""
-        self._lock.release()
+        self._lock.release(force=True)
 
     @property
     def is_replacing(self) -> bool:
@@ -64,17 +67,32 @@ class RunFolder:
         return (self.path / REPLACED).exists()
 
     @property
+    def replaced_run(self) -> Path | None:
+        """Where the run lies that is being replaced, if there was one."""
+        return self.path / REPLACED if (self.path / REPLACED / EXTRACTION_FILE).exists() else None
+
+    def may_replace(self, repo: str) -> bool:
+        """Whether the ``--overwrite`` that began the run in the folder was also about this repository."""
+        marker = self.path / REPLACED / REPLACED_REPO
+        return marker.is_file() and marker.read_text(encoding="utf-8") == repo
+
+    def count_shards(self) -> int:
+        """Shards that are in the folder, checked or not."""
+        return sum(not path.name.startswith(".") for path in self.path.glob("data/*/*.parquet"))
+
+    @property
     def fingerprint(self) -> str:
         return run_fingerprint(self.extraction)
 
-    def begin(self, extraction: dict, overwrite: bool = False) -> None:
+    def begin(self, extraction: dict, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
 
         A run that was set aside before, by an ``--overwrite`` that never finished, is kept, and the unfinished one not.
+        ``repo`` is the repository whose run is replaced with it.
         """
         self._enter()
         if overwrite or self.is_replacing:
-            self._set_aside()
+            self._set_aside(repo)
         self.extraction, self.entries = extraction, {}
         with make_room_or_stop(self.path):
             write_text(self.path / EXTRACTION_FILE, as_json(extraction))
@@ -90,6 +108,8 @@ class RunFolder:
             for leftover in self.path.glob("data/*/.*.tmp"):
                 leftover.unlink()
             self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
+            aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
+            self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
 
     def add_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
@@ -120,18 +140,18 @@ class RunFolder:
             CARD_FILE: dataset_card.render_card(self.extraction, self.fingerprint, entries),
         }
 
-    def was_damaged(self, shard: int) -> bool:
-        """Whether the shard was set aside here and not computed again yet."""
-        path = self.path / shard_path(self.extraction["split"], shard)
-        return shard not in self.entries and path.with_name(DAMAGED + path.name).exists()
-
     def finish(self) -> None:
         """Remove the run that was replaced, now that the new one is whole."""
         shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     def _enter(self) -> None:
+        """Make and lock a folder that was not there at first. Raises UsageError if another process was quicker."""
+        if self._lock.is_locked:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
+        if (self.path / EXTRACTION_FILE).exists():
+            raise UsageError(f"--output_dir {self.path}: another process has begun a run here. Give the command again.")
 
     def _acquire(self) -> None:
         try:
@@ -150,11 +170,12 @@ class RunFolder:
         check_extraction(found, what)
         return found
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, repo: str) -> None:
         """Move one part after another; what a run that was stopped here has left is moved by the next."""
         replaced = self.path / REPLACED
         kept = (replaced / CARD_FILE).exists()  # the last part: the run that lies there is whole
         replaced.mkdir(exist_ok=True)
+        write_text(replaced / REPLACED_REPO, repo)
         for part in PARTS:
             here, there = self.path / part, replaced / part
             if not kept and here.exists() and not there.exists():
@@ -182,7 +203,7 @@ class RunFolder:
 
 
 def _check_place(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"--output_dir {folder}: {nearest} is no folder that can be written to")
     present = [path for path in folder.glob("*") if not path.name.startswith(".")]

@@ -231,6 +231,8 @@ def _named(path: str):
     except OSError as error:
         if getattr(error, "response", None) is not None or "httpx" in type(error).__module__:
             raise  # the Hub's, not the file's
+        if error.errno:  # the disk's: the file may be whole
+            raise ToolkitError(f"{path}: it cannot be read now: {error}") from error
         raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
 
 

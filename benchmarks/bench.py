@@ -79,7 +79,7 @@ def extraction(model, opened, prefix_cache: bool) -> int:
     with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
         run = extraction_run.Run(opened, folder, model.device, None, watch, model, cache_agrees=prefix_cache)
-        run.begin()
+        run.begin_or_resume(None)
         run.compute_missing()
         return sum(entry.num_bytes for entry in folder.entries.values())
 

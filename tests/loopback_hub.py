@@ -468,6 +468,14 @@ class LoopbackHub:
         others = ["converts", "tags", *(["pullRequests"] if call.asks("include_prs") else [])]
         return _json({"branches": branches} | {other: [] for other in others})
 
+    def _history(self, call: Call, repo: Repo, revision: str) -> Response:  # noqa: ARG002
+        """The branch's commits, the newest first."""
+        listed = [
+            {"id": c.sha, "title": c.title, "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}
+            for c in reversed(self.commits(repo.kind, repo.name, revision))
+        ]
+        return _json(listed)
+
     def _branch(self, call: Call, repo: Repo, revision: str) -> Response:
         with self._lock:
             if revision in repo.branches:
@@ -572,6 +580,7 @@ _ROUTES = (
     Route(("POST",), "/api/repos/create", LoopbackHub._create, writes=True),
     Route(("GET",), f"{_API}(?:/revision{_AT})?", LoopbackHub._info),
     Route(("GET",), f"{_API}/refs", LoopbackHub._refs),
+    Route(("GET",), f"{_API}/commits{_AT}", LoopbackHub._history),
     Route(("POST",), f"{_API}/branch{_AT}", LoopbackHub._branch, writes=True),
     Route(("GET",), f"{_API}/tree{_AT}(?:/(?P<path>.+))?", LoopbackHub._tree),
     Route(("POST",), f"{_API}/paths-info{_AT}", LoopbackHub._paths_info),

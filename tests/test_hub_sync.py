@@ -27,6 +27,26 @@ hub_sync.SHARDS_A_COMMIT, hub_access.PATIENCE = 8, (2, 2, 2, 2)
 import extract_logits
 sys.exit(extract_logits.main(sys.argv[1:]))
 """
+# The same, but the pushing thread dies of what is no Exception.
+DYING = COMMAND.replace(
+    "import extract_logits",
+    """
+class Panic(BaseException):
+    pass
+commits = []
+def commit(*_):
+    commits.append(1)
+    if len(commits) > 1:
+        raise Panic("in a library")
+    return original(*_)
+original = hub_sync.Repository.commit
+hub_sync.Repository.commit = commit
+import extract_logits""",
+)
+# The same, with at most three commits in four seconds.
+LIMITED = COMMAND.replace(
+    "import extract_logits", "hub_sync.COMMITS_AN_HOUR, hub_sync.HOUR = 3, 4\nimport extract_logits"
+)
 LOAD = """
 import datasets, json, sys
 datasets.disable_progress_bars()
@@ -268,6 +288,101 @@ def test_a_branch_is_made_and_pushed_to(hub, extract, calm_run, tmp_path):
     assert extract("branched", "--output_revision", "k64/first", "--private")[0] == 0
     assert on_hub(hub, "branched", "k64/first") == files_in(calm_run)
     assert on_hub(hub, "branched") == {} and hub.is_private("dataset", "user/branched")
+
+
+def test_a_branch_of_a_repository_with_a_run_begins_without_it(hub, extract, calm_run, tmp_path):
+    assert extract("two", "--max_samples", "9", "--seed", "3", out="first")[0] == 0
+    before = on_hub(hub, "two")
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("two", "--output_revision", "calm")[0] == 0
+    assert on_hub(hub, "two", "calm") == files_in(calm_run) and on_hub(hub, "two") == before
+
+
+def test_no_repository_is_made_for_a_command_that_is_refused(hub, extract):
+    assert extract("typo", "--messages_column", "nothing")[0] == 2
+    assert not hub.has_repo("dataset", "user/typo")
+
+
+def test_what_its_owner_writes_into_the_card_stays(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("worded")[0] == 0
+    commits = len(hub.commits("dataset", "user/worded"))
+    files = hub.commits("dataset", "user/worded")[-1].files
+    files["README.md"].data += b"My own words."
+    assert extract("worded")[0] == 0
+    assert len(hub.commits("dataset", "user/worded")) == commits
+
+
+def test_a_pushing_thread_that_dies_is_told(extract, calm_run, tmp_path):
+    status, said = extract("panic", "--push_every", "0.5", code=DYING)
+    assert status == 1 and "in a library" in said and "Pushed" not in said
+    assert re.search(r"\d+ of 60 shards are not on the Hub yet", said)
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+
+
+def test_commits_keep_to_the_limit_of_the_hour(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    status, said = extract("limited", code=LIMITED)
+    assert status == 0 and "3 commits in an hour; the next in" in said
+    times = [commit.time for commit in our_commits(hub, "limited")]
+    assert len(times) == 8 and all(later - time >= 3.5 for time, later in zip(times, times[3:], strict=False))
+
+
+def test_overwrite_without_a_repository_replaces_none_later(hub, extract, calm_source, small_model, tmp_path):
+    """A folder begun with --overwrite, then named together with a repository that holds another run."""
+    assert extract("precious", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
+    before = on_hub(hub, "precious")
+    local = [*flags_for(small_model, calm_source, tmp_path / "out"), "--overwrite"]
+    process = subprocess.Popen([sys.executable, "extract_logits.py", *local], cwd=REPO, stderr=subprocess.PIPE)
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    status, said = extract("precious")
+    assert status == 2 and "user/precious: holds another run (seed: 7 there, 0 here" in said
+    assert on_hub(hub, "precious") == before
+
+
+def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, start, calm_run, tmp_path):
+    assert extract("renewed", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
+    process = start("renewed", "--overwrite", "--push_every", "1000")
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 143 and "--overwrite" not in said.splitlines()[-1]
+    status, said = extract("renewed")
+    assert status == 0, said
+    assert on_hub(hub, "renewed") == files_in(calm_run)
+
+
+def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    files = {"extraction.json": b"{}", "shards.json": b"{", "data/00000/train-00099.parquet": b"PAR1"}
+    hub.add_repo("dataset", "user/broken", files=files)
+    status, said = extract("broken")
+    assert status == 2, said
+    assert "user/broken: holds another run (" in said and "format_version None" in said
+    shutil.rmtree(tmp_path / "out")
+    assert extract("broken", "--overwrite")[0] == 0
+    assert on_hub(hub, "broken") == files_in(calm_run)
+
+
+def test_a_full_disk_pushes_what_is_finished(hub, start, tmp_path):
+    late = """
+import disk_space
+free = disk_space.free_bytes
+calls = []
+def later(folder):
+    calls.append(1)
+    return free(folder) if len(calls) < 30 else 0
+disk_space.free_bytes = later
+import extract_logits"""
+    process = start("filled", "--push_every", "1000", code=COMMAND.replace("import extract_logits", late))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "is full" in errors, errors
+    here = {name for name in files_in(tmp_path / "out") if name.startswith("data/")}
+    assert 0 < len(here) < SHARDS and here == {name for name in on_hub(hub, "filled") if name.startswith("data/")}
 
 
 def test_a_push_that_is_refused_on_the_way_ends_the_run_with_all_rows_here(hub, extract, calm_run, tmp_path):

@@ -18,6 +18,7 @@ from lives import Life
 from runs import ROWS, SHARDS, files_in, flags_for, shards_in
 
 import extract_logits
+from errors import UsageError
 from logit_dataset import open_dataset
 from run_folder import RunFolder
 
@@ -284,7 +285,6 @@ def write_slowly() -> None:
     import run_folder
 
     def slow(*_):
-        (Path(run_folder.__file__).parent / "nowhere").exists()
         time.sleep(600)
 
     run_folder.write_shard = slow
@@ -366,7 +366,68 @@ def test_a_record_that_is_damaged_is_named_and_can_be_replaced(options, undistur
     assert files_in(tmp_path / "undisturbed") == undisturbed
 
 
-def test_the_lock_is_left_by_whoever_leaves(tmp_path):
+def test_the_lock_is_left_by_whoever_leaves(undisturbed, tmp_path):
+    kept = []
     for _ in range(2):
-        with RunFolder(tmp_path / "out") as folder:
-            folder._enter()
+        with RunFolder(tmp_path / "undisturbed") as folder:
+            folder.resume(folder.recorded)
+        kept.append(folder)
+    assert len(kept[1].entries) == SHARDS and files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_run_that_began_meanwhile_is_not_written_over(undisturbed, tmp_path):
+    """Two starts find no folder; the first has begun and left before the second gets so far."""
+    late = RunFolder(tmp_path / "shared")
+    (tmp_path / "undisturbed").rename(tmp_path / "shared")
+    with pytest.raises(UsageError, match="another process has begun a run here"):
+        late.begin({"seed": 1})
+    assert files_in(tmp_path / "shared") == undisturbed
+
+
+def unreadable() -> None:
+    """A disk that answers no reads for now."""
+    import shard_files
+
+    def failing(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    shard_files.pq.ParquetFile = failing
+
+
+def test_a_disk_that_cannot_be_read_damages_nothing(options, undisturbed, tmp_path):
+    life = Life(options("undisturbed"), tmp_path / "unread.log", unreadable)
+    assert life.wait() == 1
+    assert "it cannot be read now" in life.said and "Set aside" not in life.said
+    assert files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_log_that_is_closed_is_no_success(options):
+    command = shlex.join([sys.executable, "extract_logits.py", *options("piped")])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} 2>&1 | head -c 100"], cwd=REPO, capture_output=True
+    )
+    assert done.returncode == 1
+
+
+def stuck_source() -> None:
+    """A source that never answers after its first rows, and a disk on which nothing can be written."""
+    import run_folder
+    from conversation_reader import Reader
+
+    align = Reader.align
+
+    def stuck(self, first, end):
+        if first >= 6:
+            time.sleep(600)
+        return align(self, first, end)
+
+    def failing(*_):
+        raise OSError(30, "Read-only file system")
+
+    Reader.align, run_folder.write_shard = stuck, failing
+
+
+def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):
+    life = Life(options("stuck"), tmp_path / "stuck.log", stuck_source)
+    assert life.wait(60) == 1
+    assert "Read-only file system" in life.said
