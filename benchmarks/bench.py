@@ -7,6 +7,7 @@ every way once, in turn, so that a machine that slows down slows all of them; th
 """
 
 import argparse
+import re
 import resource
 import statistics
 import subprocess
@@ -164,7 +165,8 @@ def measure_memory(model, conversations: int) -> None:
     ready, _ = opened.reader.align(0, conversations)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     extraction(model, opened, True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    # Not ru_maxrss: a process begins with its parent's.
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 - before
     budget = choose_budget(model, None, None)
     longest = max(len(aligned.input_ids) for aligned in ready)
     formula = peak_memory(model, budget, longest, budget.logit_rows, True)
