@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 import teacher_model
 from disk_space import DiskWatch
-from errors import ToolkitError, UsageError
+from errors import ToolkitError
 from hub_repository import Repository
 from hub_sync import HubSync
 from memory_budget import choose_budget
 from run_description import OpenedRun, describe_with_model, open_run, what_differs
+from run_fingerprint import another_run
 from run_folder import RunFolder
 from shard_files import ShardEntry
 from shard_loop import Side, missing_shards, run_shards
@@ -91,10 +92,7 @@ def open_or_go_on(
     opened = open_run(arguments, recorded)
     different = what_differs(opened, recorded) if recorded else []
     if different and not arguments.overwrite:
-        raise UsageError(
-            f"{where}: holds another run ({'; '.join(different)}). Choose another place, or replace that run with "
-            "--overwrite."
-        )
+        raise another_run(where, "; ".join(different), "place")
     return (open_run(arguments), None) if different else (opened, recorded)
 
 

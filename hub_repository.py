@@ -1,6 +1,7 @@
 """A Hub dataset repository at one branch: what is in it, and commits that change it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -20,10 +21,11 @@ DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz",
 
 @dataclass
 class RemoteState:
-    """A branch as it was seen: its newest commit, its files' hashes, and the run that they are of, if any.
+    """A branch as it was seen: its newest commit, its files' paths, and the run that they are of, if any.
 
-    ``entries`` are the shards that are listed and there, ``card`` the card's text. ``head`` is None where repository or
-    branch are missing; ``damage`` says why the record of a run cannot be read.
+    ``files`` serve the first commit of a run, and are not kept up after it. ``entries`` are the shards that are listed
+    and there, ``card`` the card's text. ``head`` is None where repository or branch are missing; ``damage`` says why
+    the record of a run cannot be read.
     """
 
     head: str | None
@@ -33,7 +35,7 @@ class RemoteState:
     card: str = ""
     damage: str = ""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str | None:
         return run_fingerprint(self.extraction) if self.extraction else None
 

@@ -14,11 +14,11 @@ from collections import deque
 from tqdm import tqdm
 
 from dataset_card import run_state
-from errors import ToolkitError, UsageError
+from errors import ToolkitError
 from hub_access import explain_hub_error, is_transient, redact, retry_after
 from hub_repository import RemoteState, Repository
 from logit_dataset import CARD_FILE, EXTRACTION_FILE
-from run_fingerprint import differences
+from run_fingerprint import another_run, differences
 from run_folder import RunFolder, as_json
 from shard_files import ShardEntry
 
@@ -60,17 +60,17 @@ class HubSync:
     def make(self) -> None:
         """Make the repository if it is missing. Raises ToolkitError where that, or what is in it, forbids the run."""
         if self.remote and self.remote.damage and not self.overwrite:
-            raise self._another_run(self.remote.damage)
+            raise another_run(self.repository.what, self.remote.damage, "repository")
         if self.remote and self.remote.head is None:
             self._is_stale = True
             self._unless_transient(self.repository.make)
 
     def adopted(self) -> dict[int, ShardEntry]:
         """The shards of this run that are in the repository and not in the folder; they are not computed again."""
-        if self.overwrite or not self.remote or self.remote.fingerprint != self.folder.fingerprint:
+        if self.overwrite or not self.remote:
             return {}
         ours = self.folder.entries.keys() | self.folder.recomputed
-        return {shard: entry for shard, entry in self.remote.entries.items() if shard not in ours}
+        return {shard: entry for shard, entry in self._listed(self.remote, []).items() if shard not in ours}
 
     def start(self) -> None:
         """Begin pushing. Raises UsageError where the repository holds another run that is not to be replaced."""
@@ -156,9 +156,10 @@ class HubSync:
         with self._changed:
             while not (self._is_closing or self._is_closed):
                 since = time.monotonic() - self._pushed_at if self._pushed_at else self.push_every
-                if self.left >= SHARDS_A_COMMIT or (self.left and since >= self.push_every):
+                left = self.left
+                if left >= SHARDS_A_COMMIT or (left and since >= self.push_every):
                     break
-                self._changed.wait(max(0.1, self.push_every - since) if self.left else None)
+                self._changed.wait(max(0.1, self.push_every - since) if left else None)
 
     def _look(self) -> RemoteState:
         self.remote, self._is_stale = self.repository.look(), False
@@ -195,8 +196,8 @@ class HubSync:
         sent = {entry.path: self.folder.path / entry.path for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
-        files = remote.files.difference(replaced).union(sent, around)
-        return RemoteState(head, files, self.folder.extraction, listed, around.get(CARD_FILE, remote.card))
+        card = around.get(CARD_FILE, remote.card)
+        return RemoteState(head, extraction=self.folder.extraction, entries=listed, card=card)
 
     def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
         """The shards that are on the Hub after a commit of those chosen."""
@@ -219,13 +220,7 @@ class HubSync:
             return
         told = "; ".join(differences(remote.extraction, self.folder.extraction)) if remote.extraction else remote.damage
         if told:
-            raise self._another_run(told)
-
-    def _another_run(self, told: str) -> UsageError:
-        return UsageError(
-            f"{self.repository.what}: holds another run ({told}). Choose another repository, or replace that run with "
-            "--overwrite."
-        )
+            raise another_run(self.repository.what, told, "repository")
 
     def _keep_to_the_limit(self) -> None:
         """Begin no more commits within an hour than the Hub takes."""

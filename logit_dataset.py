@@ -110,8 +110,8 @@ def check_extraction(extraction: dict, dataset_id: str) -> None:
 
 
 def shard_listing(entries: list[ShardEntry]) -> dict:
-    """The content of ``shards.json`` for these shards."""
-    shards = [entry.as_json() for entry in sorted(entries, key=lambda entry: entry.shard)]
+    """The content of ``shards.json`` for these shards, which come in order."""
+    shards = [entry.as_json() for entry in entries]
     return {"shards": shards, "crc32": zlib.crc32(canonical(shards))}
 
 

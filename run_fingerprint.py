@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from errors import UsageError
+
 # What decides the rows. Ids and paths don't (revisions do), nor do versions and budgets.
 FINGERPRINT_KEYS = (
     "format_version",
@@ -56,6 +58,13 @@ def differences(there: dict, here: dict) -> list[str]:
         for key in FINGERPRINT_KEYS
         if key in here and canonical(there.get(key)) != canonical(here[key])
     ]
+
+
+def another_run(where: str, told: str, kind: str) -> UsageError:
+    """The refusal of a place, of a ``kind`` such as "repository", that holds another run; ``told`` says which."""
+    return UsageError(
+        f"{where}: holds another run ({told}). Choose another {kind}, or replace that run with --overwrite."
+    )
 
 
 def _told(there, here) -> str:

@@ -38,6 +38,7 @@ class RunFolder:
         self.path = path
         self.entries: dict[int, ShardEntry] = {}
         self.extraction: dict = {}
+        self.fingerprint = ""
         self.recomputed: set[int] = set()
         self._lock = filelock.FileLock(path / LOCK)
         _check_place(path)
@@ -80,10 +81,6 @@ class RunFolder:
         """Shards that are in the folder, checked or not."""
         return sum(not path.name.startswith(".") for path in self.path.glob("data/*/*.parquet"))
 
-    @property
-    def fingerprint(self) -> str:
-        return run_fingerprint(self.extraction)
-
     def begin(self, extraction: dict, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
 
@@ -93,7 +90,8 @@ class RunFolder:
         self._enter()
         if overwrite or self.is_replacing:
             self._set_aside(repo)
-        self.extraction, self.entries = extraction, {}
+        self._set_extraction(extraction)
+        self.entries = {}
         with make_room_or_stop(self.path):
             write_text(self.path / EXTRACTION_FILE, as_json(extraction))
             self.describe_shards()
@@ -101,7 +99,7 @@ class RunFolder:
     def resume(self, extraction: dict) -> None:
         """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot."""
         self._enter()
-        self.extraction = extraction
+        self._set_extraction(extraction)
         with make_room_or_stop(self.path):
             if not (self.path / EXTRACTION_FILE).exists():
                 write_text(self.path / EXTRACTION_FILE, as_json(extraction))
@@ -111,6 +109,9 @@ class RunFolder:
             aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
             self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
+
+    def _set_extraction(self, extraction: dict) -> None:
+        self.extraction, self.fingerprint = extraction, run_fingerprint(extraction)
 
     def add_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
         """Write one finished shard, and what the folder says about its shards."""

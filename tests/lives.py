@@ -19,9 +19,9 @@ SERVER.set_forkserver_preload(["datasets", "extract_logits", "extraction_run", "
 class Life:
     """One process that runs the command; ``prepare()`` is called in it before."""
 
-    def __init__(self, argv: list, log: Path, prepare: Callable[[], None] | None = None, cwd: Path = REPO):
+    def __init__(self, argv: list, log: Path, prepare: Callable[[], None] | None = None):
         self.log = log
-        self._process = SERVER.Process(target=_live, args=(list(map(str, argv)), log, prepare, cwd))
+        self._process = SERVER.Process(target=_live, args=(list(map(str, argv)), log, prepare))
         self._process.start()
         self.pid = self._process.pid
 
@@ -44,11 +44,11 @@ class Life:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
 
-def _live(argv: list[str], log: Path, prepare: Callable[[], None] | None, cwd: Path) -> None:
+def _live(argv: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
     import extract_logits
     from command_line import leave
 
-    os.chdir(cwd)
+    os.chdir(REPO)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(file, number)
