@@ -1,18 +1,24 @@
-"""An analysis as a table in the terminal, and a conversation before it is extracted."""
+"""An analysis in the terminal: tables whose columns line up by cells, and a conversation before it is extracted."""
 
 import itertools
 import math
-import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals
+from visible_text import quoted, whole_characters
 
-PROMPT_END = 4  # prompt tokens shown before each answer
-TOKEN_WIDTH, PREDICTIONS_WIDTH, OWN_WIDTH = 30, 60, 15
-ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
+GREY, UNEXPECTED, NOT_STORED = "bright_black", "yellow", "bold red"
+NARROW, WIDE = (
+    60,
+    110,
+)  # cells: terminals below the one show no numbers, those from the other on also tail and entropy
+CONTEXT, PLACE = 30, 6  # cells of a chosen token's place with the text before it, and without
+CONTEXT_TOKENS = 12
 
 
 class PipeConsole(Console):
@@ -22,47 +28,118 @@ class PipeConsole(Console):
         raise BrokenPipeError
 
 
-def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console | None = None) -> None:
-    """Print "Detailed Token Analysis:", a line a token. A terminal gets lines that fit it, a pipe whole ones."""
-    console = console or PipeConsole(highlight=False)
-    shown = [token for i, token in enumerate(tokens) if _is_shown(tokens, i)]
-    widths = _column_widths(shown, console)
-    rule = sum(widths) + 6
-    console.print("Detailed Token Analysis:", markup=False, style="bold")
+@dataclass(frozen=True)
+class Column:
+    """A column of a table and its width in cells."""
+
+    title: str
+    width: int
+
+
+# --- tables ---
+
+
+def print_table(columns: list[Column], rows: Iterable[list[str | Text]], console: Console) -> None:
+    """Print rows of cells under their titles, each cell cut to its column's width."""
+    rule = sum(column.width for column in columns) + 3 * (len(columns) - 1)
     console.print("=" * rule, markup=False, soft_wrap=True)
-    header = ("Real Token", f"Extracted Predictions (Top {top_n})", "Own p   Rank")
-    console.print(_line(*(Text(cell) for cell in header), widths), soft_wrap=True)
+    console.print(_line([column.title for column in columns], columns), soft_wrap=True)
     console.print("-" * rule, markup=False, soft_wrap=True)
-    for token in shown:
-        console.print(_token_line(token, widths), soft_wrap=True)
+    for cells in rows:
+        console.print(_line(cells, columns), soft_wrap=True)
 
 
-def _is_shown(tokens: list[TokenAnalysis], i: int) -> bool:
-    ahead = tokens[i : i + PROMPT_END + 1]
-    return any(token.status != PROMPT for token in ahead)
-
-
-def _column_widths(tokens: list[TokenAnalysis], console: Console) -> tuple[int, int, int]:
-    """Cells of the three columns."""
-    needed = max((cell_len(_predictions(token).plain) for token in tokens), default=0)
-    needed = max(needed, PREDICTIONS_WIDTH // 2)
-    if not console.is_terminal:
-        return TOKEN_WIDTH, needed, OWN_WIDTH
-    token_width = TOKEN_WIDTH if console.width >= 100 else 18
-    return token_width, min(needed, max(20, console.width - token_width - OWN_WIDTH - 6)), OWN_WIDTH
-
-
-def _token_line(token: TokenAnalysis, widths: tuple[int, int, int]) -> Text:
-    predictions = _predictions(token, widths[1])
-    if token.status == EXTRACTED:
-        own = Text(f"{_short_probability(token.log_prob):>5}   {_rank(token):>4}")
-        return _line(Text(quoted(token.text)), predictions, own, widths)
-    line = _line(Text(quoted(token.text)), predictions, Text(""), widths)
-    line.stylize("bright_black")
+def _line(cells: list[str | Text], columns: list[Column]) -> Text:
+    fitted = [fit(cell, column.width) for cell, column in zip(cells, columns, strict=True)]
+    line = Text(" | ").join(fitted)
+    line.rstrip()
     return line
 
 
-def _predictions(token: TokenAnalysis, width: int | None = None) -> Text:
+def fit(cell: str | Text, width: int) -> Text:
+    """The cell at exactly ``width`` columns, cut with an ellipsis where it is longer."""
+    cell = Text(cell) if isinstance(cell, str) else cell
+    if cell_len(cell.plain) > width:
+        kept = len(set_cell_size(cell.plain, width - 1).rstrip())
+        cell = Text.assemble(cell[:kept], Text("…"))
+    return Text.assemble(cell, " " * (width - cell_len(cell.plain)))
+
+
+# --- tokens ---
+
+
+def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console) -> None:
+    """Print "Detailed Token Analysis:", a line a token. A terminal gets lines that fit it, a pipe whole ones."""
+    console.print("Detailed Token Analysis:", markup=False, style="bold", soft_wrap=True)
+    columns = _token_columns(tokens, top_n, console, 0)
+    print_table(columns, (_token_cells(token, columns) for token in tokens), console)
+
+
+def print_chosen_tokens(chosen: list[TokenAnalysis], tokens: list[TokenAnalysis], top_n: int, console: Console) -> None:
+    """As ``print_token_table``, for some of a conversation's ``tokens``, with where each of them stands."""
+    console.print("Detailed Token Analysis:", markup=False, style="bold", soft_wrap=True)
+    width = _width(console)
+    place = 0 if width < NARROW else PLACE if width < WIDE else CONTEXT
+    columns = _token_columns(chosen, top_n, console, place + 3 if place else 0)
+    rows = ([*_token_cells(token, columns), where(token.position, tokens, place)] for token in chosen)
+    if place:
+        print_table([*columns, Column("Where", place)], rows, console)
+    else:
+        print_table(columns, (row[:-1] for row in rows), console)
+
+
+def _width(console: Console) -> float:
+    """The terminal's width in cells; a pipe has no end."""
+    return console.width if console.is_terminal else math.inf
+
+
+def where(position: int, tokens: list[TokenAnalysis], width: int = CONTEXT) -> str:
+    """A token's place and the end of the text before it, ``#41 …the␣end``, in ``width`` cells, or the place alone."""
+    before = [token.text for token in tokens[max(0, position - CONTEXT_TOKENS) : position]]
+    text = quoted(whole_characters(before), space=" ")[1:-1]
+    number = f"#{position} …"
+    while text and cell_len(text) > width - len(number):
+        text = text[1:]
+    return f"{number}{text}" if text else f"#{position}"
+
+
+def _token_columns(tokens: list[TokenAnalysis], top_n: int, console: Console, reserved: int) -> list[Column]:
+    """The columns that fit; ``reserved`` cells are left for others."""
+    needed = max((cell_len(predictions_cell(token).plain) for token in tokens), default=0)
+    title = f"Extracted Predictions (Top {top_n})"
+    width = _width(console)
+    if width < NARROW + reserved:
+        token = max(8, int(width) // 3)
+        return [Column("Real Token", token), Column(title, max(8, int(width) - token - 3 - reserved))]
+    numbers = _numbers_title(width >= WIDE + reserved)
+    token = 30 if width >= 100 + reserved else 18
+    room = width - token - len(numbers) - 6 - reserved
+    return [
+        Column("Real Token", token),
+        Column(title, int(min(max(needed, 30), max(20, room)))),
+        Column(numbers, len(numbers)),
+    ]
+
+
+def _numbers_title(is_wide: bool) -> str:
+    return "Own p   Rank   Tail   Entropy" if is_wide else "Own p   Rank"
+
+
+def _token_cells(token: TokenAnalysis, columns: list[Column]) -> list[str | Text]:
+    predictions = predictions_cell(token, columns[1].width)
+    cells = [Text(quoted(token.text), style=_style(token)), predictions]
+    if token.status != EXTRACTED:
+        predictions.stylize(GREY)
+    return [*cells, _numbers(token, columns[2].title == _numbers_title(True))] if len(columns) > 2 else cells
+
+
+def _style(token: TokenAnalysis) -> str:
+    if token.status != EXTRACTED:
+        return GREY
+    return NOT_STORED if token.rank is None else UNEXPECTED if token.rank > 1 else ""
+
+
+def predictions_cell(token: TokenAnalysis, width: int | None = None) -> Text:
     """The predictions, ``"The"(0.85), "A"(0.10)``, as many as fit, the real token's marked; or why there are none."""
     if token.status != EXTRACTED:
         return Text("(prompt)" if token.status == PROMPT else f"({SKIPPED}: {token.reason})")
@@ -78,28 +155,50 @@ def _predictions(token: TokenAnalysis, width: int | None = None) -> Text:
     return cell
 
 
-def _rank(token: TokenAnalysis) -> str:
+def _numbers(token: TokenAnalysis, is_wide: bool) -> str:
+    if token.status != EXTRACTED:
+        return ""
+    numbers = f"{short_probability(token.probability):>5}   {rank_text(token):>4}"
+    return f"{numbers}   {token.tail_mass:>4.2f}   {token.entropy:>7.2f}" if is_wide else numbers
+
+
+def rank_text(token: TokenAnalysis) -> str:
+    """The real token's rank, or ``>k`` where it is not among the k stored ones."""
     return str(token.rank) if token.rank else f">{token.kept}"
 
 
-def _short_probability(log_prob: float) -> str:
-    probability = math.exp(log_prob)
+def short_probability(probability: float) -> str:
+    """Two digits of a probability.
+
+    >>> short_probability(0.854), short_probability(0.00042)
+    ('0.85', '4e-04')
+    """
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
 
 
-def _line(token: Text, predictions: Text, own: Text, widths: tuple[int, int, int]) -> Text:
-    cells = [_fit(cell, width) for cell, width in zip((token, predictions, own), widths, strict=True)]
-    line = Text(" | ").join(cells)
-    line.rstrip()
-    return line
+def print_totals(totals: Totals, console: Console) -> None:
+    """Print an answer's numbers: a line, or several where the terminal is narrow."""
+    parts = totals_parts(totals)
+    lines = [parts[0]]
+    for part in parts[1:]:
+        joined = f"{lines[-1]} · {part}"
+        lines[-1:] = [joined] if cell_len(joined) <= _width(console) else [lines[-1], part]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
-def _fit(cell: Text, width: int) -> Text:
-    """The cell at exactly ``width`` columns, cut with an ellipsis where it is longer."""
-    if cell_len(cell.plain) > width:
-        kept = len(set_cell_size(cell.plain, width - 1).rstrip())
-        cell = Text.assemble(cell[:kept], "…")
-    return Text.assemble(cell, " " * (width - cell_len(cell.plain)))
+def totals_parts(totals: Totals) -> list[str]:
+    """The totals in words."""
+    return [
+        f"{totals.num_tokens:,} tokens",
+        f"perplexity {totals.perplexity:.2f}",
+        f"top-1 agreement {totals.top1_rate:.1%}",
+        f"mean entropy {totals.mean_entropy:.2f} nats",
+        f"{totals.stored:.1%} of the probability stored",
+    ]
+
+
+# --- before the extraction ---
 
 
 def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | None = None) -> None:
@@ -111,27 +210,4 @@ def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | No
         texts = [token.text for token in run]
         line = f"  {status:<9} {len(texts):>5}  {quoted(''.join(texts), space=' ')}"
         line += f"  ({reason})" if status == SKIPPED else ""
-        console.print(line, markup=False, style="bold green" if status == EXTRACTED else "bright_black", soft_wrap=True)
-
-
-def quoted(text: str, space: str = "␣") -> str:
-    """The text in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
-
-    >>> quoted(" a\n")
-    '"␣a\\n"'
-    """
-    shown = "".join(space if character == " " else _visible(character) for character in text)
-    if shown and unicodedata.combining(shown[0]):
-        shown = f"◌{shown}"
-    return f'"{shown}"'
-
-
-def _visible(character: str) -> str:
-    if character in ESCAPES:
-        return ESCAPES[character]
-    if character.isprintable():
-        return character
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a partial character, PEP 383
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+        console.print(line, markup=False, style="bold green" if status == EXTRACTED else GREY, soft_wrap=True)

@@ -119,6 +119,20 @@ def calm_run(small_model, calm_source, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; its tests are skipped where there is none, but not where CI has installed it."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found and not os.environ.get("BROWSER_IS_REQUIRED"):
+        pytest.skip("no Chromium")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found)
+        yield launched
+        launched.close()
+
+
 @pytest.fixture
 def chat_file(tmp_path):
     """Write rows as a JSON-lines file and give its path."""

@@ -61,7 +61,7 @@ def test_the_command_prints_the_table(real_extraction, source_rows):
     lines = done.stdout.splitlines()
     assert lines[0] == "Detailed Token Analysis:"
     assert lines[2].startswith("Real Token                     | Extracted Predictions (Top 3)")
-    rows = [line for line in lines[4:] if "(prompt)" not in line and "(skipped" not in line]
+    rows = [line for line in lines[4:-1] if "(prompt)" not in line and "(skipped" not in line]
     shown = "".join(json.loads(line.split(" | ")[0].strip()) for line in rows).replace("␣", " ")
     assert shown == source_rows[2]["conversations"][1]["value"]
     assert all(1 <= line.count("(0.") + line.count("(1.") <= 3 for line in rows)

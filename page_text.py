@@ -1,0 +1,114 @@
+"""Tokens as a page shows them: which characters stand at which token, and which tokens make up which turn."""
+
+import codecs
+import itertools
+from dataclasses import dataclass
+
+import regex
+
+from token_analysis import PROMPT, TokenAnalysis
+from visible_text import code_of, is_plain
+
+# Characters that make up one emoji with their neighbours; other clusters join across tokens by themselves.
+EMOJI = regex.compile(r"(?=[\p{Extended_Pictographic}\p{Regional_Indicator}])\X")
+ASSISTANT, TEMPLATE = "assistant", "template"
+SHOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one turn: ``role`` is the speaker's, None for what the template puts between turns."""
+
+    role: str | None
+    tokens: list[TokenAnalysis]
+
+    @property
+    def kind(self) -> str:
+        """One of the kinds that pages tell apart; other roles are shown as a user's."""
+        return TEMPLATE if self.role is None else self.role if self.role in SHOWN_ROLES else "user"
+
+
+def token_characters(tokens: list[TokenAnalysis]) -> list[str]:
+    """The characters that stand at each token, which joined are the whole text.
+
+    A character or an emoji that is spread over several tokens stands at the last of them. Lone bytes stay surrogate
+    escapes.
+    """
+    pieces = _whole_at_last_byte([token.text.encode(errors="surrogateescape") for token in tokens])
+    owners = [i for i, piece in enumerate(pieces) for _ in piece]
+    text = "".join(pieces)
+    for emoji in EMOJI.finditer(text):
+        start, end = emoji.span()
+        owners[start:end] = [owners[end - 1]] * (end - start)
+    placed = [""] * len(tokens)
+    for character, owner in zip(text, owners, strict=True):
+        placed[owner] += character
+    return placed
+
+
+def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    pieces: list[str] = []
+    for text in texts:
+        if pieces and text and not 0x80 <= text[0] < 0xC0:  # what is begun is not gone on with
+            pieces[-1] += decoder.decode(b"", final=True)
+        pieces.append(decoder.decode(text))
+    if pieces:
+        pieces[-1] += decoder.decode(b"", final=True)
+    return pieces
+
+
+def pieces_of(characters: str) -> list[tuple[str, str]]:
+    """A token's characters as ("plain", text), ("line", end of line), ("code", what may not act) or ("part", "").
+
+    "part" stands for a token that has no character of its own, as a character goes on in the next one.
+    """
+    if not characters:
+        return [("part", "")]
+    kinds = ((_kind(character), character) for character in characters)
+    return [
+        piece
+        for kind, run in itertools.groupby(kinds, key=lambda pair: pair[0])
+        for piece in _pieces(kind, "".join(character for _, character in run))
+    ]
+
+
+def _kind(character: str) -> str:
+    if character in "\n\t":
+        return "line" if character == "\n" else "plain"
+    return "plain" if is_plain(character) else "code"
+
+
+def _pieces(kind: str, run: str) -> list[tuple[str, str]]:
+    if kind == "plain":
+        return [(kind, run)]
+    return [(kind, code_of(character) if kind == "code" else character) for character in run]
+
+
+def segments(tokens: list[TokenAnalysis], messages: list[dict]) -> list[Segment]:
+    """The conversation in turns. What the assistant said is known from the mask, other turns by their text.
+
+    A prompt's message that the template has changed is not found, and stands with the template's own text.
+    """
+    characters = token_characters(tokens)
+    roles = _roles_by_text(characters, messages)
+    speakers = [role if token.status == PROMPT else ASSISTANT for token, role in zip(tokens, roles, strict=True)]
+    return [
+        Segment(role, [token for _, token in run])
+        for role, run in itertools.groupby(zip(speakers, tokens, strict=True), key=lambda pair: pair[0])
+    ]
+
+
+def _roles_by_text(characters: list[str], messages: list[dict]) -> list[str | None]:
+    """The role of the message that each token is part of, found in order; None between messages."""
+    text, cursor = "".join(characters), 0
+    owners = [i for i, piece in enumerate(characters) for _ in piece]
+    roles: list[str | None] = [None] * len(characters)
+    for message in messages:
+        content = (message["content"] or "").strip()
+        start = text.find(content, cursor) if content else -1
+        if start >= 0:
+            cursor = start + len(content)
+            first, last = owners[start], owners[cursor - 1]
+            roles[first : last + 1] = [message["role"]] * (last + 1 - first)
+    return roles

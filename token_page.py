@@ -1,0 +1,191 @@
+"""A conversation token by token as a page: every token shaded by a number, with what is known of it beside it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from html_page import render_page
+from page_text import pieces_of, segments, token_characters
+from token_analysis import PROMPT, TokenAnalysis, Totals
+from token_report import rank_text, short_probability
+from visible_text import quoted, whole_characters
+
+SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)  # nats from which each shade begins
+LISTED = 12
+CONTEXT_TOKENS = 8
+STRIP_BARS = 800
+PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A prediction's bar: ``share`` of 1 that is filled; ``kind`` is "", "real" for the real token, or "rest"."""
+
+    label: str
+    share: float
+    number: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What shades the tokens: its name, and a token's value in nats, None for those that have none."""
+
+    name: str
+    of: Callable[[TokenAnalysis], float | None]
+
+
+def conversation_page(analysis) -> str:
+    """The page of a ``conversation_analysis.Analysis``."""
+    chosen = analysis.shown if analysis.only is not None else analysis.showing(only=LISTED).shown
+    return token_page(
+        title=f"Row {analysis.sample_index} of {analysis.dataset_id}",
+        subtitle=f"What {analysis.model_id} predicted in the place of each token of the answer",
+        tiles=total_tiles(analysis.totals),
+        tokens=[token for token in analysis.tokens if analysis.show_prompt is not False or token.status != PROMPT],
+        messages=analysis.messages,
+        measure=Measure("Surprisal", lambda token: token.surprisal),
+        detail=_detail,
+        listed=chosen,
+        listed_title="Most surprising" if not callable(analysis.only) else "Chosen",
+        second_means="the model expected another token",
+        absent_means="not even among the stored ones",
+    )
+
+
+def total_tiles(totals: Totals) -> list[tuple[str, str]]:
+    """An answer's numbers for the head of a page."""
+    return [
+        ("Tokens", f"{totals.num_tokens:,}"),
+        ("Perplexity", f"{totals.perplexity:.2f}"),
+        ("Top-1 agreement", f"{totals.top1_rate:.1%}"),
+        ("Mean entropy", f"{totals.mean_entropy:.2f} nats"),
+        ("Probability stored", f"{totals.stored:.1%}"),
+    ]
+
+
+def token_page(
+    tokens: list[TokenAnalysis],
+    messages: list[dict],
+    measure: Measure,
+    detail: Callable[[TokenAnalysis], dict],
+    listed: list[TokenAnalysis],
+    **content,
+) -> str:
+    """A page of tokens. ``detail`` gives what is told of a token: ``told``, ``facts`` and ``groups`` of bars."""
+    characters = token_characters(tokens)
+    spans = {
+        token.position: _span(token, found, part, measure)
+        for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
+    }
+    measured = [token for token in tokens if measure.of(token) is not None]
+    return render_page(
+        "tokens.html.jinja",
+        script="tokens.js",
+        data={
+            "details": {token.position: {"token": quoted(token.text), **detail(token)} for token in tokens},
+            "answer": [token.position for token in tokens if token.status != PROMPT],
+            "strip": [token.position for token in measured],
+        },
+        segments=[
+            {
+                "role": segment.role,
+                "kind": segment.kind,
+                "tokens": [spans[token.position] for token in segment.tokens],
+            }
+            for segment in segments(tokens, messages)
+        ],
+        strip=_strip([measure.of(token) for token in measured]),
+        listed=[_entry(token, tokens, measure) for token in listed],
+        has_parts=not all(characters),
+        measure=measure.name,
+        legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(SHADES, start=1))],
+        **content,
+    )
+
+
+def _part_numbers(characters: list[str]) -> list[int]:
+    """Of tokens without a character of their own, which of a row of them each is; -1 for other tokens."""
+    numbers, run = [], -1
+    for found in characters:
+        run = -1 if found else run + 1
+        numbers.append(run)
+    return numbers
+
+
+def _span(token: TokenAnalysis, characters: str, part: int, measure: Measure) -> dict:
+    value = measure.of(token)
+    classes = ["t"] if value is None else ["t", f"s{shade_of(value)}"]
+    if token.is_extracted and token.rank != 1:
+        classes.append("second" if token.rank else "absent")
+    elif not token.is_extracted and token.status != PROMPT:
+        classes.append("skipped")
+    if part >= 0:
+        classes.append(f"parts n{part % PART_PLACES}")
+    return {"position": token.position, "classes": " ".join(classes), "pieces": pieces_of(characters)}
+
+
+def shade_of(value: float) -> int:
+    """The shade of a number of nats, 0 to 7."""
+    return sum(value >= bound for bound in SHADES)
+
+
+def _strip(values: list[float]) -> dict:
+    """Bars over the answer, the largest value of neighbouring tokens each where they are many, by shade."""
+    group = -(-len(values) // STRIP_BARS)
+    top = max(SHADES[-1], min(2 * SHADES[-1], max(values, default=0)))
+    paths: dict[int, str] = {}
+    for start in range(0, len(values), group or 1):
+        value = max(values[start : start + group])
+        height = 3 + 97 * min(1, value / top)
+        width = min(group, len(values) - start)
+        path = f"M{start} 100V{100 - height:.1f}h{width}V100z"
+        paths[shade_of(value)] = paths.get(shade_of(value), "") + path
+    return {"width": max(1, len(values)), "paths": sorted(paths.items())}
+
+
+def _entry(token: TokenAnalysis, tokens: list[TokenAnalysis], measure: Measure) -> dict:
+    start = token.position - tokens[0].position  # tokens are a conversation's, or its answer's
+    before = whole_characters([found.text for found in tokens[max(0, start - CONTEXT_TOKENS) : start]])
+    return {
+        "position": token.position,
+        "before": quoted(before, space=" ")[1:-1],
+        "text": quoted(token.text)[1:-1],
+        "value": f"{measure.of(token):.2f}",
+    }
+
+
+# --- what is told of a token ---
+
+
+def _detail(token: TokenAnalysis) -> dict:
+    place = f"Token {token.position}, id {token.token_id}"
+    if not token.is_extracted:
+        why = "part of the prompt" if token.status == PROMPT else f"skipped: {token.reason}"
+        return {"told": f"{place} · {why}"}
+    facts = [
+        ("probability", short_probability(token.probability)),
+        ("rank", rank_text(token)),
+        ("surprisal", f"{token.surprisal:.2f} nats"),
+        ("entropy", f"{token.entropy:.2f} nats"),
+    ]
+    return {"told": place, "facts": facts, "groups": [{"bars": prediction_bars(token)}]}
+
+
+def prediction_bars(token: TokenAnalysis) -> list[tuple]:
+    """The predictions, the real token among or below them, and what is left: other stored ones, and the tail."""
+    bars = [
+        Bar(quoted(found.text), found.probability, short_probability(found.probability), _kind(rank, token))
+        for rank, found in enumerate(token.predictions, start=1)
+    ]
+    if not token.rank or token.rank > len(bars):
+        bars.append(Bar(quoted(token.text), token.probability, short_probability(token.probability), "real"))
+    others = max(0.0, 1 - token.tail_mass - sum(found.probability for found in token.predictions))
+    more = token.kept - len(token.predictions)
+    if more > 0:
+        bars.append(Bar(f"{more} more stored", others, short_probability(others), "rest"))
+    bars.append(Bar("tail", token.tail_mass, short_probability(token.tail_mass), "rest"))
+    return [(bar.label, min(1.0, bar.share), bar.number, bar.kind) for bar in bars]
+
+
+def _kind(rank: int, token: TokenAnalysis) -> str:
+    return "real" if rank == token.rank else ""
