@@ -228,25 +228,43 @@ def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarr
 # --- stored rows ---
 
 
-def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None = None) -> Alignment:
-    """A stored row's input ids and extracted positions, proven by its checksum.
+class RowAligner:
+    """Aligns stored rows of one dataset.
 
-    ``extraction`` is the dataset's ``extraction.json``; ``chat_template`` (a path or text) replaces the recorded
-    one. Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
+    ``extraction`` is the dataset's ``extraction.json``; ``chat_template`` (a path or text) replaces the recorded one.
     """
-    aligner = recorded = Aligner.from_extraction(tokenizer, extraction)
-    conversation = from_stored(row["messages"])
-    if chat_template is not None:
-        kwargs, date = extraction["template_kwargs"], extraction.get("template_date")
-        choice = choose_template(chat_template, tokenizer, kwargs, date, [conversation])
-        aligner = Aligner(tokenizer, choice.template, recorded.skipped_ids)
-    try:
-        alignment = aligner.align(conversation)
-    except TemplateError as error:
-        raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
-    if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
-        raise AlignmentError(_explain_mismatch(row, alignment, recorded, conversation))
-    return alignment
+
+    def __init__(self, tokenizer, extraction: dict, chat_template: str | None = None):
+        self._recorded = Aligner.from_extraction(tokenizer, extraction)
+        self._aligner = self._recorded if chat_template is None else None
+        self._chat_template, self._extraction = chat_template, extraction
+
+    def align(self, row: dict) -> Alignment:
+        """A row's input ids and extracted positions, proven by its checksum.
+
+        Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
+        """
+        conversation = from_stored(row["messages"])
+        if self._aligner is None:
+            self._aligner = self._choose(conversation)
+        try:
+            alignment = self._aligner.align(conversation)
+        except TemplateError as error:
+            raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
+        if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
+            raise AlignmentError(_explain_mismatch(row, alignment, self._recorded, conversation))
+        return alignment
+
+    def _choose(self, conversation: list[dict]) -> Aligner:
+        kwargs, date = self._extraction["template_kwargs"], self._extraction.get("template_date")
+        tokenizer = self._recorded.tokenizer
+        choice = choose_template(self._chat_template, tokenizer, kwargs, date, [conversation])
+        return Aligner(tokenizer, choice.template, self._recorded.skipped_ids)
+
+
+def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None = None) -> Alignment:
+    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time."""
+    return RowAligner(tokenizer, extraction, chat_template).align(row)
 
 
 def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner, conversation: list[dict]) -> str:

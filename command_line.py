@@ -8,10 +8,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from errors import ToolkitError
+from errors import ToolkitError, UsageError
 from hub_access import redact
 
+STDOUT = "-"  # as the name of a file to write
 SIGNALLED = 128  # and the signal's number: what shells give
 
 
@@ -84,3 +86,25 @@ def leave(status: int) -> None:
         with suppress(BrokenPipeError):
             stream.flush()
     os._exit(status)
+
+
+# --- files that a command is asked to write ---
+
+
+def check_place(option: str, file: str | None) -> None:
+    """Raise UsageError where a file cannot be written, before any work is done for it."""
+    if file is None or (option == "json" and file == STDOUT):
+        return
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder" if path.is_dir() else f"the folder {path.parent} is missing"
+        raise UsageError(f"--{option} {file}: {found}, expected a file to write")
+
+
+def write_result(file: str, text: str) -> None:
+    """Write a finished file and say so. Raises ToolkitError where the disk refuses."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ToolkitError(f"{file}: it cannot be written: {error.strerror}") from error
+    print(f"Wrote {file}", file=sys.stderr)

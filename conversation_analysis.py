@@ -11,7 +11,7 @@ from html_page import framed
 from plain_json import json_text
 from token_analysis import PROMPT, TokenAnalysis, Totals, total
 from token_page import conversation_page
-from token_report import PipeConsole, print_chosen_tokens, print_token_table, print_totals
+from token_report import PipeConsole, print_chosen_tokens, print_parts, print_token_table, totals_parts
 
 PROMPT_END = 4  # prompt tokens that the table shows before each answer
 
@@ -69,7 +69,7 @@ class Analysis(Sequence):
             print_token_table(shown, self.top_n, console)
         else:
             print_chosen_tokens(self.shown, self.tokens, self.top_n, console)
-        print_totals(self.totals, console)
+        print_parts(totals_parts(self.totals), console)
 
     def _is_in_table(self, i: int) -> bool:
         if self.show_prompt or self.tokens[i].status != PROMPT:

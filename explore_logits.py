@@ -2,30 +2,40 @@
 
     python explore_logits.py --logit_dataset_id outputs/demo --sample_index 0
 
-From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``; ``unpack_indices`` and
-``dequantize_all_logits`` decode a stored row by hand.
+From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``
+and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` decode a stored row by hand.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-from chat_alignment import align_row, load_tokenizer, tokenizer_fingerprint
-from command_line import leave, run_command
+from chat_alignment import align_row
+from command_line import STDOUT, check_place, leave, run_command, write_result
 from conversation_analysis import Analysis, Choice
+from conversation_comparison import Comparison, compare_analyses
+from dataset_comparison import DatasetComparison, compare_datasets
+from dataset_summary import DatasetSummary, summarize
 from errors import ToolkitError, UsageError
-from hub_access import is_commit
 from logit_codec import dequantize_all_logits, unpack_indices
 from logit_dataset import open_dataset
+from recorded_tokenizer import open_with_tokenizer
 from stored_numbers import row_numbers
 from token_analysis import TokenAnalysis, label_tokens, with_predictions
 
-STDOUT = "-"
+SOURCE_OPTIONS = ("logit_dataset_id", "revision", "chat_template", "tokenizer_id", "trust_remote_code")
+# What each way of looking at a dataset does not take.
+NOT_WITH = {
+    "verify": ("sample_index", "compare", "summary", "surprising", "show_prompt", "html"),
+    "compare": ("summary", "show_prompt", "model_id"),
+    "summary": ("sample_index", "surprising", "show_prompt", "model_id"),
+}
 
 __all__ = [
     "analyze_token_probabilities",
     "dequantize_all_logits",
     "execute_analysis",
+    "execute_comparison",
+    "execute_summary",
+    "execute_verification",
     "unpack_indices",
 ]
 
@@ -49,10 +59,8 @@ def execute_analysis(
     ``tokenizer_id`` says where the recorded tokenizer lies now; with ``trust_remote_code`` it may run code of its own.
     ``top_n``, ``show_prompt`` and ``only`` are as in ``Analysis``. Raises ToolkitError, with what to do about it.
     """
-    for option, number in (("top_n", top_n), ("surprising", only)):
-        if isinstance(number, int) and number < 1:
-            raise UsageError(f"--{option} {number}: expected 1 or more")
-    dataset, tokenizer = _open(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
+    _check_counts(top_n, only)
+    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
     row = dataset.read_row(sample_index)
     analysis = Analysis(
         tokens=analyze_token_probabilities(row, tokenizer, dataset.extraction, chat_template, top_n),
@@ -64,9 +72,7 @@ def execute_analysis(
         show_prompt=show_prompt,
         only=only,
     )
-    if not quiet:
-        analysis.print()
-    return analysis
+    return _told(analysis, quiet)
 
 
 def analyze_token_probabilities(
@@ -82,28 +88,74 @@ def analyze_token_probabilities(
     return with_predictions(label_tokens(alignment, tokenizer), numbers, tokenizer, top_n)
 
 
-def _open(dataset_id: str, revision: str | None, tokenizer_id: str | None, trust_remote_code: bool):
-    dataset = open_dataset(dataset_id, revision)
-    return dataset, _recorded_tokenizer(dataset.extraction, tokenizer_id, trust_remote_code)
+def execute_summary(
+    logit_dataset_id: str,
+    chat_template: str | None = None,
+    tokenizer_id: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> DatasetSummary:
+    """Print a whole dataset in numbers, unless ``quiet``, and return them. Options are as in ``execute_analysis``."""
+    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
+    return _told(summarize(dataset, tokenizer, chat_template), quiet)
 
 
-def _recorded_tokenizer(extraction: dict, tokenizer_id: str | None, trust_remote_code: bool):
-    """The tokenizer that the extraction used, from its recorded place or from ``tokenizer_id``."""
-    source = tokenizer_id or extraction["model_id"]
-    recorded, on_hub = tokenizer_id is None, is_commit(extraction["model_revision"])
-    if recorded and not on_hub and not Path(source).exists():
-        raise ToolkitError(
-            f"the model was the local folder {source}, which is not here. Say where it lies now: --tokenizer_id FOLDER"
-        )
-    revision = extraction["model_revision"] if recorded and on_hub else None
-    tokenizer = load_tokenizer(source, revision, extraction.get("gguf_file") if recorded else None, trust_remote_code)
-    found = tokenizer_fingerprint(tokenizer)
-    if found != extraction["tokenizer_fingerprint"]:
-        raise ToolkitError(
-            f"tokenizer of {source}: fingerprint {found[:12]}, expected {extraction['tokenizer_fingerprint'][:12]}; "
-            "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
-        )
-    return tokenizer
+def execute_comparison(
+    logit_dataset_id: str,
+    compare: str,
+    sample_index: int | None = None,
+    chat_template: str | None = None,
+    tokenizer_id: str | None = None,
+    revision: str | None = None,
+    top_n: int = 5,
+    only: int | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Comparison | DatasetComparison:
+    """Print two datasets beside each other, unless ``quiet``, and return what was found.
+
+    ``compare`` is the other dataset, a folder or a Hub id at its newest commit, made with the same tokenizer. With a
+    ``sample_index`` one conversation token by token, the ``only`` tokens furthest apart; without, all of them.
+    """
+    _check_counts(top_n, only)
+    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
+    other = open_dataset(compare)
+    if sample_index is None:
+        return _told(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
+    return _told(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
+
+
+def execute_verification(
+    logit_dataset_id: str,
+    verify: int,
+    model_id: str | None = None,
+    chat_template: str | None = None,
+    tokenizer_id: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+):
+    """Hold ``verify`` conversations against the model; print and return the ``model_check.Verification``.
+
+    ``model_id`` says where the recorded model lies now, its tokenizer with it unless ``tokenizer_id`` says otherwise.
+    """
+    from model_check import verify as verify_rows  # loads torch
+
+    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
+    return _told(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
+
+
+def _told(found, quiet: bool):
+    if not quiet:
+        found.print()
+    return found
+
+
+def _check_counts(top_n: int, only: Choice | None) -> None:
+    for option, number in (("top_n", top_n), ("surprising", only)):
+        if isinstance(number, int) and number < 1:
+            raise UsageError(f"--{option} {number}: expected 1 or more")
 
 
 # --- the command ---
@@ -123,10 +175,43 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="the logit dataset: a folder or a Hub id (required)",
     )
-    add("--sample_index", type=int, default=0, metavar="N", help="stored row, negative from the end (default: 0)")
+    add(
+        "--sample_index",
+        type=int,
+        metavar="N",
+        help="stored row, negative from the end (default: 0; with --compare: all rows)",
+    )
     add("--top_n", type=int, default=5, metavar="N", help="predictions shown a token (default: 5)")
-    add("--surprising", type=int, metavar="N", help="show the N most surprising tokens alone (default: all tokens)")
+    add(
+        "--surprising",
+        type=int,
+        metavar="N",
+        help="show the N most surprising tokens alone; with --compare, the N furthest apart (default: all tokens)",
+    )
     add("--show_prompt", action="store_true", help="show the whole prompt in the table (default: its last tokens)")
+    add(
+        "--summary",
+        action="store_true",
+        help="show the whole dataset in numbers: perplexity, calibration, histograms, extremes (default: one row)",
+    )
+    add(
+        "--compare",
+        metavar="ID",
+        help="another logit dataset, over the same conversations and with the same tokenizer: how far the two are "
+        "apart, in nats of KL divergence a token (default: none)",
+    )
+    add(
+        "--verify",
+        type=int,
+        metavar="N",
+        help="load the model and hold N conversations against its plain forward; exit status 1 if they do not hold up "
+        "(default: load none)",
+    )
+    add(
+        "--model_id",
+        metavar="ID",
+        help="folder or Hub id of the model for --verify, if the recorded one is not there (default: the recorded one)",
+    )
     add("--html", metavar="FILE", help="write a page that needs nothing else (default: none)")
     add("--json", metavar="FILE", help="write all of it as JSON; - prints that alone (default: none)")
     add(
@@ -150,47 +235,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _explore(arguments: argparse.Namespace) -> None:
+    _refuse_combinations(arguments)
     for name in ("html", "json"):
-        _check_place(name, getattr(arguments, name))
+        check_place(name, getattr(arguments, name))
     found = _analyze(arguments)
+    if arguments.html:
+        write_result(arguments.html, found.to_html())
+    if arguments.json and arguments.json != STDOUT:
+        write_result(arguments.json, found.to_json())
     if arguments.json == STDOUT:
         print(found.to_json(), end="")
     else:
         found.print()
-    if arguments.html:
-        _write(arguments.html, found.to_html())
-    if arguments.json and arguments.json != STDOUT:
-        _write(arguments.json, found.to_json())
+    if arguments.verify is not None and not found.holds:
+        raise ToolkitError(f"{arguments.logit_dataset_id} does not hold up against the model")
 
 
 def _analyze(arguments: argparse.Namespace):
     """What the options ask for: something that prints itself, and gives itself as JSON and as a page."""
-    names = ("logit_dataset_id", "sample_index", "chat_template", "tokenizer_id", "revision", "top_n")
+    options = {name: getattr(arguments, name) for name in SOURCE_OPTIONS}
+    if arguments.verify is not None:
+        return execute_verification(**options, verify=arguments.verify, model_id=arguments.model_id, quiet=True)
+    if arguments.compare is not None:
+        chosen = {"top_n": arguments.top_n, "only": arguments.surprising, "sample_index": arguments.sample_index}
+        return execute_comparison(**options, **chosen, compare=arguments.compare, quiet=True)
+    if arguments.summary:
+        return execute_summary(**options, quiet=True)
     return execute_analysis(
-        **{name: getattr(arguments, name) for name in names},
+        **options,
+        sample_index=arguments.sample_index or 0,
+        top_n=arguments.top_n,
         show_prompt=arguments.show_prompt or None,
         only=arguments.surprising,
-        trust_remote_code=arguments.trust_remote_code,
         quiet=True,
     )
 
 
-def _check_place(option: str, file: str | None) -> None:
-    """Raise UsageError where a file cannot be written, before any work is done for it."""
-    if file is None or (option == "json" and file == STDOUT):
-        return
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        found = "a folder" if path.is_dir() else f"the folder {path.parent} is missing"
-        raise UsageError(f"--{option} {file}: {found}, expected a file to write")
-
-
-def _write(file: str, text: str) -> None:
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ToolkitError(f"{file}: it cannot be written: {error.strerror}") from error
-    print(f"Wrote {file}", file=sys.stderr)
+def _refuse_combinations(arguments: argparse.Namespace) -> None:
+    given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
+    for mode, others in NOT_WITH.items():
+        unfit = [other for other in others if mode in given and other in given]
+        if unfit:
+            raise UsageError(f"--{mode} does not go with --{unfit[0]}")
+    if arguments.model_id and arguments.verify is None:
+        raise UsageError("--model_id is for --verify N; the tokenizer's place is --tokenizer_id")
 
 
 def main(argv: list[str] | None = None) -> int:

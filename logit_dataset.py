@@ -1,11 +1,13 @@
 """A stored logit dataset, a folder or a Hub repository at one commit, read a row at a time.
 
 FORMAT.md, "Files", is the specification. From the Hub come ``extraction.json``, ``shards.json``, and of a shard the
-footer and the one row group that has the row.
+footer and the one row group that has the row, or one after another where all rows are read.
 """
 
 import json
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, resolve_commit
 from logit_codec import validate_row
 from run_fingerprint import FINGERPRINT_KEYS, canonical, run_fingerprint
-from shard_files import ShardEntry, read_shard_row, shard_number
+from shard_files import ShardEntry, read_shard_rows, shard_number, shard_sizes
 
 FORMAT_VERSION = 1
 EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
@@ -51,9 +53,8 @@ class StoredDataset:
 
     def read_row(self, sample_index: int) -> dict:
         """Stored row ``sample_index`` (negative ones from the end), checked against FORMAT.md."""
+        self._refuse_empty()
         rows = self.num_rows
-        if not rows:
-            raise ToolkitError(f"{self.dataset_id}: no rows yet; its extraction is not finished")
         if not -rows <= sample_index < rows:
             raise UsageError(f"sample_index {sample_index}: {self.dataset_id} has {rows} rows, 0 to {rows - 1}")
         row_number = offset = sample_index % rows
@@ -62,10 +63,42 @@ class StoredDataset:
                 break
             offset -= shard.num_rows
         with self._open(shard.path) as source:
-            row = read_shard_row(source, shard.path, run_fingerprint(self.extraction), shard.num_rows, offset)
+            (row,) = read_shard_rows(source, shard.path, run_fingerprint(self.extraction), shard.num_rows, offset)
+        self._validate(row, row_number)
+        return row
+
+    def rows(self) -> Iterator[dict]:
+        """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""
+        self._refuse_empty()
+        return self._rows()
+
+    def _rows(self) -> Iterator[dict]:
+        fingerprint, row_number = run_fingerprint(self.extraction), 0
+        for shard in self.shards:
+            with self._open(shard.path) as source:
+                for row in read_shard_rows(source, shard.path, fingerprint, shard.num_rows):
+                    self._validate(row, row_number)
+                    yield row
+                    row_number += 1
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).
+
+        From the shards' footers; nothing else of them is read.
+        """
+        fingerprint, total = run_fingerprint(self.extraction), Counter()
+        for shard in self.shards:
+            with self._open(shard.path) as source:
+                total.update(shard_sizes(source, shard.path, fingerprint))
+        return dict(total)
+
+    def _refuse_empty(self) -> None:
+        if not self.num_rows:
+            raise ToolkitError(f"{self.dataset_id}: no rows yet; its extraction is not finished")
+
+    def _validate(self, row: dict, row_number: int) -> None:
         sizes = {key: self.extraction[key] for key in ("top_k", "num_sampled", "vocab_size")}
         validate_row(row, **sizes, row_number=row_number)
-        return row
 
     @contextmanager
     def _open(self, path: str):

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from run_fingerprint import canonical
 
 ROWS_PER_GROUP = 16
 METADATA_KEY = "logit_extraction"
+FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
 SHARDS_A_FOLDER = 1000
 NAME = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
 
@@ -181,9 +183,7 @@ def _entry(path: str, table: pa.Table, skipped: list[dict], size: int) -> ShardE
 def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
     """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
     file = folder / path
-    with _named(path), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        check_schema(parquet.schema_arrow, path)
-        described = _described(parquet, path, fingerprint)
+    with _opened(file, path, fingerprint) as (parquet, described):
         table = parquet.read()
         first, rows = shard_number(path) * rows_per_shard, table["source_index"].to_pylist()
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
@@ -194,39 +194,62 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
         return _entry(path, table, described["skipped"], file.stat().st_size)
 
 
-def read_shard_row(source, path: str, fingerprint: str, num_rows: int, offset: int) -> dict:
-    """Row ``offset`` of a shard of ``num_rows`` rows. Only the footer and the row's group are read.
+def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: int | None = None) -> Iterator[dict]:
+    """The rows of a shard of ``num_rows`` rows in order, or row ``only`` alone, by single row groups.
 
     ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
     """
+    with _opened(source, path, fingerprint) as (file, described):
+        for group, rows in enumerate(_groups(file, described, num_rows, path)):
+            wanted = rows if only is None else [only] if only in rows else []
+            table = file.read_row_group(group) if wanted else None
+            for offset in wanted:
+                yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
+
+
+def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
+    """Bytes of a shard by column, compressed, nested ones under their column's name, and of ``FOOTER``.
+
+    ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
+    """
+    with _opened(source, path, fingerprint) as (file, _):
+        sizes = dict.fromkeys(SCHEMA.names, 0)
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                sizes[chunk.path_in_schema.partition(".")[0]] += chunk.total_compressed_size
+        size = Path(source).stat().st_size if isinstance(source, (str, Path)) else source.size
+        return {**sizes, FOOTER: size - sum(sizes.values())}
+
+
+@contextmanager
+def _opened(source, path: str, fingerprint: str):
+    """The shard as a Parquet file and its footer's own metadata, schema and metadata checked."""
     with _named(path), pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file:
         check_schema(file.schema_arrow, path)
-        described = _described(file, path, fingerprint)
-        if not file.metadata.num_rows == described["num_rows"] == num_rows:
-            raise DamagedShard(f"{path}: {file.metadata.num_rows} rows, expected {num_rows} (shards.json)")
-        group, within = _locate(file, offset, path)
-        row = file.read_row_group(group).slice(within, 1)
-        expected = described.get("row_crc32")
-        if expected is not None and row_checksums(row) != expected[offset : offset + 1]:
-            raise DamagedShard(f"{path}: row {offset} is not what was written (its checksum differs)")
-        return row.to_pylist()[0]
+        yield file, _described(file, path, fingerprint)
 
 
-def _locate(file: pq.ParquetFile, offset: int, path: str) -> tuple[int, int]:
-    """The row's group, and its place in it; other writers' groups have other sizes."""
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if offset < size:
-            return group, offset
-        offset -= size
-    raise DamagedShard(f"{path}: damaged Parquet file: its row groups end early")
+def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
+    """The rows of each row group; other writers' groups have other sizes."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
+        raise DamagedShard(f"{path}: {sum(sizes)} rows, expected {num_rows} (shards.json)")
+    return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def _checked_row(row: pa.Table, offset: int, described: dict, path: str) -> dict:
+    """Row ``offset`` of the shard, a table of one row."""
+    expected = described.get("row_crc32")
+    if expected is not None and row_checksums(row) != expected[offset : offset + 1]:
+        raise DamagedShard(f"{path}: row {offset} is not what was written (its checksum differs)")
+    return row.to_pylist()[0]
 
 
 @contextmanager
 def _named(path: str):
     try:
         yield
-    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
     except OSError as error:
         if getattr(error, "response", None) is not None or "httpx" in type(error).__module__:

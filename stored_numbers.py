@@ -12,8 +12,8 @@ class RowNumbers:
     """What a stored row says of its n extracted tokens, in nats; float64 (n,) unless said otherwise.
 
     ``log_probs`` are the real tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 where they are not
-    among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. ``top_ids`` int32 and ``top_probs``
-    (n, K) are the nucleus in rank order, absent entries last with probability 0.
+    among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. ``top_ids`` int32 and
+    ``top_probs`` (n, K) are the nucleus in rank order, absent entries last with probability 0.
     """
 
     log_probs: np.ndarray

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from html_page import render_page
 from page_text import pieces_of, segments, token_characters
-from token_analysis import PROMPT, TokenAnalysis, Totals
-from token_report import rank_text, short_probability
-from visible_text import quoted, whole_characters
+from token_analysis import PROMPT, SKIPPED, TokenAnalysis, Totals
+from token_report import rank_text, short_probability, text_before
+from visible_text import quoted
 
-SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)  # nats from which each shade begins
+SURPRISAL_SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)
 LISTED = 12
-CONTEXT_TOKENS = 8
 STRIP_BARS = 800
 PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
 
@@ -28,10 +27,20 @@ class Bar:
 
 @dataclass(frozen=True)
 class Measure:
-    """What shades the tokens: its name, and a token's value in nats, None for those that have none."""
+    """What shades the tokens: its name, a token's value in nats, None for those that have none, and its ``shades``.
+
+    These are seven numbers of nats from which each shade begins. ``mark`` gives "second" or "absent" for tokens that
+    are underlined, else "".
+    """
 
     name: str
     of: Callable[[TokenAnalysis], float | None]
+    shades: tuple[float, ...]
+    mark: Callable[[TokenAnalysis], str]
+
+    def shade(self, value: float) -> int:
+        """The shade of a number of nats, 0 to 7."""
+        return sum(value >= bound for bound in self.shades)
 
 
 def conversation_page(analysis) -> str:
@@ -43,7 +52,7 @@ def conversation_page(analysis) -> str:
         tiles=total_tiles(analysis.totals),
         tokens=[token for token in analysis.tokens if analysis.show_prompt is not False or token.status != PROMPT],
         messages=analysis.messages,
-        measure=Measure("Surprisal", lambda token: token.surprisal),
+        measure=Measure("Surprisal", lambda token: token.surprisal, SURPRISAL_SHADES, _mark),
         detail=_detail,
         listed=chosen,
         listed_title="Most surprising" if not callable(analysis.only) else "Chosen",
@@ -77,6 +86,7 @@ def token_page(
         token.position: _span(token, found, part, measure)
         for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
     }
+    before = {token.position: text_before(index, tokens) for index, token in enumerate(tokens)}
     measured = [token for token in tokens if measure.of(token) is not None]
     return render_page(
         "tokens.html.jinja",
@@ -94,11 +104,11 @@ def token_page(
             }
             for segment in segments(tokens, messages)
         ],
-        strip=_strip([measure.of(token) for token in measured]),
-        listed=[_entry(token, tokens, measure) for token in listed],
+        strip=_strip([measure.of(token) for token in measured], measure),
+        listed=[_entry(token, before[token.position], measure) for token in listed],
         has_parts=not all(characters),
         measure=measure.name,
-        legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(SHADES, start=1))],
+        legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))],
         **content,
     )
 
@@ -114,38 +124,30 @@ def _part_numbers(characters: list[str]) -> list[int]:
 
 def _span(token: TokenAnalysis, characters: str, part: int, measure: Measure) -> dict:
     value = measure.of(token)
-    classes = ["t"] if value is None else ["t", f"s{shade_of(value)}"]
-    if token.is_extracted and token.rank != 1:
-        classes.append("second" if token.rank else "absent")
-    elif not token.is_extracted and token.status != PROMPT:
+    classes = ["t"] if value is None else ["t", f"s{measure.shade(value)}", measure.mark(token)]
+    if token.status == SKIPPED:
         classes.append("skipped")
     if part >= 0:
         classes.append(f"parts n{part % PART_PLACES}")
-    return {"position": token.position, "classes": " ".join(classes), "pieces": pieces_of(characters)}
+    return {"position": token.position, "classes": " ".join(filter(None, classes)), "pieces": pieces_of(characters)}
 
 
-def shade_of(value: float) -> int:
-    """The shade of a number of nats, 0 to 7."""
-    return sum(value >= bound for bound in SHADES)
-
-
-def _strip(values: list[float]) -> dict:
+def _strip(values: list[float], measure: Measure) -> dict:
     """Bars over the answer, the largest value of neighbouring tokens each where they are many, by shade."""
     group = -(-len(values) // STRIP_BARS)
-    top = max(SHADES[-1], min(2 * SHADES[-1], max(values, default=0)))
+    top = max(measure.shades[-2], min(2 * measure.shades[-1], max(values, default=0)))
     paths: dict[int, str] = {}
     for start in range(0, len(values), group or 1):
         value = max(values[start : start + group])
         height = 3 + 97 * min(1, value / top)
         width = min(group, len(values) - start)
         path = f"M{start} 100V{100 - height:.1f}h{width}V100z"
-        paths[shade_of(value)] = paths.get(shade_of(value), "") + path
+        shade = measure.shade(value)
+        paths[shade] = paths.get(shade, "") + path
     return {"width": max(1, len(values)), "paths": sorted(paths.items())}
 
 
-def _entry(token: TokenAnalysis, tokens: list[TokenAnalysis], measure: Measure) -> dict:
-    start = token.position - tokens[0].position  # tokens are a conversation's, or its answer's
-    before = whole_characters([found.text for found in tokens[max(0, start - CONTEXT_TOKENS) : start]])
+def _entry(token: TokenAnalysis, before: str, measure: Measure) -> dict:
     return {
         "position": token.position,
         "before": quoted(before, space=" ")[1:-1],
@@ -155,6 +157,10 @@ def _entry(token: TokenAnalysis, tokens: list[TokenAnalysis], measure: Measure) 
 
 
 # --- what is told of a token ---
+
+
+def _mark(token: TokenAnalysis) -> str:
+    return "" if token.rank == 1 else "second" if token.rank else "absent"
 
 
 def _detail(token: TokenAnalysis) -> dict:

@@ -78,36 +78,40 @@ def print_token_table(tokens: list[TokenAnalysis], top_n: int, console: Console)
 def print_chosen_tokens(chosen: list[TokenAnalysis], tokens: list[TokenAnalysis], top_n: int, console: Console) -> None:
     """As ``print_token_table``, for some of a conversation's ``tokens``, with where each of them stands."""
     console.print("Detailed Token Analysis:", markup=False, style="bold", soft_wrap=True)
-    width = _width(console)
+    width = table_width(console)
     place = 0 if width < NARROW else PLACE if width < WIDE else CONTEXT
     columns = _token_columns(chosen, top_n, console, place + 3 if place else 0)
-    rows = ([*_token_cells(token, columns), where(token.position, tokens, place)] for token in chosen)
+    places = [where(token.position, text_before(token.position, tokens), place) for token in chosen]
+    rows = ([*_token_cells(token, columns), found] for token, found in zip(chosen, places, strict=True))
     if place:
         print_table([*columns, Column("Where", place)], rows, console)
     else:
         print_table(columns, (row[:-1] for row in rows), console)
 
 
-def _width(console: Console) -> float:
+def table_width(console: Console) -> float:
     """The terminal's width in cells; a pipe has no end."""
     return console.width if console.is_terminal else math.inf
 
 
-def where(position: int, tokens: list[TokenAnalysis], width: int = CONTEXT) -> str:
+def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
+    """The end of the text before one of a conversation's tokens."""
+    return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
+
+
+def where(position: int, before: str, width: int = CONTEXT) -> str:
     """A token's place and the end of the text before it, ``#41 …the␣end``, in ``width`` cells, or the place alone."""
-    before = [token.text for token in tokens[max(0, position - CONTEXT_TOKENS) : position]]
-    text = quoted(whole_characters(before), space=" ")[1:-1]
-    number = f"#{position} …"
-    while text and cell_len(text) > width - len(number):
-        text = text[1:]
-    return f"{number}{text}" if text else f"#{position}"
+    number, before = f"#{position} …", before[-width:] if width else ""
+    while before and cell_len(number + quoted(before, space=" ")[1:-1]) > width:
+        before = before[1:]
+    return number + quoted(before, space=" ")[1:-1] if before else number[:-2]
 
 
 def _token_columns(tokens: list[TokenAnalysis], top_n: int, console: Console, reserved: int) -> list[Column]:
     """The columns that fit; ``reserved`` cells are left for others."""
     needed = max((cell_len(predictions_cell(token).plain) for token in tokens), default=0)
     title = f"Extracted Predictions (Top {top_n})"
-    width = _width(console)
+    width = table_width(console)
     if width < NARROW + reserved:
         token = max(8, int(width) // 3)
         return [Column("Real Token", token), Column(title, max(8, int(width) - token - 3 - reserved))]
@@ -176,13 +180,12 @@ def short_probability(probability: float) -> str:
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
 
 
-def print_totals(totals: Totals, console: Console) -> None:
+def print_parts(parts: list[str], console: Console) -> None:
     """Print an answer's numbers: a line, or several where the terminal is narrow."""
-    parts = totals_parts(totals)
     lines = [parts[0]]
     for part in parts[1:]:
         joined = f"{lines[-1]} · {part}"
-        lines[-1:] = [joined] if cell_len(joined) <= _width(console) else [lines[-1], part]
+        lines[-1:] = [joined] if cell_len(joined) <= table_width(console) else [lines[-1], part]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 

@@ -15,6 +15,8 @@ MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 CONVERSATIONS = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
 TEMPLATE = REPO / "templates" / "smollm2.jinja"
 WIDE_VOCABULARY = 262_144
+NOISE = 0.05  # of each matrix' own standard deviation
+WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
 def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
@@ -131,6 +133,67 @@ def browser():
         launched = playwright.chromium.launch(executable_path=found)
         yield launched
         launched.close()
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory):
+    """SmolLM2 with Gaussian noise on its matrices."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                weights.add_(torch.randn(weights.shape, generator=generator) * weights.std() * NOISE)
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, folder / name)
+    return model, folder
+
+
+@pytest.fixture(scope="session")
+def other_extraction(other_checkpoint, tmp_path_factory):
+    """The same 32 conversations with the same options."""
+    import extract_logits
+
+    folder = tmp_path_factory.mktemp("other") / "outputs" / "demo"
+    flags = ("--model_id", other_checkpoint[1], "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE)
+    assert extract_logits.main([*map(str, flags), "--max_samples", "32", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hostile_extraction(tmp_path_factory) -> Path:
+    """A dataset whose tokens, texts and name would act in a page or a terminal if they could."""
+    from hostile import HOSTILE, extracted
+
+    folder = tmp_path_factory.mktemp("hostile")
+    return extracted(folder, " ".join(HOSTILE), HOSTILE, question=HOSTILE[1], name="<b onclick=1>out")
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Open the page of what was found; what it asks the network for, and what it complains of, are kept beside it."""
+    contexts = []
+
+    def open_page(found, viewport=WIDE, scheme="light", source=None):
+        file = tmp_path / f"{len(contexts)}.html"
+        file.write_text(source or found.to_html(), encoding="utf-8")
+        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
+        page = contexts[-1].new_page()
+        page.requests, page.complaints = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (page.complaints.append("dialog"), dialog.dismiss()))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture

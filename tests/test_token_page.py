@@ -7,91 +7,21 @@ import re
 import shutil
 
 import pytest
-from conftest import TEMPLATE, make_tiny_model
+from conftest import PHONE, WIDE
+from hostile import HOSTILE, analysed
 
-import extract_logits
 from explore_logits import execute_analysis
 from token_analysis import EXTRACTED, PROMPT, SKIPPED
 
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 MIXED = (
     "Here:\n\n```python\ndef f(x):\n\tif x:\n        return 1\n```\n"
     "مرحبا بالعالم، هذا نص عربي قصير\n世界您好\nFamily 👨‍👩‍👧‍👦 and 👩🏽‍🚀, flag 🇸🇪, e\u0301 नमस्ते."
 )
-HOSTILE = [
-    "</script><script>document.ran = 1</script>",
-    "<img src=x onerror=document.ran=2>",
-    '"><svg onload=document.ran=3>',
-    "\x1b[31mred\x1b]0;title\x07",
-    "\u202egnorw\u202c",
-    "\u2066\u2069\u200f\u200b",
-    "{{ 7 * 7 }}{% raw %}",
-    "<!--",
-]
 
 
 @pytest.fixture(scope="module")
 def analysis(real_extraction):
     return execute_analysis(str(real_extraction), 2, quiet=True)
-
-
-@pytest.fixture(scope="module")
-def extracted(tmp_path_factory):
-    """Extract conversations with a tiny model, perhaps one with tokens of its own, and analyse the first."""
-
-    def run(answer: str, tokens: list[str] = (), question: str = "Well?", name: str = "out"):
-        folder = tmp_path_factory.mktemp("page")
-        model = make_tiny_model(folder / "model", vocab_size=49_664, max_position_embeddings=16_384)
-        if tokens:
-            add_tokens(model, tokens)
-        rows = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}]
-        source = folder / "chat.jsonl"
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        flags = [
-            "--model_id",
-            model,
-            "--dataset_id",
-            source,
-            "--output_dir",
-            folder / name,
-            "--chat_template",
-            TEMPLATE,
-        ]
-        assert extract_logits.main(list(map(str, flags))) == 0
-        return execute_analysis(str(folder / name), 0, quiet=True)
-
-    return run
-
-
-def add_tokens(model, tokens: list[str]) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    assert tokenizer.add_tokens(list(tokens)) == len(tokens)
-    tokenizer.save_pretrained(model)
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Open an analysis' page; what it asked the network for, and what it complained of, are kept beside it."""
-    contexts = []
-
-    def open_page(analysis, viewport=WIDE, scheme="light", source=None):
-        file = tmp_path / f"{len(contexts)}.html"
-        file.write_text(source or analysis.to_html(), encoding="utf-8")
-        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
-        page = contexts[-1].new_page()
-        page.requests, page.complaints = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (page.complaints.append("dialog"), dialog.dismiss()))
-        page.goto(file.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 def token(page, position: int):
@@ -262,9 +192,8 @@ def test_nothing_is_wider_than_the_window(opened, analysis, viewport):
     assert not (here["y"] + here["height"] > box["y"] and here["x"] > box["x"] and here["y"] < box["y"] + box["height"])
 
 
-def test_a_dataset_cannot_act_in_the_page(opened, extracted):
-    answer = " ".join(HOSTILE)
-    found = extracted(answer, HOSTILE, question=HOSTILE[1], name="<b onclick=1>out")
+def test_a_dataset_cannot_act_in_the_page(opened, hostile_extraction):
+    found = execute_analysis(str(hostile_extraction), quiet=True)
     texts = {entry.text for entry in found}
     assert set(HOSTILE) <= texts  # each is one token
     page = opened(found)
@@ -294,8 +223,8 @@ def test_the_policy_stops_what_would_be_smuggled_in(opened, analysis):
     assert page.locator("#panel").is_visible()
 
 
-def test_scripts_and_emoji_across_tokens_are_whole(opened, extracted):
-    found = extracted(MIXED)
+def test_scripts_and_emoji_across_tokens_are_whole(opened, tmp_path):
+    found = analysed(tmp_path, MIXED)
     page = opened(found, {"width": 1280, "height": 1200})
     assert shown_text(page, ".assistant .t:not(.skipped)") == MIXED
     family = next(i for i, entry in enumerate(found) if "👦" in found_text(page, entry))
@@ -318,9 +247,9 @@ def found_text(page, entry) -> str:
     return token(page, entry.position).evaluate("e => e.textContent")
 
 
-def test_a_long_answer_works(opened, extracted):
+def test_a_long_answer_works(opened, tmp_path):
     words = "The quick brown fox jumps over the lazy dog, 1234 times; then it sleeps.\n"
-    found = extracted(words * 220)
+    found = analysed(tmp_path, words * 220)
     answer = of_status(found, EXTRACTED)
     assert len(answer) >= 4000
     page = opened(found)
@@ -350,9 +279,9 @@ def test_the_notebooks_frame_is_a_page_of_its_own(browser, analysis, tmp_path):
     page.close()
 
 
-def test_what_is_not_utf_8_is_no_obstacle(extracted):
+def test_what_is_not_utf_8_is_no_obstacle(tmp_path):
     """A page and JSON of an answer whose tokens are lone bytes can be written and read."""
-    found = extracted("🙂")
+    found = analysed(tmp_path, "🙂")
     assert any("\udcf0" in entry.text for entry in found)
     assert "🙂" in html.unescape(found.to_html().encode().decode())
     assert json.loads(found.to_json().encode())["tokens"]

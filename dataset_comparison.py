@@ -1,0 +1,210 @@
+"""Two logit datasets over the same conversations with the same tokenizer: how far apart their models are, and where."""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from chat_alignment import Alignment, RowAligner, token_text
+from comparison_numbers import (
+    KL_EDGES,
+    ApartConversation,
+    ApartToken,
+    ComparisonTotals,
+    KLBin,
+    RowComparison,
+    Source,
+    compare_rows,
+    comparison_sums,
+    totals_of,
+)
+from comparison_page import datasets_page
+from comparison_report import print_datasets
+from conversation_comparison import has_same_tokens, refuse_other_tokenizer, source_of
+from errors import ToolkitError
+from html_page import framed
+from logit_dataset import StoredDataset
+from plain_json import json_text
+from stored_numbers import RowNumbers
+from token_analysis import Prediction
+from token_report import CONTEXT_TOKENS, PipeConsole
+from visible_text import whole_characters
+
+APART_TOKENS, APART_CONVERSATIONS = 20, 5
+QUESTION = 80  # characters of a question
+
+
+@dataclass(frozen=True)
+class DatasetComparison:
+    """Two datasets over all the conversations that they share.
+
+    ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
+    ``num_different`` those of both whose tokens are not the same, which are left out. ``tokens`` and ``conversations``
+    are those where the models part most, by KL and by mean KL, the largest first.
+    """
+
+    first: Source
+    other: Source
+    totals: ComparisonTotals
+    num_conversations: int
+    only_in_first: int
+    only_in_other: int
+    num_different: int
+    histogram: list[KLBin]
+    tokens: list[ApartToken]
+    conversations: list[ApartConversation]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the counts, the tables and the totals. A terminal gets lines that fit it, a pipe whole ones."""
+        print_datasets(self, console or PipeConsole(highlight=False))
+
+    def to_json(self) -> str:
+        """All of it as one JSON object; the last bin's ``end`` is null."""
+        return json_text(self)
+
+    def to_html(self) -> str:
+        """The page: one file that needs nothing else."""
+        return datasets_page(self)
+
+    def _repr_html_(self) -> str:
+        return framed(self.to_html())
+
+
+def compare_datasets(
+    first: StoredDataset, other: StoredDataset, tokenizer, chat_template: str | None = None
+) -> DatasetComparison:
+    """Compare every conversation of both datasets, in one pass and bounded memory.
+
+    ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are told
+    of are rebuilt. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
+    """
+    refuse_other_tokenizer(first, other)
+    findings = _Findings(RowAligner(tokenizer, first.extraction, chat_template).align, tokenizer)
+    num_different = 0
+    with tqdm(first.rows(), "Comparing", first.num_rows, unit=" conversations", leave=False, delay=1) as rows:
+        for sample_index, row, other_row in _paired(rows, other.rows()):
+            if has_same_tokens(row, other_row):
+                findings.add(sample_index, row, compare_rows(row, other_row))
+            else:
+                num_different += 1
+    if not findings.num_conversations:
+        raise ToolkitError(
+            f"{first.dataset_id} and {other.dataset_id} share no conversation ({num_different} source rows are in "
+            "both, with other tokens); expected datasets extracted from the same source with the same template"
+        )
+    return findings.told(first, other, num_different)
+
+
+def _paired(rows: Iterable[dict], other_rows: Iterator[dict]) -> Iterator[tuple[int, dict, dict]]:
+    """The rows of the same source rows, with the first's number; both are in the order of their source rows."""
+    other_row = next(other_rows, None)
+    for sample_index, row in enumerate(rows):
+        while other_row is not None and other_row["source_index"] < row["source_index"]:
+            other_row = next(other_rows, None)
+        if other_row is None:
+            return
+        if other_row["source_index"] == row["source_index"]:
+            yield sample_index, row, other_row
+
+
+class _Findings:
+    """What is known so far; of tokens and conversations the ones furthest apart alone."""
+
+    def __init__(self, align: Callable[[dict], Alignment], tokenizer):
+        self.align, self.tokenizer = align, tokenizer
+        self.num_conversations = 0
+        self.sums = np.zeros(6)
+        self.counts = np.zeros(len(KL_EDGES) - 1, np.int64)
+        # Heaps of (KL, −place in order, what is told): the least of those kept comes first.
+        self.tokens: list[tuple[float, int, ApartToken]] = []
+        self.conversations: list[tuple[float, int, ApartConversation]] = []
+
+    def add(self, sample_index: int, row: dict, compared: RowComparison) -> None:
+        """Count a conversation in."""
+        self.num_conversations += 1
+        self._keep_tokens(sample_index, row, compared)
+        sums = comparison_sums(compared)
+        self.sums += sums
+        self.counts += np.histogram(compared.kl, KL_EDGES)[0]
+        told = _apart_conversation(sample_index, row, totals_of(sums))
+        _keep(self.conversations, (told.mean_kl, -sample_index, told), APART_CONVERSATIONS)
+
+    def _keep_tokens(self, sample_index: int, row: dict, compared: RowComparison) -> None:
+        largest = np.argsort(-compared.kl, kind="stable")[:APART_TOKENS]
+        if len(self.tokens) == APART_TOKENS:
+            largest = largest[compared.kl[largest] > self.tokens[0][0]]
+        if len(largest):  # rebuilding the tokens takes longer than all the rest
+            alignment = self.align(row)
+        for i in largest.tolist():
+            told = _apart_token(sample_index, row, compared, i, alignment, self.tokenizer)
+            _keep(self.tokens, (told.kl, -int(self.sums[0]) - i, told), APART_TOKENS)
+
+    def told(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
+        """All that was found in the two datasets, once every row has been added."""
+        in_both = self.num_conversations + num_different
+        bins = zip(KL_EDGES[:-1].tolist(), KL_EDGES[1:].tolist(), self.counts.tolist(), strict=True)
+        return DatasetComparison(
+            first=source_of(first),
+            other=source_of(other),
+            totals=totals_of(self.sums),
+            num_conversations=self.num_conversations,
+            only_in_first=first.num_rows - in_both,
+            only_in_other=other.num_rows - in_both,
+            num_different=num_different,
+            histogram=[KLBin(*edges) for edges in bins],
+            tokens=_largest_first(self.tokens),
+            conversations=_largest_first(self.conversations),
+        )
+
+
+def _keep(heap: list, entry: tuple, size: int) -> None:
+    """Add an entry to the ``size`` largest ones."""
+    (heapq.heappush if len(heap) < size else heapq.heappushpop)(heap, entry)
+
+
+def _largest_first(heap: list) -> list:
+    return [told for *_, told in sorted(heap, reverse=True)]
+
+
+def _apart_token(
+    sample_index: int, row: dict, compared: RowComparison, i: int, alignment: Alignment, tokenizer
+) -> ApartToken:
+    """The row's extracted token number ``i``."""
+    position = int(alignment.positions[i])
+    *before, text = (
+        token_text(tokenizer, token_id)
+        for token_id in alignment.input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
+    )
+    return ApartToken(
+        sample_index=sample_index,
+        source_index=row["source_index"],
+        position=position,
+        text=text,
+        before=whole_characters(before),
+        kl=float(compared.kl[i]),
+        log_prob=float(compared.first.log_probs[i]),
+        other_log_prob=float(compared.other.log_probs[i]),
+        prediction=_first_prediction(compared.first, i, tokenizer),
+        other_prediction=_first_prediction(compared.other, i, tokenizer),
+    )
+
+
+def _first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction:
+    token_id = int(numbers.top_ids[i, 0])
+    return Prediction(token_id, token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
+
+
+def _apart_conversation(sample_index: int, row: dict, totals: ComparisonTotals) -> ApartConversation:
+    questions = (message["content"] or "" for message in row["messages"] if message["role"] == "user")
+    return ApartConversation(
+        sample_index=sample_index,
+        source_index=row["source_index"],
+        num_tokens=totals.num_tokens,
+        mean_kl=totals.mean_kl,
+        perplexity=totals.perplexity,
+        other_perplexity=totals.other_perplexity,
+        question=next(questions, "")[:QUESTION],
+    )

@@ -1,0 +1,239 @@
+"""Does a stored logit dataset hold up against the live model? Plain forwards, one conversation at a time.
+
+row -> its tokens -> the model's plain output -> what differs, column by column -> the one cause to name
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from chat_alignment import AlignmentError, RowAligner
+from content_hash import hash_files
+from errors import ToolkitError, UsageError
+from hub_access import is_commit
+from logit_codec import RowError
+from logit_dataset import StoredDataset
+from plain_json import json_text
+from recorded_tokenizer import recorded_place
+from row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
+from shard_files import DamagedShard
+from token_report import Column, PipeConsole, print_table
+from visible_text import code_of
+
+CLEARLY = 2  # errors in place must be smaller by this factor than one position off
+NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
+SHOWN_CAUSES = 5
+MEASURES = {
+    "kl_mean": "KL(true || stored), mean, nats",
+    "kl_row": "KL, largest mean of a row",
+    "kl_position": "KL, largest of a position",
+    "logsumexp": "logsumexp, largest difference",
+    "token_log_probs": "token_log_probs, largest difference",
+    "in_order": "nucleus ids equal in order, share",
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was held against which model, and what came of it.
+
+    ``figures`` are in nats but for ``in_order``, a share of the positions: ``kl_mean`` over all of them, ``kl_row`` the
+    largest mean of a row, ``kl_position`` the largest; ``logsumexp`` and ``token_log_probs`` are the differences
+    nearest to their limits, or furthest beyond. ``limits`` has the same keys but ``kl_mean``. ``shifts`` has the mean
+    errors of "kl", "logsumexp" and "token_log_probs" against the output one position earlier, in place, one later.
+    ``causes`` are lines, of a row or of the whole. Figures are NaN where no row could be held against the model.
+    """
+
+    dataset_id: str
+    model: str
+    dtype: str
+    device: str
+    num_rows: int
+    num_tokens: int
+    figures: dict[str, float]
+    limits: dict[str, float]
+    shifts: dict[str, list[float]]
+    causes: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not self.causes
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a line a measure with its limit, then that it holds up, or the causes."""
+        console = console or PipeConsole(highlight=False)
+        what = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens"
+        title = f"Checked {what} against {self.model} ({self.dtype}, {self.device})"
+        console.print(_visible(title), markup=False, style="bold", soft_wrap=True)
+        print_table([Column("Measure", 40), Column("Found", 23), Column("Limit", 8)], self._lines(), console)
+        more = len(self.causes) - SHOWN_CAUSES
+        causes = ["Does not hold up:", *self.causes[:SHOWN_CAUSES], *([f"… and {more} more"] if more > 0 else [])]
+        for line in ["Holds up: the stored numbers are the model's."] if self.holds else causes:
+            console.print(_visible(line), markup=False, style="green" if self.holds else "red", soft_wrap=True)
+
+    def _lines(self) -> list[list[str]]:
+        lines = [[MEASURES[key], _short(found), _short(self.limits.get(key))] for key, found in self.figures.items()]
+        for key, means in self.shifts.items():
+            name = "KL" if key == "kl" else key
+            lines.append([f"{name}, mean error at -1, 0, +1", ", ".join(map(_short, means)), "0 least"])
+        return lines
+
+    def to_json(self) -> str:
+        """All of it, and whether it holds, as one JSON object."""
+        return json_text({**asdict(self), "holds": self.holds})
+
+
+def _short(figure: float | None) -> str:
+    if figure is None or math.isnan(figure):
+        return "-"
+    return f"{figure:.3f}" if figure >= 0.1 else f"{figure:.1e}"
+
+
+def _visible(text: str) -> str:
+    """A line that may have parts of files in it, fit for a terminal."""
+    return "".join(character if character.isprintable() else code_of(character) for character in text)
+
+
+def verify(
+    dataset: StoredDataset,
+    tokenizer,
+    count: int,
+    model_id: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Hold ``count`` rows, spread evenly over the dataset, against the model that it was extracted from.
+
+    The model is the recorded one, or the one at ``model_id`` (a folder or a Hub id), on the first accelerator;
+    ``chat_template`` is as for ``align_row``. Raises ToolkitError where the model cannot be had or has another
+    vocabulary; all else that does not hold up is among the causes.
+    """
+    if count < 1:
+        raise UsageError(f"--verify {count}: expected 1 row or more")
+    if not dataset.num_rows:
+        raise ToolkitError(f"{dataset.dataset_id}: no rows yet; its extraction is not finished")
+    model = load_recorded_model(dataset.extraction, model_id, trust_remote_code)
+    return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
+
+
+def spread(num_rows: int, count: int) -> list[int]:
+    """``count`` row numbers from the first to the last, or all there are.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 3, 6, 9], [0, 1])
+    """
+    count = min(count, num_rows)
+    return [i * (num_rows - 1) // max(1, count - 1) for i in range(count)]
+
+
+def load_recorded_model(extraction: dict, model_id: str | None = None, trust_remote_code: bool = False):
+    """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
+    import teacher_model
+
+    source, revision = recorded_place(extraction, model_id, "model_id")
+    gguf_file, dtype, attention = (extraction[name] for name in ("gguf_file", "dtype", "attn_implementation"))
+    if dtype not in KL_LIMITS:
+        raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
+    device = teacher_model.choose_device(None)
+    print(f"Loading {_visible(source)} on {device} …", file=sys.stderr)
+    model = teacher_model.load_teacher(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
+    found = model.get_output_embeddings().weight.shape[0]
+    if found != extraction["vocab_size"]:
+        raise ToolkitError(
+            f"model {source}: a vocabulary of {found}, expected {extraction['vocab_size']}; it is not the model "
+            f"extracted from, which was {extraction['model_id']} at {extraction['model_revision'][:12]}."
+        )
+    return model
+
+
+def check_rows(
+    dataset: StoredDataset, model, tokenizer, indices: Sequence[int], chat_template: str | None = None
+) -> Verification:
+    """Hold these rows against a loaded model, with a progress bar on stderr."""
+    aligner = RowAligner(tokenizer, dataset.extraction, chat_template)
+    checks, causes = [], []
+    for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
+        try:
+            row = dataset.read_row(index)
+            alignment = aligner.align(row)
+        except RowError as error:  # which names the row
+            causes.append(str(error))
+        except (DamagedShard, AlignmentError) as error:
+            causes.append(f"row {index}: {error}")
+        else:
+            checks.append(check_row(index, row, alignment, model, dataset.extraction))
+    figures, limits, shifts = _figures(checks)
+    causes += _causes(checks, dataset.extraction, model.name_or_path)
+    return Verification(
+        dataset_id=dataset.dataset_id,
+        model=model.name_or_path,
+        dtype=dtype_name(model),
+        device=str(model.device),
+        num_rows=len(indices),
+        num_tokens=sum(len(check.in_order) for check in checks),
+        figures=figures,
+        limits=limits,
+        shifts=shifts,
+        causes=causes or _undecided(shifts),
+    )
+
+
+# --- the rows together ---
+
+
+def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
+    """Figures, their limits, and the mean errors at SHIFTS, as ``Verification`` has them."""
+    names = ("kl", "logsumexp", "token_log_probs")
+    if not checks:
+        return dict.fromkeys(MEASURES, math.nan), {}, dict.fromkeys(names, [math.nan] * len(SHIFTS))
+    errors = {name: np.concatenate([check.errors[name] for check in checks], axis=1) for name in names}
+    limit = checks[0].kl_limit
+    figures = {
+        "kl_mean": errors["kl"][IN_PLACE].mean(),
+        "kl_row": max(check.errors["kl"][IN_PLACE].mean() for check in checks),
+        "kl_position": errors["kl"][IN_PLACE].max(),
+    }
+    limits = {"kl_row": limit, "kl_position": POSITION_FACTOR * limit}
+    for name in names[1:]:
+        largest = [(check.errors[name][IN_PLACE].max(), check.tolerance) for check in checks]
+        figures[name], limits[name] = max(largest, key=lambda pair: pair[0] / pair[1])
+    figures["in_order"], limits["in_order"] = np.concatenate([check.in_order for check in checks]).mean(), 1.0
+    shifts = {name: found.mean(axis=1).tolist() for name, found in errors.items()}
+    return {name: float(found) for name, found in figures.items()}, limits, shifts
+
+
+def _causes(checks: list[RowCheck], extraction: dict, source: str) -> list[str]:
+    """A line a row with faults; but one line for all of them where the model is another one."""
+    faulty = [check for check in checks if check.faults]
+    strangers = [check for check in faulty if check.is_all_wrong]
+    if not strangers or len(strangers) < NEARLY_ALL * len(checks):
+        return [check.cause for check in faulty]
+    cause = f"{len(strangers)} of {len(checks)} rows are wrong throughout: {_other_model(extraction, source)}"
+    return [cause, *(check.cause for check in faulty if not check.is_all_wrong)]
+
+
+def _other_model(extraction: dict, source: str) -> str:
+    recorded = extraction["model_revision"]
+    was = f"the model is probably not the one extracted from, {extraction['model_id']} at {recorded[:12]}"
+    if is_commit(recorded) or not Path(source).exists():
+        return was
+    found = hash_files(source)
+    if found == recorded:
+        return f"{was}, though its files are: compare the versions with extraction.json's"
+    return f"{was}; the files of {source} are others ({found[:12]})"
+
+
+def _undecided(shifts: dict[str, list[float]]) -> list[str]:
+    """A cause where the shift test cannot tell that the numbers are in place."""
+    return [
+        f"{name}: {in_place:.2g} nats off in place, {before:.2g} one position earlier, {after:.2g} one later; expected "
+        "in place clearly best. Check more rows."
+        for name, (before, in_place, after) in shifts.items()
+        if not CLEARLY * in_place <= min(before, after)
+    ]

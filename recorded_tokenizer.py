@@ -1,0 +1,50 @@
+"""A logit dataset with the tokenizer that it was extracted with, from its recorded place or from another."""
+
+from pathlib import Path
+
+from chat_alignment import load_tokenizer, tokenizer_fingerprint
+from errors import ToolkitError
+from hub_access import is_commit
+from logit_dataset import StoredDataset, open_dataset
+
+
+def open_with_tokenizer(
+    dataset_id: str,
+    revision: str | None = None,
+    tokenizer_id: str | None = None,
+    trust_remote_code: bool = False,
+    model_id: str | None = None,
+) -> tuple[StoredDataset, object]:
+    """A logit dataset, a folder or a Hub id at ``revision``, and the tokenizer that it was extracted with.
+
+    ``tokenizer_id`` says where that lies now, or ``model_id`` where the whole model does. Raises ToolkitError where it
+    is another tokenizer than the one recorded.
+    """
+    dataset = open_dataset(dataset_id, revision)
+    source, commit = recorded_place(dataset.extraction, tokenizer_id or model_id, "tokenizer_id")
+    gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
+    tokenizer = load_tokenizer(source, commit, gguf_file, trust_remote_code)
+    found, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
+    if found != expected:
+        raise ToolkitError(
+            f"tokenizer of {source}: fingerprint {found[:12]}, expected {expected[:12]}; "
+            "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
+        )
+    return dataset, tokenizer
+
+
+def recorded_place(extraction: dict, given: str | None, option: str) -> tuple[str, str | None]:
+    """Where the recorded model is to be loaded from, ``given`` or as recorded, and the Hub commit, None without one.
+
+    Raises ToolkitError for a recorded folder that is not there; ``option`` is what could say where it lies.
+    """
+    source, revision = extraction["model_id"], extraction["model_revision"]
+    if given is not None:
+        return given, None
+    if is_commit(revision):
+        return source, revision
+    if not Path(source).exists():
+        raise ToolkitError(
+            f"the model was the local folder {source}, which is not here. Say where it lies now: --{option} FOLDER"
+        )
+    return source, None
