@@ -11,7 +11,7 @@ from html_page import framed
 from plain_json import json_text
 from token_analysis import PROMPT, TokenAnalysis, Totals, total
 from token_page import conversation_page
-from token_report import PipeConsole, print_chosen_tokens, print_parts, print_token_table, totals_parts
+from token_report import default_console, print_chosen_tokens, print_parts, print_token_table, totals_parts
 
 PROMPT_END = 4  # prompt tokens that the table shows before each answer
 
@@ -63,7 +63,7 @@ class Analysis(Sequence):
 
     def print(self, console: Console | None = None) -> None:
         """Print "Detailed Token Analysis:" and the totals. A terminal gets lines that fit it, a pipe whole ones."""
-        console = console or PipeConsole(highlight=False)
+        console = console or default_console()
         if self.only is None:
             shown = [token for i, token in enumerate(self.tokens) if self._is_in_table(i)]
             print_token_table(shown, self.top_n, console)

@@ -24,7 +24,7 @@ from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
 from token_analysis import label_tokens, with_predictions
-from token_report import PipeConsole
+from token_report import default_console
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Comparison(Sequence):
 
     def print(self, console: Console | None = None) -> None:
         """Print a line a token and the totals. A terminal gets lines that fit it, a pipe whole ones."""
-        print_conversation(self, console or PipeConsole(highlight=False))
+        print_conversation(self, console or default_console())
 
     def to_json(self) -> str:
         """What is shown, the totals, and which rows of which datasets it is, as one JSON object."""

@@ -30,7 +30,7 @@ from logit_dataset import StoredDataset
 from plain_json import json_text
 from stored_numbers import RowNumbers
 from token_analysis import Prediction
-from token_report import CONTEXT_TOKENS, PipeConsole
+from token_report import CONTEXT_TOKENS, default_console
 from visible_text import whole_characters
 
 APART_TOKENS, APART_CONVERSATIONS = 20, 5
@@ -59,7 +59,7 @@ class DatasetComparison:
 
     def print(self, console: Console | None = None) -> None:
         """Print the counts, the tables and the totals. A terminal gets lines that fit it, a pipe whole ones."""
-        print_datasets(self, console or PipeConsole(highlight=False))
+        print_datasets(self, console or default_console())
 
     def to_json(self) -> str:
         """All of it as one JSON object; the last bin's ``end`` is null."""

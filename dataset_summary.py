@@ -20,7 +20,7 @@ from plain_json import json_text
 from stored_numbers import RowNumbers, row_numbers
 from summary_page import summary_page
 from token_analysis import Prediction
-from token_report import CONTEXT_TOKENS, PipeConsole
+from token_report import CONTEXT_TOKENS, default_console
 from visible_text import whole_characters
 
 BINS = 10  # of calibration
@@ -139,7 +139,7 @@ class DatasetSummary:
 
     def print(self, console: Console | None = None) -> None:
         """Print all of it, in lines that fit the terminal; a pipe gets wide ones."""
-        summary_report.print_summary(self, console or PipeConsole(highlight=False))
+        summary_report.print_summary(self, console or default_console())
 
     def to_json(self) -> str:
         """All of it as one JSON object; infinite numbers are null."""

@@ -23,7 +23,7 @@ from plain_json import json_text
 from recorded_tokenizer import recorded_place
 from row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
 from shard_files import DamagedShard
-from token_report import Column, PipeConsole, print_table
+from token_report import Column, default_console, print_table
 from visible_text import code_of
 
 CLEARLY = 2  # errors in place must be smaller by this factor than one position off
@@ -67,7 +67,7 @@ class Verification:
 
     def print(self, console: Console | None = None) -> None:
         """Print a line a measure with its limit, then that it holds up, or the causes."""
-        console = console or PipeConsole(highlight=False)
+        console = console or default_console()
         what = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens"
         title = f"Checked {what} against {self.model} ({self.dtype}, {self.device})"
         console.print(_visible(title), markup=False, style="bold", soft_wrap=True)

@@ -19,6 +19,7 @@ NARROW, WIDE = (
 )  # cells: terminals below the one show no numbers, those from the other on also tail and entropy
 CONTEXT, PLACE = 30, 6  # cells of a chosen token's place with the text before it, and without
 CONTEXT_TOKENS = 12
+NOTEBOOK_WIDTH = 110  # cells
 
 
 class PipeConsole(Console):
@@ -26,6 +27,14 @@ class PipeConsole(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+def default_console() -> Console:
+    """Standard output. A notebook is taken for a terminal: it shows colours, and a table stays one text."""
+    if Console().is_jupyter:
+        as_terminal = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
+        return PipeConsole(highlight=False, width=NOTEBOOK_WIDTH, **as_terminal)
+    return PipeConsole(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ def totals_parts(totals: Totals) -> list[str]:
 
 def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | None = None) -> None:
     """Print a conversation in runs of prompt, extracted and skipped tokens, told apart by word and by colour."""
-    console = console or PipeConsole(highlight=False)
+    console = console or default_console()
     extracted = sum(token.status == EXTRACTED for token in tokens)
     console.print(f"{title}: {len(tokens)} tokens, {extracted} extracted", markup=False, style="bold", soft_wrap=True)
     for (status, reason), run in itertools.groupby(tokens, key=lambda token: (token.status, token.reason)):
