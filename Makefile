@@ -1,6 +1,6 @@
-# make demo: extract 64 conversations with a real model and print the token table of one.
+# make demo: extract 64 conversations with a real model, print the token table of one, and write its page.
 # make test: everything that CI runs.
-# make bench: one table of what extraction costs; half an hour on two cores.
+# make bench: tables of what extraction and pages cost; half an hour on two cores. The pages need Chromium.
 PYTHON ?= python3
 IN := .venv/bin/python
 DEMO := outputs/demo
@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(IN) demo/fetch.py
 	$(IN) extract_logits.py --model_id .cache/smollm2-135m-instruct --dataset_id .cache/zaragoza/faq-en-sharegpt.jsonl \
 	    --output_dir $(DEMO) --max_samples 64 --overwrite
-	$(IN) explore_logits.py --logit_dataset_id $(DEMO) --sample_index 0
+	$(IN) explore_logits.py --logit_dataset_id $(DEMO) --sample_index 0 --html $(DEMO).html
 
 test: lint
 	$(IN) demo/fetch.py
@@ -30,3 +30,4 @@ lint: .venv/ready
 bench: .venv/ready
 	$(IN) demo/fetch.py
 	$(IN) benchmarks/bench.py
+	$(IN) benchmarks/bench_pages.py
