@@ -8,8 +8,7 @@ from logit_codec import ABSENT, CODE_PROBS, MAX_TOKEN_ID, nearest_codes
 from stored_numbers import RowNumbers, row_numbers
 from token_analysis import Prediction, TokenAnalysis
 
-# Nats; a bin runs from one edge up to the next, the last one has no end.
-KL_EDGES = np.array([0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, np.inf])
+KL_EDGES = np.array([0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10])  # nats; the last bin has no end
 
 
 @dataclass(frozen=True)
@@ -186,15 +185,6 @@ class TokenComparison:
 def _said(token: TokenAnalysis) -> dict:
     said = asdict(token)
     return {name: said[name] for name in ("log_prob", "rank", "kept", "tail_mass", "entropy", "predictions")}
-
-
-@dataclass(frozen=True)
-class KLBin:
-    """Tokens whose KL is at least ``start`` and below ``end``, nats."""
-
-    start: float
-    end: float
-    num_tokens: int
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Two models over the same conversations as pages: one conversation token by token, or whole datasets."""
 
-from dataclasses import dataclass
-
 from comparison_numbers import ComparisonTotals, TokenComparison
 from html_page import render_page
 from summary_page import context, histogram, table
@@ -72,31 +70,21 @@ def _side(name: str, token: TokenAnalysis) -> dict:
 # --- whole datasets ---
 
 
-@dataclass(frozen=True)
-class _Bins:
-    """As ``dataset_summary.Histogram``."""
-
-    edges: list[float]
-    counts: list[int]
-
-
 def datasets_page(comparison) -> str:
     """The page of a ``dataset_comparison.DatasetComparison``."""
-    bins = comparison.histogram
     left_out = comparison.only_in_first + comparison.only_in_other + comparison.num_different
     tiles = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", f"{left_out:,}")]
     note = (
         f"Left out: {comparison.only_in_first:,} only in the first, {comparison.only_in_other:,} only in the other, "
         f"{comparison.num_different:,} with other tokens."
     )
-    found = _Bins([one.start for one in bins], [one.num_tokens for one in bins])
     return render_page(
         "summary.html.jinja",
         title=f"{comparison.first.logit_dataset_id} and {comparison.other.logit_dataset_id}",
         subtitle=f"How far {comparison.first.model_id} and {comparison.other.model_id} are apart",
         tiles=[*tiles, *_tiles(comparison.totals)],
         figures=[
-            histogram("KL divergence of the tokens, nats, at least", found, note, span=12),
+            histogram("KL divergence of the tokens, nats, at least", comparison.histogram, note, span=12),
             _apart_conversations(comparison.conversations),
             _apart_tokens(comparison.tokens),
         ],

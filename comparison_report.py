@@ -7,8 +7,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, KLBin, Source, TokenComparison
+from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, Source, TokenComparison
 from conversation_analysis import PROMPT_END
+from histograms import Histogram
 from token_analysis import PROMPT, Prediction
 from token_report import (
     CONTEXT,
@@ -145,18 +146,17 @@ def print_datasets(comparison, console: Console) -> None:
     print_parts(totals_parts(comparison.totals), console)
 
 
-def _print_histogram(bins: list[KLBin], console: Console) -> None:
+def _print_histogram(histogram: Histogram, console: Console) -> None:
     columns = [Column("KL (nats)", 14), Column("    Tokens", 10), Column(" Share", 6)]
     bar = int(min(BAR, max(1, table_width(console) - 30 - 3 * GAP)))
-    counts = [entry.num_tokens for entry in bins]
     rows = (
         [
-            f"{entry.start:g} and more" if math.isinf(entry.end) else f"{entry.start:g} to {entry.end:g}",
-            f"{entry.num_tokens:>10,}",
-            f"{entry.num_tokens / sum(counts):>6.1%}",
-            "█" * math.ceil(bar * entry.num_tokens / max(counts)),
+            f"{low:g} and more" if high is None else f"{low:g} to {high:g}",
+            f"{count:>10,}",
+            f"{count / sum(histogram.counts):>6.1%}",
+            "█" * math.ceil(bar * count / max(histogram.counts)),
         ]
-        for entry in bins
+        for low, high, count in histogram.bins
     )
     print_table([*columns, Column("", bar)], rows, console)
 

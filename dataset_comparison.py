@@ -14,7 +14,6 @@ from comparison_numbers import (
     ApartConversation,
     ApartToken,
     ComparisonTotals,
-    KLBin,
     RowComparison,
     Source,
     compare_rows,
@@ -25,6 +24,7 @@ from comparison_page import datasets_page
 from comparison_report import print_datasets
 from conversation_comparison import has_same_tokens, refuse_other_tokenizer, source_of
 from errors import ToolkitError
+from histograms import Histogram, count_in_bins
 from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
@@ -53,7 +53,7 @@ class DatasetComparison:
     only_in_first: int
     only_in_other: int
     num_different: int
-    histogram: list[KLBin]
+    histogram: Histogram
     tokens: list[ApartToken]
     conversations: list[ApartConversation]
 
@@ -62,7 +62,7 @@ class DatasetComparison:
         print_datasets(self, console or default_console())
 
     def to_json(self) -> str:
-        """All of it as one JSON object; the last bin's ``end`` is null."""
+        """All of it as one JSON object."""
         return json_text(self)
 
     def to_html(self) -> str:
@@ -117,7 +117,7 @@ class _Findings:
         self.align, self.tokenizer = align, tokenizer
         self.num_conversations = 0
         self.sums = np.zeros(6)
-        self.counts = np.zeros(len(KL_EDGES) - 1, np.int64)
+        self.counts = np.zeros(len(KL_EDGES), np.int64)
         # Heaps of (KL, −place in order, what is told): the least of those kept comes first.
         self.tokens: list[tuple[float, int, ApartToken]] = []
         self.conversations: list[tuple[float, int, ApartConversation]] = []
@@ -128,7 +128,7 @@ class _Findings:
         self._keep_tokens(sample_index, row, compared)
         sums = comparison_sums(compared)
         self.sums += sums
-        self.counts += np.histogram(compared.kl, KL_EDGES)[0]
+        self.counts += count_in_bins(compared.kl, KL_EDGES)
         told = _apart_conversation(sample_index, row, totals_of(sums))
         _keep(self.conversations, (told.mean_kl, -sample_index, told), APART_CONVERSATIONS)
 
@@ -145,7 +145,6 @@ class _Findings:
     def told(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
         """All that was found in the two datasets, once every row has been added."""
         in_both = self.num_conversations + num_different
-        bins = zip(KL_EDGES[:-1].tolist(), KL_EDGES[1:].tolist(), self.counts.tolist(), strict=True)
         return DatasetComparison(
             first=source_of(first),
             other=source_of(other),
@@ -154,7 +153,7 @@ class _Findings:
             only_in_first=first.num_rows - in_both,
             only_in_other=other.num_rows - in_both,
             num_different=num_different,
-            histogram=[KLBin(*edges) for edges in bins],
+            histogram=Histogram(KL_EDGES.tolist(), self.counts.tolist(), is_open_ended=True),
             tokens=_largest_first(self.tokens),
             conversations=_largest_first(self.conversations),
         )

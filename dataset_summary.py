@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import summary_report
 from chat_alignment import Alignment, AlignmentError, RowAligner, token_text
+from histograms import Histogram, count_in_bins
 from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
@@ -27,18 +28,6 @@ BINS = 10  # of calibration
 NATS = np.arange(21) / 2  # lower ends of the histograms' bins
 EXTREMES, LOSSES = 5, 20  # conversations and tokens that are listed
 QUESTION = 80  # characters
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many values are in each bin, those from ``edges[i]`` up to, and without, ``edges[i + 1]``.
-
-    One that ``is_open_ended`` has no edge behind its last bin.
-    """
-
-    edges: list[float]
-    counts: list[int]
-    is_open_ended: bool
 
 
 @dataclass(frozen=True)
@@ -209,8 +198,8 @@ class _Tally:
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         for i, weights in enumerate((None, confidence, numbers.ranks == 1)):
             self.reliability[i] += np.bincount(bins, weights, BINS)
-        self.entropies += _in_bins(numbers.entropies)
-        self.surprisals += _in_bins(-numbers.log_probs)
+        self.entropies += count_in_bins(numbers.entropies, NATS)
+        self.surprisals += count_in_bins(-numbers.log_probs, NATS)
         self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
 
     def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
@@ -272,11 +261,6 @@ class _Tally:
                 share = loss / total if total else 0.0
                 found.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
         return found
-
-
-def _in_bins(nats: np.ndarray) -> np.ndarray:
-    """Counts by the bins of ``NATS``; a rounding error below 0 is in the first."""
-    return np.bincount(np.maximum(np.searchsorted(NATS, nats, side="right") - 1, 0), minlength=len(NATS))
 
 
 def _perplexity(mean_nll: float) -> float:

@@ -1,5 +1,6 @@
 """A whole dataset, or two beside each other, as a page of figures and tables."""
 
+from histograms import Histogram
 from html_page import render_page
 from summary_report import short_perplexity
 from visible_text import quoted
@@ -47,10 +48,9 @@ def _tiles(summary) -> list[tuple[str, str]]:
 # --- figures ---
 
 
-def histogram(title: str, found, note: str = "", span: int = 4) -> dict:
-    """A figure of a ``dataset_summary.Histogram``; ``span`` is its width in twelfths of the page's."""
+def histogram(title: str, found: Histogram, note: str = "", span: int = 4) -> dict:
+    """A figure of a ``Histogram``; ``span`` is its width in twelfths of the page's."""
     total, largest = max(1, sum(found.counts)), max(1, *found.counts)
-    highs = [*found.edges[1:], None][: len(found.counts)]
     step = 1 if len(found.counts) <= LABELLED else -(-len(found.counts) // TICKS)
     return {
         "kind": "histogram",
@@ -62,9 +62,9 @@ def histogram(title: str, found, note: str = "", span: int = 4) -> dict:
                 "percent": round(100 * count / largest, 2),
                 "title": f"{_span(low, high)}: {count:,} ({count / total:.1%})",
             }
-            for low, high, count in zip(found.edges, highs, found.counts, strict=False)
+            for low, high, count in found.bins
         ],
-        "ticks": [f"{low:g}" if i % step == 0 else "" for i, low in enumerate(found.edges[: len(found.counts)])],
+        "ticks": [f"{low:g}" if i % step == 0 else "" for i, (low, _, _) in enumerate(found.bins)],
     }
 
 

@@ -7,9 +7,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, KLBin, Source, TokenComparison
+from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, Source, TokenComparison
 from conversation_comparison import Comparison
 from dataset_comparison import DatasetComparison
+from histograms import Histogram
 from token_analysis import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis
 
 FIRST = Source("outputs/first", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -59,7 +60,7 @@ DATASETS = DatasetComparison(
     only_in_first=3,
     only_in_other=2,
     num_different=1,
-    histogram=[KLBin(0.0, 0.1, 4000), KLBin(0.1, 1.0, 999), KLBin(1.0, float("inf"), 1)],
+    histogram=Histogram([0.0, 0.1, 1.0], [4000, 999, 1], is_open_ended=True),
     tokens=[
         apart(" building", "dled by the City Planning Administration.\n", " building", " construction"),
         apart(

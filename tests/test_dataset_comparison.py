@@ -109,7 +109,7 @@ def test_a_dataset_against_itself_is_nothing_apart(both, smollm2):
     found = compare_datasets(both[0], both[0], smollm2[1])
     assert found.totals.mean_kl == 0 and found.totals.agreement == 1 and found.totals.mean_change == 0
     assert found.totals.perplexity == found.totals.other_perplexity
-    assert found.histogram[0].num_tokens == found.totals.num_tokens
+    assert found.histogram.counts[0] == found.totals.num_tokens
     assert (found.only_in_first, found.only_in_other, found.num_different) == (0, 0, 0)
 
 
@@ -150,8 +150,8 @@ def test_totals_and_what_is_furthest_apart_are_those_of_all_rows(both, rows, com
     assert list(astuple(found.totals)) == pytest.approx(naive_totals(rows, compared))
     kl = joined(compared, "kl").tolist()
     edges = [0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, math.inf]
-    assert [(part.start, part.end) for part in found.histogram] == list(itertools.pairwise(edges))
-    assert [part.num_tokens for part in found.histogram] == [
+    assert found.histogram.edges == edges[:-1] and found.histogram.bins[-1][1] is None
+    assert found.histogram.counts == [
         sum(start <= value < end for value in kl) for start, end in itertools.pairwise(edges)
     ]
     ranked = sorted(
@@ -228,7 +228,7 @@ def test_another_tokenizer_is_refused(both, smollm2):
 def test_a_dataset_comparison_as_json(both, smollm2):
     found = compare_datasets(*both, smollm2[1])
     content = json.loads(found.to_json(), parse_constant=pytest.fail)
-    assert content["totals"]["mean_kl"] == found.totals.mean_kl and content["histogram"][-1]["end"] is None
+    assert content["totals"]["mean_kl"] == found.totals.mean_kl and content["histogram"]["is_open_ended"]
     assert content["other"] == {
         "logit_dataset_id": both[1].dataset_id,
         "model_id": both[1].extraction["model_id"],
