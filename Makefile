@@ -1,5 +1,5 @@
 # make demo: extract 64 conversations with a real model, print the token table of one, and write its page.
-# make test: everything that CI runs.
+# make test: everything that CI runs; a process a core, each with one thread.
 # make bench: tables of what extraction and pages cost; half an hour on two cores. The pages need Chromium.
 PYTHON ?= python3
 IN := .venv/bin/python
@@ -15,7 +15,7 @@ demo: .venv/ready
 
 test: lint
 	$(IN) demo/fetch.py
-	$(IN) -m pytest
+	OMP_NUM_THREADS=1 $(IN) -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(IN) -m ruff check .

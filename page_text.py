@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import regex
 
 from token_analysis import PROMPT, TokenAnalysis
-from visible_text import code_of, is_plain
+from visible_text import code_of, is_lone_byte, is_plain
 
 # Characters that make up one emoji with their neighbours; other clusters join across tokens by themselves.
 EMOJI = regex.compile(r"(?=[\p{Extended_Pictographic}\p{Regional_Indicator}])\X")
@@ -56,6 +56,16 @@ def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
     if pieces:
         pieces[-1] += decoder.decode(b"", final=True)
     return pieces
+
+
+def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> dict[int, str]:
+    """By position, for tokens that are bytes of a character alone: that character, as ``token_characters`` has it."""
+    found, following = {}, ""
+    for token, placed in zip(reversed(tokens), reversed(characters), strict=True):
+        following = regex.match(r"\X", placed)[0] if placed else following
+        if token.text and all(map(is_lone_byte, token.text)) and all(map(is_plain, following)):
+            found[token.position] = following
+    return found
 
 
 def pieces_of(characters: str) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from html_page import render_page
-from page_text import pieces_of, segments, token_characters
+from page_text import characters_of_parts, pieces_of, segments, token_characters
 from token_analysis import PROMPT, SKIPPED, TokenAnalysis, Totals
 from token_report import rank_text, short_probability, text_before
 from visible_text import quoted
@@ -82,6 +82,7 @@ def token_page(
 ) -> str:
     """A page of tokens. ``detail`` gives what is told of a token: ``told``, ``facts`` and ``groups`` of bars."""
     characters = token_characters(tokens)
+    parts = characters_of_parts(tokens, characters)
     spans = {
         token.position: _span(token, found, part, measure)
         for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
@@ -92,7 +93,7 @@ def token_page(
         "tokens.html.jinja",
         script="tokens.js",
         data={
-            "details": {token.position: {"token": quoted(token.text), **detail(token)} for token in tokens},
+            "details": {token.position: _told(token, parts, detail) for token in tokens},
             "answer": [token.position for token in tokens if token.status != PROMPT],
             "strip": [token.position for token in measured],
         },
@@ -111,6 +112,13 @@ def token_page(
         legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))],
         **content,
     )
+
+
+def _told(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
+    told = {"token": quoted(token.text), **detail(token)}
+    if token.position in parts:
+        told["told"] += f" · bytes of {parts[token.position]}"
+    return told
 
 
 def _part_numbers(characters: list[str]) -> list[int]:

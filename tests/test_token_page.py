@@ -241,6 +241,7 @@ def test_scripts_and_emoji_across_tokens_are_whole(opened, tmp_path):
     part = page.locator("#text .part").first
     part.hover()
     assert page.locator("#panel h3").inner_text().startswith('"\\x')
+    assert "bytes of ،" in page.locator("#panel p").first.inner_text()
 
 
 def found_text(page, entry) -> str:
