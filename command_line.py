@@ -91,14 +91,21 @@ def leave(status: int) -> None:
 # --- files that a command is asked to write ---
 
 
-def check_place(option: str, file: str | None) -> None:
-    """Raise UsageError where a file cannot be written, before any work is done for it."""
-    if file is None or (option == "json" and file == STDOUT):
-        return
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        found = "a folder" if path.is_dir() else f"the folder {path.parent} is missing"
-        raise UsageError(f"--{option} {file}: {found}, expected a file to write")
+def check_places(**files: str | None) -> None:
+    """Raise UsageError where a file cannot be written, by the option that names it, before any work is done for it.
+
+    ``STDOUT`` in the place of JSON is standard output.
+    """
+    named = {option: file for option, file in files.items() if file is not None}
+    if len(set(named.values())) < len(named):
+        raise UsageError(f"--{' and --'.join(named)}: both name {next(iter(named.values()))}, expected two files")
+    for option, file in named.items():
+        path = Path(file)
+        if option == "json" and file == STDOUT:
+            continue
+        if not file or file == STDOUT or path.is_dir() or not path.parent.is_dir():
+            found = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
+            raise UsageError(f"--{option} {file}: {found}, expected a file to write")
 
 
 def write_result(file: str, text: str) -> None:

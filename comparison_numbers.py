@@ -16,7 +16,7 @@ class RowComparison:
     """Two stored rows of one conversation, numbers a position.
 
     ``first`` and ``other`` are what each row says of the same n tokens (the real ones' log-probabilities, the nuclei);
-    ``kl`` float64 (n,) is ``kl_lower_bound``, in nats; ``agrees`` bool (n,) whether the most probable ids are the same.
+    ``kl`` float64 (n,) is ``kl_lower_bound``, in nats; ``agrees`` bool (n,) whether both store the same id first.
     """
 
     first: RowNumbers
@@ -40,7 +40,8 @@ def compare_rows(row: dict, other_row: dict, token_ids: np.ndarray | None = None
     if token_ids is None:
         token_ids = np.full(row["num_tokens"], ABSENT)
     first, other = row_numbers(row, token_ids), row_numbers(other_row, token_ids)
-    return RowComparison(first, other, kl_lower_bound(first, other), first.top_ids[:, 0] == other.top_ids[:, 0])
+    agrees = (first.top_ids[:, 0] == other.top_ids[:, 0]) & (first.kept > 0) & (other.kept > 0)
+    return RowComparison(first, other, kl_lower_bound(first, other), agrees)
 
 
 # --- KL divergence of truncated distributions ---
@@ -184,7 +185,10 @@ class TokenComparison:
 
 def _said(token: TokenAnalysis) -> dict:
     said = asdict(token)
-    return {name: said[name] for name in ("log_prob", "rank", "kept", "tail_mass", "entropy", "predictions")}
+    return {
+        name: said[name]
+        for name in ("log_prob", "rank", "kept", "tail_mass", "entropy", "entropy_is_bound", "predictions")
+    }
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ class ApartToken:
     """A token at which two datasets' models part: what stands before it, and what each thinks most probable there.
 
     ``sample_index`` is the first dataset's row, ``position`` counts the conversation's tokens; all logs are in nats.
+    A prediction is None where that dataset has stored none.
     """
 
     sample_index: int
@@ -202,8 +207,8 @@ class ApartToken:
     kl: float
     log_prob: float
     other_log_prob: float
-    prediction: Prediction
-    other_prediction: Prediction
+    prediction: Prediction | None
+    other_prediction: Prediction | None
 
 
 @dataclass(frozen=True)

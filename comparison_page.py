@@ -3,10 +3,9 @@
 from comparison_numbers import ComparisonTotals, TokenComparison
 from html_page import render_page
 from summary_page import context, histogram, table
-from summary_report import short_perplexity
-from token_analysis import PROMPT, TokenAnalysis
-from token_page import LISTED, Measure, prediction_bars, token_page
-from token_report import rank_text
+from token_analysis import TokenAnalysis
+from token_page import LISTED, OTHER_BARS, Measure, place_of, prediction_bars, token_page
+from token_report import prediction_text, rank_text, short_perplexity
 from visible_text import quoted
 
 KL_SHADES = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
@@ -31,6 +30,7 @@ def comparison_page(comparison) -> str:
             lambda token: "" if pairs[token.position].agrees else "second",
         ),
         detail=lambda token: _detail(pairs[token.position], names),
+        rows=2 * (comparison.top_n + OTHER_BARS + 1),
         listed=[pair.first for pair in extracted[: comparison.only or LISTED]],
         listed_title="Furthest apart",
         second_means="the models expected different tokens",
@@ -49,18 +49,19 @@ def _tiles(totals: ComparisonTotals) -> list[tuple[str, str]]:
 
 
 def _detail(pair: TokenComparison, names: tuple[str, str]) -> dict:
-    token = pair.first
-    place = f"Token {token.position}, id {token.token_id}"
     if not pair.is_extracted:
-        return {"told": f"{place} · {'part of the prompt' if token.status == PROMPT else f'skipped: {token.reason}'}"}
+        return {"told": place_of(pair.first)}
     facts = [
         ("KL, at least", f"{pair.kl:.4f} nats"),
         ("log p", f"{pair.first.log_prob:.2f} and {pair.other.log_prob:.2f}"),
         ("ranks", f"{rank_text(pair.first)} and {rank_text(pair.other)}"),
-        ("entropies", f"{pair.first.entropy:.2f} and {pair.other.entropy:.2f}"),
+        (
+            "entropies",
+            " and ".join(f"{'≥ ' * side.entropy_is_bound}{side.entropy:.2f}" for side in (pair.first, pair.other)),
+        ),
     ]
     sides = zip(names, (pair.first, pair.other), strict=True)
-    return {"told": place, "facts": facts, "groups": [_side(name, side) for name, side in sides]}
+    return {"told": place_of(pair.first), "facts": facts, "groups": [_side(name, side) for name, side in sides]}
 
 
 def _side(name: str, token: TokenAnalysis) -> dict:
@@ -116,8 +117,8 @@ def _apart_tokens(tokens: list) -> dict:
             f"{one.position}",
             context(one.before),
             quoted(one.text),
-            f"{quoted(one.prediction.text)} {one.prediction.probability:.2f}",
-            f"{quoted(one.other_prediction.text)} {one.other_prediction.probability:.2f}",
+            prediction_text(one.prediction),
+            prediction_text(one.other_prediction),
             f"{one.kl:.3f}",
             f"{one.log_prob:.2f}",
             f"{one.other_log_prob:.2f}",

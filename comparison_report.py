@@ -1,26 +1,28 @@
 """A comparison in the terminal: tables whose columns line up by cells, and the totals below."""
 
 import itertools
-import math
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, Source, TokenComparison
-from conversation_analysis import PROMPT_END
+from fitted_table import Part, labels, numbers, print_fitting, shares, short_nats
 from histograms import Histogram
-from token_analysis import PROMPT, Prediction
+from token_analysis import Prediction, near_answers
 from token_report import (
     CONTEXT,
     GREY,
     UNEXPECTED,
     WIDE,
     Column,
+    count_text,
     fit,
+    prediction_text,
     predictions_cell,
     print_parts,
     print_table,
+    short_perplexity,
     short_probability,
     table_width,
     text_before,
@@ -30,9 +32,9 @@ from visible_text import quoted
 
 APART = "≠"  # where the two models hold different tokens the most probable
 PLACE = 60  # cells of the text before a token, at most
-BAR = 30  # cells of a histogram's longest bar
 ROOMY = 130  # cells: terminals from here on show also log-probabilities of tokens far apart, and longer texts
 PLACED = 80  # cells: terminals below show no text before them
+PREDICTED = 12  # cells that a text and its probability need
 FULL = 70  # cells: terminals below show no Δ log p
 GAP = 3  # cells between two columns
 
@@ -49,10 +51,10 @@ def print_sources(title: str, first: Source, other: Source, console: Console) ->
 def totals_parts(totals: ComparisonTotals) -> list[str]:
     """The totals in words."""
     return [
-        f"{totals.num_tokens:,} tokens",
+        count_text(totals.num_tokens, "token"),
         f"mean KL ≥ {totals.mean_kl:.4f} nats",
         f"top-1 agreement {totals.agreement:.1%}",
-        f"perplexity {totals.perplexity:.2f} and {totals.other_perplexity:.2f}",
+        f"perplexity {short_perplexity(totals.perplexity)} and {short_perplexity(totals.other_perplexity)}",
         f"mean |Δ log p| {totals.mean_change:.3f} nats",
     ]
 
@@ -92,23 +94,21 @@ def _print_chosen(comparison, console: Console) -> None:
 
 
 def _without_long_prompts(tokens: list[TokenComparison]) -> list[TokenComparison]:
-    statuses = [pair.first.status for pair in tokens]
-    is_near = (any(status != PROMPT for status in statuses[i : i + PROMPT_END + 1]) for i in range(len(tokens)))
-    return list(itertools.compress(tokens, is_near))
+    return list(itertools.compress(tokens, near_answers([pair.first.status for pair in tokens])))
 
 
 def _token_columns(tokens: list[TokenComparison], top_n: int, width: float) -> list[Column]:
     """The columns that fit in ``width`` cells."""
     needed = [cell_len(predictions_cell(token).plain) for pair in tokens for token in (pair.first, pair.other)]
-    numbers = len(_numbers_title(width >= FULL))
+    apart = len(_numbers_title(width >= FULL))
     token = 30 if width >= WIDE else 14 if width >= FULL else max(6, int(width) // 5)
-    room = max(6, (width - token - numbers - 3 * GAP) / 2)
+    room = max(6, (width - token - apart - 3 * GAP) / 2)
     predictions = int(min(max([20, *needed]), room))
     titles = (f"First (Top {top_n})", f"Other (Top {top_n})")
     return [
         Column("Real Token", token),
         *(Column(title, predictions) for title in titles),
-        Column(_numbers_title(width >= FULL), numbers),
+        Column(_numbers_title(width >= FULL), apart),
     ]
 
 
@@ -121,10 +121,10 @@ def _token_cells(pair: TokenComparison, columns: list[Column]) -> list[str | Tex
     if not pair.is_extracted:
         return [Text(text, style=GREY), Text(predictions_cell(pair.first).plain, style=GREY), "", ""]
     predictions = (predictions_cell(token, columns[1].width) for token in (pair.first, pair.other))
-    numbers = f"{' ' if pair.agrees else APART} {pair.kl:>6.3f}"
+    apart = f"{' ' if pair.agrees else APART} {pair.kl:>6.3f}"
     if columns[3].title == _numbers_title(True):
-        numbers += f"  {pair.log_prob_change:>+7.2f}"
-    return [Text(text, style="" if pair.agrees else UNEXPECTED), *predictions, numbers]
+        apart += f"  {short_nats(pair.log_prob_change, '+'):>7}"
+    return [Text(text, style="" if pair.agrees else UNEXPECTED), *predictions, apart]
 
 
 # --- two datasets ---
@@ -134,7 +134,7 @@ def print_datasets(comparison, console: Console) -> None:
     """Print a ``DatasetComparison``: counts, histogram, the tokens and conversations furthest apart, totals."""
     print_sources("Dataset Comparison", comparison.first, comparison.other, console)
     counts = [
-        f"{comparison.num_conversations:,} conversations compared",
+        f"{count_text(comparison.num_conversations, 'conversation')} compared",
         f"{comparison.only_in_first:,} only in the first",
         f"{comparison.only_in_other:,} only in the other",
         f"{comparison.num_different:,} with other tokens, left out",
@@ -147,18 +147,9 @@ def print_datasets(comparison, console: Console) -> None:
 
 
 def _print_histogram(histogram: Histogram, console: Console) -> None:
-    columns = [Column("KL (nats)", 14), Column("    Tokens", 10), Column(" Share", 6)]
-    bar = int(min(BAR, max(1, table_width(console) - 30 - 3 * GAP)))
-    rows = (
-        [
-            f"{low:g} and more" if high is None else f"{low:g} to {high:g}",
-            f"{count:>10,}",
-            f"{count / sum(histogram.counts):>6.1%}",
-            "█" * math.ceil(bar * count / max(histogram.counts)),
-        ]
-        for low, high, count in histogram.bins
-    )
-    print_table([*columns, Column("", bar)], rows, console)
+    names = [f"{low:g} and more" if high is None else f"{low:g} to {high:g}" for low, high, _ in histogram.bins]
+    tokens = numbers("Tokens", [f"{count:,}" for count in histogram.counts])
+    print_fitting([labels("KL (nats)", names), tokens, shares("Share", histogram.counts)], ["Share"], console)
 
 
 def _print_tokens(tokens: list[ApartToken], console: Console) -> None:
@@ -170,24 +161,32 @@ def _print_tokens(tokens: list[ApartToken], console: Console) -> None:
 def _apart_columns(width: float) -> list[Column]:
     is_roomy = width >= ROOMY
     text = 20 if is_roomy else int(min(14, max(6, (width - 7 - 3 * GAP) / 3)))
-    numbers = "     KL    log p    other" if is_roomy else "     KL"
-    columns = [*(Column(title, text) for title in ("Real Token", "First", "Other")), Column(numbers, len(numbers))]
+    logs = "     KL    log p    other" if is_roomy else "     KL"
+    columns = [*(Column(title, text) for title in ("Real Token", "First", "Other")), Column(logs, len(logs))]
     left = width - sum(column.width for column in columns) - 4 * GAP
     return [*columns, Column("Where", int(min(PLACE, left)))] if width >= PLACED else columns
 
 
 def _apart_cells(token: ApartToken, columns: list[Column]) -> list[str]:
     predictions = (token.prediction, token.other_prediction)
-    numbers = f"{token.kl:>7.3f}  {token.log_prob:>7.2f}  {token.other_log_prob:>7.2f}"[: columns[3].width]
-    cells = [quoted(token.text), *(_predicted(prediction, columns[1].width) for prediction in predictions), numbers]
+    logs = f"{token.kl:>7.3f}  {short_nats(token.log_prob):>7}  {short_nats(token.other_log_prob):>7}"
+    cells = [
+        quoted(token.text),
+        *(_predicted(prediction, columns[1].width) for prediction in predictions),
+        logs[: columns[3].width],
+    ]
     return [*cells, _place(token, columns[4].width)] if len(columns) > 4 else cells
 
 
-def _predicted(prediction: Prediction, width: int) -> str:
-    """Text and probability; a long text is cut, the probability is not."""
+def _predicted(prediction: Prediction | None, width: int) -> str:
+    """Text and probability; a long text is cut, the probability is not. Few cells have the text alone."""
+    whole = prediction_text(prediction)
+    if cell_len(whole) <= width:
+        return whole
+    if width < PREDICTED:
+        return quoted(prediction.text)
     probability = f"({short_probability(prediction.probability)})"
-    text = quoted(prediction.text)
-    return fit(text, min(cell_len(text), width - len(probability))).plain + probability
+    return fit(quoted(prediction.text), width - len(probability)).plain + probability
 
 
 def _place(token: ApartToken, width: int) -> str:
@@ -200,15 +199,12 @@ def _place(token: ApartToken, width: int) -> str:
 
 def _print_conversations(conversations: list[ApartConversation], console: Console) -> None:
     console.print("Conversations where they part most:", markup=False, style="bold", soft_wrap=True)
-    columns = [Column("   Row", 6), Column("Mean KL", 7)]
-    if table_width(console) >= FULL:
-        columns += [Column("Tokens", 6), Column(f"{'Perplexities':>17}", 17)]
-    left = table_width(console) - sum(column.width + GAP for column in columns)
-    columns.append(Column("Question", int(min(80, left))))
-    print_table(columns, (_conversation_cells(found, len(columns)) for found in conversations), console)
-
-
-def _conversation_cells(found: ApartConversation, count: int) -> list[str]:
-    perplexities = f"{found.perplexity:>8.2f} {found.other_perplexity:>8.2f}"
-    numbers = [f"{found.sample_index:>6}", f"{found.mean_kl:>7.3f}", f"{found.num_tokens:>6}", perplexities]
-    return [*numbers[: count - 1], quoted(found.question, space=" ")]
+    parts = [
+        numbers("Row", [f"{found.sample_index}" for found in conversations]),
+        numbers("Mean KL", [f"{found.mean_kl:.3f}" for found in conversations]),
+        numbers("Tokens", [f"{found.num_tokens:,}" for found in conversations]),
+        numbers("Perplexity", [short_perplexity(found.perplexity) for found in conversations]),
+        numbers("Other's", [short_perplexity(found.other_perplexity) for found in conversations]),
+        Part("Question", [quoted(found.question, space=" ") for found in conversations], 8, 80),
+    ]
+    print_fitting(parts, ["Tokens", "Other's", "Perplexity"], console)

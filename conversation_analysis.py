@@ -1,30 +1,30 @@
 """One stored conversation, analysed: what ``execute_analysis`` gives, in every form that it can be looked at."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rich.console import Console
 
-from html_page import framed
+from errors import UsageError
 from plain_json import json_text
-from token_analysis import PROMPT, TokenAnalysis, Totals, total
+from shown_result import ShownTokens
+from token_analysis import PROMPT, TokenAnalysis, Totals, near_answers, total
 from token_page import conversation_page
 from token_report import default_console, print_chosen_tokens, print_parts, print_token_table, totals_parts
 
-PROMPT_END = 4  # prompt tokens that the table shows before each answer
-
 Choice = int | Callable[[TokenAnalysis], bool]
+KEEP = object()  # as it is
 
 
-@dataclass(frozen=True)
-class Analysis(Sequence):
+@dataclass(frozen=True, repr=False)
+class Analysis(ShownTokens, Sequence):
     """A conversation's tokens, all of them, in order; a sequence of ``TokenAnalysis``.
 
     ``messages`` are the conversation as it is stored, ``sample_index`` its row. What is shown follows from ``top_n``
     predictions a token, ``show_prompt`` (None: its end in a table, all of it elsewhere), and ``only``: the n most
-    surprising tokens, or those extracted ones for which a function of a ``TokenAnalysis`` is true.
+    surprising tokens, or those extracted ones for which a function of a ``TokenAnalysis`` is true. Raises UsageError
+    for numbers below 1.
     """
 
     tokens: list[TokenAnalysis]
@@ -36,15 +36,28 @@ class Analysis(Sequence):
     show_prompt: bool | None = None
     only: Choice | None = None
 
+    def __post_init__(self):
+        for name in ("top_n", "only"):
+            number = getattr(self, name)
+            if isinstance(number, int) and number < 1:
+                raise UsageError(f"{name} {number}: expected 1 or more")
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index):
         return self.tokens[index]
 
-    def showing(self, only: Choice | None = None, show_prompt: bool | None = None) -> "Analysis":
-        """The same analysis with another choice of what is shown."""
-        return replace(self, only=only, show_prompt=show_prompt)
+    def __repr__(self) -> str:
+        return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {len(self)} tokens>"
+
+    def showing(self, only=KEEP, show_prompt=KEEP, top_n=KEEP) -> "Analysis":
+        """The same analysis with another choice of what is shown; ``top_n`` may only become smaller."""
+        given = {"only": only, "show_prompt": show_prompt, "top_n": top_n}
+        chosen = replace(self, **{name: value for name, value in given.items() if value is not KEEP})
+        if chosen.top_n > self.top_n:
+            raise UsageError(f"top_n {top_n}: {self.top_n} predictions a token are at hand; analyse again for more")
+        return replace(chosen, tokens=[replace(t, predictions=t.predictions[: chosen.top_n]) for t in self.tokens])
 
     @cached_property
     def totals(self) -> Totals:
@@ -65,35 +78,21 @@ class Analysis(Sequence):
         """Print "Detailed Token Analysis:" and the totals. A terminal gets lines that fit it, a pipe whole ones."""
         console = console or default_console()
         if self.only is None:
-            shown = [token for i, token in enumerate(self.tokens) if self._is_in_table(i)]
-            print_token_table(shown, self.top_n, console)
+            print_token_table(self._table, self.top_n, console)
         else:
             print_chosen_tokens(self.shown, self.tokens, self.top_n, console)
         print_parts(totals_parts(self.totals), console)
 
-    def _is_in_table(self, i: int) -> bool:
-        if self.show_prompt or self.tokens[i].status != PROMPT:
-            return True
-        ahead = self.tokens[i : i + PROMPT_END + 1]
-        return self.show_prompt is None and any(token.status != PROMPT for token in ahead)
-
-    def __str__(self) -> str:
-        buffer = io.StringIO()
-        self.print(Console(file=buffer, highlight=False, width=200, force_terminal=False))
-        return buffer.getvalue().rstrip("\n")
-
-    def __repr__(self) -> str:
-        return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {len(self)} tokens>"
+    @property
+    def _table(self) -> list[TokenAnalysis]:
+        if self.show_prompt is not None:
+            return self.shown
+        near = near_answers([token.status for token in self.tokens])
+        return [token for token, is_near in zip(self.tokens, near, strict=True) if is_near]
 
     def to_dicts(self) -> list[dict]:
         """A dict a shown token; what is not known is None."""
         return [token.as_dict() for token in self.shown]
-
-    def to_frame(self):
-        """A pandas DataFrame, a row a shown token. Needs pandas."""
-        import pandas
-
-        return pandas.DataFrame(self.to_dicts())
 
     def to_json(self) -> str:
         """What is shown, the totals, and which row of which dataset it is, as one JSON object."""
@@ -109,6 +108,3 @@ class Analysis(Sequence):
     def to_html(self) -> str:
         """The page: one file that needs nothing else."""
         return conversation_page(self)
-
-    def _repr_html_(self) -> str:
-        return framed(self.to_html())

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rich.console import Console
@@ -20,15 +20,15 @@ from comparison_numbers import (
 from comparison_page import comparison_page
 from comparison_report import print_conversation
 from errors import ToolkitError, UsageError
-from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
+from shown_result import ShownTokens
 from token_analysis import label_tokens, with_predictions
-from token_report import default_console
+from token_report import count_text, default_console
 
 
-@dataclass(frozen=True)
-class Comparison(Sequence):
+@dataclass(frozen=True, repr=False)
+class Comparison(ShownTokens, Sequence):
     """A conversation's tokens, all of them, in order, as both models see them; a sequence of ``TokenComparison``.
 
     ``sample_index`` and ``other_sample_index`` are its rows. ``top_n`` predictions a token and model are shown, and
@@ -54,7 +54,11 @@ class Comparison(Sequence):
 
     def __repr__(self) -> str:
         ids = (self.first.logit_dataset_id, self.other.logit_dataset_id)
-        return f"<Comparison of row {self.sample_index} of {ids[0]} with {ids[1]}: {len(self)} tokens>"
+        return f"<Comparison of row {self.sample_index} of {ids[0]} with {ids[1]}: {count_text(len(self), 'token')}>"
+
+    def showing(self, only: int | None = None) -> "Comparison":
+        """The same comparison with another choice of what is shown."""
+        return replace(self, only=only)
 
     @cached_property
     def shown(self) -> list[TokenComparison]:
@@ -67,18 +71,19 @@ class Comparison(Sequence):
         """Print a line a token and the totals. A terminal gets lines that fit it, a pipe whole ones."""
         print_conversation(self, console or default_console())
 
+    def to_dicts(self) -> list[dict]:
+        """A dict a shown token; what is not known is None."""
+        return [token.as_dict() for token in self.shown]
+
     def to_json(self) -> str:
         """What is shown, the totals, and which rows of which datasets it is, as one JSON object."""
         names = ("first", "other", "sample_index", "other_sample_index", "source_index", "totals")
         content = {name: getattr(self, name) for name in names}
-        return json_text({**content, "tokens": [token.as_dict() for token in self.shown]})
+        return json_text({**content, "tokens": self.to_dicts()})
 
     def to_html(self) -> str:
         """The page: one file that needs nothing else."""
         return comparison_page(self)
-
-    def _repr_html_(self) -> str:
-        return framed(self.to_html())
 
 
 def compare_analyses(
@@ -98,7 +103,7 @@ def compare_analyses(
     """
     refuse_other_tokenizer(first, other)
     row = first.read_row(sample_index)
-    other_index, other_row = _row_of(other, row["source_index"])
+    other_index, other_row = _row_of(other, row["source_index"], sample_index % first.num_rows)
     if not has_same_tokens(row, other_row):
         raise ToolkitError(
             f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
@@ -130,8 +135,14 @@ def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
         )
 
 
-def _row_of(dataset: StoredDataset, source_index: int) -> tuple[int, dict]:
-    """The stored row of a source row and its number. Rows are in the order of their source rows."""
+def _row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int, dict]:
+    """The stored row of a source row and its number, which is ``likely`` unless the datasets lack different rows.
+
+    Rows are in the order of their source rows.
+    """
+    row = dataset.read_row(likely) if likely < dataset.num_rows else None
+    if row is not None and row["source_index"] == source_index:
+        return likely, row
     numbers = range(dataset.num_rows)
     found = bisect.bisect_left(numbers, source_index, key=lambda i: dataset.read_row(i)["source_index"])
     row = dataset.read_row(found) if found < dataset.num_rows else None

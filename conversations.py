@@ -184,3 +184,9 @@ def _extra_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise ToolkitError(f"column messages: extra is no JSON object: {text:.40}")
     return value
+
+
+def question_of(messages: list[dict], length: int = 80) -> str:
+    """How a conversation's first user message begins, "" without one."""
+    questions = (message["content"] for message in messages if message["role"] == "user")
+    return (next(questions, None) or "")[:length]

@@ -23,22 +23,21 @@ from comparison_numbers import (
 from comparison_page import datasets_page
 from comparison_report import print_datasets
 from conversation_comparison import has_same_tokens, refuse_other_tokenizer, source_of
+from conversations import question_of
 from errors import ToolkitError
 from histograms import Histogram, count_in_bins
-from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
-from stored_numbers import RowNumbers
-from token_analysis import Prediction
-from token_report import CONTEXT_TOKENS, default_console
+from shown_result import ShownResult
+from token_analysis import first_prediction
+from token_report import CONTEXT_TOKENS, count_text, default_console
 from visible_text import whole_characters
 
 APART_TOKENS, APART_CONVERSATIONS = 20, 5
-QUESTION = 80  # characters of a question
 
 
-@dataclass(frozen=True)
-class DatasetComparison:
+@dataclass(frozen=True, repr=False)
+class DatasetComparison(ShownResult):
     """Two datasets over all the conversations that they share.
 
     ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
@@ -69,8 +68,10 @@ class DatasetComparison:
         """The page: one file that needs nothing else."""
         return datasets_page(self)
 
-    def _repr_html_(self) -> str:
-        return framed(self.to_html())
+    def __repr__(self) -> str:
+        counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.totals.num_tokens, 'token')}"
+        ids = f"{self.first.logit_dataset_id} with {self.other.logit_dataset_id}"
+        return f"<DatasetComparison of {ids}: {counts}, mean KL ≥ {self.totals.mean_kl:.4f} nats>"
 
 
 def compare_datasets(
@@ -92,8 +93,9 @@ def compare_datasets(
                 num_different += 1
     if not findings.num_conversations:
         raise ToolkitError(
-            f"{first.dataset_id} and {other.dataset_id} share no conversation ({num_different} source rows are in "
-            "both, with other tokens); expected datasets extracted from the same source with the same template"
+            f"{first.dataset_id} and {other.dataset_id} share no conversation "
+            f"({count_text(num_different, 'source row')} in both, with other tokens); expected datasets extracted "
+            "from the same source with the same template"
         )
     return findings.told(first, other, num_different)
 
@@ -186,18 +188,12 @@ def _apart_token(
         kl=float(compared.kl[i]),
         log_prob=float(compared.first.log_probs[i]),
         other_log_prob=float(compared.other.log_probs[i]),
-        prediction=_first_prediction(compared.first, i, tokenizer),
-        other_prediction=_first_prediction(compared.other, i, tokenizer),
+        prediction=first_prediction(compared.first, i, tokenizer),
+        other_prediction=first_prediction(compared.other, i, tokenizer),
     )
 
 
-def _first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction:
-    token_id = int(numbers.top_ids[i, 0])
-    return Prediction(token_id, token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
-
-
 def _apart_conversation(sample_index: int, row: dict, totals: ComparisonTotals) -> ApartConversation:
-    questions = (message["content"] or "" for message in row["messages"] if message["role"] == "user")
     return ApartConversation(
         sample_index=sample_index,
         source_index=row["source_index"],
@@ -205,5 +201,5 @@ def _apart_conversation(sample_index: int, row: dict, totals: ComparisonTotals) 
         mean_kl=totals.mean_kl,
         perplexity=totals.perplexity,
         other_perplexity=totals.other_perplexity,
-        question=next(questions, "")[:QUESTION],
+        question=question_of(row["messages"]),
     )

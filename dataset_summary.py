@@ -14,20 +14,21 @@ from tqdm import tqdm
 
 import summary_report
 from chat_alignment import Alignment, AlignmentError, RowAligner, token_text
+from conversations import question_of
 from histograms import Histogram, count_in_bins
-from html_page import framed
 from logit_dataset import StoredDataset
 from plain_json import json_text
+from shown_result import ShownResult
 from stored_numbers import RowNumbers, row_numbers
 from summary_page import summary_page
-from token_analysis import Prediction
-from token_report import CONTEXT_TOKENS, default_console
+from token_analysis import Prediction, first_prediction
+from token_report import CONTEXT_TOKENS, count_text, default_console, short_perplexity
 from visible_text import whole_characters
 
 BINS = 10  # of calibration
 NATS = np.arange(21) / 2  # lower ends of the histograms' bins
 EXTREMES, LOSSES = 5, 20  # conversations and tokens that are listed
-QUESTION = 80  # characters
+TOP = 5  # of top5_rate
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,17 @@ class ColumnSize:
     bytes_per_token: float
 
 
-@dataclass(frozen=True)
-class DatasetSummary:
+@dataclass(frozen=True, repr=False)
+class DatasetSummary(ShownResult):
     """What a logit dataset holds and how well the model knew it.
 
     Means are over the extracted tokens, in nats; rates and ``stored`` (the probability within the nucleus) are shares
-    of 1. Calibration is the most probable token's against the text; ``calibration_error`` is the expected one (Guo et
-    al. 2017, equation 3). ``kept`` is of the nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in
-    both lists; tokens go by their loss, those of the vocabulary by their total loss.
+    of 1. A real token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, though it may be
+    among the first five: with any, ``top5_is_bound``, and the rate is at least so much. Where nothing was drawn from
+    the tails, ``entropy_is_bound``, and each entropy is at least so much. Calibration is the most probable token's
+    against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
+    nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
+    of the vocabulary by their total loss.
     """
 
     dataset_id: str
@@ -110,8 +114,10 @@ class DatasetSummary:
     perplexity: float
     top1_rate: float
     top5_rate: float
+    top5_is_bound: bool
     in_nucleus_rate: float
     mean_entropy: float
+    entropy_is_bound: bool
     stored: float
     calibration: list[ReliabilityBin]
     calibration_error: float
@@ -139,8 +145,9 @@ class DatasetSummary:
         """The page: one file that needs nothing else."""
         return summary_page(self)
 
-    def _repr_html_(self) -> str:
-        return framed(self.to_html())
+    def __repr__(self) -> str:
+        counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.num_tokens, 'token')}"
+        return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {short_perplexity(self.perplexity)}>"
 
 
 def summarize(dataset: StoredDataset, tokenizer, chat_template: str | None = None) -> DatasetSummary:
@@ -164,11 +171,12 @@ class _Tally:
     """Sums, counts and extremes of the rows added so far."""
 
     def __init__(self, tokenizer):
-        self.text = partial(token_text, tokenizer)
+        self.tokenizer, self.text = tokenizer, partial(token_text, tokenizer)
         self.sums: Counter = Counter()  # by the names of the means that they become
         self.reliability = np.zeros((3, BINS))  # positions, probabilities, real tokens
         self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
         self.kept = 0  # becomes (K + 1,) int64
+        self.top5_is_bound = self.entropy_is_bound = False
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.token_counts, self.token_losses = np.zeros(vocab_size, np.int64), np.zeros(vocab_size)
         self.most_confident: list[ConversationSummary] = []
@@ -182,11 +190,13 @@ class _Tally:
         self.sums.update(
             mean_nll=losses.sum(),
             top1_rate=(numbers.ranks == 1).sum(),
-            top5_rate=((numbers.ranks >= 1) & (numbers.ranks <= 5)).sum(),
+            top5_rate=((numbers.ranks >= 1) & (numbers.ranks <= TOP)).sum(),
             in_nucleus_rate=(numbers.ranks >= 1).sum(),
             mean_entropy=numbers.entropies.sum(),
             stored=(1 - numbers.tail_mass).sum(),
         )
+        self.top5_is_bound |= bool(((numbers.ranks == 0) & (numbers.kept < TOP)).any())
+        self.entropy_is_bound |= numbers.entropy_is_bound
         self._add_distributions(numbers)
         np.add.at(self.token_counts, token_ids, 1)
         np.add.at(self.token_losses, token_ids, losses)
@@ -203,9 +213,7 @@ class _Tally:
         self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
 
     def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
-        questions = (message["content"] for message in row["messages"] if message["role"] == "user")
-        question = (next(questions, None) or "")[:QUESTION]
-        perplexity = _perplexity(losses.mean())
+        perplexity, question = _perplexity(losses.mean()), question_of(row["messages"])
         found = ConversationSummary(sample_index, row["source_index"], len(losses), perplexity, question)
         self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, found], lambda one: one.perplexity)
         self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, found], lambda one: one.perplexity)
@@ -216,15 +224,11 @@ class _Tally:
         found = []
         for i in np.argsort(log_probs, kind="stable")[:LOSSES]:
             if log_probs[i] < least:
-                place, first = int(positions[i]), self._first_prediction(numbers, i)
+                place, first = int(positions[i]), first_prediction(numbers, i, self.tokenizer)
                 near = alignment.input_ids[max(0, place - CONTEXT_TOKENS) : place + 1]
                 *before, text = map(self.text, near.tolist())
                 found.append(TokenLoss(sample_index, place, text, whole_characters(before), float(log_probs[i]), first))
         self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *found], lambda one: one.log_prob)
-
-    def _first_prediction(self, numbers: RowNumbers, i: int) -> Prediction | None:
-        token_id = int(numbers.top_ids[i, 0])
-        return Prediction(token_id, self.text(token_id), float(numbers.top_probs[i, 0])) if numbers.kept[i] else None
 
     def summary(self, dataset: StoredDataset) -> DatasetSummary:
         """What was added, of which there is at least one row."""
@@ -238,6 +242,8 @@ class _Tally:
             num_tokens=tokens,
             perplexity=_perplexity(means["mean_nll"]),
             **means,
+            top5_is_bound=self.top5_is_bound,
+            entropy_is_bound=self.entropy_is_bound,
             calibration=[_reliability_bin(i, *column) for i, column in enumerate(self.reliability.T.tolist())],
             calibration_error=float(abs(right - confidence).sum()) / tokens,
             entropies=Histogram(NATS.tolist(), self.entropies.tolist(), is_open_ended=True),

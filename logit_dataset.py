@@ -56,7 +56,9 @@ class StoredDataset:
         self._refuse_empty()
         rows = self.num_rows
         if not -rows <= sample_index < rows:
-            raise UsageError(f"sample_index {sample_index}: {self.dataset_id} has {rows} rows, 0 to {rows - 1}")
+            raise UsageError(
+                f"sample_index {sample_index}: {self.dataset_id} has {rows} row{'s' * (rows > 1)}, 0 to {rows - 1}"
+            )
         row_number = offset = sample_index % rows
         for shard in self.shards:
             if offset < shard.num_rows:
@@ -121,7 +123,10 @@ class StoredDataset:
 
 def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     """Open a local folder or a Hub dataset, the latter pinned to the commit that ``revision`` names now."""
-    revision = None if Path(dataset_id).is_dir() else resolve_commit(dataset_id, "dataset", revision)
+    is_local = Path(dataset_id).is_dir()
+    if is_local and revision is not None:
+        raise UsageError(f"--revision {revision}: {dataset_id} is a local folder, which has no revisions")
+    revision = None if is_local else resolve_commit(dataset_id, "dataset", revision)
     extraction = read_json(_fetch(dataset_id, EXTRACTION_FILE, revision), f"{dataset_id}: {EXTRACTION_FILE}")
     check_extraction(extraction, dataset_id)
     listing = read_json(_fetch(dataset_id, SHARDS_FILE, revision), f"{dataset_id}: {SHARDS_FILE}")

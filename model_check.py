@@ -16,6 +16,7 @@ from tqdm import tqdm
 from chat_alignment import AlignmentError, RowAligner
 from content_hash import hash_files
 from errors import ToolkitError, UsageError
+from fitted_table import Part, numbers, print_fitting, print_line
 from hub_access import is_commit
 from logit_codec import RowError
 from logit_dataset import StoredDataset
@@ -23,24 +24,25 @@ from plain_json import json_text
 from recorded_tokenizer import recorded_place
 from row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
 from shard_files import DamagedShard
-from token_report import Column, default_console, print_table
+from shown_result import ShownResult
+from token_report import count_text, default_console
 from visible_text import code_of
 
 CLEARLY = 2  # errors in place must be smaller by this factor than one position off
 NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
 SHOWN_CAUSES = 5
 MEASURES = {
-    "kl_mean": "KL(true || stored), mean, nats",
+    "kl_mean": "KL(true || stored), mean",
     "kl_row": "KL, largest mean of a row",
     "kl_position": "KL, largest of a position",
-    "logsumexp": "logsumexp, largest difference",
-    "token_log_probs": "token_log_probs, largest difference",
+    "logsumexp": "logsumexp, largest error",
+    "token_log_probs": "token_log_probs, largest error",
     "in_order": "nucleus ids equal in order, share",
 }
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(ShownResult):
     """What was held against which model, and what came of it.
 
     ``figures`` are in nats but for ``in_order``, a share of the positions: ``kl_mean`` over all of them, ``kl_row`` the
@@ -51,7 +53,7 @@ class Verification:
     """
 
     dataset_id: str
-    model: str
+    model_id: str
     dtype: str
     device: str
     num_rows: int
@@ -65,34 +67,52 @@ class Verification:
     def holds(self) -> bool:
         return not self.causes
 
+    def __repr__(self) -> str:
+        counts = f"{count_text(self.num_rows, 'conversation')}, {count_text(self.num_tokens, 'token')}"
+        return f"<Verification of {self.dataset_id}: {counts}, {'holds up' if self.holds else 'does not hold up'}>"
+
+    _repr_html_ = None  # it has no page: a notebook is to show it as text
+
     def print(self, console: Console | None = None) -> None:
-        """Print a line a measure with its limit, then that it holds up, or the causes."""
+        """Print a line a measure with its limit, the shift test, then that it holds up, or the causes."""
         console = console or default_console()
-        what = f"{self.num_rows:,} rows, {self.num_tokens:,} tokens"
-        title = f"Checked {what} against {self.model} ({self.dtype}, {self.device})"
-        console.print(_visible(title), markup=False, style="bold", soft_wrap=True)
-        print_table([Column("Measure", 40), Column("Found", 23), Column("Limit", 8)], self._lines(), console)
+        what = f"{count_text(self.num_rows, 'row')}, {count_text(self.num_tokens, 'token')}"
+        title = f"Checked {what} against {self.model_id} ({self.dtype}, {self.device})"
+        print_line(_visible(title), console, "bold")
+        self._print_figures(console)
+        self._print_shifts(console)
         more = len(self.causes) - SHOWN_CAUSES
         causes = ["Does not hold up:", *self.causes[:SHOWN_CAUSES], *([f"… and {more} more"] if more > 0 else [])]
         for line in ["Holds up: the stored numbers are the model's."] if self.holds else causes:
-            console.print(_visible(line), markup=False, style="green" if self.holds else "red", soft_wrap=True)
+            print_line(_visible(line), console, "green" if self.holds else "red")
 
-    def _lines(self) -> list[list[str]]:
-        lines = [[MEASURES[key], _short(found), _short(self.limits.get(key))] for key, found in self.figures.items()]
-        for key, means in self.shifts.items():
-            name = "KL" if key == "kl" else key
-            lines.append([f"{name}, mean error at -1, 0, +1", ", ".join(map(_short, means)), "0 least"])
-        return lines
+    def _print_figures(self, console: Console) -> None:
+        parts = [
+            Part("Measure, nats", [MEASURES[key] for key in self.figures], 16, 33),
+            numbers("Found", map(_short, self.figures.values())),
+            numbers("Limit", [_short(self.limits.get(key)) for key in self.figures]),
+        ]
+        print_fitting(parts, [], console)
+
+    def _print_shifts(self, console: Console) -> None:
+        names = ["KL" if key == "kl" else key for key in self.shifts]
+        means = zip(*self.shifts.values(), strict=True)
+        found = [
+            numbers(f"at {shift:+}" if shift else "at 0", map(_short, at))
+            for shift, at in zip(SHIFTS, means, strict=True)
+        ]
+        print_fitting([Part("Mean error, least at 0", names, 10, 22), *found], [], console)
 
     def to_json(self) -> str:
         """All of it, and whether it holds, as one JSON object."""
-        return json_text({**asdict(self), "holds": self.holds})
+        content = asdict(self)
+        return json_text({"logit_dataset_id": content.pop("dataset_id"), **content, "holds": self.holds})
 
 
 def _short(figure: float | None) -> str:
     if figure is None or math.isnan(figure):
         return "-"
-    return f"{figure:.3f}" if figure >= 0.1 else f"{figure:.1e}"
+    return f"{figure:.3f}" if 0.1 <= figure < 999.5 else f"{figure:.1e}"
 
 
 def _visible(text: str) -> str:
@@ -118,7 +138,7 @@ def verify(
         raise UsageError(f"--verify {count}: expected 1 row or more")
     if not dataset.num_rows:
         raise ToolkitError(f"{dataset.dataset_id}: no rows yet; its extraction is not finished")
-    model = load_recorded_model(dataset.extraction, model_id, trust_remote_code)
+    model = load_recorded_model(dataset, model_id, trust_remote_code)
     return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
 
 
@@ -132,11 +152,12 @@ def spread(num_rows: int, count: int) -> list[int]:
     return [i * (num_rows - 1) // max(1, count - 1) for i in range(count)]
 
 
-def load_recorded_model(extraction: dict, model_id: str | None = None, trust_remote_code: bool = False):
+def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
     """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
     import teacher_model
 
-    source, revision = recorded_place(extraction, model_id, "model_id")
+    source, revision = recorded_place(dataset, model_id, "model_id")
+    extraction = dataset.extraction
     gguf_file, dtype, attention = (extraction[name] for name in ("gguf_file", "dtype", "attn_implementation"))
     if dtype not in KL_LIMITS:
         raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
@@ -172,7 +193,7 @@ def check_rows(
     causes += _causes(checks, dataset.extraction, model.name_or_path)
     return Verification(
         dataset_id=dataset.dataset_id,
-        model=model.name_or_path,
+        model_id=model.name_or_path,
         dtype=dtype_name(model),
         device=str(model.device),
         num_rows=len(indices),
@@ -214,7 +235,8 @@ def _causes(checks: list[RowCheck], extraction: dict, source: str) -> list[str]:
     strangers = [check for check in faulty if check.is_all_wrong]
     if not strangers or len(strangers) < NEARLY_ALL * len(checks):
         return [check.cause for check in faulty]
-    cause = f"{len(strangers)} of {len(checks)} rows are wrong throughout: {_other_model(extraction, source)}"
+    rows = f"{len(strangers)} of {count_text(len(checks), 'row')}"
+    cause = f"wrong throughout, {rows}: {_other_model(extraction, source)}"
     return [cause, *(check.cause for check in faulty if not check.is_all_wrong)]
 
 

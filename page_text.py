@@ -98,27 +98,54 @@ def _pieces(kind: str, run: str) -> list[tuple[str, str]]:
 def segments(tokens: list[TokenAnalysis], messages: list[dict]) -> list[Segment]:
     """The conversation in turns. What the assistant said is known from the mask, other turns by their text.
 
-    A prompt's message that the template has changed is not found, and stands with the template's own text.
+    A prompt's message that is not found, as the template has changed it, stands with the template's own text.
     """
+    speakers = [None if token.status == PROMPT else ASSISTANT for token in tokens]
     characters = token_characters(tokens)
-    roles = _roles_by_text(characters, messages)
-    speakers = [role if token.status == PROMPT else ASSISTANT for token, role in zip(tokens, roles, strict=True)]
+    start = 0
+    for end, before in zip(_answer_starts(speakers), _messages_before(messages, speakers), strict=False):
+        speakers[start:end] = _roles_in_prompt(characters[start:end], before)
+        start = end + next((i for i, speaker in enumerate(speakers[end:]) if speaker is None), len(speakers) - end)
     return [
         Segment(role, [token for _, token in run])
         for role, run in itertools.groupby(zip(speakers, tokens, strict=True), key=lambda pair: pair[0])
     ]
 
 
-def _roles_by_text(characters: list[str], messages: list[dict]) -> list[str | None]:
-    """The role of the message that each token is part of, found in order; None between messages."""
-    text, cursor = "".join(characters), 0
+def _answer_starts(speakers: list[str | None]) -> list[int]:
+    return [i for i, speaker in enumerate(speakers) if speaker and not (i and speakers[i - 1])]
+
+
+def _messages_before(messages: list[dict], speakers: list[str | None]) -> list[list[dict]]:
+    """The messages in each stretch of prompt; none where the answers are not those that the mask shows."""
+    answers, spans = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT], len(_answer_starts(speakers))
+    ends = answers if len(answers) == spans else answers[-1:] if spans == 1 else []
+    return [messages[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+def _roles_in_prompt(characters: list[str], messages: list[dict]) -> list[str | None]:
+    """The role of the message that each token of a stretch of prompt is part of; None for the template's own.
+
+    Messages are looked for from the end, as the template's words are mostly before them: its system prompt, headers.
+    """
+    text, roles = "".join(characters), [None] * len(characters)
     owners = [i for i, piece in enumerate(characters) for _ in piece]
-    roles: list[str | None] = [None] * len(characters)
-    for message in messages:
+    end = len(text)
+    for message in reversed(messages):
         content = (message["content"] or "").strip()
-        start = text.find(content, cursor) if content else -1
-        if start >= 0:
-            cursor = start + len(content)
-            first, last = owners[start], owners[cursor - 1]
+        place = _last_place(text, content, end, owners, characters) if content else None
+        if place is not None:
+            first, last, end = owners[place], owners[place + len(content) - 1], place
             roles[first : last + 1] = [message["role"]] * (last + 1 - first)
     return roles
+
+
+def _last_place(text: str, content: str, end: int, owners: list[int], characters: list[str]) -> int | None:
+    """Where the content stands last before ``end``, unless that is a part of a single token such as a header's."""
+    place = text.rfind(content, 0, end)
+    while place >= 0:
+        first, last = owners[place], owners[place + len(content) - 1]
+        if first != last or characters[first].strip() == content:
+            return place
+        place = text.rfind(content, 0, place + len(content) - 1)
+    return None

@@ -20,8 +20,8 @@ def open_with_tokenizer(
     ``tokenizer_id`` says where that lies now, or ``model_id`` where the whole model does. Raises ToolkitError where it
     is another tokenizer than the one recorded.
     """
-    dataset = open_dataset(dataset_id, revision)
-    source, commit = recorded_place(dataset.extraction, tokenizer_id or model_id, "tokenizer_id")
+    dataset = open_dataset(str(dataset_id), revision)
+    source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
     gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
     tokenizer = load_tokenizer(source, commit, gguf_file, trust_remote_code)
     found, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
@@ -33,18 +33,21 @@ def open_with_tokenizer(
     return dataset, tokenizer
 
 
-def recorded_place(extraction: dict, given: str | None, option: str) -> tuple[str, str | None]:
+def recorded_place(dataset: StoredDataset, given: str | None, option: str) -> tuple[str, str | None]:
     """Where the recorded model is to be loaded from, ``given`` or as recorded, and the Hub commit, None without one.
 
-    Raises ToolkitError for a recorded folder that is not there; ``option`` is what could say where it lies.
+    A folder that was recorded relative to where the extraction ran is looked for from here, and from the dataset's
+    folder upwards. Raises ToolkitError where it is not there; ``option`` is what could say where it lies.
     """
-    source, revision = extraction["model_id"], extraction["model_revision"]
+    source, revision = dataset.extraction["model_id"], dataset.extraction["model_revision"]
     if given is not None:
         return given, None
     if is_commit(revision):
         return source, revision
-    if not Path(source).exists():
-        raise ToolkitError(
-            f"the model was the local folder {source}, which is not here. Say where it lies now: --{option} FOLDER"
-        )
-    return source, None
+    above = Path(dataset.dataset_id).resolve().parents if dataset.revision is None else ()
+    for place in (Path(source), *(folder / source for folder in above)):
+        if place.exists():
+            return str(place), None
+    raise ToolkitError(
+        f"the model was the local folder {source}, which is not here. Say where it lies now: --{option} FOLDER"
+    )

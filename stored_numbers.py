@@ -12,8 +12,9 @@ class RowNumbers:
     """What a stored row says of its n extracted tokens, in nats; float64 (n,) unless said otherwise.
 
     ``log_probs`` are the real tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 where they are not
-    among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. ``top_ids`` int32 and
-    ``top_probs`` (n, K) are the nucleus in rank order, absent entries last with probability 0.
+    among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. Without draws
+    ``entropy_is_bound``: the ``entropies`` are lower bounds. ``top_ids`` int32 and ``top_probs`` (n, K) are the nucleus
+    in rank order, absent entries last with probability 0.
     """
 
     log_probs: np.ndarray
@@ -23,6 +24,7 @@ class RowNumbers:
     entropies: np.ndarray
     top_ids: np.ndarray
     top_probs: np.ndarray
+    entropy_is_bound: bool = False
 
 
 def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
@@ -45,6 +47,7 @@ def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
         + decoded.tail_mass / max(1, draws) * _surprise(decoded.sampled_log_probs),
         top_ids=decoded.top_ids,
         top_probs=top_probs,
+        entropy_is_bound=draws == 0,
     )
 
 

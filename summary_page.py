@@ -2,7 +2,8 @@
 
 from histograms import Histogram
 from html_page import render_page
-from summary_report import short_perplexity
+from summary_report import kept_groups
+from token_report import entropy_text, prediction_text, short_perplexity
 from visible_text import quoted
 
 LABELLED, TICKS = 12, 5  # up to so many bins are all labelled; of more, about so many
@@ -19,8 +20,8 @@ def summary_page(summary) -> str:
         figures=[
             _reliability(summary),
             histogram("Surprisal of the real tokens, nats", summary.surprisals),
-            histogram("Entropy of the predictions, nats", summary.entropies),
-            histogram("Nucleus entries kept a position", summary.kept, span=6),
+            histogram(f"Entropy of the predictions, nats{', at least' * summary.entropy_is_bound}", summary.entropies),
+            _kept(summary.kept),
             _sizes(summary),
             _conversations("Most confident conversations", summary.most_confident),
             _conversations("Least confident conversations", summary.least_confident),
@@ -36,9 +37,9 @@ def _tiles(summary) -> list[tuple[str, str]]:
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Perplexity", short_perplexity(summary.perplexity)),
         ("Top-1", f"{summary.top1_rate:.1%}"),
-        ("Top-5", f"{summary.top5_rate:.1%}"),
+        ("Top-5, at least" if summary.top5_is_bound else "Top-5", f"{summary.top5_rate:.1%}"),
         ("In the nucleus", f"{summary.in_nucleus_rate:.1%}"),
-        ("Mean entropy", f"{summary.mean_entropy:.2f} nats"),
+        ("Mean entropy", entropy_text(summary.mean_entropy, summary.entropy_is_bound)),
         ("Probability stored", f"{summary.stored:.1%}"),
         ("Calibration error", f"{summary.calibration_error:.3f}"),
         ("Bytes a token", f"{summary.bytes_per_token:.1f}"),
@@ -64,8 +65,13 @@ def histogram(title: str, found: Histogram, note: str = "", span: int = 4) -> di
             }
             for low, high, count in found.bins
         ],
-        "ticks": [f"{low:g}" if i % step == 0 else "" for i, (low, _, _) in enumerate(found.bins)],
+        "ticks": [_tick(low, high) if i % step == 0 else "" for i, (low, high, _) in enumerate(found.bins)],
+        "told": "; ".join(f"{_span(low, high)}: {count / total:.1%}" for low, high, count in found.bins if count),
     }
+
+
+def _tick(low: float, high: float | None) -> str:
+    return f"{low:g}+" if high is None else f"{low:g}"
 
 
 def _span(low: float, high: float | None) -> str:
@@ -110,6 +116,12 @@ def bars(title: str, rows: list[tuple[str, float, str]], note: str = "") -> dict
     }
 
 
+def _kept(kept: Histogram) -> dict:
+    groups, total = kept_groups(kept), max(1, sum(kept.counts))
+    rows = [(name, count, f"{count / total:.1%}") for name, count in groups]
+    return bars("Nucleus entries kept a position", rows, f"{len(kept.counts) - 1} at most")
+
+
 def _sizes(summary) -> dict:
     rows = [(one.column, one.num_bytes, f"{one.bytes_per_token:.2f}") for one in summary.columns]
     return bars("Bytes a token by column, compressed", rows, f"{summary.num_bytes:,} bytes in all")
@@ -148,7 +160,7 @@ def _losses(losses: list) -> dict:
             context(one.before),
             quoted(one.text),
             f"{one.log_prob:.2f}",
-            f"{quoted(one.prediction.text)} {one.prediction.probability:.2f}" if one.prediction else "",
+            prediction_text(one.prediction),
         ]
         for one in losses
     ]

@@ -10,6 +10,7 @@ import chat_alignment
 from stored_numbers import RowNumbers
 
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
+PROMPT_END = 4  # prompt tokens that a table shows before each answer
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class TokenAnalysis:
 
     ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the real token's, exact,
     in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
-    ``tail_mass`` the probability outside the nucleus; ``entropy`` in nats, nucleus plus unbiased tail. ``text`` has a
-    character's lone bytes as surrogate escapes (PEP 383).
+    ``tail_mass`` the probability outside the nucleus; ``entropy`` in nats, nucleus plus unbiased tail, or a lower
+    bound where no tail was drawn (``entropy_is_bound``). ``text`` has a character's lone bytes as surrogate escapes
+    (PEP 383).
     """
 
     position: int
@@ -42,6 +44,7 @@ class TokenAnalysis:
     tail_mass: float | None = None
     entropy: float | None = None
     predictions: list[Prediction] = field(default_factory=list)
+    entropy_is_bound: bool = False
 
     @property
     def is_extracted(self) -> bool:
@@ -65,13 +68,27 @@ class TokenAnalysis:
 
 @dataclass(frozen=True)
 class Totals:
-    """An answer, or several, in five numbers: rates and ``stored`` are shares of 1, entropy is in nats."""
+    """An answer in five numbers: rates and ``stored`` are shares of 1, entropy is in nats, maybe a lower bound."""
 
     num_tokens: int
     perplexity: float
     top1_rate: float
     mean_entropy: float
     stored: float
+    entropy_is_bound: bool
+
+
+def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | None:
+    """The most probable stored token at an extracted position, None where none is stored."""
+    token_id = int(numbers.top_ids[i, 0])
+    if not numbers.kept[i]:
+        return None
+    return Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
+
+
+def near_answers(statuses: list[str]) -> list[bool]:
+    """For every token of a conversation, whether a table shows it: all but prompts, of which it shows the ends."""
+    return [any(status != PROMPT for status in statuses[i : i + PROMPT_END + 1]) for i in range(len(statuses))]
 
 
 def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAnalysis]:
@@ -98,6 +115,7 @@ def _told(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: i
         kept=int(numbers.kept[i]),
         tail_mass=float(numbers.tail_mass[i]),
         entropy=float(numbers.entropies[i]),
+        entropy_is_bound=numbers.entropy_is_bound,
         predictions=[
             Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), probability)
             for token_id, probability in zip(
@@ -116,4 +134,5 @@ def total(tokens: Iterable[TokenAnalysis]) -> Totals:
         top1_rate=float(np.mean([token.rank == 1 for token in extracted])),
         mean_entropy=float(np.mean([token.entropy for token in extracted])),
         stored=1 - float(np.mean([token.tail_mass for token in extracted])),
+        entropy_is_bound=any(token.entropy_is_bound for token in extracted),
     )

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from html_page import render_page
 from page_text import characters_of_parts, pieces_of, segments, token_characters
-from token_analysis import PROMPT, SKIPPED, TokenAnalysis, Totals
-from token_report import rank_text, short_probability, text_before
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals
+from token_report import entropy_text, rank_text, short_perplexity, short_probability, text_before
 from visible_text import quoted
 
 SURPRISAL_SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)
 LISTED = 12
+OTHER_BARS = 3  # beside the predictions: the real token's, other stored ones, the tail
 STRIP_BARS = 800
 PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
 
@@ -54,6 +55,7 @@ def conversation_page(analysis) -> str:
         messages=analysis.messages,
         measure=Measure("Surprisal", lambda token: token.surprisal, SURPRISAL_SHADES, _mark),
         detail=_detail,
+        rows=analysis.top_n + OTHER_BARS,
         listed=chosen,
         listed_title="Most surprising" if not callable(analysis.only) else "Chosen",
         second_means="the model expected another token",
@@ -65,9 +67,9 @@ def total_tiles(totals: Totals) -> list[tuple[str, str]]:
     """An answer's numbers for the head of a page."""
     return [
         ("Tokens", f"{totals.num_tokens:,}"),
-        ("Perplexity", f"{totals.perplexity:.2f}"),
+        ("Perplexity", short_perplexity(totals.perplexity)),
         ("Top-1 agreement", f"{totals.top1_rate:.1%}"),
-        ("Mean entropy", f"{totals.mean_entropy:.2f} nats"),
+        ("Mean entropy", entropy_text(totals.mean_entropy, totals.entropy_is_bound)),
         ("Probability stored", f"{totals.stored:.1%}"),
     ]
 
@@ -78,9 +80,13 @@ def token_page(
     measure: Measure,
     detail: Callable[[TokenAnalysis], dict],
     listed: list[TokenAnalysis],
+    rows: int,
     **content,
 ) -> str:
-    """A page of tokens. ``detail`` gives what is told of a token: ``told``, ``facts`` and ``groups`` of bars."""
+    """A page of tokens. ``detail`` gives what is told of one: ``told``, ``facts``, and ``groups`` of bars.
+
+    ``rows`` is how many bars and titles of groups a token has at most.
+    """
     characters = token_characters(tokens)
     parts = characters_of_parts(tokens, characters)
     spans = {
@@ -108,6 +114,7 @@ def token_page(
         strip=_strip([measure.of(token) for token in measured], measure),
         listed=[_entry(token, before[token.position], measure) for token in listed],
         has_parts=not all(characters),
+        rows=rows,
         measure=measure.name,
         legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))],
         **content,
@@ -172,17 +179,21 @@ def _mark(token: TokenAnalysis) -> str:
 
 
 def _detail(token: TokenAnalysis) -> dict:
-    place = f"Token {token.position}, id {token.token_id}"
     if not token.is_extracted:
-        why = "part of the prompt" if token.status == PROMPT else f"skipped: {token.reason}"
-        return {"told": f"{place} · {why}"}
+        return {"told": place_of(token)}
     facts = [
         ("probability", short_probability(token.probability)),
         ("rank", rank_text(token)),
         ("surprisal", f"{token.surprisal:.2f} nats"),
-        ("entropy", f"{token.entropy:.2f} nats"),
+        ("entropy", entropy_text(token.entropy, token.entropy_is_bound)),
     ]
-    return {"told": place, "facts": facts, "groups": [{"bars": prediction_bars(token)}]}
+    return {"told": place_of(token), "facts": facts, "groups": [{"bars": prediction_bars(token)}]}
+
+
+def place_of(token: TokenAnalysis) -> str:
+    """Which token it is and, where it was not extracted, why not."""
+    why = {EXTRACTED: "", PROMPT: " · part of the prompt", SKIPPED: f" · skipped: {token.reason}"}[token.status]
+    return f"Token {token.position}, id {token.token_id}{why}"
 
 
 def prediction_bars(token: TokenAnalysis) -> list[tuple]:

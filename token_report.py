@@ -9,7 +9,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis, Totals
 from visible_text import quoted, whole_characters
 
 GREY, UNEXPECTED, NOT_STORED = "bright_black", "yellow", "bold red"
@@ -159,7 +159,7 @@ def predictions_cell(token: TokenAnalysis, width: int | None = None) -> Text:
     cell = Text()
     for rank, prediction in enumerate(token.predictions, start=1):
         mark, style = ("*", "bold green") if rank == token.rank else ("", "")
-        entry = f"{quoted(prediction.text)}({prediction.probability:.2f}){mark}"
+        entry = f"{prediction_text(prediction)}{mark}"
         separator = ", " if rank > 1 else ""
         if rank > 1 and width is not None and cell_len(cell.plain + separator + entry) > width:
             break
@@ -172,7 +172,11 @@ def _numbers(token: TokenAnalysis, is_wide: bool) -> str:
     if token.status != EXTRACTED:
         return ""
     numbers = f"{short_probability(token.probability):>5}   {rank_text(token):>4}"
-    return f"{numbers}   {token.tail_mass:>4.2f}   {token.entropy:>7.2f}" if is_wide else numbers
+    return f"{numbers}   {token.tail_mass:>4.2f}   {_entropy(token):>7}" if is_wide else numbers
+
+
+def _entropy(token: TokenAnalysis) -> str:
+    return f"{'≥' if token.entropy_is_bound else ''}{token.entropy:.2f}"
 
 
 def rank_text(token: TokenAnalysis) -> str:
@@ -189,6 +193,26 @@ def short_probability(probability: float) -> str:
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
 
 
+def short_perplexity(perplexity: float) -> str:
+    """A perplexity in at most ten characters."""
+    return f"{perplexity:,.2f}" if perplexity < 999_999.995 else f"{perplexity:.1e}"
+
+
+def entropy_text(nats: float, is_bound: bool) -> str:
+    """An entropy in nats, told as a lower bound where it is one."""
+    return f"{'≥ ' if is_bound else ''}{nats:.2f} nats"
+
+
+def prediction_text(prediction: Prediction | None) -> str:
+    """A prediction as text, ``"The"(0.85)``."""
+    return f"{quoted(prediction.text)}({short_probability(prediction.probability)})" if prediction else ""
+
+
+def count_text(count: int, what: str) -> str:
+    """A count and what is counted, such as "1 token" or "1,024 tokens"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def print_parts(parts: list[str], console: Console) -> None:
     """Print an answer's numbers: a line, or several where the terminal is narrow."""
     lines = [parts[0]]
@@ -202,10 +226,10 @@ def print_parts(parts: list[str], console: Console) -> None:
 def totals_parts(totals: Totals) -> list[str]:
     """The totals in words."""
     return [
-        f"{totals.num_tokens:,} tokens",
-        f"perplexity {totals.perplexity:.2f}",
+        count_text(totals.num_tokens, "token"),
+        f"perplexity {short_perplexity(totals.perplexity)}",
         f"top-1 agreement {totals.top1_rate:.1%}",
-        f"mean entropy {totals.mean_entropy:.2f} nats",
+        f"mean entropy {entropy_text(totals.mean_entropy, totals.entropy_is_bound)}",
         f"{totals.stored:.1%} of the probability stored",
     ]
 

@@ -10,6 +10,7 @@
   const tokens = new Map([...words.querySelectorAll("[data-i]")].map((token) => [Number(token.dataset.i), token]));
   const stops = data.answer.map((position) => tokens.get(position)); // what the arrow keys stop at
   const place = new Map(data.strip.map((position, index) => [position, index]));
+  const hint = panel.firstElementChild;
   let entry = stops[0]; // where the tab key comes in
   let shown = null;
   let isKept = false;
@@ -48,6 +49,7 @@
     close.id = "close";
     close.type = "button";
     close.title = "Close (Esc)";
+    close.setAttribute("aria-label", "Close");
     close.addEventListener("click", release);
     panel.replaceChildren(close, element("h3", "", detail.token), element("p", "quiet", detail.told));
     if (detail.facts) panel.append(facts(detail.facts));
@@ -62,7 +64,7 @@
     shown = token;
     const position = Number(token.dataset.i);
     fill(data.details[position]);
-    panel.hidden = false;
+    panel.classList.remove("idle");
     panel.classList.toggle("kept", isKept);
     token.classList.toggle("open", isKept);
     marker.hidden = !place.has(position);
@@ -75,20 +77,30 @@
   };
 
   const release = () => {
+    if (panel.contains(document.activeElement)) entry.focus({ preventScroll: true });
     isKept = false;
     shown?.classList.remove("open");
     shown = null;
-    panel.hidden = marker.hidden = true;
+    marker.hidden = true;
+    panel.className = "idle";
+    panel.replaceChildren(hint);
+  };
+
+  const enterAt = (token) => {
+    entry.tabIndex = -1;
+    entry = token;
+    entry.tabIndex = 0;
+    entry.setAttribute("role", "button");
+    entry.setAttribute("aria-describedby", "panel");
   };
 
   const goTo = (token) => {
     if (!token) return;
-    entry.tabIndex = -1;
-    entry = token;
-    entry.tabIndex = 0;
+    enterAt(token);
     token.focus({ preventScroll: true });
     token.scrollIntoView({ block: "nearest" });
     keep(token);
+    panel.parentElement.scrollTop = 0;
   };
 
   // The token of the line above (-1) or below (1) that lies nearest.
@@ -128,7 +140,7 @@
   words.addEventListener("pointerleave", () => isKept || release());
   words.addEventListener("click", (event) => {
     const token = tokenOf(event);
-    if (!token) return;
+    if (!token || getSelection().type === "Range") return; // text is being selected
     if (isKept && token === shown) release();
     else goTo(token);
   });
@@ -138,9 +150,10 @@
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") return release();
-    const token = document.activeElement?.closest?.("[data-i]") ?? shown;
-    if (!token || !moves[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (document.activeElement?.tagName === "BUTTON" && ["Enter", " "].includes(event.key)) return;
+    if (!moves[event.key] || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+    const focused = document.activeElement.closest("[data-i]");
+    const token = focused ?? (isKept ? shown : null);
+    if (!token || (!focused && ["Enter", " "].includes(event.key))) return; // a button's, or the page's own
     event.preventDefault();
     const index = stops.indexOf(token);
     goTo(index < 0 ? stops[0] : moves[event.key](index));
@@ -154,5 +167,5 @@
     const button = event.target.closest("button");
     if (button) goTo(tokens.get(Number(button.dataset.go)));
   });
-  entry.tabIndex = 0;
+  enterAt(stops[0]);
 })();

@@ -76,6 +76,15 @@ DATASETS = DatasetComparison(
         ApartConversation(3, 3, 1, 2.5, 1.0, 12345.6, ""),
     ],
 )
+VAST = replace(
+    DATASETS,
+    totals=replace(TOTALS, num_tokens=10**9, perplexity=135_405.0, other_perplexity=1e9),
+    tokens=[
+        replace(DATASETS.tokens[1], log_prob=-3.4e38, other_log_prob=-1e4),
+        replace(DATASETS.tokens[0], prediction=None),
+    ],
+    conversations=[ApartConversation(10**8, 10**8, 10**5, 30.5381, 135_405.0, 1e9, "建築許可" * 20)],
+)
 
 
 def printed(found, width: int | None = None, color_system: str | None = None) -> list[str]:
@@ -97,18 +106,18 @@ def tables(lines: list[str]) -> list[list[str]]:
     return found
 
 
-SHOWN = {"conversation": CONVERSATION, "chosen": replace(CONVERSATION, only=3), "datasets": DATASETS}
+SHOWN = {"conversation": CONVERSATION, "chosen": CONVERSATION.showing(3), "datasets": DATASETS, "vast datasets": VAST}
 
 
-@pytest.mark.parametrize("width", [None, 40, 60, 80, 110, 130, 200])
+@pytest.mark.parametrize("width", [None, 40, 60, 70, 80, 110, 130, 200])
 @pytest.mark.parametrize("name", SHOWN)
 def test_columns_line_up_by_cells_and_no_line_is_too_long(name, width):
     lines = printed(SHOWN[name], width)
-    assert len(tables(lines)) == (3 if name == "datasets" else 1)
+    assert len(tables(lines)) == (3 if "datasets" in name else 1)
     for table in tables(lines):
         bars = [[cell_len(line[:i]) for i in range(len(line)) if line[i : i + 3] == " | "] for line in table]
         longest = max(bars, key=len)
-        assert len(table) > 2 and all(at == longest[: len(at)] for at in bars)
+        assert len(table) > 1 and all(at == longest[: len(at)] for at in bars)
     if width:
         assert max(map(cell_len, lines)) <= width
 
@@ -155,12 +164,11 @@ def test_a_dataset_comparisons_tables():
     )
     histogram, tokens, conversations = tables(lines)
     cells = [[part.strip() for part in line.split("|")] for line in histogram[1:]]
-    assert [row[:3] for row in cells] == [
-        ["0 to 0.1", "4,000", "80.0%"],
-        ["0.1 to 1", "999", "20.0%"],
+    assert cells == [
+        ["0 to 0.1", "4,000", f"80.0% {'█' * 43}"],
+        ["0.1 to 1", "999", f"20.0% {'█' * 10}▊"],  # 43 · 999/4000 = 10.74
         ["1 and more", "1", "0.0%"],
     ]
-    assert [len(row[3]) for row in cells] == [30, 8, 1]
     cells = [part.strip() for part in tokens[1].split(" | ")]
     assert cells == [
         '"␣building"',
@@ -169,7 +177,60 @@ def test_a_dataset_comparisons_tables():
         "10.250    -0.03  -123.40",
         "row 12 #3456 …dled by the City Planning Administration.\\n",
     ]
-    assert [part.strip() for part in conversations[1].split(" | ")][:4] == ["12", "0.289", "53", "70.42  1111.24"]
+    assert [part.strip() for part in conversations[1].split(" | ")][:5] == ["12", "0.289", "53", "70.42", "1,111.24"]
+
+
+def test_large_numbers_are_whole():
+    lines = printed(VAST)
+    assert lines[-1].startswith("1,000,000,000 tokens · mean KL") and "perplexity 135,405.00 and 1.0e+09" in lines[-1]
+    _, tokens, conversations = tables(lines)
+    assert [part.strip() for part in conversations[1].split(" | ")][:5] == [
+        "100000000",
+        "30.538",
+        "100,000",
+        "135,405.00",
+        "1.0e+09",
+    ]
+    assert [line.split(" | ")[3] for line in tokens[1:]] == [" 10.250   -3e+38   -1e+04", " 10.250    -0.03  -123.40"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 70, 80])
+def test_perplexities_that_are_shown_are_not_cut(width):
+    lines = printed(VAST, width)
+    titles, cells = ([part.strip() for part in line.split(" | ")] for line in tables(lines)[-1])
+    shown = {"Mean KL": "30.538", "Tokens": "100,000", "Perplexity": "135,405.00", "Other's": "1.0e+09"}
+    assert [cells[titles.index(title)] for title in titles[1:-1]] == [shown[title] for title in titles[1:-1]]
+    assert titles[1:-1] == list(shown) if width >= 70 else len(titles) >= 3
+    assert any("perplexity 135,405.00 and 1.0e+09" in line for line in lines)
+
+
+def test_one_is_not_many():
+    one = replace(DATASETS, num_conversations=1, totals=replace(TOTALS, num_tokens=1))
+    lines = printed(one)
+    assert lines[3].startswith("1 conversation compared · ") and lines[-1].startswith("1 token · ")
+    assert "1 conversation, 1 token, mean" in repr(one)
+
+
+def test_each_is_one_line_in_a_debugger_and_all_of_it_as_text():
+    assert repr(CONVERSATION) == f"<Comparison of row 3 of outputs/first with {OTHER.logit_dataset_id}: 12 tokens>"
+    counts = "25 conversations, 1,234 tokens, mean KL ≥ 0.1548 nats"
+    assert repr(DATASETS) == f"<DatasetComparison of outputs/first with {OTHER.logit_dataset_id}: {counts}>"
+    for found in SHOWN.values():
+        assert str(found).splitlines() == printed(found) and found._repr_html_().startswith("<iframe")
+
+
+def test_what_is_shown_as_a_frame():
+    frame = SHOWN["chosen"].to_frame()
+    assert list(frame["text"]) == ["🙂\n", "The", "東京都の塔です"] and list(frame["kl"]) == [30.5381, 1.5, 0.25]
+    assert frame["other"][1]["predictions"][0] == {"token_id": 0, "text": "A", "probability": 0.6}
+    assert len(SHOWN["chosen"].showing().to_dicts()) == len(TOKENS) == len(CONVERSATION.to_frame())
+
+
+def test_no_prediction_is_an_empty_cell():
+    cells = [part.strip() for part in tables(printed(VAST))[1][2].split(" | ")]
+    assert cells[:3] == ['"␣building"', "", '"␣constructio…(0.56)']
+    narrow = [part.strip() for part in tables(printed(VAST, 40))[1][2].split(" | ")]
+    assert narrow == ['"␣build…', "", '"␣const…', "10.250"]
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import MODEL, TEMPLATE, run_command
 
 import explore_logits
+import extract_logits
 import logit_codec
+from errors import UsageError
 from explore_logits import execute_analysis
 from logit_codec import Distributions, encode_rows
 from stored_numbers import row_numbers
@@ -87,6 +90,42 @@ def test_only_and_show_prompt_choose_in_every_form(analyses):
     assert len(analysis.to_dicts()) == len(analysis) == len(analysis.tokens)
 
 
+def test_what_is_shown_can_be_chosen_again_in_steps(analyses, real_extraction):
+    analysis = analyses[2].showing(show_prompt=False).showing(only=3).showing(top_n=2)
+    assert (analysis.show_prompt, analysis.only, analysis.top_n) == (False, 3, 2)
+    assert [len(token.predictions) for token in analysis.shown] == [2, 2, 2]
+    assert len(analyses[2].showing(only=3).showing(only=None).shown) == len(analyses[2])
+    for wrong in ({"only": 0}, {"only": -3}, {"top_n": 0}, {"top_n": 6}):
+        with pytest.raises(UsageError, match=r"expected 1 or more|5 predictions a token are at hand"):
+            analyses[2].showing(**wrong)
+    given_as_path = execute_analysis(real_extraction, quiet=True)
+    assert json.loads(given_as_path.to_json())["logit_dataset_id"] == str(real_extraction)
+    assert repr(given_as_path) == f"<Analysis of row 0 of {real_extraction}: {len(given_as_path)} tokens>"
+
+
+def test_without_draws_an_entropy_is_told_as_a_lower_bound(small_model, chat_file, tmp_path):
+    source = chat_file([{"question": "What is it?", "answer": "It is a bound."}])
+    flags = ["--model_id", small_model, "--dataset_id", source, "--output_dir", tmp_path / "out", "--num_sampled", 0]
+    assert extract_logits.main([*map(str, flags), "--chat_template", str(TEMPLATE)]) == 0
+    analysis = execute_analysis(str(tmp_path / "out"), quiet=True)
+    assert analysis.totals.entropy_is_bound and all(t.entropy_is_bound for t in analysis if t.is_extracted)
+    assert f"mean entropy ≥ {analysis.totals.mean_entropy:.2f} nats" in str(analysis)
+    assert sum("  ≥" in line for line in str(analysis).splitlines()) == analysis.totals.num_tokens
+    assert "≥ " in analysis.to_html() and json.loads(analysis.to_json())["totals"]["entropy_is_bound"]
+
+
+def test_a_relative_model_is_found_from_the_datasets_folder(real_extraction, tmp_path, monkeypatch):
+    """As `make demo` records it, looked at from elsewhere."""
+    moved = shutil.copytree(real_extraction, tmp_path / "outputs" / "demo")
+    extraction = json.loads((moved / "extraction.json").read_text(encoding="utf-8"))
+    (moved / "extraction.json").write_text(json.dumps({**extraction, "model_id": "models/smollm2"}), encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2").symlink_to(MODEL)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(execute_analysis("../outputs/demo", quiet=True)) > 50
+
+
 def test_a_frame_and_json_have_what_the_tokens_have(analyses):
     analysis = analyses[2]
     frame = analysis.to_frame()
@@ -133,7 +172,7 @@ def test_json_on_standard_output_is_that_alone(real_extraction, capsys, analyses
             ["--html", "/no/such/folder/page.html"],
             "page.html: the folder /no/such/folder is missing",
         ),
-        (["--json", "/tmp"], "--json /tmp: a folder, expected a file to write"),
+        (["--json", "/tmp"], "--json /tmp: no name of a file, expected a file to write"),
         (["--surprising", "0"], "--surprising 0: expected 1 or more"),
     ],
 )

@@ -275,6 +275,32 @@ def test_the_other_row_is_the_same_source_row(partial, smollm2):
         assert found.messages == partial[1].read_row(other_index)["messages"]
 
 
+def test_the_same_row_is_tried_first(other_extraction, both, rows, smollm2, tmp_path):
+    """Of four shards only the row's own is there: no other row can have been read."""
+    other = copied(other_extraction, tmp_path / "other", [row for _, row in rows])
+    for number in (0, 1, 2):
+        (tmp_path / "other" / f"data/00000/train-{number:05d}.parquet").unlink()
+    found = compare_analyses(both[0], other, smollm2[1], 27)
+    assert (found.sample_index, found.other_sample_index, found.source_index) == (27, 27, 27)
+    with pytest.raises(ToolkitError, match=r"no data/00000/train-00000\.parquet"):
+        compare_analyses(both[0], other, smollm2[1], 3)
+
+
+def test_an_empty_nucleus_predicts_nothing(real_extraction, both, rows, smollm2, tmp_path):
+    """And agrees with nothing, not with another empty one either."""
+    emptied = []
+    for row, _ in rows:
+        n = row["num_tokens"] * 64
+        nothing = {"top_logits_quantized": bytes(n), "top_indices_low": [0] * n, "top_indices_high": bytes(n // 4)}
+        emptied.append({**row, **nothing})
+    empty = copied(real_extraction, tmp_path / "empty", emptied)
+    found = compare_datasets(both[0], empty, smollm2[1])
+    assert all(token.other_prediction is None and token.prediction for token in found.tokens)
+    assert found.totals.agreement == 0 and found.totals.perplexity == found.totals.other_perplexity
+    assert compare_datasets(empty, empty, smollm2[1]).totals.agreement == 0
+    found.print()
+
+
 @pytest.mark.parametrize(("sample_index", "message"), [(8, "source row 10 is not in it"), (18, "has other tokens")])
 def test_another_conversation_is_refused(partial, smollm2, sample_index, message):
     with pytest.raises(ToolkitError, match=message):

@@ -28,7 +28,7 @@ def test_a_summarys_pictures_are_its_numbers(opened, summary):
     page = opened(summary)
     tiles = dict(zip(texts(page, ".tiles dt"), texts(page, ".tiles dd"), strict=True))
     assert tiles["Perplexity"] == f"{summary.perplexity:.2f}" and tiles["Tokens"] == f"{summary.num_tokens:,}"
-    for title, found in (("Surprisal", summary.surprisals), ("Entropy", summary.entropies), ("kept", summary.kept)):
+    for title, found in (("Surprisal", summary.surprisals), ("Entropy", summary.entropies)):
         figure = page.locator(".figure.histogram", has_text=title)
         heights = figure.locator(".bins i").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().height)")
         expected = [count / max(found.counts) * max(heights) for count in found.counts]
@@ -40,7 +40,9 @@ def test_a_summarys_pictures_are_its_numbers(opened, summary):
     rows = page.locator(".figure.table", has_text="largest loss").first.locator("tbody tr")
     assert rows.count() == len(summary.largest_losses)
     assert f"{summary.largest_losses[0].log_prob:.2f}" in rows.first.inner_text()
-    sizes = texts(page, ".figure.bars .number")
+    kept = page.locator(".figure.bars", has_text="entries kept").locator(".prediction")
+    assert kept.last.inner_text().split() == ["64", f"{summary.kept.counts[64] / summary.num_tokens:.1%}"]
+    sizes = page.locator(".figure.bars", has_text="Bytes").locator(".number").all_inner_texts()
     assert sum(map(float, sizes)) == pytest.approx(summary.bytes_per_token, abs=0.1)
     assert not page.complaints and [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
 
@@ -110,7 +112,12 @@ def test_the_command_gives_all_three_forms(real_extraction, other_extraction, tm
         (["--verify", "1", "--html", "page.html"], "--verify does not go with --html"),
         (["--summary", "--sample_index", "0"], "--summary does not go with --sample_index"),
         (["--compare", "x", "--summary"], "--compare does not go with --summary"),
-        (["--model_id", "x"], "--model_id is for --verify N"),
+        (["--summary", "--top_n", "5"], "--summary does not go with --top_n"),
+        (["--compare", "x", "--surprising", "3"], "--surprising with --compare is for one conversation"),
+        (["--model_id", "x"], "--model_id is for --verify"),
+        (["--compare_revision", "x"], "--compare_revision is for --compare"),
+        (["--html", "-"], "--html -: no name of a file"),
+        (["--html", "same", "--json", "same"], "--html and --json: both name same, expected two files"),
         (["--verify", "0"], "--verify 0: expected 1 row or more"),
         (["--compare", "/no/such/folder"], "no such file or folder, and no Hub id"),
     ],

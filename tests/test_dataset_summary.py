@@ -10,6 +10,7 @@ import tracemalloc
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,7 @@ from runs import shards_in
 import extract_logits
 from chat_alignment import AlignmentError
 from dataset_summary import summarize
-from errors import ToolkitError
+from errors import ToolkitError, UsageError
 from logit_dataset import open_dataset
 from shard_files import METADATA_KEY, SCHEMA, write_shard
 
@@ -114,6 +115,8 @@ def test_rates_and_means(both):
     assert summary.num_tokens == number and summary.num_conversations == len(naive.rows)
     assert summary.top1_rate == counts["first"] / number
     assert summary.top5_rate == counts["five"] / number
+    assert summary.top5_is_bound == any(one.rank is None and one.kept < 5 for one in naive.positions)
+    assert not summary.entropy_is_bound
     assert summary.in_nucleus_rate == counts["any"] / number
     assert summary.mean_nll == pytest.approx(loss / number, rel=1e-9)
     assert summary.mean_entropy == pytest.approx(entropy / number, rel=1e-9)
@@ -231,6 +234,7 @@ def test_json_has_every_number(both):
     found = json.loads(summary.to_json())
     assert found["logit_dataset_id"] == summary.dataset_id and found["perplexity"] == summary.perplexity
     assert found["kept"]["counts"] == summary.kept.counts and found["entropies"]["is_open_ended"]
+    assert found["entropy_is_bound"] is False and found["top5_is_bound"] is summary.top5_is_bound
     assert [one["question"] for one in found["most_confident"]] == [one.question for one in summary.most_confident]
     assert found["largest_losses"][0]["prediction"]["probability"] == summary.largest_losses[0].prediction.probability
 
@@ -242,6 +246,55 @@ def test_a_template_that_gives_the_same_tokens_changes_nothing(real_extraction, 
     other = TEMPLATE.read_text(encoding="utf-8").replace("helpful AI", "unhelpful AI")
     with pytest.raises(AlignmentError, match="row 0: this chat template does not fit the extraction"):
         summarize(dataset, smollm2[1], chat_template=other)
+
+
+# --- what is a lower bound ---
+
+
+def test_without_draws_entropies_are_lower_bounds(real_extraction, smollm2, tmp_path):
+    """Of the same tokens: the nuclei's part of what a dataset with draws says."""
+    pairs = {"model_id": MODEL, "dataset_id": CONVERSATIONS, "output_dir": tmp_path / "out", "chat_template": TEMPLATE}
+    flags = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
+    assert extract_logits.main([*flags, "--num_sampled", "0", "--max_samples", "32"]) == 0
+    found = summarize(open_dataset(str(tmp_path / "out")), smollm2[1])
+    assert found.entropy_is_bound and json.loads(found.to_json())["entropy_is_bound"] is True
+    expected = []
+    for row in pq.read_table(shards_in(tmp_path / "out")[0]).to_pylist():
+        for i in range(row["num_tokens"]):
+            nucleus = decode_position(row, i, TOP_K, 0)["nucleus"]
+            expected.append(-math.fsum(p * math.log(p) for _, p in nucleus))
+    assert found.mean_entropy == pytest.approx(math.fsum(expected) / len(expected), rel=1e-9)
+    whole = summarize(open_dataset(str(real_extraction)), smollm2[1])
+    print(f"mean entropy at least {found.mean_entropy}, with draws {whole.mean_entropy}")
+    assert found.mean_entropy < whole.mean_entropy and found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-5)
+    buffer = io.StringIO()
+    with redirect_stdout(buffer):
+        found.print()
+    assert f"mean entropy ≥ {found.mean_entropy:.2f} nats" in buffer.getvalue() and "| Entropy ≥ " in buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kept", "is_bound"), [(64, False), (5, False), (4, True), (1, True)])
+def test_top5_is_a_bound_where_a_nucleus_ends_before_the_fifth(copy, smollm2, kept, is_bound):
+    """Whole nuclei first; then that of one position, whose real token is in none, is cut to so many entries."""
+    row = pq.read_table(shards_in(copy)[0]).to_pylist()[0]
+    n, place = row["num_tokens"], 7
+    ids = [1000 + rank for _ in range(n) for rank in range(TOP_K)]  # far from all tokens of the answer
+    codes = np.tile(np.arange(TOP_K, 0, -1, dtype=np.uint8), (n, 1))
+    codes[place, kept:] = 0
+    ids[place * TOP_K + kept : (place + 1) * TOP_K] = [0] * (TOP_K - kept)
+    changed = {"top_logits_quantized": codes.tobytes(), "top_indices_low": ids}
+    write_again(copy, [{**row, **changed, "top_indices_high": bytes(n * TOP_K // 4)}], end_row=1)
+    found = summarize(open_dataset(str(copy)), smollm2[1])
+    assert found.top5_rate == 0 and found.top5_is_bound is is_bound
+
+
+def test_with_fewer_than_five_entries_top5_is_a_bound(small_model, chat_file, smollm2, tmp_path):
+    source = chat_file([{"question": "What is new?", "answer": "The wall is red and warm."}])
+    pairs = {"model_id": small_model, "dataset_id": source, "output_dir": tmp_path / "out", "top_k": 4, "top_p": 1}
+    flags = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
+    assert extract_logits.main([*flags, "--chat_template", str(TEMPLATE)]) == 0
+    found = summarize(open_dataset(str(tmp_path / "out")), smollm2[1])
+    assert found.in_nucleus_rate < 1 and found.top5_is_bound and found.top5_rate == found.in_nucleus_rate
 
 
 # --- memory ---
@@ -309,6 +362,11 @@ def write_again(folder, rows: list[dict], **metadata):
     described = {key: described[key] for key in ("fingerprint", "first_row", "end_row", "skipped")}
     entry = write_shard(folder, "train", 0, rows, {**described, **metadata})
     (folder / "shards.json").write_text(json.dumps({"shards": [entry.as_json()]}))
+
+
+def test_a_folder_has_no_revisions(real_extraction):
+    with pytest.raises(UsageError, match=r"--revision main: .*outputs/demo is a local folder, which has no revisions$"):
+        open_dataset(str(real_extraction), "main")
 
 
 @pytest.mark.parametrize("size", [1, 8, 17, 64])

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CONVERSATIONS, MODEL, TEMPLATE
+from IPython.core.formatters import DisplayFormatter
+from rich.cells import cell_len
 from rich.console import Console
 
 import extract_logits
@@ -116,7 +118,7 @@ def test_an_undamaged_dataset_holds_up(undamaged, real_extraction):
     assert undamaged.holds and undamaged.causes == []
     rows = [open_dataset(str(real_extraction)).read_row(i) for i in SPREAD]
     assert (undamaged.num_rows, undamaged.num_tokens) == (16, sum(row["num_tokens"] for row in rows))
-    assert (undamaged.model, undamaged.dtype, undamaged.device) == (str(MODEL), "float32", "cpu")
+    assert (undamaged.model_id, undamaged.dtype, undamaged.device) == (str(MODEL), "float32", "cpu")
     assert undamaged.figures["kl_mean"] < 2.5e-4 and undamaged.figures["kl_row"] < 4e-4
     assert undamaged.figures["in_order"] == 1
     assert 1e-3 < undamaged.limits["logsumexp"] < 5e-3
@@ -280,7 +282,7 @@ def test_codes_of_another_row_as_long(rewritten, chat_file, tmp_path, smollm2, t
 def test_bfloat16_holds_up_and_a_shift_in_it_is_found(rewritten, tmp_path, tokenizer):
     folder = extracted(tmp_path / "half", CONVERSATIONS, "--dtype", "bfloat16", "--max_samples", 2)
     dataset = open_dataset(str(folder))
-    model = load_recorded_model(dataset.extraction)
+    model = load_recorded_model(dataset)
     found = check_rows(dataset, model, tokenizer, ROWS)
     found.print()
     assert found.holds and found.dtype == "bfloat16"
@@ -297,7 +299,7 @@ def test_another_model_is_named_as_the_cause(rewritten, real_extraction, small_m
     (cause,) = verify(dataset, tokenizer, 2, str(small_model)).causes
     print(cause)
     recorded = f"{MODEL} at {hash_files(MODEL)[:12]}"
-    assert cause.startswith("2 of 2 rows are wrong throughout: the model is probably not the one extracted from")
+    assert cause.startswith("wrong throughout, 2 of 2 rows: the model is probably not the one extracted from")
     assert recorded in cause and cause.endswith(f"{small_model} are others ({hash_files(small_model)[:12]})")
     with pytest.raises(ToolkitError, match=f"vocabulary of 262144, expected 49152; .* {re.escape(recorded)}"):
         verify(dataset, tokenizer, 2, str(tiny_model))
@@ -314,11 +316,46 @@ def test_the_model_may_lie_elsewhere(rewritten, real_extraction, tmp_path, token
 # --- what is printed ---
 
 
-def test_the_table_lines_up_and_ends_with_the_verdict(undamaged):
+def test_the_tables_have_all_figures_and_end_with_the_verdict(undamaged):
     lines = printed(undamaged)
     assert lines[0].startswith(f"Checked 16 rows, {undamaged.num_tokens} tokens against ")
-    assert len({tuple(i for i, sign in enumerate(line) if sign == "|") for line in lines[4:-1]}) == 2  # "||" in one
-    assert all(len(line) < 80 for line in lines[1:-1]) and lines[-1] == "Holds up: the stored numbers are the model's."
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
+    assert cells[0] == ["Measure, nats", "Found", "Limit"] and cells[7] == [
+        "Mean error, least at 0",
+        "at -1",
+        "at 0",
+        "at +1",
+    ]
+    for row, key in zip(cells[1:7], undamaged.figures, strict=True):
+        assert float(row[1]) == pytest.approx(undamaged.figures[key], rel=0.05)
+        assert row[2] == "-" if key == "kl_mean" else float(row[2]) == pytest.approx(undamaged.limits[key], rel=0.05)
+    for row, key in zip(cells[8:], undamaged.shifts, strict=True):
+        assert [float(cell) for cell in row[1:]] == pytest.approx(undamaged.shifts[key], rel=0.05)
+    assert lines[-1] == "Holds up: the stored numbers are the model's."
+
+
+@pytest.mark.parametrize("width", [40, 60, 70, 80, 200])
+def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(undamaged, width):
+    large = dict.fromkeys(undamaged.figures, 123_456.789)
+    shifts = {name: [123.456, 1e-12, 987.654] for name in undamaged.shifts}
+    causes = [f"row {i}, column top_indices_low/high, position 7: found {'東京' * 30}" for i in range(7)]
+    for found in (undamaged, replace(undamaged, figures=large, shifts=shifts, causes=causes, model_id="/long" * 50)):
+        lines = printed(found, width)
+        assert max(map(cell_len, lines)) <= width
+        tables = [line.split(" | ") for line in lines if " | " in line]
+        assert len(tables) == 11 and not any("…" in cell for row in tables for cell in row[1:])
+        assert len({row[0] for row in tables}) == 11  # cut or not, each can be told
+    text = "".join(lines)
+    assert "123.456" in text and "987.654" in text and "1.2e+05" in text and "… and 2 more" in text
+
+
+def test_what_is_counted_and_where_it_has_no_page(undamaged):
+    one = replace(undamaged, num_rows=1, num_tokens=1, causes=["row 0: damaged"])
+    assert printed(one)[0].startswith("Checked 1 row, 1 token against ")
+    assert repr(one) == f"<Verification of {undamaged.dataset_id}: 1 conversation, 1 token, does not hold up>"
+    assert repr(undamaged).endswith("tokens, holds up>") and str(undamaged).splitlines() == printed(undamaged)
+    formatted, _ = DisplayFormatter().format(undamaged)
+    assert formatted == {"text/plain": repr(undamaged)}
 
 
 def test_five_causes_are_printed_and_all_are_in_the_json(undamaged):
@@ -326,13 +363,17 @@ def test_five_causes_are_printed_and_all_are_in_the_json(undamaged):
     lines = printed(broken)
     assert lines[-7:] == ["Does not hold up:", *(rf"row {i}: \x1b[31m" for i in range(5)), "… and 2 more"]
     content = json.loads(broken.to_json())
+    assert (content["logit_dataset_id"], content["model_id"]) == (undamaged.dataset_id, str(MODEL))
+    assert not {"dataset_id", "model"} & content.keys()
     assert content["causes"] == broken.causes and content["holds"] is False
     assert content["figures"] == undamaged.figures and content["shifts"] == undamaged.shifts
 
 
-def printed(verification) -> list[str]:
+def printed(verification, width: int | None = None) -> list[str]:
+    """The lines; a width makes it a terminal."""
     buffer = io.StringIO()
-    verification.print(Console(file=buffer, width=300))
+    terminal = {"width": width, "force_terminal": True, "legacy_windows": False, "color_system": None} if width else {}
+    verification.print(Console(file=buffer, highlight=False, **terminal))
     return buffer.getvalue().splitlines()
 
 

@@ -3,12 +3,13 @@
 import json
 import math
 import re
+import shutil
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import MODEL, REPO
 
 import logit_codec
 from explore_logits import execute_analysis, execute_summary
@@ -18,10 +19,15 @@ NOTEBOOK = REPO / "notebooks" / "explore_logits.ipynb"
 
 
 @pytest.fixture(scope="module")
-def cells(real_extraction):
+def cells(real_extraction, tmp_path_factory):
     """The code cells, executed beside the 32 conversations' dataset."""
-    home = real_extraction.parent.parent / "notebooks"
+    home = tmp_path_factory.mktemp("checkout") / "notebooks"
     home.mkdir()
+    demo = shutil.copytree(real_extraction, home.parent / "outputs" / "demo")
+    (home.parent / ".cache").symlink_to(MODEL.parent)
+    extraction = json.loads((demo / "extraction.json").read_text(encoding="utf-8"))
+    extraction["model_id"] = f".cache/{MODEL.name}"  # as `make demo` records it
+    (demo / "extraction.json").write_text(json.dumps(extraction), encoding="utf-8")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPO))

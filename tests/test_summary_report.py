@@ -8,8 +8,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from dataset_summary import Histogram, summarize
+from fitted_table import bar, short_nats
 from logit_dataset import open_dataset
-from summary_report import bar, short_perplexity
+from summary_report import kept_groups
 from token_analysis import Prediction
 
 
@@ -28,20 +29,73 @@ def printed(summary, width: int | None = None, **options) -> list[str]:
 
 def table(lines: list[str], title: str) -> list[list[str]]:
     """The cells of the table under a title."""
-    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    titled = next(i for i, line in enumerate(lines) if line.startswith(title))
+    start = next(i for i, line in enumerate(lines) if i > titled and set(line) == {"="})
     rows = []
-    for line in lines[start + 4 :]:
+    for line in lines[start + 3 :]:
         if not line:
             break
         rows.append([cell.strip() for cell in line.split(" | ")])
     return rows
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
-def test_no_line_is_wider_than_the_terminal(summary, width):
-    lines = printed(summary, width, color_system=None)
-    assert max(map(cell_len, lines)) <= width
-    assert max(map(cell_len, lines)) > 0.7 * width or width == 200
+@pytest.fixture(scope="module")
+def vast(summary):
+    """A dataset of many and large numbers, with wide texts."""
+    counts = [10**9 * count for count in summary.kept.counts]
+    conversation = replace(summary.least_confident[0], sample_index=10**8, source_index=10**9, perplexity=135_405.0)
+    loss = replace(
+        summary.largest_losses[0], sample_index=10**8, text="東京都の塔です", before="🙂" * 40, log_prob=-3.4e38
+    )
+    vocabulary = replace(summary.vocabulary_losses[0], count=10**9, total_loss=1.5e10, text="東京都の塔です")
+    return replace(
+        summary,
+        dataset_id="/a/long/path/that/no/narrow/terminal/has/room/for/and/few/wide/ones/have/much/room/for/outputs/demo",
+        num_tokens=10**12,
+        perplexity=1e9,
+        num_bytes=10**15,
+        entropy_is_bound=True,
+        top5_is_bound=True,
+        kept=replace(summary.kept, counts=counts),
+        least_confident=[conversation, replace(conversation, perplexity=1e9)],
+        largest_losses=[loss],
+        vocabulary_losses=[vocabulary],
+    )
+
+
+@pytest.mark.parametrize("width", [40, 41, 60, 70, 80, 100, 200])
+def test_no_line_is_wider_than_the_terminal(summary, vast, width):
+    for found in (summary, vast):
+        lines = printed(found, width, color_system=None)
+        assert max(map(cell_len, lines)) <= width
+        assert max(map(cell_len, lines)) > 0.9 * width or width == 200
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_numbers_are_whole_where_they_are_shown(vast, width):
+    """A narrow table has fewer columns, but no cut number: all that is cut is quoted, a place or a title."""
+    lines = printed(vast, width, color_system=None)
+    assert [row[-2] for row in table(lines, "Least confident")] == ["135,405.00", "1.0e+09"]
+    text = "\n".join(lines)
+    assert "perplexity 1.0e+09" in text and "0.068" not in text and f"{vast.calibration_error:.3f})" in text
+    for line in lines[1:]:
+        for cell in line.split(" | "):
+            assert "…" not in cell or '"' in cell or "#" in cell or not any(map(str.isdigit, cell))
+
+
+def test_a_narrow_terminal_has_fewer_columns(summary):
+    """What is left at 40 cells: which token it was, which one was predicted, and how much each costs."""
+    lines = printed(summary, 40, color_system=None)
+    titles = [[title.strip() for title in line.split(" | ")] for line in lines if " | " in line]
+    for expected in (
+        ["Probability", "Tokens", "Mean p", "Right"],
+        ["Nats", "Entropy", "Surprisal"],
+        ["Entries", "Tokens", "Share"],
+        ["Row", "Tokens", "Perplexity", "Question"],
+        ["Row", "Token", "Log p", "Predicted f…"],
+        ["Column", "A token"],
+    ):
+        assert expected in titles
 
 
 def test_a_pipe_gets_plain_text(summary):
@@ -76,7 +130,7 @@ def test_every_table_has_the_summarys_numbers(summary):
         assert [row[column].split()[0] for row in nats] == [f"{count / summary.num_tokens:.1%}" for count in counts]
     conversations = table(lines, "Least confident")
     assert [(int(row[0]), row[3]) for row in conversations] == [
-        (one.sample_index, f"{one.perplexity:.2f}") for one in summary.least_confident
+        (one.sample_index, f"{one.perplexity:,.2f}") for one in summary.least_confident
     ]
     assert [row[4][:11] for row in conversations] == [f'"{one.question[:10]}' for one in summary.least_confident]
     losses = table(lines, "Tokens with the largest loss")
@@ -105,8 +159,27 @@ def test_every_table_has_the_summarys_numbers(summary):
 )
 def test_kept_entries_are_grouped_by_powers_of_two(summary, counts, expected):
     kept = Histogram(list(range(len(counts) + 1)), counts, is_open_ended=False)
+    assert [f"{name} {count}" for name, count in kept_groups(kept)] == expected
     rows = table(printed(replace(summary, kept=kept)), "Nucleus entries kept")
     assert [f"{row[0]} {row[1]}" for row in rows] == expected
+
+
+def test_lower_bounds_say_so(summary):
+    text = "\n".join(printed(replace(summary, entropy_is_bound=False, top5_is_bound=False)))
+    rates = (
+        f"top-1 {summary.top1_rate:.1%}, top-5 {summary.top5_rate:.1%}, {summary.in_nucleus_rate:.1%} in the nucleus"
+    )
+    assert "≥" not in text and "at least" not in text and rates in text
+    text = "\n".join(printed(replace(summary, entropy_is_bound=True, top5_is_bound=True)))
+    assert f"mean entropy ≥ {summary.mean_entropy:.2f} nats" in text and "| Entropy ≥ " in text
+    assert f"top-5 at least {summary.top5_rate:.1%}, " in text
+
+
+def test_it_is_one_line_in_a_debugger_and_all_of_it_as_text(summary):
+    counts = f"32 conversations, {summary.num_tokens:,} tokens"
+    assert repr(summary) == f"<DatasetSummary of outputs/demo: {counts}, perplexity {summary.perplexity:.2f}>"
+    assert str(summary).splitlines() == printed(summary)
+    assert summary._repr_html_().startswith("<iframe")
 
 
 def test_bars_are_as_long_as_their_share():
@@ -149,12 +222,7 @@ def test_texts_of_the_dataset_act_on_nothing(summary):
     assert where.startswith(f"#{loss.position} …") and where.endswith("\\n\\xf0 \u0301")
 
 
-def test_perplexities_stay_short():
-    assert [short_perplexity(value) for value in (1.0, 44.2127, 999_999.4, 3.2e8, 1e300, float("inf"))] == [
-        "1.00",
-        "44.21",
-        "999999.40",
-        "3.2e+08",
-        "1.0e+300",
-        "inf",
-    ]
+def test_logarithms_stay_short():
+    values = (-19.0053, -999.49, -999.6, -3.4e38, float("-inf"), 0.0)
+    assert [short_nats(value) for value in values] == ["-19.01", "-999.49", "-1e+03", "-3e+38", "-inf", "0.00"]
+    assert [short_nats(value, "+") for value in (0.31, -0.31)] == ["+0.31", "-0.31"]

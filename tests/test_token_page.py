@@ -28,6 +28,11 @@ def token(page, position: int):
     return page.locator(f'#text [data-i="{position}"]')
 
 
+def is_idle(page) -> bool:
+    """Whether the panel tells of no token."""
+    return page.locator("#panel").get_attribute("class") == "idle"
+
+
 def of_status(analysis, status: str) -> list:
     return [found for found in analysis if found.status == status]
 
@@ -55,7 +60,7 @@ def test_it_reads_like_the_conversation_and_needs_nothing_else(opened, analysis,
 def test_hovering_shows_predictions_as_bars_and_leaving_hides_them(opened, analysis):
     page, found = opened(analysis), of_status(analysis, EXTRACTED)[9]
     panel = page.locator("#panel")
-    assert panel.is_hidden()
+    assert is_idle(page)
     token(page, found.position).hover()
     told = panel.inner_text()
     assert f"{found.surprisal:.2f} nats" in told and f"{found.entropy:.2f} nats" in told
@@ -70,7 +75,7 @@ def test_hovering_shows_predictions_as_bars_and_leaving_hides_them(opened, analy
     assert page.locator(".prediction.real").count() == 1
     assert names[-1] == "tail" and filled[-1] == pytest.approx(found.tail_mass, abs=0.02)
     page.mouse.move(2, 2)
-    assert panel.is_hidden()
+    assert is_idle(page)
 
 
 def test_shares_of_a_position_add_up_to_one(opened, analysis):
@@ -91,7 +96,7 @@ def test_a_click_keeps_a_token_open(opened, analysis):
     token(page, second).click()
     assert heading.inner_text().startswith(f"Token {second},")
     page.keyboard.press("Escape")
-    assert page.locator("#panel").is_hidden()
+    assert is_idle(page)
 
 
 def test_skipped_and_prompt_tokens_say_why(opened, analysis):
@@ -110,7 +115,7 @@ def test_the_keyboard_moves_through_the_answer(opened, analysis):
         return page.evaluate("Number(document.activeElement.dataset.i)")
 
     page.keyboard.press("Tab")
-    assert focused() == positions[0] and page.locator("#panel").is_visible()
+    assert focused() == positions[0] and not is_idle(page)
     for key, expected in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", -1), ("Home", 0)):
         page.keyboard.press(key)
         assert focused() == positions[expected]
@@ -122,6 +127,45 @@ def test_the_keyboard_moves_through_the_answer(opened, analysis):
     tops = [box["y"] for box in boxes]
     assert tops[0] < tops[1] < tops[2] and tops[3] == pytest.approx(tops[1], abs=2)
     assert abs(boxes[1]["x"] - boxes[0]["x"]) < 60
+
+
+def test_keys_are_the_pages_own_until_a_token_is_open(opened, analysis):
+    page = opened(analysis, {"width": 800, "height": 300})
+    answer = of_status(analysis, EXTRACTED)
+    token(page, answer[0].position).hover()
+    before = page.evaluate("scrollY")
+    page.keyboard.press("Space")
+    page.wait_for_timeout(300)
+    assert page.evaluate("scrollY") > before
+    assert "kept" not in page.locator("#panel").get_attribute("class")
+    token(page, answer[3].position).click()
+    page.keyboard.press("Shift+ArrowRight")  # selects, and moves nowhere
+    assert page.evaluate("Number(document.activeElement.dataset.i)") == answer[3].position
+
+
+def test_closing_gives_the_focus_back_and_showing_moves_nothing(opened, analysis):
+    page = opened(analysis)
+    first = of_status(analysis, EXTRACTED)[0].position
+    listed = page.locator("#listed").bounding_box()
+    token(page, first).hover()
+    assert page.locator("#listed").bounding_box() == listed
+    token(page, first).click()
+    page.get_by_role("button", name="Close").click()
+    assert is_idle(page) and page.evaluate("Number(document.activeElement.dataset.i)") == first
+    assert page.get_by_role("button", name=token(page, first).inner_text()).count() >= 1
+
+
+def test_selecting_text_opens_nothing_and_copies_the_answer(opened, analysis, source_rows):
+    page = opened(analysis)
+    extracted = of_status(analysis, EXTRACTED)
+    start, end = (token(page, found.position).bounding_box() for found in (extracted[0], extracted[5]))
+    page.mouse.move(start["x"] + 1, start["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(end["x"] + end["width"] - 1, end["y"] + 5)
+    page.mouse.up()
+    assert "kept" not in page.locator("#panel").get_attribute("class")
+    answer = source_rows[2]["conversations"][1]["value"]
+    assert page.evaluate("getSelection().toString()").strip() in answer
 
 
 def test_the_strip_and_the_list_jump(opened, analysis):
@@ -220,7 +264,7 @@ def test_the_policy_stops_what_would_be_smuggled_in(opened, analysis):
     assert page.evaluate("document.ran") is None
     assert any("Content Security Policy" in text for text in page.complaints)
     token(page, of_status(analysis, EXTRACTED)[0].position).hover()
-    assert page.locator("#panel").is_visible()
+    assert not is_idle(page)
 
 
 def test_scripts_and_emoji_across_tokens_are_whole(opened, tmp_path):
