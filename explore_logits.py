@@ -64,7 +64,7 @@ def execute_analysis(
         show_prompt=show_prompt,
         only=only,
     )
-    return _told(analysis, quiet)
+    return _unless_quiet(analysis, quiet)
 
 
 def analyze_token_probabilities(
@@ -90,7 +90,7 @@ def execute_summary(
 ) -> DatasetSummary:
     """Print a whole dataset in numbers, unless ``quiet``, and return them. Options are as in ``execute_analysis``."""
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    return _told(summarize(dataset, tokenizer, chat_template), quiet)
+    return _unless_quiet(summarize(dataset, tokenizer, chat_template), quiet)
 
 
 def execute_comparison(
@@ -114,8 +114,8 @@ def execute_comparison(
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
     other = open_dataset(str(compare), compare_revision)
     if sample_index is None:
-        return _told(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
-    return _told(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
+        return _unless_quiet(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
+    return _unless_quiet(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
 
 
 def execute_verification(
@@ -135,10 +135,10 @@ def execute_verification(
     from model_check import verify as verify_rows  # loads torch
 
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
-    return _told(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
+    return _unless_quiet(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
 
 
-def _told(found, quiet: bool):
+def _unless_quiet(found, quiet: bool):
     if not quiet:
         found.print()
     return found

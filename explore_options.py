@@ -20,7 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="explore_logits.py",
         allow_abbrev=False,
-        description="Print each token of a stored answer beside what the model predicted in its place.",
+        description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
+        "or all of it with --summary, --compare or --verify.",
     )
     _add_options(parser.add_argument)
     return parser
@@ -44,7 +45,8 @@ def _add_options(add) -> None:
         "--surprising",
         type=int,
         metavar="N",
-        help="show the N most surprising tokens alone; with --compare, the N furthest apart (default: all tokens)",
+        help="show the N most surprising tokens alone; with --compare and --sample_index, the N furthest apart "
+        "(default: all tokens)",
     )
     add("--show_prompt", action="store_true", help="show the whole prompt in the table (default: its last tokens)")
     add(
@@ -76,7 +78,7 @@ def _add_options(add) -> None:
         help="folder or Hub id of the model for --verify, if the recorded one is not there (default: the recorded one)",
     )
     add("--html", metavar="FILE", help="write a page that needs nothing else (default: none)")
-    add("--json", metavar="FILE", help="write all of it as JSON; - prints that alone (default: none)")
+    add("--json", metavar="FILE", help="write what is shown as JSON; - prints that alone (default: none)")
     add(
         "--chat_template",
         metavar="FILE_OR_TEXT",
@@ -91,7 +93,7 @@ def _add_options(add) -> None:
     add(
         "--trust_remote_code",
         action="store_true",
-        help="run Python code that the tokenizer brings along, if it does (default: refuse)",
+        help="run Python code that tokenizer or model bring along (default: refuse)",
     )
     add("--debug", action="store_true", help="show the traceback of an error (default: its message)")
 

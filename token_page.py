@@ -89,10 +89,6 @@ def token_page(
     """
     characters = token_characters(tokens)
     parts = characters_of_parts(tokens, characters)
-    spans = {
-        token.position: _span(token, found, part, measure)
-        for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
-    }
     before = {token.position: text_before(index, tokens) for index, token in enumerate(tokens)}
     measured = [token for token in tokens if measure.of(token) is not None]
     return render_page(
@@ -103,14 +99,7 @@ def token_page(
             "answer": [token.position for token in tokens if token.status != PROMPT],
             "strip": [token.position for token in measured],
         },
-        segments=[
-            {
-                "role": segment.role,
-                "kind": segment.kind,
-                "tokens": [spans[token.position] for token in segment.tokens],
-            }
-            for segment in segments(tokens, messages)
-        ],
+        segments=_turns(tokens, characters, messages, measure),
         strip=_strip([measure.of(token) for token in measured], measure),
         listed=[_entry(token, before[token.position], measure) for token in listed],
         has_parts=not all(characters),
@@ -119,6 +108,17 @@ def token_page(
         legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))],
         **content,
     )
+
+
+def _turns(tokens: list[TokenAnalysis], characters: list[str], messages: list[dict], measure: Measure) -> list[dict]:
+    spans = {
+        token.position: _span(token, found, part, measure)
+        for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
+    }
+    return [
+        {"role": turn.role, "kind": turn.kind, "tokens": [spans[token.position] for token in turn.tokens]}
+        for turn in segments(tokens, messages)
+    ]
 
 
 def _told(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
