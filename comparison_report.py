@@ -9,7 +9,7 @@ from rich.text import Text
 from comparison_numbers import ApartConversation, ApartToken, ComparisonTotals, Source, TokenComparison
 from fitted_table import Part, labels, numbers, print_fitting, shares, short_nats
 from histograms import Histogram
-from token_analysis import Prediction, near_answers
+from token_analysis import Prediction, near_answers, text_before
 from token_report import (
     CONTEXT,
     GREY,
@@ -25,7 +25,6 @@ from token_report import (
     short_perplexity,
     short_probability,
     table_width,
-    text_before,
     where,
 )
 from visible_text import quoted

@@ -57,6 +57,8 @@ class Analysis(ShownTokens, Sequence):
         chosen = replace(self, **{name: value for name, value in given.items() if value is not KEEP})
         if chosen.top_n > self.top_n:
             raise UsageError(f"top_n {top_n}: {self.top_n} predictions a token are at hand; analyse again for more")
+        if chosen.top_n == self.top_n:
+            return chosen
         return replace(chosen, tokens=[replace(t, predictions=t.predictions[: chosen.top_n]) for t in self.tokens])
 
     @cached_property

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from chat_alignment import Alignment, RowAligner, token_text
+from chat_alignment import Alignment, RowAligner
 from comparison_numbers import (
     KL_EDGES,
     ApartConversation,
@@ -29,9 +29,8 @@ from histograms import Histogram, count_in_bins
 from logit_dataset import StoredDataset
 from plain_json import json_text
 from shown_result import ShownResult
-from token_analysis import first_prediction
-from token_report import CONTEXT_TOKENS, count_text, default_console
-from visible_text import whole_characters
+from token_analysis import first_prediction, text_and_before
+from token_report import count_text, default_console
 
 APART_TOKENS, APART_CONVERSATIONS = 20, 5
 
@@ -175,16 +174,13 @@ def _apart_token(
 ) -> ApartToken:
     """The row's extracted token number ``i``."""
     position = int(alignment.positions[i])
-    *before, text = (
-        token_text(tokenizer, token_id)
-        for token_id in alignment.input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
-    )
+    text, before = text_and_before(alignment.input_ids, position, tokenizer)
     return ApartToken(
         sample_index=sample_index,
         source_index=row["source_index"],
         position=position,
         text=text,
-        before=whole_characters(before),
+        before=before,
         kl=float(compared.kl[i]),
         log_prob=float(compared.first.log_probs[i]),
         other_log_prob=float(compared.other.log_probs[i]),

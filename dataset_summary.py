@@ -21,9 +21,8 @@ from plain_json import json_text
 from shown_result import ShownResult
 from stored_numbers import RowNumbers, row_numbers
 from summary_page import summary_page
-from token_analysis import Prediction, first_prediction
-from token_report import CONTEXT_TOKENS, count_text, default_console, short_perplexity
-from visible_text import whole_characters
+from token_analysis import Prediction, first_prediction, text_and_before
+from token_report import count_text, default_console, short_perplexity
 
 BINS = 10  # of calibration
 NATS = np.arange(21) / 2  # lower ends of the histograms' bins
@@ -225,9 +224,8 @@ class _Tally:
         for i in np.argsort(log_probs, kind="stable")[:LOSSES]:
             if log_probs[i] < least:
                 place, first = int(positions[i]), first_prediction(numbers, i, self.tokenizer)
-                near = alignment.input_ids[max(0, place - CONTEXT_TOKENS) : place + 1]
-                *before, text = map(self.text, near.tolist())
-                found.append(TokenLoss(sample_index, place, text, whole_characters(before), float(log_probs[i]), first))
+                text, before = text_and_before(alignment.input_ids, place, self.tokenizer)
+                found.append(TokenLoss(sample_index, place, text, before, float(log_probs[i]), first))
         self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *found], lambda one: one.log_prob)
 
     def summary(self, dataset: StoredDataset) -> DatasetSummary:

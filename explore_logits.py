@@ -15,7 +15,7 @@ from conversation_comparison import Comparison, compare_analyses
 from dataset_comparison import DatasetComparison, compare_datasets
 from dataset_summary import DatasetSummary, summarize
 from errors import ToolkitError
-from explore_options import build_parser, check_options, mode_of
+from explore_options import build_parser, check_options, given_options, mode_of
 from logit_codec import dequantize_all_logits, unpack_indices
 from logit_dataset import open_dataset
 from recorded_tokenizer import open_with_tokenizer
@@ -173,8 +173,8 @@ def _explore(arguments: argparse.Namespace) -> None:
 
 def _analyze(arguments: argparse.Namespace):
     """What the options ask for: something that prints itself, and gives itself as JSON and as a page."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
-    execute, names = MODES[mode_of(arguments)]
+    given = given_options(arguments)
+    execute, names = MODES[mode_of(given)]
     options = {name: given[name] for name in (*SOURCE_OPTIONS, *names) if name in given}
     if "surprising" in names and "surprising" in given:
         options["only"] = options.pop("surprising")

@@ -98,16 +98,19 @@ def _add_options(add) -> None:
     add("--debug", action="store_true", help="show the traceback of an error (default: its message)")
 
 
-def mode_of(arguments: argparse.Namespace) -> str:
-    """What is to be looked at: "row", "summary", "compare" or "verify"."""
-    if arguments.verify is not None:
-        return "verify"
-    return "compare" if arguments.compare is not None else "summary" if arguments.summary else "row"
+def given_options(arguments: argparse.Namespace) -> dict:
+    """The options that were given, with their values."""
+    return {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+
+
+def mode_of(given: dict) -> str:
+    """What is to be looked at by the options given: "verify", "compare", "summary" or "row"."""
+    return next((mode for mode in NOT_WITH if mode in given), "row")
 
 
 def check_options(arguments: argparse.Namespace) -> None:
     """Raise UsageError for options that do not go together, counts below 1, and files that cannot be written."""
-    given = {name for name, value in vars(arguments).items() if value is not None and value is not False}
+    given = given_options(arguments)
     for mode, others in NOT_WITH.items():
         unfit = [other for other in others if mode in given and other in given]
         if unfit:
@@ -119,6 +122,6 @@ def check_options(arguments: argparse.Namespace) -> None:
     if of_rows and "compare" in given and "sample_index" not in given:
         raise UsageError(f"--{of_rows[0]} with --compare is for one conversation: name it with --sample_index N")
     for option in ("top_n", "surprising"):
-        if option in given and getattr(arguments, option) < 1:
-            raise UsageError(f"--{option} {getattr(arguments, option)}: expected 1 or more")
+        if option in given and given[option] < 1:
+            raise UsageError(f"--{option} {given[option]}: expected 1 or more")
     check_places(html=arguments.html, json=arguments.json)

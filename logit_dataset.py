@@ -53,7 +53,7 @@ class StoredDataset:
 
     def read_row(self, sample_index: int) -> dict:
         """Stored row ``sample_index`` (negative ones from the end), checked against FORMAT.md."""
-        self._refuse_empty()
+        self.refuse_empty()
         rows = self.num_rows
         if not -rows <= sample_index < rows:
             raise UsageError(
@@ -71,7 +71,7 @@ class StoredDataset:
 
     def rows(self) -> Iterator[dict]:
         """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""
-        self._refuse_empty()
+        self.refuse_empty()
         return self._rows()
 
     def _rows(self) -> Iterator[dict]:
@@ -94,7 +94,8 @@ class StoredDataset:
                 total.update(shard_sizes(source, shard.path, fingerprint))
         return dict(total)
 
-    def _refuse_empty(self) -> None:
+    def refuse_empty(self) -> None:
+        """Raise ToolkitError where there is no row yet."""
         if not self.num_rows:
             raise ToolkitError(f"{self.dataset_id}: no rows yet; its extraction is not finished")
 

@@ -136,8 +136,7 @@ def verify(
     """
     if count < 1:
         raise UsageError(f"--verify {count}: expected 1 row or more")
-    if not dataset.num_rows:
-        raise ToolkitError(f"{dataset.dataset_id}: no rows yet; its extraction is not finished")
+    dataset.refuse_empty()
     model = load_recorded_model(dataset, model_id, trust_remote_code)
     return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
 

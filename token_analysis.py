@@ -8,9 +8,11 @@ import numpy as np
 
 import chat_alignment
 from stored_numbers import RowNumbers
+from visible_text import whole_characters
 
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
 PROMPT_END = 4  # prompt tokens that a table shows before each answer
+CONTEXT_TOKENS = 12  # whose text is told before a token
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,18 @@ def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | Non
     if not numbers.kept[i]:
         return None
     return Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
+
+
+def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[str, str]:
+    """A token's text, and the end of the text before it; ``input_ids`` (T,) are the conversation's."""
+    near = input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
+    *before, text = (chat_alignment.token_text(tokenizer, token_id) for token_id in near)
+    return text, whole_characters(before)
+
+
+def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
+    """As ``text_and_before`` has it, where the texts are known."""
+    return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
 
 
 def near_answers(statuses: list[str]) -> list[bool]:

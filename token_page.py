@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from html_page import render_page
 from page_text import characters_of_parts, pieces_of, segments, token_characters
-from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals
-from token_report import entropy_text, rank_text, short_perplexity, short_probability, text_before
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals, text_before
+from token_report import entropy_text, rank_text, short_perplexity, short_probability
 from visible_text import quoted
 
 SURPRISAL_SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)
@@ -16,8 +17,7 @@ STRIP_BARS = 800
 PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """A prediction's bar: ``share`` of 1 that is filled; ``kind`` is "", "real" for the real token, or "rest"."""
 
     label: str
@@ -89,7 +89,7 @@ def token_page(
     """
     characters = token_characters(tokens)
     parts = characters_of_parts(tokens, characters)
-    before = {token.position: text_before(index, tokens) for index, token in enumerate(tokens)}
+    indices = {token.position: index for index, token in enumerate(tokens)}
     measured = [token for token in tokens if measure.of(token) is not None]
     return render_page(
         "tokens.html.jinja",
@@ -101,7 +101,7 @@ def token_page(
         },
         segments=_turns(tokens, characters, messages, measure),
         strip=_strip([measure.of(token) for token in measured], measure),
-        listed=[_entry(token, before[token.position], measure) for token in listed],
+        listed=[_entry(token, text_before(indices[token.position], tokens), measure) for token in listed],
         has_parts=not all(characters),
         rows=rows,
         measure=measure.name,
@@ -196,20 +196,20 @@ def place_of(token: TokenAnalysis) -> str:
     return f"Token {token.position}, id {token.token_id}{why}"
 
 
-def prediction_bars(token: TokenAnalysis) -> list[tuple]:
+def prediction_bars(token: TokenAnalysis) -> list[Bar]:
     """The predictions, the real token among or below them, and what is left: other stored ones, and the tail."""
     bars = [
         Bar(quoted(found.text), found.probability, short_probability(found.probability), _kind(rank, token))
         for rank, found in enumerate(token.predictions, start=1)
     ]
     if not token.rank or token.rank > len(bars):
-        bars.append(Bar(quoted(token.text), token.probability, short_probability(token.probability), "real"))
+        share = min(1.0, token.probability)
+        bars.append(Bar(quoted(token.text), share, short_probability(token.probability), "real"))
     others = max(0.0, 1 - token.tail_mass - sum(found.probability for found in token.predictions))
     more = token.kept - len(token.predictions)
     if more > 0:
         bars.append(Bar(f"{more} more stored", others, short_probability(others), "rest"))
-    bars.append(Bar("tail", token.tail_mass, short_probability(token.tail_mass), "rest"))
-    return [(bar.label, min(1.0, bar.share), bar.number, bar.kind) for bar in bars]
+    return [*bars, Bar("tail", token.tail_mass, short_probability(token.tail_mass), "rest")]
 
 
 def _kind(rank: int, token: TokenAnalysis) -> str:

@@ -9,16 +9,12 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from token_analysis import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis, Totals
-from visible_text import quoted, whole_characters
+from token_analysis import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis, Totals, text_before
+from visible_text import quoted
 
 GREY, UNEXPECTED, NOT_STORED = "bright_black", "yellow", "bold red"
-NARROW, WIDE = (
-    60,
-    110,
-)  # cells: terminals below the one show no numbers, those from the other on also tail and entropy
+NARROW, WIDE = 60, 110  # cells: narrower terminals show no numbers, wider ones also tail and entropy
 CONTEXT, PLACE = 30, 6  # cells of a chosen token's place with the text before it, and without
-CONTEXT_TOKENS = 12
 NOTEBOOK_WIDTH = 110  # cells
 
 
@@ -101,11 +97,6 @@ def print_chosen_tokens(chosen: list[TokenAnalysis], tokens: list[TokenAnalysis]
 def table_width(console: Console) -> float:
     """The terminal's width in cells; a pipe has no end."""
     return console.width if console.is_terminal else math.inf
-
-
-def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
-    """The end of the text before one of a conversation's tokens."""
-    return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
 
 
 def where(position: int, before: str, width: int = CONTEXT) -> str:
