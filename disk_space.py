@@ -56,9 +56,8 @@ class DiskWatch:
 
 
 @contextmanager
-def make_room_or_stop(folder: Path, written: Collection[ShardEntry] = ()) -> Iterator[None]:
-    """Within, files are written. Raises DiskFull where there is no room for a shard like those before, or for these."""
-    largest = max((entry.num_bytes for entry in written), default=0)
+def make_room_or_stop(folder: Path, largest: int = 0) -> Iterator[None]:
+    """Within, files are written. Raises DiskFull without room for these, or for a shard of ``largest`` bytes."""
     free = free_bytes(folder)
     if free < largest + SPARE:
         raise _full(folder, f"{_size(free)} left, and a shard takes up to {_size(largest)}")

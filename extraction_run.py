@@ -4,27 +4,28 @@ the record, if any -> source, template -> is it the same run? -> the missing sha
 """
 
 import argparse
-import itertools
+import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 import teacher_model
 from disk_space import DiskWatch
 from errors import ToolkitError
+from extract_options import uses_ray
 from hub_repository import Repository
 from hub_sync import HubSync
-from memory_budget import choose_budget
-from run_description import OpenedRun, describe_with_model, open_run, what_differs
+from run_description import OpenedRun, open_run, what_differs
 from run_fingerprint import another_run
 from run_folder import RunFolder
+from shard_computer import ShardComputer
 from shard_files import ShardEntry
-from shard_loop import Side, missing_shards, run_shards
+from shard_loop import missing_shards
 from token_analysis import label_tokens
 from token_report import print_preview
 
@@ -46,15 +47,16 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
     The same call goes on with what an earlier one left unfinished. Raises UsageError where the folder or the
     repository holds another run.
     """
-    device = teacher_model.choose_device(arguments.device)
+    workers_of = choose_workers(arguments)
     sync = _connect(arguments, folder) if arguments.output_repo else None
     try:
         opened, recorded = open_or_go_on(arguments, folder, sync)
         if sync:
             sync.make()
-        run = Run(opened, folder, device, sync, DiskWatch(folder.path, opened.reader.num_rows))
-        run.begin_or_resume(recorded)
-        run.compute_missing()
+        with workers_of(opened, folder) as workers:
+            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
+            run.begin_or_resume(recorded)
+            run.compute_missing()
         print_summary(run.finished.values(), folder)
         if sync:
             sync.finish()
@@ -63,6 +65,16 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
     finally:
         if sync:
             sync.close()
+
+
+def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
+    """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
+    if uses_ray(arguments):
+        from ray_workers import RayWorkers
+
+        return lambda opened, folder: RayWorkers(opened, folder.path)
+    device = teacher_model.choose_device(arguments.device)
+    return lambda opened, folder: nullcontext(ShardComputer(opened, device, folder.write_shard))
 
 
 def _repository_of(arguments: argparse.Namespace) -> str:
@@ -102,11 +114,9 @@ class Run:
 
     opened: OpenedRun
     folder: RunFolder
-    device: torch.device
+    workers: object  # a ShardComputer, or what else has its ``describe`` and ``compute``
     sync: HubSync | None
     watch: DiskWatch
-    model: object = None
-    cache_agrees: bool = False
 
     @property
     def finished(self) -> dict[int, ShardEntry]:
@@ -114,14 +124,12 @@ class Run:
 
     def begin_or_resume(self, recorded: dict | None) -> None:
         """Go on with the recorded run, or start a new one in the folder."""
+        arguments = self.opened.arguments
         if recorded:
-            self.folder.resume(recorded)
+            self.folder.resume(recorded, arguments.check_shards)
         else:
-            arguments = self.opened.arguments
             self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
-            self.load_model()
-            described = {**describe_with_model(self.opened, self.model), **self._budget({})}
-            self.folder.begin(described, arguments.overwrite, _repository_of(arguments))
+            self.folder.begin(self.workers.describe(), arguments.overwrite, _repository_of(arguments))
 
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""
@@ -137,19 +145,17 @@ class Run:
             raise
 
     def _compute(self, covered: dict[int, int]) -> None:
-        reader, size = self.opened.reader, self.folder.extraction["rows_per_shard"]
-        with Side() as side:
-            shards = side.read_ahead(reader, missing_shards(covered, size, reader.num_rows), size)
-            first = next(shards, None)
-            if first is None:
-                return
-            self.load_model()
-            settings = {**self.folder.extraction, **self._budget(self.folder.extraction)}
-            done = sum(covered.values())
-            with tqdm(
-                total=reader.num_rows, initial=done, unit=" conversations", dynamic_ncols=True, smoothing=0
-            ) as bar:
-                run_shards(self.model, settings, itertools.chain([first], shards), side, self._write, bar)
+        num_rows, extraction = self.opened.reader.num_rows, self.folder.extraction
+        missing = missing_shards(covered, extraction["rows_per_shard"], num_rows)
+        progress = functools.partial(
+            tqdm,
+            total=num_rows,
+            initial=sum(covered.values()),
+            unit=" conversations",
+            dynamic_ncols=True,
+            smoothing=0,
+        )
+        self.workers.compute(missing, extraction, self._keep, progress)
 
     def _push_what_there_is(self) -> None:
         """Before a failure ends the run: what is finished may be all that is left of this machine."""
@@ -158,42 +164,13 @@ class Run:
         except ToolkitError as error:
             print(error, file=sys.stderr)
 
-    def load_model(self) -> None:
-        """Load and check the model, if that is not done yet."""
-        if self.model is not None:
-            return
-        arguments = self.opened.arguments
-        print(f"Loading {arguments.model_id} on {self.device} …", file=sys.stderr)
-        self.model = teacher_model.load_teacher(
-            arguments.model_id,
-            self.opened.model_commit,
-            arguments.gguf_file,
-            arguments.dtype,
-            self.device,
-            arguments.attn_implementation,
-            arguments.trust_remote_code,
-        )
-        self.cache_agrees = teacher_model.probe(self.model)
-        if not self.cache_agrees and arguments.prefix_cache:
-            print(
-                "Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr
-            )
-
-    def _budget(self, recorded: dict) -> dict:
-        """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
-        arguments = self.opened.arguments
-        budget = choose_budget(self.model, arguments.batch_tokens, arguments.logit_memory)
-        chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
-        options = {"batch_tokens": arguments.batch_tokens, "batch_logit_rows": arguments.logit_memory}
-        kept = {name: recorded[name] for name, option in options.items() if option is None and name in recorded}
-        cached = arguments.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
-        return {**chosen, **kept, "prefix_cache": cached}
-
-    def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> None:
-        entry = self.folder.add_shard(shard, rows, skipped)
+    def _keep(self, entry: ShardEntry, upload=None) -> None:
+        """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
+        is_described = upload is None and self.folder.add(entry)
         if self.sync:
-            self.sync.add(entry)
-        self.watch.check_rest(self.folder.entries.values(), self.finished.values())
+            self.sync.add(entry, upload)
+        if is_described:
+            self.watch.check_rest(self.folder.entries.values(), self.finished.values())
 
     def _tell_state(self, finished: dict[int, ShardEntry]) -> None:
         if not finished:

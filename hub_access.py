@@ -1,6 +1,9 @@
 """What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
 
+import random
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from errors import ToolkitError, UsageError
@@ -8,6 +11,7 @@ from errors import ToolkitError, UsageError
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
 BROKEN = {"ReadError", "WriteError", "CloseError", "RemoteProtocolError", "ReadTimeout", "WriteTimeout", "PoolTimeout"}
 COMMIT_DIGITS = 40
+ATTEMPTS = 6  # to send what nothing else keeps: about a minute without an answer
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
 # Tokens, and what gives an address the right to be written to.
@@ -89,6 +93,21 @@ def retry_after(error: BaseException) -> float | None:
     if asked.strip().isdigit():
         return float(asked)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+
+
+def patiently(step: Callable[[], object], what: str) -> None:
+    """Do ``step()``, again after longer and longer pauses where the line or the Hub fails.
+
+    Raises ToolkitError, about ``what``, where it is refused or has failed ``ATTEMPTS`` times.
+    """
+    for failures in range(1, ATTEMPTS + 1):
+        try:
+            step()
+            return
+        except Exception as error:
+            if failures == ATTEMPTS or not is_transient(error):
+                raise explain_hub_error(error, what) from error
+            time.sleep(retry_after(error) or 2**failures * random.uniform(0.5, 1))
 
 
 def patient_client():

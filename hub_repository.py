@@ -10,7 +10,7 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from errors import ToolkitError, UsageError
-from hub_access import patient_client
+from hub_access import patient_client, patiently
 from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_entries
 from run_fingerprint import run_fingerprint
 from shard_files import ShardEntry
@@ -93,15 +93,22 @@ class Repository:
             return {}
         return {entry.shard: entry for entry in listed if entry.path in files}
 
-    def commit(self, message: str, additions: dict[str, Path | str], deletions: list[str], parent: str) -> str:
-        """One commit on top of ``parent``: files by their paths or texts. Returns its hash.
+    def upload(self, name: str, content: bytes) -> huggingface_hub.CommitOperationAdd:
+        """Send a file without a commit; gives what names it in one, which any process may then make.
+
+        Tries again where the line or the Hub fails. Raises ToolkitError in the end.
+        """
+        addition = huggingface_hub.CommitOperationAdd(name, content)
+        arguments = {"repo_type": "dataset", "revision": self.branch}
+        patiently(lambda: self._api.preupload_lfs_files(self.repo_id, [addition], **arguments), self.what)
+        return addition
+
+    def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str) -> str:
+        """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.
 
         Raises what the Hub's client raises; 412 where ``parent`` is not the newest commit any more.
         """
-        adds = [
-            huggingface_hub.CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)
-            for name, content in additions.items()
-        ]
+        adds = [_addition(name, content) for name, content in additions.items()]
         disable_progress_bars()
         deletes = [huggingface_hub.CommitOperationDelete(name) for name in deletions]
         return self._api.create_commit(
@@ -120,3 +127,9 @@ class Repository:
         others = [path for path in files if path.endswith(DATA_SUFFIXES) or path.startswith("data/")]
         if others:
             raise UsageError(f"{self.what}: the repository holds other files, such as {min(others)}. Choose another.")
+
+
+def _addition(name: str, content) -> huggingface_hub.CommitOperationAdd:
+    if isinstance(content, huggingface_hub.CommitOperationAdd):
+        return content
+    return huggingface_hub.CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)

@@ -42,6 +42,7 @@ class HubSync:
         self.remote: RemoteState | None = None
         self._is_stale = True
         self._entries: dict[int, ShardEntry] = {}
+        self._uploads: dict[int, object] = {}  # shards that are in no folder here: what a commit names them by
         self._resend: set[int] = set()  # shards to send although the repository has their like
         self._commits: deque[float] = deque(maxlen=COMMITS_AN_HOUR)  # when each was begun
         self._pushed_at: float | None = None
@@ -66,11 +67,16 @@ class HubSync:
             self._unless_transient(self.repository.make)
 
     def adopted(self) -> dict[int, ShardEntry]:
-        """The shards of this run that are in the repository and not in the folder; they are not computed again."""
+        """The shards of this run that are in the repository, or on their way there, and not in the folder.
+
+        They are not computed again.
+        """
+        uploaded = {shard: self._entries[shard] for shard in self._uploads}
         if self.overwrite or not self.remote:
-            return {}
+            return uploaded
         ours = self.folder.entries.keys() | self.folder.recomputed
-        return {shard: entry for shard, entry in self._listed(self.remote, []).items() if shard not in ours}
+        there = {shard: entry for shard, entry in self._listed(self.remote, []).items() if shard not in ours}
+        return {**there, **uploaded}
 
     def start(self) -> None:
         """Begin pushing. Raises UsageError where the repository holds another run that is not to be replaced."""
@@ -80,10 +86,12 @@ class HubSync:
         self._resend = set(self._entries if self.overwrite else self.folder.recomputed)
         self._thread.start()
 
-    def add(self, entry: ShardEntry) -> None:
-        """Tell of a shard that has been finished."""
+    def add(self, entry: ShardEntry, upload=None) -> None:
+        """Tell of a shard that has been finished: in the folder, or already sent (``Repository.upload``)."""
         with self._changed:
             self._entries[entry.shard] = entry
+            if upload is not None:
+                self._uploads[entry.shard] = upload
             if self.overwrite:
                 self._resend.add(entry.shard)
             self._changed.notify()
@@ -99,9 +107,13 @@ class HubSync:
                 bar.update(len(self._entries) - self.left - bar.n)
         if not self._is_done:
             why = explain_hub_error(self._failure or RuntimeError("stopped"), self.repository.what)
+            apart = sum(entry.shard in self._uploads for entry in self._missing())
+            told = (
+                f"; {apart} of them are nowhere else, and computed again" if apart else ", and computes nothing again"
+            )
             raise ToolkitError(
                 f"{why}\n{self.left} of {len(self._entries)} shards are not on the Hub yet; all are in "
-                f"{self.folder.path}. The same command pushes what is missing, and computes nothing again."
+                f"{self.folder.path}. The same command pushes what is missing{told}."
             ) from self._failure
 
     def close(self) -> None:
@@ -193,7 +205,7 @@ class HubSync:
             around[EXTRACTION_FILE] = as_json(self.folder.extraction)
         elif not is_last:
             del around[CARD_FILE]
-        sent = {entry.path: self.folder.path / entry.path for entry in chosen}
+        sent = {entry.path: self._uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
         card = around.get(CARD_FILE, remote.card)

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -19,12 +21,15 @@ from disk_space import make_room_or_stop, nearest_existing
 from errors import ToolkitError, UsageError
 from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extraction, read_json, shard_listing
 from run_fingerprint import run_fingerprint
-from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename, write_shard
+from shard_files import DamagedShard, ShardEntry, check_shard, flush_and_rename
+from shard_record import RECORD, ShardRecord
+from shard_writer import ShardWriter
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
 REPLACED_REPO = ".output_repo"  # within .replaced: the repository whose run may be replaced too
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
-PARTS = (EXTRACTION_FILE, "data", SHARDS_FILE, CARD_FILE)
+DESCRIBING = 19  # times as long as it took, until the files around the shards are written again
+PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
 
 
 class RunFolder:
@@ -40,6 +45,7 @@ class RunFolder:
         self.extraction: dict = {}
         self.fingerprint = ""
         self.recomputed: set[int] = set()
+        self._is_described, self._due = True, 0.0
         self._lock = filelock.FileLock(path / LOCK)
         _check_place(path)
         if path.is_dir():
@@ -59,7 +65,10 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Leave the folder to others, with what it says of its shards up to date."""
+        if not self._is_described:
+            with suppress(OSError):  # a full disk, told already; the next process makes them anew
+                self.describe_shards()
         self._lock.release(force=True)
 
     @property
@@ -92,46 +101,62 @@ class RunFolder:
             self._set_aside(repo)
         self._set_extraction(extraction)
         self.entries = {}
+        self._writer = ShardWriter(self.path, extraction)
         with make_room_or_stop(self.path):
             write_text(self.path / EXTRACTION_FILE, as_json(extraction))
             self.describe_shards()
 
-    def resume(self, extraction: dict) -> None:
-        """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot."""
+    def resume(self, extraction: dict, check_all: bool = False) -> None:
+        """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot.
+
+        Read are those that have changed since they were written, or all with ``check_all``.
+        """
         self._enter()
         self._set_extraction(extraction)
+        if not check_all:
+            self._record.load()
         with make_room_or_stop(self.path):
             if not (self.path / EXTRACTION_FILE).exists():
                 write_text(self.path / EXTRACTION_FILE, as_json(extraction))
             for leftover in self.path.glob("data/*/.*.tmp"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
             self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
+            for entry in self.entries.values():
+                self._record.note(entry)
             aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
             self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
+        self._writer = ShardWriter(self.path, extraction, max((e.num_bytes for e in self.entries.values()), default=0))
 
     def _set_extraction(self, extraction: dict) -> None:
         self.extraction, self.fingerprint = extraction, run_fingerprint(extraction)
+        self._record = ShardRecord(self.path, self.fingerprint)
 
-    def add_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
-        """Write one finished shard, and what the folder says about its shards."""
-        first = shard * self.extraction["rows_per_shard"]
-        described = {
-            "fingerprint": self.fingerprint,
-            "first_row": first,
-            "end_row": first + len(rows) + len(skipped),
-            "skipped": skipped,
-        }
-        with make_room_or_stop(self.path, self.entries.values()):
-            entry = write_shard(self.path, self.extraction["split"], shard, rows, described)
-            self.entries[shard] = entry
-            self.describe_shards()
-        return entry
+    def write_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
+        """Write one finished shard, of which ``add`` is to be told."""
+        return self._writer.write(shard, rows, skipped)
+
+    def add(self, entry: ShardEntry) -> bool:
+        """Tell of a shard that is in the folder now. Returns whether the files that describe the shards are up to date.
+
+        They are not each time, where they are long: bringing them up to date takes a twentieth of the time at most.
+        """
+        self.entries[entry.shard] = entry
+        self._record.note(entry)
+        started = time.monotonic()
+        self._is_described = started >= self._due
+        if self._is_described:
+            with make_room_or_stop(self.path):
+                self.describe_shards()
+            self._due = time.monotonic() + DESCRIBING * (time.monotonic() - started)
+        return self._is_described
 
     def describe_shards(self) -> None:
-        """Write ``shards.json`` and the card."""
-        for name, text in self.files_around(list(self.entries.values())).items():
+        """Write ``shards.json``, the card, and the record of checked shards."""
+        texts = {**self.files_around(list(self.entries.values())), RECORD: self._record.text()}
+        for name, text in texts.items():
             write_text(self.path / name, text)
+        self._is_described = True
 
     def files_around(self, entries: list[ShardEntry]) -> dict[str, str]:
         """The text of ``shards.json`` and of the card where these are the shards there are."""
@@ -195,7 +220,8 @@ class RunFolder:
     def _checked(self, path: Path) -> ShardEntry | None:
         relative = path.relative_to(self.path).as_posix()
         try:
-            return check_shard(self.path, relative, self.fingerprint, self.extraction["rows_per_shard"])
+            known = self._record.unchanged(relative)
+            return known or check_shard(self.path, relative, self.fingerprint, self.extraction["rows_per_shard"])
         except DamagedShard as error:
             aside = path.with_name(DAMAGED + path.name)
             path.rename(aside)

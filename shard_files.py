@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def write_shard(folder: Path, split: str, shard: int, rows: list[dict], describe
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     metadata = {**described, "num_rows": len(rows), "row_crc32": row_checksums(table)}
     metadata["crc32"] = zlib.crc32(canonical(metadata))
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own: a lost worker may still write
     try:
         _write_table(temporary, table, metadata)
         flush_and_rename(temporary, path)

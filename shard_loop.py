@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from tqdm import tqdm
 
@@ -72,31 +72,36 @@ class Side:
         self._writing.shutdown()
 
     def read_ahead(self, reader: Reader, shards: Iterable[int], rows_per_shard: int) -> Iterator[Shard]:
-        """These shards of the reader's rows, the next one under way; ends where the rows do."""
-        numbers = iter(shards)
-        upcoming = self._read(reader, next(numbers, None), rows_per_shard)
-        while upcoming:
-            shard, found = upcoming
-            try:
-                ready, skipped = found.result()
-            except Exception:
-                self.finish()
-                raise
-            if not ready and not skipped:
-                return
-            upcoming = self._read(reader, next(numbers, None), rows_per_shard)
-            yield shard, ready, skipped
+        """These shards of the reader's rows, the next one under way; ends where the rows do.
 
-    def _read(self, reader: Reader, shard: int | None, rows_per_shard: int) -> tuple[int, Future] | None:
-        if shard is None:
-            return None
-        first = shard * rows_per_shard
-        return shard, self._reading.submit(reader.align, first, first + rows_per_shard)
+        ``shards`` may make the reading thread wait for its next number.
+        """
+        numbers = iter(shards)
+        upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
+        while found := self._awaited(upcoming):
+            upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
+            yield found
+
+    def _awaited(self, reading: Future) -> Shard | None:
+        """What was read. Until it is, whatever a write raises is raised here."""
+        while not reading.done():
+            wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
+            self._collect()
+        try:
+            return reading.result()
+        except Exception:
+            self.finish()
+            raise
 
     def write(self, task, *arguments) -> None:
         """Do ``task(*arguments)`` after all that was given before."""
         self._backlog.append(self._writing.submit(self._unless_stopped, task, arguments))
-        while len(self._backlog) > BACKLOG or (self._backlog and self._backlog[0].done()):
+        while len(self._backlog) > BACKLOG:
+            self._backlog.popleft().result()
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._backlog and self._backlog[0].done():
             self._backlog.popleft().result()
 
     def finish(self) -> None:
@@ -112,6 +117,15 @@ class Side:
         except BaseException:
             self._stopped = True
             raise
+
+
+def _read_next(reader: Reader, numbers: Iterator[int], rows_per_shard: int) -> Shard | None:
+    """The next shard, None after the last one."""
+    shard = next(numbers, None)
+    if shard is None:
+        return None
+    ready, skipped = reader.align(shard * rows_per_shard, (shard + 1) * rows_per_shard)
+    return (shard, ready, skipped) if ready or skipped else None
 
 
 def encode_batch(members: list[Aligned], on_the_way: OnTheWay, rows: list[dict]) -> None:

@@ -33,6 +33,7 @@ import token_selection  # noqa: E402
 from disk_space import DiskWatch  # noqa: E402
 from memory_budget import MIB, choose_budget, peak_memory  # noqa: E402
 from run_folder import RunFolder  # noqa: E402
+from shard_computer import ShardComputer  # noqa: E402
 from shard_files import write_shard  # noqa: E402
 
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
@@ -79,7 +80,8 @@ def extraction(model, opened, prefix_cache: bool) -> int:
     """The command's run, model loading aside, into a temporary folder; gives the bytes written."""
     with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
-        run = extraction_run.Run(opened, folder, model.device, None, watch, model, cache_agrees=prefix_cache)
+        here = ShardComputer(opened, model.device, folder.write_shard, model, cache_agrees=prefix_cache)
+        run = extraction_run.Run(opened, folder, here, None, watch)
         run.begin_or_resume(None)
         run.compute_missing()
         return sum(entry.num_bytes for entry in folder.entries.values())

@@ -11,11 +11,11 @@ import torch
 from conftest import REPO, make_tiny_model
 
 import extract_logits
-import extraction_run
 import memory_budget
 import model_batches
-import run_folder
 import shard_loop
+import shard_writer
+import teacher_model
 from batching import Budget
 from errors import ToolkitError
 from logit_dataset import open_dataset
@@ -108,7 +108,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
         raise torch.OutOfMemoryError("tried to allocate")
 
     monkeypatch.setattr(model_batches, "Budget", lambda tokens, logit_rows: Budget(tokens, min(logit_rows, 4)))
-    monkeypatch.setattr(extraction_run.teacher_model, "probe", lambda _model: False)
+    monkeypatch.setattr(teacher_model, "probe", lambda _model: False)
     monkeypatch.setattr(Teacher, "_forward", full)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
@@ -116,7 +116,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert "out of memory with a single conversation of" in message and "--max_length" in message
 
 
-@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("run_folder", "write_shard")])
+@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("shard_writer", "write_shard")])
 def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
     small_model, tmp_path, chat_file, monkeypatch, capsys, place, name
 ):
@@ -132,7 +132,7 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
             return original(*arguments)
         raise OSError(28, "No space left on device")
 
-    owner = Reader if place == "reader" else run_folder
+    owner = Reader if place == "reader" else shard_writer
     monkeypatch.setattr(owner, name, failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
@@ -189,11 +189,11 @@ def test_no_room_for_a_shared_beginning_goes_without(extract, monkeypatch):
 
 HARD_CASE = r"""
 import json, re, resource, sys
-import extract_logits, extraction_run, memory_budget
+import extract_logits, memory_budget, shard_computer
 from batching import Budget
 
 seen = {}
-run_shards = extraction_run.run_shards
+run_shards = shard_computer.run_shards
 def measured(model, extraction, *rest):
     budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
     seen["formula"] = memory_budget.peak_memory(model, budget, 8000, 8000, extraction["prefix_cache"])
@@ -202,7 +202,7 @@ def measured(model, extraction, *rest):
     run_shards(model, extraction, *rest)
     # Not ru_maxrss: a process begins with its parent's.
     seen["peak"] = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
-extraction_run.run_shards = measured
+shard_computer.run_shards = measured
 status = extract_logits.main(sys.argv[1:])
 print("SEEN", json.dumps({**seen, "status": status}))
 """

@@ -286,15 +286,30 @@ def compare(requests, alone, parts, model) -> None:
     for i, single in enumerate(alone):
         many = logit_codec.Distributions(**{name: split[i] for name, split in parts.items()})
         positions += len(single.logsumexp)
-        nuclei += (single.top_ids != many.top_ids).any(axis=1).sum()
+        others = (single.top_ids != many.top_ids).any(axis=1)
+        nuclei += others.sum()
+        if others.any():
+            check_other_nuclei(single, many, np.flatnonzero(others), plain_logits(model, [requests[i]]))
         moved = single.sampled_ids != many.sampled_ids
         draws += moved.sum()
         if moved.any():
             check_moved_draws(requests[i], single, many, moved, plain_logits(model, [requests[i]]))
         divergences.append(divergence(single, many))
-    assert nuclei <= 0.005 * positions
+    assert nuclei <= 0.01 * positions  # each with its reason; how many there are depends on the machine's kernels
     assert draws <= 0.05 * positions * 16
     assert np.concatenate(divergences).mean() <= 5e-5
+
+
+def check_other_nuclei(single, many, rows, logits) -> None:
+    """A nucleus may differ only in tokens that are as good as tied, or where its end is as good as at top_p."""
+    for row in rows:
+        one, other = (found.top_ids[row][found.top_ids[row] >= 0] for found in (single, many))
+        shorter = min(len(one), len(other))
+        ties = logits[row][one[:shorter]] - logits[row][other[:shorter]]
+        assert ties.abs().max() < 1e-4
+        if len(one) != len(other):
+            held = torch.softmax(logits[row].double(), dim=0)[one[:shorter]].sum()
+            assert abs(held - DEFAULTS.top_p) < 1e-5
 
 
 def check_moved_draws(request, single, many, moved, logits) -> None:

@@ -1,0 +1,30 @@
+"""One run's shards into one folder, until its disk is full."""
+
+from pathlib import Path
+
+from disk_space import make_room_or_stop
+from run_fingerprint import run_fingerprint
+from shard_files import ShardEntry, write_shard
+
+
+class ShardWriter:
+    """Writes shards of the run of an ``extraction.json``; ``largest`` is the size of the largest so far, in bytes."""
+
+    def __init__(self, folder: Path, extraction: dict, largest: int = 0):
+        self.folder, self.extraction = folder, extraction
+        self.fingerprint = run_fingerprint(extraction)
+        self._largest = largest
+
+    def write(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
+        """Write one finished shard. Raises DiskFull where there is no room for one like those before."""
+        first = shard * self.extraction["rows_per_shard"]
+        described = {
+            "fingerprint": self.fingerprint,
+            "first_row": first,
+            "end_row": first + len(rows) + len(skipped),
+            "skipped": skipped,
+        }
+        with make_room_or_stop(self.folder, self._largest):
+            entry = write_shard(self.folder, self.extraction["split"], shard, rows, described)
+        self._largest = max(self._largest, entry.num_bytes)
+        return entry
