@@ -1,0 +1,322 @@
+"""Workers on Ray, each with a model on accelerators of its own. This process gives out shards and keeps the books.
+
+No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves.
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from disk_space import DiskFull
+from errors import ToolkitError, UsageError
+from hub_access import redact
+from run_description import OpenedRun
+from shard_plan import AHEAD, ATTEMPTS, ShardPlan
+from shard_worker import TOKEN, Answer, ShardWorker, assign
+
+try:
+    import ray
+except ImportError as missing:
+    raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt") from missing
+
+HERE = Path(__file__).resolve().parent
+STARTS = 3  # in a row that a worker may fail to begin
+SHOWN = 10  # shards that are named in a message
+STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
+PATIENCE = 10.0  # seconds to reach a cluster
+QUIET = 30.0  # seconds without a word from any worker, until it is told what is waited for
+NOT_SENT = ["tests", "docs", "notebooks", "benchmarks", "demo", ".git", ".venv", ".cache", "outputs"]
+
+
+@dataclass(eq=False)
+class Seat:
+    """The place of one worker, whatever actor has it now; ``shards`` are in its hands."""
+
+    number: int
+    actor: object = None
+    described: dict | None = None
+    is_ready: bool = False
+    failures: int = 0
+    shards: list[int] = field(default_factory=list)
+
+
+class RayWorkers:
+    """``--num_workers`` workers for an opened run, in the place of a ``ShardComputer``.
+
+    Raises UsageError where this machine has not that many accelerators, ToolkitError where no worker can begin.
+    """
+
+    def __init__(self, opened: OpenedRun, folder: Path):
+        if opened.reader.source.num_rows is None:
+            raise UsageError(
+                f"--num_workers: {opened.arguments.dataset_id} is streamed and nobody knows its length. Leave out "
+                "--streaming, or convert it to Parquet."
+            )
+        self.arguments, self.folder = opened.arguments, folder.absolute()
+        self._opened = opened
+        self._seats: list[Seat] = []
+        self._pending: dict[object, tuple[Seat, Callable]] = {}  # calls under way, and what to do with their answers
+        self._extraction: dict | None = None
+        self._plan = ShardPlan(iter(()))
+        self._token = secrets.token_hex(8)
+        self._told: list[int] = []
+
+    def __enter__(self) -> "RayWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()
+        (self.folder / TOKEN).unlink(missing_ok=True)
+
+    # --- what a ShardComputer does ---
+
+    def describe(self) -> dict:
+        """``extraction.json`` of a new run, by the first worker that has loaded its model."""
+        self._start()
+        while not (ready := [seat for seat in self._seats if seat.described]):
+            self._step()
+        return ready[0].described
+
+    def compute(self, shards: Iterator[int], extraction: dict, finished: Callable, progress: Callable) -> None:
+        """Have these shards computed; ``finished(entry, upload)`` is told of each.
+
+        Raises ToolkitError at the end, after all others, where shards have failed for good.
+        """
+        self._plan = ShardPlan(shards)
+        if self._plan.is_empty:
+            return
+        (self.folder / TOKEN).write_text(self._token, encoding="utf-8")
+        self._extraction = extraction
+        self._start()
+        for seat in self._seats:
+            self._begin(seat)
+        with progress() as bar:
+            self._work(finished, bar)
+        if self._plan.given_up:
+            raise ToolkitError(self._told_given_up())
+
+    def _work(self, finished: Callable, bar: tqdm) -> None:
+        tokens, started = 0, time.monotonic()
+
+        def keep(seat: Seat, answer: Answer) -> None:
+            nonlocal tokens
+            entry = answer.entry
+            seat.shards.remove(entry.shard)
+            finished(entry, answer.upload)
+            tokens += entry.num_tokens
+            at_work = sum(seat.is_ready for seat in self._seats)
+            bar.set_postfix_str(
+                f"{tokens / (time.monotonic() - started):,.0f} tokens/s, {at_work} workers", refresh=False
+            )
+            bar.update(entry.source_rows)
+
+        while not self._plan.is_empty or any(seat.shards for seat in self._seats):
+            self._hand_out(keep)
+            self._step()
+
+    # --- starting ---
+
+    def _start(self) -> None:
+        if self._seats:
+            return
+        options = _connect(self.arguments)
+        self._actors = ray.remote(ShardWorker).options(**options, max_concurrency=AHEAD + 1, max_restarts=0)
+        self._assignment = assign(self._opened, self.folder, self._token)
+        self._seats = [Seat(number) for number in range(1, self.arguments.num_workers + 1)]
+        print(f"Starting {len(self._seats)} workers on Ray …", file=sys.stderr)
+        for seat in self._seats:
+            self._seat(seat)
+
+    def _seat(self, seat: Seat) -> None:
+        """Put a new worker in a place. Ray starts it where there is room, as soon as there is."""
+        seat.actor, seat.described, seat.is_ready = self._actors.remote(self._assignment), None, False
+        self._call(seat, seat.actor.describe, self._described)
+
+    def _described(self, seat: Seat, answer: tuple[dict, str]) -> None:
+        seat.described, place = answer
+        _say(f"Worker {seat.number} of {len(self._seats)} has its model: {place}")
+        self._begin(seat)
+
+    def _begin(self, seat: Seat) -> None:
+        if seat.described and self._extraction:
+            self._call(seat, seat.actor.begin, self._begun, self._extraction)
+
+    def _begun(self, seat: Seat, _answer: None) -> None:
+        seat.is_ready, seat.failures = True, 0
+
+    # --- working ---
+
+    def _hand_out(self, keep: Callable) -> None:
+        """Give every worker that is ready what it may hold."""
+        for seat in self._seats:
+            while seat.is_ready and (shard := self._plan.next_for(seat.shards)) is not None:
+                seat.shards.append(shard)
+                self._call(seat, seat.actor.compute, keep, shard)
+
+    def _call(self, seat: Seat, method, then: Callable, *arguments) -> None:
+        self._pending[method.remote(*arguments)] = (seat, then)
+
+    def _step(self) -> None:
+        """Wait for something to happen, and see to it."""
+        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=QUIET)
+        if not done:
+            self._tell_waiting()
+        for call in done:
+            seat, then = self._pending.pop(call)
+            try:
+                answer = ray.get(call)
+            except ray.exceptions.RayError as error:
+                self._lost(seat, getattr(error, "cause", None) or error)
+            else:
+                then(seat, answer)
+
+    # --- failing ---
+
+    def _lost(self, seat: Seat, error: Exception) -> None:
+        """A call has failed, and with it all that the worker had in hand; unless it is sound, a new one takes over."""
+        if isinstance(error, DiskFull):
+            raise error
+        self._pending = {call: about for call, about in self._pending.items() if about[0] is not seat}
+        reason = _reason(error)
+        for shard in seat.shards:
+            self._plan.failed(shard, reason)
+        if seat.shards:
+            _say(f"Worker {seat.number}: {reason}\nTo be computed again: {self._rows_of(seat.shards)}")
+        seat.shards = []
+        if not (seat.is_ready and isinstance(error, ToolkitError)):
+            self._replace(seat, error, reason)
+
+    def _replace(self, seat: Seat, error: Exception, reason: str) -> None:
+        ray.kill(seat.actor)
+        if not seat.is_ready:
+            seat.failures += 1
+            _say(f"Worker {seat.number} did not begin ({seat.failures} of {STARTS} times): {reason}")
+        if seat.failures < STARTS:
+            self._seat(seat)
+            return
+        self._seats.remove(seat)
+        if not self._seats:
+            raise error if isinstance(error, ToolkitError) else ToolkitError(f"no worker can begin: {reason}")
+
+    def _tell_waiting(self) -> None:
+        waiting = [seat.number for seat in self._seats if seat.described is None]
+        if waiting and waiting != self._told:
+            room = ", ".join(f"{int(ray.cluster_resources().get(kind, 0))} {kind}s" for kind in ("GPU", "CPU"))
+            _say(f"{len(waiting)} workers are loading their model or wait for a place; the cluster has {room} in all")
+        self._told = waiting
+
+    def _told_given_up(self) -> str:
+        lines = [f"{self._rows_of([shard])}: {reason}" for shard, reason in sorted(self._plan.given_up.items())]
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        return "\n".join(
+            [
+                f"{len(lines)} shards failed {ATTEMPTS} times and were left out; all others are done. The same command "
+                "tries these again.",
+                *lines[:SHOWN],
+                *more,
+            ]
+        )
+
+    def _rows_of(self, shards: list[int]) -> str:
+        size = self.arguments.rows_per_shard
+        return ", ".join(f"source rows {shard * size} to {(shard + 1) * size - 1}" for shard in shards)
+
+
+# --- Ray ---
+
+
+def _connect(arguments: argparse.Namespace) -> dict:
+    """Start Ray on this machine, or connect to the cluster. Gives what one worker takes of it."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with _own_signals():
+        if arguments.ray_address:
+            _refuse_silent(arguments.ray_address)
+            code = {"working_dir": str(HERE), "excludes": NOT_SENT, "env_vars": _endpoint()}
+            try:
+                ray.init(address=arguments.ray_address, runtime_env=code, **common)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ToolkitError(f"--ray_address {arguments.ray_address}: {_first_line(error)}") from error
+        else:
+            path = {
+                "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
+            }
+            ray.init(address="local", include_dashboard=False, object_store_memory=STORE, runtime_env=path, **common)
+    return _share(arguments, ray.cluster_resources())
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise ToolkitError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise UsageError(f"--ray_address {address}: expected HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), PATIENCE).close()
+    except OSError as error:
+        raise ToolkitError(
+            f"--ray_address {address}: nobody answers there ({error.strerror or error}). `ray start --head` prints the "
+            "address of a cluster."
+        ) from error
+
+
+def _share(arguments: argparse.Namespace, there: dict[str, float]) -> dict:
+    """What one worker takes: accelerators, or its part of the CPUs where there are none or none is wanted."""
+    workers, gpus, cpus = arguments.num_workers, int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
+    room = gpus // wanted if wanted else cpus
+    if workers > room and not arguments.ray_address:
+        found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
+        raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
+    return {
+        "num_gpus": wanted,
+        "num_cpus": 1 if wanted else max(1, cpus // workers),
+        "scheduling_strategy": "SPREAD",
+    }
+
+
+def _endpoint() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this command's way to end on SIGTERM: Ray sets its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "its machine ran out of memory, and Ray ended it"
+    if isinstance(error, ray.exceptions.RayError):
+        return "it died, or its machine did"
+    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _say(text: str) -> None:
+    tqdm.write(redact(text), file=sys.stderr)

@@ -1,0 +1,168 @@
+"""One worker of several: a model of its own, and shards as they are given to it, from any thread and in any order.
+
+It writes each finished shard itself and answers with its numbers; nothing else goes back to the process that gave it.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import queue
+import tempfile
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from tqdm import tqdm
+
+import content_hash
+import teacher_model
+from chat_templates import read_template
+from errors import ToolkitError
+from hub_repository import Repository
+from run_description import OpenedRun, open_run
+from run_fingerprint import differences
+from shard_computer import ShardComputer
+from shard_files import ShardEntry
+from shard_writer import ShardWriter
+
+TOKEN = ".workers"  # in the run's folder: which process may have shards written there now
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told at its start.
+
+    ``arguments`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
+    keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``TOKEN`` must
+    have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed.
+    """
+
+    arguments: argparse.Namespace
+    pinned: dict
+    folder: Path | None
+    token: str
+    hub_token: str | None = field(default=None, repr=False)
+    hashes: dict = field(default_factory=dict, repr=False)
+
+
+def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
+    """What the workers of this run are told: paths made absolute, and what the options leave open pinned."""
+    options = dict(vars(opened.arguments))
+    for name in ("model_id", "dataset_id"):
+        if Path(options[name]).exists():
+            options[name] = str(Path(options[name]).absolute())
+    if options["chat_template"]:
+        options["chat_template"] = read_template(options["chat_template"])
+    options["command"] = None
+    straight = options["ray_address"] and not options["output_dir"]
+    left_open = {name: options[name] for name in ("dtype", "attn_implementation")}
+    return Assignment(
+        arguments=argparse.Namespace(**options),
+        pinned={**opened.described, **left_open, "model_id": options["model_id"], "dataset_id": options["dataset_id"]},
+        folder=None if straight else folder,
+        token=token,
+        hub_token=huggingface_hub.get_token(),
+        hashes=content_hash.known_hashes(),
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished shard; ``upload`` is what a commit has to name where it went to the Hub."""
+
+    entry: ShardEntry
+    upload: object = None
+
+
+class ShardWorker:
+    """Loads the model when it is made. Raises what forbids the work on this machine."""
+
+    def __init__(self, assignment: Assignment):
+        self._assignment = assignment
+        if assignment.hub_token:
+            os.environ.setdefault("HF_TOKEN", assignment.hub_token)
+        content_hash.remember_hashes(assignment.hashes)
+        opened = open_run(assignment.arguments, assignment.pinned)
+        device = teacher_model.choose_device(assignment.arguments.device)
+        self._computer = ShardComputer(opened, device, self._write)
+        self._described = self._computer.describe()
+        self._scratch = tempfile.TemporaryDirectory() if assignment.folder is None else None
+        self._lock = threading.Lock()
+        self._numbers: queue.Queue[int | None] | None = None
+        self._waiting: dict[int, Future] = {}
+        self._uploads: dict[int, object] = {}
+
+    def describe(self) -> tuple[dict, str]:
+        """``extraction.json`` as this worker would begin it, and where it runs, for people to read."""
+        device = self._computer.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        return self._described, f"{platform.node()}, {name}"
+
+    def begin(self, extraction: dict) -> None:
+        """Work for this run from now on. Raises ToolkitError where the worker would make other rows."""
+        different = differences(extraction, self._described)
+        if different:
+            raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
+        _check_place(self._assignment)
+        self._extraction = extraction
+        self._writer = ShardWriter(self._assignment.folder or Path(self._scratch.name), extraction)
+        if self._assignment.folder is None:
+            arguments = self._assignment.arguments
+            self._repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
+
+    def compute(self, shard: int) -> Answer:
+        """One shard, once it is finished; what is given meanwhile is read ahead.
+
+        After a failure, that of one shard is raised for all that wait.
+        """
+        with self._lock:
+            if self._numbers is None:
+                self._numbers = queue.Queue()
+                threading.Thread(target=self._loop, args=(self._numbers,), name="shards", daemon=True).start()
+            found = self._waiting[shard] = Future()
+            self._numbers.put(shard)
+        return found.result()
+
+    def _loop(self, numbers: queue.Queue) -> None:
+        failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")
+        try:
+            self._computer.compute(
+                iter(numbers.get, None), self._extraction, self._finished, functools.partial(tqdm, disable=True)
+            )
+        except BaseException as error:
+            failure = error
+        with self._lock:
+            numbers.put(None)  # for the thread that may still wait for a number
+            self._numbers, waiting = None, self._waiting
+            self._waiting = {}
+        for found in waiting.values():
+            found.set_exception(failure)
+
+    def _finished(self, entry: ShardEntry) -> None:
+        with self._lock:
+            self._waiting.pop(entry.shard).set_result(Answer(entry, self._uploads.pop(entry.shard, None)))
+
+    def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
+        _check_place(self._assignment)
+        entry = self._writer.write(shard, rows, skipped)
+        if self._assignment.folder is None:
+            file = Path(self._scratch.name) / entry.path
+            self._uploads[shard] = self._repository.upload(entry.path, file.read_bytes())
+            file.unlink()
+        return entry
+
+
+def _check_place(assignment: Assignment) -> None:
+    """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
+    if assignment.folder is None:
+        return
+    file = assignment.folder / TOKEN
+    if not file.is_file() or file.read_text(encoding="utf-8") != assignment.token:
+        raise ToolkitError(
+            f"{platform.node()} does not see the run in --output_dir {assignment.folder}: give a folder that all "
+            "machines share, or leave --output_dir out and give --output_repo."
+        )
