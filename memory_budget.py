@@ -6,10 +6,12 @@
         + tokens * (8 * hidden + 4 * intermediate) * width   one layer at work
         + tokens * longest * 5                               scores of attention, where its kernel keeps them
         + cached * 2 * layers * key_values * width           the cache of a shared beginning
+        + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
 is more). ``cached`` is 0 without a shared beginning, else at most 8 * tokens: a batch's keys and values with the shared
-ones, and a copy on the way.
+ones, and a copy on the way. ``fetched`` is the largest layer that is not where it works (0 without ``--device_map``).
+For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """
 
 import os
@@ -17,6 +19,7 @@ import os
 import torch
 
 from batching import Budget
+from model_devices import compute_devices, input_device, largest_fetch
 
 MIB = 2**20
 CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache
@@ -35,8 +38,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> Budget:
-    """The budget that the options give (``logit_memory`` in MiB), or the default for what is free."""
-    on_cpu, free = model.device.type == "cpu", free_memory(model.device)
+    """The budget that the options give (``logit_memory`` in MiB), or the default for what is free where least is."""
+    on_cpu = input_device(model).type == "cpu"
+    free = max(0, min(map(free_memory, compute_devices(model))) - 2 * largest_fetch(model))
     if batch_tokens is None:
         affordable = int(free * TOKEN_SHARE / _bytes_a_token(model))
         batch_tokens = max(64, min(CPU_TOKENS if on_cpu else GPU_TOKENS, affordable))
@@ -52,7 +56,7 @@ def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bo
     tokens = max(budget.tokens, longest)
     logits = 3 * min(budget.logit_rows, rows) * _vocabulary(model) * 4
     cached = 8 * tokens * _cache_bytes(model) if prefix_cache else 0
-    kept = rows * (hidden * width + 1600 * 16)
+    kept = rows * (hidden * width + 1600 * 16) + 2 * largest_fetch(model)
     return logits + kept + tokens * (_layer_bytes(model) + longest * 5) + cached
 
 

@@ -176,6 +176,8 @@ def check_rows(
     dataset: StoredDataset, model, tokenizer, indices: Sequence[int], chat_template: str | None = None
 ) -> Verification:
     """Hold these rows against a loaded model, with a progress bar on stderr."""
+    from model_devices import input_device
+
     aligner = RowAligner(tokenizer, dataset.extraction, chat_template)
     checks, causes = [], []
     for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
@@ -194,7 +196,7 @@ def check_rows(
         dataset_id=dataset.dataset_id,
         model_id=model.name_or_path,
         dtype=dtype_name(model),
-        device=str(model.device),
+        device=str(input_device(model)),
         num_rows=len(indices),
         num_tokens=sum(len(check.in_order) for check in checks),
         figures=figures,

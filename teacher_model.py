@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from errors import ToolkitError, UsageError
 from hub_access import explain_loading
+from model_devices import input_device, loading_options
 from token_selection import OnTheWay, SelectionSettings, select
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
@@ -79,21 +80,23 @@ def load_teacher(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | None = None,
+    max_memory: dict | None = None,
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
+    A ``device_map`` spreads it under ``max_memory``, see ``model_devices``, whatever ``device`` says.
     A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": "float32" if dtype == "auto" and torch.device(device).type == "cpu" else dtype}
-    options["trust_remote_code"] = trust_remote_code
+    options = loading_options(dtype, device, device_map, max_memory) | {"trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     model = _load(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
-    return model.eval().to(device)
+    return model.eval() if device_map else model.eval().to(device)
 
 
 def _load(auto_class, model_id: str, revision: str | None, gguf_file: str | None, **options):
@@ -150,7 +153,7 @@ class Teacher:
     """
 
     def __init__(self, model, logit_rows: int):
-        self.model, self.logit_rows = model, logit_rows
+        self.model, self.logit_rows, self.device = model, logit_rows, input_device(model)
         self._prefix_ids, self._prefix_cache = np.zeros(0, np.int64), None
         self.length_switch = length_switch(model.config)
         takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
@@ -161,7 +164,7 @@ class Teacher:
         """Compute the key-value cache of a beginning that the next batches share; an empty one clears it."""
         self._prefix_ids, self._prefix_cache = ids, None
         if len(ids):
-            inputs = torch.from_numpy(ids)[None].to(self.model.device)
+            inputs = torch.from_numpy(ids)[None].to(self.device)
             with self._head_inputs(lambda hidden: hidden[:, -1:]):
                 self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
 
@@ -170,7 +173,7 @@ class Teacher:
 
         All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
         """
-        device = "cpu" if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
+        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
         tokens = _upload(torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])), device)
         uniforms = _upload(torch.from_numpy(np.concatenate([r.uniforms for r in requests])), device)
         pieces, start = [], 0
@@ -190,14 +193,18 @@ class Teacher:
         """
         sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
         before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1 - len(self._prefix_ids)
-        sample, before = _upload(sample, self.model.device), _upload(before, self.model.device)
+        sample, before = _upload(sample, self.device), _upload(before, self.device)
+
+        def pick(hidden):  # the last layer may be on another device than the head
+            return hidden[sample.to(hidden.device), before.to(hidden.device)]
+
         if len(sample) <= self.logit_rows:
-            yield self._forward(requests, lambda hidden: hidden[sample, before].unsqueeze(0))[0].float()
+            yield self._forward(requests, lambda hidden: pick(hidden).unsqueeze(0))[0].float()
             return
         kept = []
 
         def keep(hidden):
-            kept.append(hidden[sample, before])
+            kept.append(pick(hidden))
             return hidden[:1, :1]
 
         self._forward(requests, keep)
@@ -207,14 +214,14 @@ class Teacher:
     @torch.inference_mode()
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
         """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
-        shared, device = len(self._prefix_ids), self.model.device
+        shared = len(self._prefix_ids)
         read = [request.input_ids if self.length_switch else request.read_ids for request in requests]
         lengths = [len(ids) - shared for ids in read]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for row, found in zip(ids, read, strict=True):
             row[: len(found) - shared] = torch.from_numpy(found[shared:])
         # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
-        inputs = {"input_ids": _upload(ids, device), "use_cache": bool(shared)}
+        inputs = {"input_ids": _upload(ids, self.device), "use_cache": bool(shared)}
         if shared:
             inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
             inputs[self._cache_name].batch_repeat_interleave(len(requests))
@@ -224,7 +231,7 @@ class Teacher:
     @torch.inference_mode()
     def _dummy_forward(self, rows: torch.Tensor) -> torch.Tensor:
         with self._head_inputs(lambda _hidden: rows.unsqueeze(0)):
-            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=rows.device), use_cache=False).logits
+            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits
 
     @contextmanager
     def _head_inputs(self, pick) -> Iterator[None]:
@@ -271,7 +278,8 @@ def probe(model) -> bool:
 
 @torch.inference_mode()
 def _plain_rows(model, requests: list[Request]) -> torch.Tensor:
-    plain = [model(torch.from_numpy(r.input_ids)[None].to(model.device)).logits[0, r.positions - 1] for r in requests]
+    inputs = [torch.from_numpy(r.input_ids)[None].to(input_device(model)) for r in requests]
+    plain = [model(ids).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
     return torch.cat(plain).float()
 
 
