@@ -10,6 +10,7 @@ from pathlib import Path
 from content_hash import hash_files
 from errors import ToolkitError, UsageError
 from hub_access import explain_hub_error, resolve_commit
+from parquet_rows import ParquetRows
 
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -17,30 +18,53 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 
 @dataclass
 class SourceDataset:
-    """One split of a dataset.
+    """One split of a dataset, whose rows are read in any order.
 
-    ``rows`` is a ``datasets`` Dataset or, streamed, an IterableDataset; ``revision`` a Hub commit, or a hash of the
-    local files' contents; ``num_rows`` is None for a stream whose length is recorded nowhere.
+    ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream whose
+    length is recorded nowhere; ``what`` names the dataset in errors.
     """
 
-    rows: object
+    rows: "TableRows | ParquetRows | StreamRows"
     revision: str
     num_rows: int | None
     column_names: list[str]
-    _stream: Iterator[dict] | None = None
-    _next_row: int = 0
+    what: str
 
     def read(self, first: int, end: int) -> list[dict]:
-        """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order."""
-        if self.num_rows is not None:
-            end = min(end, self.num_rows)
+        """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order.
+
+        Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
+        """
+        with explained(self.what):
+            return self.rows.read(first, end if self.num_rows is None else min(end, self.num_rows))
+
+
+class TableRows:
+    """Rows of a memory-mapped ``datasets.Dataset``."""
+
+    def __init__(self, table):
+        self._table = table
+        self.num_rows = len(table)
+
+    def read(self, first: int, end: int) -> list[dict]:
+        end = min(end, self.num_rows)
+        return list(self._table.select(range(first, end))) if first < end else []
+
+
+class StreamRows:
+    """Rows of a ``datasets.IterableDataset``: those before are read too, and going back starts over."""
+
+    def __init__(self, stream, num_rows: int | None):
+        self._stream, self.num_rows = stream, num_rows
+        self._open: Iterator[dict] | None = None
+        self._next_row = 0
+
+    def read(self, first: int, end: int) -> list[dict]:
         if first >= end:
             return []
-        if hasattr(self.rows, "select"):
-            return list(self.rows.select(range(first, end)))
-        if self._stream is None or first != self._next_row:
-            self._stream = iter(self.rows.skip(first))
-        found = list(islice(self._stream, end - first))
+        if self._open is None or first < self._next_row:
+            self._open, self._next_row = iter(self._stream.skip(first)), first
+        found = list(islice(self._open, first - self._next_row, end - self._next_row))
         self._next_row = first + len(found)
         return found
 
@@ -55,7 +79,6 @@ def open_source(
     """Open one split. Raises UsageError for wrong names and ToolkitError where the Hub refuses."""
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
-    what = f"--dataset_id {dataset_id}, --split {split}"
     path = Path(dataset_id)
     if path.exists():
         if revision or (config and path.is_file()):
@@ -67,16 +90,34 @@ def open_source(
     else:
         commit = resolve_commit(dataset_id, "dataset", revision)
         arguments = {"path": dataset_id, "name": config, "revision": commit}
-    with explained(dataset_id, what):
-        rows = _load(arguments, split, streaming)
-        first = next(iter(rows))  # no first row: StopIteration, as for an empty file
-    num_rows = _recorded_length(rows, split) if streaming else len(rows)
-    return SourceDataset(rows, commit, num_rows, list(first))
+    what = f"--dataset_id {dataset_id}, --split {split}"
+    with explained(what):
+        rows = _open_rows(arguments, split, streaming)
+        first = rows.read(0, 1)
+    if not first:
+        raise UsageError(f"{what}: no rows")
+    return SourceDataset(rows, commit, rows.num_rows, list(first[0]), what)
 
 
-def _recorded_length(stream, split: str) -> int | None:
-    splits = stream.info.splits
-    return splits[split].num_examples or None if splits and split in splits else None
+def _open_rows(arguments: dict, split: str, streaming: bool) -> TableRows | ParquetRows | StreamRows:
+    import datasets
+
+    if not streaming:
+        return TableRows(datasets.load_dataset(**arguments, split=split))
+    builder = datasets.load_dataset_builder(**arguments)
+    stream = builder.as_streaming_dataset(split)
+    splits = builder.info.splits
+    recorded = splits[split].num_examples or None if splits and split in splits else None
+    files = _parquet_files(builder.config, split)
+    return ParquetRows(files, stream.features, recorded) if files else StreamRows(stream, recorded)
+
+
+def _parquet_files(config, split: str) -> list[str]:
+    """The files of a split, if all are Parquet (and not archives of such)."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+    files = config.data_files[split] if isinstance(config, ParquetConfig) and split in config.data_files else []
+    return list(files) if all(file.endswith(".parquet") for file in files) else []
 
 
 def _local_arguments(path: Path, config: str | None, split: str, content: str) -> dict:
@@ -92,24 +133,16 @@ def _local_arguments(path: Path, config: str | None, split: str, content: str) -
     return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}, **cache}
 
 
-def _load(arguments: dict, split: str, streaming: bool):
-    import datasets
-
-    return datasets.load_dataset(**arguments, split=split, streaming=streaming)
-
-
 @contextmanager
-def explained(dataset_id: str, what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """What ``datasets`` raises, as errors that say what to do."""
     import datasets
 
     try:
         yield
-    except StopIteration as error:
-        raise UsageError(f"{what}: no rows") from error
     except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
         raise ToolkitError(
-            f"dataset {dataset_id}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
+            f"{what}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise UsageError(f"{what}: {_shortened(error.__cause__ or error)}") from error

@@ -1,0 +1,157 @@
+"""Rows of Parquet files at random: the row groups that hold them are read, and nothing before them.
+
+``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 1024  # are decoded at a time, and held while the rows asked for are among them
+FOOTER_THREADS = 16
+HUB_FOLDER = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/")
+
+
+class ParquetRows:
+    """The rows of ``files`` (paths or fsspec URLs) one after the other, as ``datasets`` decodes them to ``features``.
+
+    ``num_rows`` is the length that the dataset's card records. Footers are then read only up to the rows asked for;
+    without it, all of them at once. Raises OSError, which names the file, where one cannot be read.
+    """
+
+    def __init__(self, files: list[str], features, num_rows: int | None = None):
+        self._files, self._features = files, features
+        self._filesystem = _filesystem_of(files[0])
+        self._groups: list[tuple[str, int]] = []  # file and number of each row group
+        self._ends: list[int] = []  # the row that follows each group
+        self._indexed = 0  # files whose footers were read
+        self._reader = None
+        self._recorded = num_rows
+        if num_rows is None:
+            self._index(files)
+        self.num_rows = self._counted() if num_rows is None else num_rows
+
+    def read(self, first: int, end: int) -> list[dict]:
+        """Rows ``first`` up to ``end``, fewer at the end of the files."""
+        rows = []
+        while first < end and (place := self._find(first)) is not None:
+            start = self._ends[place - 1] if place else 0
+            stop = min(end, self._ends[place])
+            rows += self._read_group(*self._groups[place], first - start, stop - start)
+            first = stop
+        return rows
+
+    def _find(self, row: int) -> int | None:
+        """Which group of ``_groups`` holds a row."""
+        while self._counted() <= row and self._indexed < len(self._files):
+            self._index(self._files[self._indexed : 2 * self._indexed + 1])
+        place = bisect_right(self._ends, row)
+        return place if place < len(self._ends) else None
+
+    def _counted(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _index(self, files: list[str]) -> None:
+        """Read the footers of the next files, in parallel; a bar is shown if it takes more than a second."""
+        from tqdm.contrib.concurrent import thread_map
+
+        bar = {"desc": "Footers of Parquet files", "unit": " files", "leave": False, "delay": 1}
+        found = thread_map(self._group_sizes, files, max_workers=FOOTER_THREADS, **bar)
+        for file, sizes in zip(files, found, strict=True):
+            for group, size in enumerate(sizes):
+                self._groups.append((file, group))
+                self._ends.append(self._counted() + size)
+        self._indexed += len(files)
+        if self._indexed == len(self._files) and self._recorded not in (None, self._counted()):
+            raise OSError(f"the dataset's card says {self._recorded} rows, but its files hold {self._counted()}")
+
+    def _group_sizes(self, file: str) -> list[int]:
+        """Rows of each row group."""
+        with named(file), self._open(file) as opened:
+            return [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+
+    def _open(self, file: str) -> pq.ParquetFile:
+        """Remote files without a cache of what follows: ``pre_buffer`` asks for whole column chunks."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        if isinstance(self._filesystem, LocalFileSystem):
+            return pq.ParquetFile(self._filesystem._strip_protocol(file))
+        return pq.ParquetFile(self._filesystem.open(file, "rb", cache_type="none"), pre_buffer=True)
+
+    def _read_group(self, file: str, group: int, first: int, end: int) -> list[dict]:
+        reader, self._reader = self._reader, None  # one that failed is not used again
+        with named(file):
+            if reader is None or not reader.reaches(file, group, first):
+                reader = self._reopened(reader, file, group)
+            rows = self._decode(reader.read(first, end))
+        self._reader = reader
+        return rows
+
+    def _reopened(self, reader: "_GroupReader | None", file: str, group: int) -> "_GroupReader":
+        """At another row group, in the open file if it is in that one."""
+        if reader is not None and reader.file == file:
+            return _GroupReader(file, reader.opened, group)
+        if reader is not None:
+            reader.opened.close(force=True)
+        return _GroupReader(file, self._open(file), group)
+
+    def _decode(self, table: pa.Table) -> list[dict]:
+        import datasets
+
+        cast = datasets.table.table_cast(table, self._features.arrow_schema)
+        info = datasets.DatasetInfo(features=self._features)
+        return list(datasets.Dataset(cast, info=info, fingerprint="rows"))
+
+
+class _GroupReader:
+    """One row group of an open file, decoded batch by batch. Only going back behind the batch at hand starts over."""
+
+    def __init__(self, file: str, opened: pq.ParquetFile, group: int):
+        self.file, self.opened, self._group = file, opened, group
+        self._batches = opened.iter_batches(BATCH_ROWS, row_groups=[group])
+        self._batch = self._next_batch()
+        self._start = 0  # the row, of the group, that the batch begins with
+
+    def reaches(self, file: str, group: int, row: int) -> bool:
+        return (file, group) == (self.file, self._group) and row >= self._start
+
+    def read(self, first: int, end: int) -> pa.Table:
+        parts = []
+        while first < end:
+            while first >= self._start + len(self._batch):
+                self._start += len(self._batch)
+                self._batch = self._next_batch()
+            parts.append(self._batch.slice(first - self._start, end - first))
+            first += len(parts[-1])
+        return pa.Table.from_batches(parts)
+
+    def _next_batch(self) -> pa.RecordBatch:
+        batch = next(self._batches, None)
+        if batch is None:
+            raise OSError("it has fewer rows than its footer said")
+        return batch
+
+
+def _filesystem_of(file: str):
+    """The one of ``datasets``, which knows the listing already; and one for all threads, as each would get its own."""
+    import fsspec
+    from huggingface_hub import constants
+
+    options = {"endpoint": constants.ENDPOINT, "token": None} if file.startswith("hf://") else {}
+    return fsspec.core.url_to_fs(file, **options)[0]
+
+
+@contextmanager
+def named(file: str) -> Iterator[None]:
+    """Errors of a file as OSError with its name and one line; what the Hub answered stays among its causes."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        reason = str(error)
+        with suppress(AttributeError):
+            reason = error.details()  # of a CastError, whose message goes on with whole schemas
+        raise OSError(f"{HUB_FOLDER.sub('', file)}: {reason.strip().partition(chr(10))[0][:300]}") from error
