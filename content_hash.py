@@ -1,22 +1,107 @@
-"""What stands in for a revision where there is no Hub commit: a hash of the files' contents."""
+"""What stands in for a revision where there is no Hub commit: a hash of the files' contents.
+
+Files of gigabytes are not read at every start: a hash is remembered while path, size and times are what they were.
+"""
 
 import hashlib
+import json
+import time
+from contextlib import suppress
 from pathlib import Path
+
+GRAIN = 3.0  # seconds: a file changed so recently may change again without another time; of FAT, the coarsest, it is 2
+REMEMBERED_FILES = 100_000
+LOCK_PATIENCE = 10.0  # seconds
+
+_known: dict[str, list] = {}  # path: [size, mtime_ns, ctime_ns, sha256]
 
 
 def hash_files(path: str | Path) -> str:
     """SHA-256 (hex) over the names and contents of a file, or of all files in a folder, hidden ones left out."""
     path = Path(path)
     if path.is_file():
-        return _hash_file(path)
+        return _hashes([path])[0]
+    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    shown = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            digest.update(f"{relative.as_posix()}\0{_hash_file(file)}\n".encode())
+    for name, found in zip(shown, _hashes(list(shown.values())), strict=True):
+        digest.update(f"{name.as_posix()}\0{found}\n".encode())
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def known_hashes() -> dict[str, list]:
+    """What this process knows of files that it hashed, for ``remember_hashes`` in others that see the same files."""
+    return dict(_known)
+
+
+def remember_hashes(hashes: dict[str, list]) -> None:
+    """Take over what another process knows, until this one ends."""
+    _known.update(hashes)
+
+
+def _hashes(files: list[Path]) -> list[str]:
+    """The SHA-256 of each file. What had to be read is remembered for other processes."""
+    stamps = [_stamp(file) for file in files]
+    if any(_recall(_known, stamp) is None for stamp in stamps):
+        remembered = _read_memory()
+        _known.update({stamp[0]: remembered[stamp[0]] for stamp in stamps if _recall(remembered, stamp)})
+    read = {}
+    found = [_recall(_known, stamp) or _hash_file(file, stamp, read) for file, stamp in zip(files, stamps, strict=True)]
+    if read:
+        _known.update(read)
+        _write_memory(read)
+    return found
+
+
+def _stamp(file: Path) -> tuple:
+    """Resolved path, size, and the times of the last changes, in ns.
+
+    The time of contents can be set, and tools that unpack do; that of the file's record (ctime) cannot.
+    """
+    status = file.stat()
+    return str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _recall(hashes: dict[str, list], stamp: tuple) -> str | None:
+    path, *state = stamp
+    *known, found = hashes.get(path, [None])
+    return found if known == state else None
+
+
+def _hash_file(file: Path, stamp: tuple, read: dict[str, list]) -> str:
+    """A file's SHA-256, from its contents. ``read`` gets what is worth remembering."""
+    settled = max(stamp[2:]) < time.time_ns() - GRAIN * 1e9
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if settled and _stamp(file) == stamp:
+        read[stamp[0]] = [*stamp[1:], found]
+    return found
+
+
+def _memory_file() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "content_hashes.json"
+
+
+def _read_memory() -> dict[str, list]:
+    """What processes before remembered; nothing where the file is missing or damaged."""
+    try:
+        remembered = json.loads(_memory_file().read_bytes())
+        return {path: entry for path, entry in remembered.items() if len(entry) == 4 and len(entry[3]) == 64}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write_memory(read: dict[str, list]) -> None:
+    """Add to what others have written meanwhile. A cache that cannot be written is no error."""
+    from filelock import FileLock
+
+    path = _memory_file()
+    with suppress(OSError, NotImplementedError):  # the second: a file system without locks
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=LOCK_PATIENCE):
+            merged = {**_read_memory(), **read}
+            new = path.with_name(f"{path.name}.new")
+            new.write_text(json.dumps(dict(list(merged.items())[-REMEMBERED_FILES:])), encoding="utf-8")
+            new.replace(path)
