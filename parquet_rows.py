@@ -6,7 +6,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,8 +150,7 @@ def named(file: str) -> Iterator[None]:
     """Errors of a file as OSError with its name and one line; what the Hub answered stays among its causes."""
     try:
         yield
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        reason = str(error)
-        with suppress(AttributeError):
-            reason = error.details()  # of a CastError, whose message goes on with whole schemas
+    except Exception as error:  # the clients of file systems have exceptions of their own
+        # A CastError's message goes on with whole schemas.
+        reason = error.details() if hasattr(error, "details") else str(error)
         raise OSError(f"{HUB_FOLDER.sub('', file)}: {reason.strip().partition(chr(10))[0][:300]}") from error

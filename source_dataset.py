@@ -146,7 +146,9 @@ def explained(what: str) -> Iterator[None]:
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise UsageError(f"{what}: {_shortened(error.__cause__ or error)}") from error
-    except (ValueError, OSError) as error:
+    except datasets.table.CastError as error:
+        raise UsageError(f"{what}: {error.details()}") from error
+    except Exception as error:  # odd data and the Hub's clients raise all kinds
         if "corresponds to no data" in str(error):
             raise UsageError(f"{what}: no rows") from error
         raise explain_hub_error(error, what, UsageError) from error
