@@ -1,6 +1,7 @@
 """Rows of Parquet files at random: the row groups that hold them are read, and nothing before them.
 
-``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before.
+``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before. Memory is that of
+one row group, as compressed, and a batch. Files are not mapped: one that is cut short meanwhile would kill the process.
 """
 
 import re
@@ -20,15 +21,17 @@ class ParquetRows:
     """The rows of ``files`` (paths or fsspec URLs) one after the other, as ``datasets`` decodes them to ``features``.
 
     ``num_rows`` is the length that the dataset's card records. Footers are then read only up to the rows asked for;
-    without it, all of them at once. Raises OSError, which names the file, where one cannot be read.
+    without it, all of them at once. ``footers`` are those that another process has read of the same revision. Raises
+    OSError, which names the file, where one cannot be read.
     """
 
-    def __init__(self, files: list[str], features, num_rows: int | None = None):
+    def __init__(self, files: list[str], features, num_rows: int | None = None, footers: dict | None = None):
         self._files, self._features = files, features
         self._filesystem = _filesystem_of(files[0])
         self._groups: list[tuple[str, int]] = []  # file and number of each row group
         self._ends: list[int] = []  # the row that follows each group
-        self._indexed = 0  # files whose footers were read
+        self._footers: dict[str, list[int]] = dict(footers or {})  # rows of each row group of a file
+        self._indexed = 0  # files that _groups and _ends cover
         self._reader = None
         self._recorded = num_rows
         if num_rows is None:
@@ -45,6 +48,11 @@ class ParquetRows:
             first = stop
         return rows
 
+    def footers(self) -> dict[str, list[int]]:
+        """Rows of each row group of every file: a request a file, which other processes are spared by these."""
+        self._index(self._files[self._indexed :])
+        return self._footers
+
     def _find(self, row: int) -> int | None:
         """Which group of ``_groups`` holds a row."""
         while self._counted() <= row and self._indexed < len(self._files):
@@ -56,13 +64,15 @@ class ParquetRows:
         return self._ends[-1] if self._ends else 0
 
     def _index(self, files: list[str]) -> None:
-        """Read the footers of the next files, in parallel; a bar is shown if it takes more than a second."""
+        """Take in the next files. A bar is shown if reading their footers takes more than a second."""
         from tqdm.contrib.concurrent import thread_map
 
+        unread = [file for file in files if file not in self._footers]
         bar = {"desc": "Footers of Parquet files", "unit": " files", "leave": False, "delay": 1}
-        found = thread_map(self._group_sizes, files, max_workers=FOOTER_THREADS, **bar)
-        for file, sizes in zip(files, found, strict=True):
-            for group, size in enumerate(sizes):
+        found = thread_map(self._group_sizes, unread, max_workers=FOOTER_THREADS, **bar) if unread else []
+        self._footers.update(zip(unread, found, strict=True))
+        for file in files:
+            for group, size in enumerate(self._footers[file]):
                 self._groups.append((file, group))
                 self._ends.append(self._counted() + size)
         self._indexed += len(files)
@@ -76,10 +86,8 @@ class ParquetRows:
 
     def _open(self, file: str) -> pq.ParquetFile:
         """Remote files without a cache of what follows: ``pre_buffer`` asks for whole column chunks."""
-        from fsspec.implementations.local import LocalFileSystem
-
-        if isinstance(self._filesystem, LocalFileSystem):
-            return pq.ParquetFile(self._filesystem._strip_protocol(file))
+        if "://" not in file:
+            return pq.ParquetFile(file)
         return pq.ParquetFile(self._filesystem.open(file, "rb", cache_type="none"), pre_buffer=True)
 
     def _read_group(self, file: str, group: int, first: int, end: int) -> list[dict]:

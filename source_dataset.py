@@ -38,6 +38,11 @@ class SourceDataset:
         with explained(self.what):
             return self.rows.read(first, end if self.num_rows is None else min(end, self.num_rows))
 
+    def footers(self) -> dict[str, list[int]]:
+        """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
+        with explained(self.what):
+            return self.rows.footers() if isinstance(self.rows, ParquetRows) else {}
+
 
 class TableRows:
     """Rows of a memory-mapped ``datasets.Dataset``."""
@@ -75,8 +80,12 @@ def open_source(
     revision: str | None = None,
     split: str = "train",
     streaming: bool = False,
+    footers: dict[str, list[int]] | None = None,
 ) -> SourceDataset:
-    """Open one split. Raises UsageError for wrong names and ToolkitError where the Hub refuses."""
+    """Open one split; ``footers`` are another process's of the same revision.
+
+    Raises UsageError for wrong names and ToolkitError where the Hub refuses.
+    """
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
     path = Path(dataset_id)
@@ -92,14 +101,16 @@ def open_source(
         arguments = {"path": dataset_id, "name": config, "revision": commit}
     what = f"--dataset_id {dataset_id}, --split {split}"
     with explained(what):
-        rows = _open_rows(arguments, split, streaming)
+        rows = _open_rows(arguments, split, streaming, footers)
         first = rows.read(0, 1)
     if not first:
         raise UsageError(f"{what}: no rows")
     return SourceDataset(rows, commit, rows.num_rows, list(first[0]), what)
 
 
-def _open_rows(arguments: dict, split: str, streaming: bool) -> TableRows | ParquetRows | StreamRows:
+def _open_rows(
+    arguments: dict, split: str, streaming: bool, footers: dict | None
+) -> TableRows | ParquetRows | StreamRows:
     import datasets
 
     if not streaming:
@@ -109,7 +120,7 @@ def _open_rows(arguments: dict, split: str, streaming: bool) -> TableRows | Parq
     splits = builder.info.splits
     recorded = splits[split].num_examples or None if splits and split in splits else None
     files = _parquet_files(builder.config, split)
-    return ParquetRows(files, stream.features, recorded) if files else StreamRows(stream, recorded)
+    return ParquetRows(files, stream.features, recorded, footers) if files else StreamRows(stream, recorded)
 
 
 def _parquet_files(config, split: str) -> list[str]:

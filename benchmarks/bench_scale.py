@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -97,8 +96,11 @@ MEASURED = {
 
 
 def measure(name: str, folder: str, rows: int) -> dict:
-    """Seconds; MiB at the peak (``ru_maxrss``, files mapped into memory among them), what of it came after the imports
-    that a run has in any case, and what of that is the process's own at the end, not a file's."""
+    """Seconds; MiB at the peak (files mapped into memory among them), what of it came after the imports that a run has
+    in any case, and what of that is the process's own at the end, not a file's.
+
+    The peak is VmHWM, as ``ru_maxrss`` begins with that of the process which started this one.
+    """
     import datasets
     import torch.utils.data
 
@@ -108,7 +110,7 @@ def measure(name: str, folder: str, rows: int) -> dict:
     datasets.disable_progress_bars()
     before, before_own = resident("VmRSS"), resident("RssAnon")
     seconds = MEASURED[name](folder, rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident("VmHWM")
     return {"seconds": seconds, "peak": peak, "grown": peak - before, "own": resident("RssAnon") - before_own}
 
 

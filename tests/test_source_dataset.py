@@ -129,6 +129,18 @@ def test_the_cards_length_spares_the_footers(tmp_path):
         source.read(650, 660)
 
 
+def test_footers_go_from_one_process_to_another(tmp_path):
+    """With another's, the files that no row was asked of are not even opened."""
+    folder = write_folder(tmp_path / "chats")
+    footers = json.loads(json.dumps(open_source(str(folder), streaming=True).footers()))
+    assert list(footers.values()) == [[50, 50, 50, 50, 20]] * 3
+    second = sorted(folder.iterdir())[1]
+    second.write_bytes(b"PAR1")
+    source = open_source(str(folder), streaming=True, footers=footers)
+    assert source.num_rows == 660 and source.footers() == footers
+    assert source.read(500, 502)[1]["messages"][0]["content"] == "501?"
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
