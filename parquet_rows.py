@@ -1,7 +1,8 @@
 """Rows of Parquet files at random: the row groups that hold them are read, and nothing before them.
 
-``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before. Memory is that of
-one row group, as compressed, and a batch. Files are not mapped: one that is cut short meanwhile would kill the process.
+``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before. Memory is that
+of one row group, as compressed, and a batch. Files are not mapped: one that is cut short meanwhile would kill the
+process.
 """
 
 import re
@@ -57,6 +58,8 @@ class ParquetRows:
         """Which group of ``_groups`` holds a row."""
         while self._counted() <= row and self._indexed < len(self._files):
             self._index(self._files[self._indexed : 2 * self._indexed + 1])
+        if self._indexed == len(self._files) and self._recorded not in (None, self._counted()):
+            raise OSError(f"the dataset's card says {self._recorded} rows, but its files hold {self._counted()}")
         place = bisect_right(self._ends, row)
         return place if place < len(self._ends) else None
 
@@ -76,8 +79,6 @@ class ParquetRows:
                 self._groups.append((file, group))
                 self._ends.append(self._counted() + size)
         self._indexed += len(files)
-        if self._indexed == len(self._files) and self._recorded not in (None, self._counted()):
-            raise OSError(f"the dataset's card says {self._recorded} rows, but its files hold {self._counted()}")
 
     def _group_sizes(self, file: str) -> list[int]:
         """Rows of each row group."""

@@ -151,6 +151,8 @@ def explained(what: str) -> Iterator[None]:
 
     try:
         yield
+    except StopIteration as error:  # of ``datasets``, for an empty file
+        raise UsageError(f"{what}: no rows") from error
     except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
         raise ToolkitError(
             f"{what}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."

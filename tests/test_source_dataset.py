@@ -125,8 +125,9 @@ def test_the_cards_length_spares_the_footers(tmp_path):
     last.write_bytes(sorted(folder.glob("*.parquet"))[0].read_bytes()[:-4] + b"PAR1")
     write_folder(tmp_path / "short", files=1, rows=10)
     last.write_bytes(next((tmp_path / "short").iterdir()).read_bytes())
-    with pytest.raises(UsageError, match="card says 660 rows, but its files hold 450"):
-        source.read(650, 660)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="card says 660 rows, but its files hold 450"):
+            source.read(650, 660)
 
 
 def test_footers_go_from_one_process_to_another(tmp_path):
@@ -172,8 +173,10 @@ def test_a_file_that_vanishes_is_named(tmp_path):
 def test_no_rows(tmp_path):
     path = tmp_path / "none.parquet"
     path.write_bytes(plain_parquet({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}))
-    with pytest.raises(UsageError, match="no rows"):
-        open_source(str(path), streaming=True)
+    (tmp_path / "none.jsonl").touch()
+    for name, streaming in (("none.parquet", True), ("none.jsonl", True), ("none.jsonl", False)):
+        with pytest.raises(UsageError, match="no rows"):
+            open_source(str(tmp_path / name), streaming=streaming)
 
 
 READ_FROM_HUB = """
