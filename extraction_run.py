@@ -9,7 +9,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -74,7 +74,7 @@ def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFol
 
         return lambda opened, folder: RayWorkers(opened, folder.path)
     device = teacher_model.choose_device(arguments.device)
-    return lambda opened, folder: nullcontext(ShardComputer(opened, device, folder.write_shard))
+    return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
 
 
 def _repository_of(arguments: argparse.Namespace) -> str:
@@ -139,8 +139,8 @@ class Run:
             self.sync.start()
         try:
             self._compute({shard: entry.source_rows for shard, entry in finished.items()})
-        except Exception:
-            if self.sync:
+        except BaseException as error:
+            if self.sync and (isinstance(error, Exception) or self.sync.holds_uploads):
                 self._push_what_there_is()
             raise
 
@@ -158,7 +158,10 @@ class Run:
         self.workers.compute(missing, extraction, self._keep, progress)
 
     def _push_what_there_is(self) -> None:
-        """Before a failure ends the run: what is finished may be all that is left of this machine."""
+        """Before a failure ends the run: what is finished may be all that is left of this machine.
+
+        After Ctrl-C, too, where shards were uploaded and are in no folder: without a commit they would be lost.
+        """
         try:
             self.sync.finish()
         except ToolkitError as error:

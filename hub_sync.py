@@ -127,6 +127,11 @@ class HubSync:
         """Finished shards that are not on the Hub yet."""
         return len(self._missing())
 
+    @property
+    def holds_uploads(self) -> bool:
+        """Whether there are shards that only a commit keeps from being lost."""
+        return any(entry.shard in self._uploads for entry in self._missing())
+
     def _unless_transient(self, step) -> None:
         try:
             step()

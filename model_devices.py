@@ -13,6 +13,7 @@ import torch
 
 from errors import ToolkitError, UsageError
 
+_offloaded: list[str] = []
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 
@@ -37,13 +38,21 @@ def loading_options(
 
 
 def _offload_folder() -> str:
-    """A temporary folder that is there until the process ends.
+    """A temporary folder that is there until ``remove_offloaded``.
 
     Weights on disk stay in a checkpoint of safetensors; here goes what must be converted (GGUF, pickles, experts).
     """
-    folder = tempfile.mkdtemp(prefix="offloaded-weights-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    _offloaded.append(tempfile.mkdtemp(prefix="offloaded-weights-"))
+    return _offloaded[-1]
+
+
+def remove_offloaded() -> None:
+    """Remove what spread models have put on disk; they cannot be used any more. Done at the process's end as well."""
+    while _offloaded:
+        shutil.rmtree(_offloaded.pop(), ignore_errors=True)
+
+
+atexit.register(remove_offloaded)
 
 
 def refuse_without_accelerate() -> None:

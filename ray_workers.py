@@ -3,17 +3,10 @@
 No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves.
 """
 
-import argparse
-import logging
-import os
 import secrets
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,22 +15,14 @@ from tqdm import tqdm
 from disk_space import DiskFull
 from errors import ToolkitError, UsageError
 from hub_access import redact
+from ray_cluster import connect, first_line, ray
 from run_description import OpenedRun
 from shard_plan import AHEAD, ATTEMPTS, ShardPlan
 from shard_worker import TOKEN, Answer, ShardWorker, assign
 
-try:
-    import ray
-except ImportError as missing:
-    raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt") from missing
-
-HERE = Path(__file__).resolve().parent
 STARTS = 3  # in a row that a worker may fail to begin
 SHOWN = 10  # shards that are named in a message
-STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
-PATIENCE = 10.0  # seconds to reach a cluster
 QUIET = 30.0  # seconds without a word from any worker, until it is told what is waited for
-NOT_SENT = ["tests", "docs", "notebooks", "benchmarks", "demo", ".git", ".venv", ".cache", "outputs"]
 
 
 @dataclass(eq=False)
@@ -69,7 +54,7 @@ class RayWorkers:
         self._seats: list[Seat] = []
         self._pending: dict[object, tuple[Seat, Callable]] = {}  # calls under way, and what to do with their answers
         self._extraction: dict | None = None
-        self._plan = ShardPlan(iter(()))
+        self._plan = ShardPlan(iter(()), 1)
         self._token = secrets.token_hex(8)
         self._told: list[int] = []
 
@@ -94,7 +79,7 @@ class RayWorkers:
 
         Raises ToolkitError at the end, after all others, where shards have failed for good.
         """
-        self._plan = ShardPlan(shards)
+        self._plan = ShardPlan(shards, self.arguments.num_workers)
         if self._plan.is_empty:
             return
         (self.folder / TOKEN).write_text(self._token, encoding="utf-8")
@@ -131,7 +116,7 @@ class RayWorkers:
     def _start(self) -> None:
         if self._seats:
             return
-        options = _connect(self.arguments)
+        options = connect(self.arguments)
         self._actors = ray.remote(ShardWorker).options(**options, max_concurrency=AHEAD + 1, max_restarts=0)
         self._assignment = assign(self._opened, self.folder, self._token)
         self._seats = [Seat(number) for number in range(1, self.arguments.num_workers + 1)]
@@ -234,88 +219,12 @@ class RayWorkers:
         return ", ".join(f"source rows {shard * size} to {(shard + 1) * size - 1}" for shard in shards)
 
 
-# --- Ray ---
-
-
-def _connect(arguments: argparse.Namespace) -> dict:
-    """Start Ray on this machine, or connect to the cluster. Gives what one worker takes of it."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with _own_signals():
-        if arguments.ray_address:
-            _refuse_silent(arguments.ray_address)
-            code = {"working_dir": str(HERE), "excludes": NOT_SENT, "env_vars": _endpoint()}
-            try:
-                ray.init(address=arguments.ray_address, runtime_env=code, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ToolkitError(f"--ray_address {arguments.ray_address}: {_first_line(error)}") from error
-        else:
-            path = {
-                "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
-            }
-            ray.init(address="local", include_dashboard=False, object_store_memory=STORE, runtime_env=path, **common)
-    return _share(arguments, ray.cluster_resources())
-
-
-def _refuse_silent(address: str) -> None:
-    """Raise ToolkitError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if not host or not port.isdigit():
-        raise UsageError(f"--ray_address {address}: expected HOST:PORT or auto")
-    try:
-        socket.create_connection((host, int(port)), PATIENCE).close()
-    except OSError as error:
-        raise ToolkitError(
-            f"--ray_address {address}: nobody answers there ({error.strerror or error}). `ray start --head` prints the "
-            "address of a cluster."
-        ) from error
-
-
-def _share(arguments: argparse.Namespace, there: dict[str, float]) -> dict:
-    """What one worker takes: accelerators, or its part of the CPUs where there are none or none is wanted."""
-    workers, gpus, cpus = arguments.num_workers, int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
-    room = gpus // wanted if wanted else cpus
-    if workers > room and not arguments.ray_address:
-        found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
-        raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
-    return {
-        "num_gpus": wanted,
-        "num_cpus": 1 if wanted else max(1, cpus // workers),
-        "scheduling_strategy": "SPREAD",
-    }
-
-
-def _endpoint() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep this command's way to end on SIGTERM: Ray sets its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "its machine ran out of memory, and Ray ended it"
     if isinstance(error, ray.exceptions.RayError):
         return "it died, or its machine did"
-    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _say(text: str) -> None:

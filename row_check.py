@@ -87,10 +87,12 @@ class _Output:
     def __init__(self, model, input_ids: np.ndarray):
         import torch
 
+        from model_devices import input_device
         from teacher_model import PROBE_TOLERANCE
 
+        ids = torch.from_numpy(input_ids)[None].to(input_device(model))
         with torch.inference_mode():
-            logits = model(torch.from_numpy(input_ids)[None].to(model.device), use_cache=False).logits[0].float().cpu()
+            logits = model(ids, use_cache=False).logits[0].float().cpu()
             self.logsumexp = torch.cat([part.double().logsumexp(-1) for part in logits.split(64)]).numpy()
         self.logits, sizes = logits.numpy(), logits.abs().numpy()
         self.tolerance = PROBE_TOLERANCE[model.dtype] * max(1.0, float(sizes.max(where=sizes < MASK, initial=0)))

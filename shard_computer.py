@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import model_devices
 import teacher_model
 from memory_budget import choose_budget
 from run_description import OpenedRun, describe_with_model
@@ -58,12 +59,17 @@ class ShardComputer:
             with progress() as bar:
                 run_shards(self.model, settings, itertools.chain([first], read), side, finish, bar)
 
+    def close(self) -> None:
+        """Leave nothing behind of a spread model."""
+        model_devices.remove_offloaded()
+
     def load_model(self) -> None:
         """Load and check the model, if that is not done yet."""
         if self.model is not None:
             return
         arguments = self.opened.arguments
-        print(f"Loading {arguments.model_id} on {self.device} …", file=sys.stderr)
+        where = "over all devices" if arguments.device_map else f"on {self.device}"
+        print(f"Loading {arguments.model_id} {where} …", file=sys.stderr)
         self.model = teacher_model.load_teacher(
             arguments.model_id,
             self.opened.model_commit,
@@ -72,6 +78,8 @@ class ShardComputer:
             self.device,
             arguments.attn_implementation,
             arguments.trust_remote_code,
+            arguments.device_map,
+            arguments.max_memory,
         )
         self.cache_agrees = teacher_model.probe(self.model)
         if not self.cache_agrees and arguments.prefix_cache:

@@ -2,18 +2,20 @@
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
+from itertools import islice
 
 ATTEMPTS = 3
 AHEAD = 2  # shards that a worker holds: one in hand, and the next, which is read meanwhile
 
 
 class ShardPlan:
-    """Hands out ``shards``, each until it is finished or has failed ``ATTEMPTS`` times.
+    """Hands out ``shards`` to ``workers`` workers, each until it is finished or has failed ``ATTEMPTS`` times.
 
     A worker that fails takes all that it holds with it, so that one bad shard brings its neighbour a failure too.
-    Hence a shard that has failed is given out alone. ``given_up`` has the reason of each that has failed for good.
+    Hence a shard that has failed is given out alone. The last shards are for workers that have none, so that they
+    don't queue behind others. ``given_up`` has the reason of each that has failed for good.
 
-    >>> plan = ShardPlan(iter([0, 1, 2]))
+    >>> plan = ShardPlan(iter([0, 1, 2]), workers=1)
     >>> plan.next_for([]), plan.next_for([0])
     (0, 1)
     >>> plan.failed(0, "lost"); plan.failed(1, "lost")
@@ -21,8 +23,10 @@ class ShardPlan:
     (0, None)
     """
 
-    def __init__(self, shards: Iterator[int]):
-        self._shards, self._next = shards, next(shards, None)
+    def __init__(self, shards: Iterator[int], workers: int):
+        self._shards = shards
+        self._next = deque(islice(shards, workers + 1))  # as many as tell whether these are the last ones
+        self._workers = workers
         self._again: deque[int] = deque()
         self._failures: Counter[int] = Counter()
         self.given_up: dict[int, str] = {}
@@ -33,13 +37,15 @@ class ShardPlan:
             return None
         if self._again:
             return None if held else self._again.popleft()
-        shard, self._next = self._next, None if self._next is None else next(self._shards, None)
-        return shard
+        if not self._next or (held and len(self._next) < self._workers):
+            return None
+        self._next.extend(islice(self._shards, 1))
+        return self._next.popleft()
 
     @property
     def is_empty(self) -> bool:
         """Whether all shards have been given out, those that failed as often as they may."""
-        return self._next is None and not self._again
+        return not self._next and not self._again
 
     def failed(self, shard: int, reason: str) -> None:
         """A shard was not finished: its worker failed, or it made it fail."""

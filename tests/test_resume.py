@@ -282,12 +282,12 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
 
 def write_slowly() -> None:
     """A disk that takes minutes to write."""
-    import run_folder
+    import shard_writer
 
     def slow(*_):
         time.sleep(600)
 
-    run_folder.write_shard = slow
+    shard_writer.write_shard = slow
 
 
 def test_a_second_signal_leaves_at_once(options, tmp_path):
