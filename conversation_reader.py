@@ -75,11 +75,16 @@ class Reader:
 
 
 def open_reader(
-    arguments: argparse.Namespace, model_commit: str | None, limits, template_date: str | None = None
+    arguments: argparse.Namespace,
+    model_commit: str | None,
+    limits,
+    template_date: str | None = None,
+    footers: dict | None = None,
 ) -> Reader:
     """Open dataset and tokenizer, and prove on the first conversations that there is something to extract.
 
-    ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask.
+    ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
+    ``footers`` are those of another process's source.
     """
     source = open_source(
         arguments.dataset_id,
@@ -87,6 +92,7 @@ def open_reader(
         arguments.dataset_revision,
         arguments.split,
         arguments.streaming,
+        footers,
     )
     columns = choose_columns(
         source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column

@@ -62,6 +62,8 @@ class RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for seat in self._seats:
+            ray.kill(seat.actor)  # they may wait for their next shard, or be in the middle of one
         ray.shutdown()
         (self.folder / TOKEN).unlink(missing_ok=True)
 

@@ -31,10 +31,11 @@ class OpenedRun:
     described: dict
 
 
-def open_run(arguments: argparse.Namespace, recorded: dict | None = None) -> OpenedRun:
+def open_run(arguments: argparse.Namespace, recorded: dict | None = None, footers: dict | None = None) -> OpenedRun:
     """Open the source and choose the template; no model is loaded.
 
     What the options leave open is as it was ``recorded``, where there is a record: revisions, dtype, the date.
+    ``footers`` of the source are what another process knows of it.
     """
     if recorded:
         arguments = _as_recorded(arguments, recorded)
@@ -46,7 +47,7 @@ def open_run(arguments: argparse.Namespace, recorded: dict | None = None) -> Ope
     limits = teacher_model.input_limits(config)
     if arguments.top_k > limits.vocab_size:
         raise UsageError(f"--top_k {arguments.top_k}: the model has {limits.vocab_size} tokens, expected no more")
-    reader = open_reader(arguments, commit, limits, recorded and recorded["template_date"])
+    reader = open_reader(arguments, commit, limits, recorded and recorded["template_date"], footers)
     print(f"Assistant tokens: {reader.choice.mask_source}", file=sys.stderr)
     return OpenedRun(arguments, reader, commit, _describe(arguments, reader, commit))
 

@@ -38,7 +38,8 @@ class Assignment:
 
     ``arguments`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
     keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``TOKEN`` must
-    have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed.
+    have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed. ``hashes`` and
+    ``footers`` are what is known of local files and of the source, so that not every worker reads them all.
     """
 
     arguments: argparse.Namespace
@@ -47,6 +48,7 @@ class Assignment:
     token: str
     hub_token: str | None = field(default=None, repr=False)
     hashes: dict = field(default_factory=dict, repr=False)
+    footers: dict = field(default_factory=dict, repr=False)
 
 
 def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
@@ -67,6 +69,7 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
         token=token,
         hub_token=huggingface_hub.get_token(),
         hashes=content_hash.known_hashes(),
+        footers=opened.reader.source.footers(),
     )
 
 
@@ -86,7 +89,7 @@ class ShardWorker:
         if assignment.hub_token:
             os.environ.setdefault("HF_TOKEN", assignment.hub_token)
         content_hash.remember_hashes(assignment.hashes)
-        opened = open_run(assignment.arguments, assignment.pinned)
+        opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
         device = teacher_model.choose_device(assignment.arguments.device)
         self._computer = ShardComputer(opened, device, self._write)
         self._described = self._computer.describe()
@@ -126,6 +129,12 @@ class ShardWorker:
             found = self._waiting[shard] = Future()
             self._numbers.put(shard)
         return found.result()
+
+    def close(self) -> None:
+        """Wait for no more shards."""
+        with self._lock:
+            if self._numbers is not None:
+                self._numbers.put(None)
 
     def _loop(self, numbers: queue.Queue) -> None:
         failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")

@@ -1,6 +1,7 @@
 """Nothing is lost: a run that is stopped at any moment, by anything, goes on to the same files."""
 
 import functools
+import json
 import os
 import random
 import re
@@ -431,3 +432,40 @@ def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_pa
     life = Life(options("stuck"), tmp_path / "stuck.log", stuck_source)
     assert life.wait(60) == 1
     assert "Read-only file system" in life.said
+
+
+# --- finished shards that have not changed ---
+
+
+def test_shards_as_they_were_written_are_not_read_again_unless_asked_for(options, undisturbed, tmp_path, capsys):
+    """A flipped byte with the file's old size and time: seen by --check_shards alone, or once the record is gone."""
+    out, flags = tmp_path / "undisturbed", options("undisturbed")
+    shard = shards_in(out)[7]
+    before = shard.stat()
+    flip(shard, 0.5)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = shard.read_bytes()
+    assert extract_logits.main(flags) == 0
+    assert shard.read_bytes() == changed and "Set aside" not in capsys.readouterr().err
+    assert extract_logits.main([*flags, "--check_shards"]) == 0
+    assert "Set aside" in capsys.readouterr().err
+    assert files_in(out) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "another run's"])
+def test_a_record_that_does_not_hold_makes_all_shards_be_read(options, undisturbed, tmp_path, capsys, damage):
+    out, flags = tmp_path / "undisturbed", options("undisturbed")
+    shard, record = shards_in(out)[7], out / ".checked.json"
+    before, content = shard.stat(), json.loads(record.read_text())
+    flip(shard, 0.5)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if damage == "gone":
+        record.unlink()
+    elif damage == "cut":
+        cut(record)
+    else:
+        key, value = ("fingerprint", "0" * 64) if damage == "another run's" else ("shards", content["shards"][:-1])
+        record.write_text(json.dumps({**content, key: value}))
+    assert extract_logits.main(flags) == 0
+    assert "Set aside" in capsys.readouterr().err
+    assert files_in(out) == undisturbed
