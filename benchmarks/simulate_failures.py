@@ -1,7 +1,8 @@
 """What failures cost a run of many workers, event by event: prints the table of docs/SCALE.md.
 
-A worker holds one shard in hand and one queued. A node fails with all its workers: the work in hand is lost, both
-shards of each go, alone, to the next workers that are free, and the node is back, model loaded, ``restart`` later.
+A worker holds one shard in hand and, while enough are left for all, one queued. A node fails with all its workers: the
+work in hand is lost, both shards of each go, alone, to the next workers that are free, and the node is back, model
+loaded, ``restart`` later.
 """
 
 import heapq
@@ -52,10 +53,10 @@ class Simulation:
 
     def _take(self, worker: int) -> bool:
         """Give the worker one more shard if it may hold it: a failed one alone, and before all others."""
-        held = self.held[worker]
+        held, left = self.held[worker], len(self.durations) - self.fresh
         if self.retries and not held:
             held.append(self.retries.popleft())
-        elif self.retries or self.fresh == len(self.durations) or len(held) == 2 or (held and self.failed[held[0]]):
+        elif self.retries or not left or len(held) == 2 or (held and (self.failed[held[0]] or left < len(self.held))):
             return False
         else:
             held.append(self.fresh)

@@ -1,6 +1,7 @@
 """Models that accelerate spreads, against the same models on one device: here over memory and disk, bit for bit."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from pretended_devices import FIRST, SECOND, Placed, place, pretended_devices
+from runs import files_in, flags_for
 from test_teacher_model import random_model, random_requests, request, rows
 
+import extract_logits
 import memory_budget
 import model_devices
 import teacher_model
@@ -278,3 +281,36 @@ def test_a_missing_accelerate_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ToolkitError, match=r"accelerate[^\n]*\n[^\n]*requirements-dev\.txt\.$"):
         teacher_model.load_teacher(str(MODEL), device_map="auto")
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize("limit", ["7MB", "20MB", None], ids=["head on disk", "in memory", "no limit"])
+def test_a_run_over_memory_and_disk_gives_the_files_of_one_device(
+    small_model, calm_source, calm_run, tmp_path, capsys, limit
+):
+    flags = flags_for(small_model, calm_source, tmp_path / "out")
+    place = flags.index("--device")
+    del flags[place : place + 2]
+    limits = ["--max_memory", json.dumps({"cpu": limit, "disk": "1GB"})] if limit else []
+    assert extract_logits.main([*flags, "--device_map", "auto", *limits]) == 0
+    assert "over all devices" in capsys.readouterr().err
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--device", "cpu", "--device_map", "auto"], "--device cpu: --device_map chooses the devices"),
+        (["--max_memory", '{"cpu": "1GB"}'], "--max_memory: it goes with --device_map"),
+        (["--device_map", "auto", "--max_memory", '{"7": "1GB"}'], "--max_memory: no place '7'. Available: cpu, disk."),
+        (["--device_map", "auto", "--max_memory", '{"cpu": "much"}'], "expected bytes, or a text like '60GiB'"),
+    ],
+)
+def test_wrong_use_of_a_device_map_is_told(small_model, calm_source, tmp_path, capsys, more, told):
+    flags = flags_for(small_model, calm_source, tmp_path / "out")
+    place = flags.index("--device")
+    del flags[place : place + 2]
+    assert extract_logits.main([*flags, *more]) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]

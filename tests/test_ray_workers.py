@@ -222,6 +222,23 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
 
+def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait_for_one_without_room(
+    flags, undisturbed, nodes, tmp_path
+):
+    """A node that says it has five GPUs: two workers of two each find room, a third does not."""
+    node = nodes.cluster.add_node(num_cpus=2, num_gpus=5)
+    try:
+        wanted = flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
+        place = wanted.index("--device")
+        del wanted[place : place + 2]
+        run = Command([*wanted, "--device_map", "auto"], tmp_path / "log")
+        assert run.wait() == 0, run.said
+    finally:
+        nodes.cluster.remove_node(node, allow_graceful=False)
+    assert len(re.findall(r"Worker \d of 3 has its model", run.said)) == 2
+    assert files_in(tmp_path / "spread") == undisturbed
+
+
 @pytest.fixture(scope="module")
 def hub():
     with LoopbackHub() as hub:
