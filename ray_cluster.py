@@ -31,7 +31,7 @@ def connect(arguments: argparse.Namespace) -> dict:
     with _own_signals():
         if arguments.ray_address:
             _refuse_silent(arguments.ray_address)
-            code = {"working_dir": str(HERE), "excludes": NOT_SENT, "env_vars": _endpoint()}
+            code = {"working_dir": str(HERE), "excludes": NOT_SENT}
             try:
                 ray.init(address=arguments.ray_address, runtime_env=code, **common)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -61,17 +61,23 @@ def _refuse_silent(address: str) -> None:
 
 
 def _share(arguments: argparse.Namespace, there: dict[str, float]) -> dict:
-    """What one worker takes: accelerators, or its part of the CPUs where there are none or none is wanted."""
+    """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
+
+    It is told of more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
+    a machine is gone.
+    """
     workers, gpus, cpus = arguments.num_workers, int(there.get("GPU", 0)), int(there.get("CPU", 0))
     wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
     room = gpus // wanted if wanted else cpus
     if workers > room and not arguments.ray_address:
         found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
         raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // workers))
     return {
         "num_gpus": wanted,
-        "num_cpus": 1 if wanted else max(1, cpus // workers),
+        "num_cpus": 1,
         "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **_endpoint()}},
     }
 
 

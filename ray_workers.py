@@ -17,8 +17,9 @@ from errors import ToolkitError, UsageError
 from hub_access import redact
 from ray_cluster import connect, first_line, ray
 from run_description import OpenedRun
+from run_folder import WORKERS
 from shard_plan import AHEAD, ATTEMPTS, ShardPlan
-from shard_worker import TOKEN, Answer, ShardWorker, assign
+from shard_worker import Answer, ShardWorker, assign
 
 STARTS = 3  # in a row that a worker may fail to begin
 SHOWN = 10  # shards that are named in a message
@@ -65,7 +66,7 @@ class RayWorkers:
         for seat in self._seats:
             ray.kill(seat.actor)  # they may wait for their next shard, or be in the middle of one
         ray.shutdown()
-        (self.folder / TOKEN).unlink(missing_ok=True)
+        (self.folder / WORKERS).unlink(missing_ok=True)
 
     # --- what a ShardComputer does ---
 
@@ -84,7 +85,7 @@ class RayWorkers:
         self._plan = ShardPlan(shards, self.arguments.num_workers)
         if self._plan.is_empty:
             return
-        (self.folder / TOKEN).write_text(self._token, encoding="utf-8")
+        (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
         self._extraction = extraction
         self._start()
         for seat in self._seats:
@@ -122,7 +123,9 @@ class RayWorkers:
         self._actors = ray.remote(ShardWorker).options(**options, max_concurrency=AHEAD + 1, max_restarts=0)
         self._assignment = assign(self._opened, self.folder, self._token)
         self._seats = [Seat(number) for number in range(1, self.arguments.num_workers + 1)]
-        print(f"Starting {len(self._seats)} workers on Ray …", file=sys.stderr)
+        gpus = options["num_gpus"]
+        each = f"each with {gpus} GPU{'s' * (gpus > 1)}" if gpus else "on CPUs"
+        print(f"Starting {len(self._seats)} workers on Ray, {each} …", file=sys.stderr)
         for seat in self._seats:
             self._seat(seat)
 

@@ -26,6 +26,7 @@ from shard_record import RECORD, ShardRecord
 from shard_writer import ShardWriter
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
+WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
 REPLACED_REPO = ".output_repo"  # within .replaced: the repository whose run may be replaced too
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
 DESCRIBING = 19  # times as long as it took, until the files around the shards are written again
@@ -187,6 +188,7 @@ class RunFolder:
                 f"--output_dir {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
                 "choose another folder."
             ) from error
+        (self.path / WORKERS).unlink(missing_ok=True)  # of a process that was killed: its workers may live on a while
 
     def _read_extraction(self) -> dict | None:
         path, what = self.path / EXTRACTION_FILE, f"--output_dir {self.path}"

@@ -25,11 +25,10 @@ from errors import ToolkitError
 from hub_repository import Repository
 from run_description import OpenedRun, open_run
 from run_fingerprint import differences
+from run_folder import WORKERS
 from shard_computer import ShardComputer
 from shard_files import ShardEntry
 from shard_writer import ShardWriter
-
-TOKEN = ".workers"  # in the run's folder: which process may have shards written there now
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Assignment:
     """What a worker is told at its start.
 
     ``arguments`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
-    keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``TOKEN`` must
+    keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must
     have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed. ``hashes`` and
     ``footers`` are what is known of local files and of the source, so that not every worker reads them all.
     """
@@ -87,7 +86,7 @@ class ShardWorker:
     def __init__(self, assignment: Assignment):
         self._assignment = assignment
         if assignment.hub_token:
-            os.environ.setdefault("HF_TOKEN", assignment.hub_token)
+            os.environ.setdefault("HF_WORKERS", assignment.hub_token)
         content_hash.remember_hashes(assignment.hashes)
         opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
         device = teacher_model.choose_device(assignment.arguments.device)
@@ -169,7 +168,7 @@ def _check_place(assignment: Assignment) -> None:
     """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
     if assignment.folder is None:
         return
-    file = assignment.folder / TOKEN
+    file = assignment.folder / WORKERS
     if not file.is_file() or file.read_text(encoding="utf-8") != assignment.token:
         raise ToolkitError(
             f"{platform.node()} does not see the run in --output_dir {assignment.folder}: give a folder that all "

@@ -396,7 +396,7 @@ def unreadable() -> None:
 
 
 def test_a_disk_that_cannot_be_read_damages_nothing(options, undisturbed, tmp_path):
-    life = Life(options("undisturbed"), tmp_path / "unread.log", unreadable)
+    life = Life(options("undisturbed", "--check_shards"), tmp_path / "unread.log", unreadable)
     assert life.wait() == 1
     assert "it cannot be read now" in life.said and "Set aside" not in life.said
     assert files_in(tmp_path / "undisturbed") == undisturbed
@@ -412,7 +412,7 @@ def test_a_log_that_is_closed_is_no_success(options):
 
 def stuck_source() -> None:
     """A source that never answers after its first rows, and a disk on which nothing can be written."""
-    import run_folder
+    import shard_writer
     from conversation_reader import Reader
 
     align = Reader.align
@@ -425,7 +425,7 @@ def stuck_source() -> None:
     def failing(*_):
         raise OSError(30, "Read-only file system")
 
-    Reader.align, run_folder.write_shard = stuck, failing
+    Reader.align, shard_writer.write_shard = stuck, failing
 
 
 def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):

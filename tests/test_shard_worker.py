@@ -11,14 +11,15 @@ from runs import files_in, flags_for
 from errors import ToolkitError
 from extract_options import build_parser
 from run_description import open_run
+from run_folder import WORKERS
 from shard_files import shard_path
-from shard_worker import TOKEN, ShardWorker, assign
+from shard_worker import ShardWorker, assign
 
 
 @pytest.fixture
 def assignment(small_model, calm_source, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / TOKEN).write_text("ours")
+    (tmp_path / "out" / WORKERS).write_text("ours")
     arguments = build_parser().parse_args(flags_for(small_model, calm_source, tmp_path / "out"))
     return assign(open_run(arguments), tmp_path / "out", "ours")
 
@@ -51,7 +52,7 @@ def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, extrac
     with pytest.raises(ToolkitError, match="the source has changed since it was opened"):
         worker.compute(1000)
     assert worker.compute(5).entry.shard == 5
-    (tmp_path / "out" / TOKEN).write_text("another driver's")
+    (tmp_path / "out" / WORKERS).write_text("another driver's")
     for _ in range(2):
         with pytest.raises(ToolkitError, match="does not see the run in --output_dir"):
             worker.compute(6)
