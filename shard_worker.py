@@ -86,7 +86,7 @@ class ShardWorker:
     def __init__(self, assignment: Assignment):
         self._assignment = assignment
         if assignment.hub_token:
-            os.environ.setdefault("HF_WORKERS", assignment.hub_token)
+            os.environ.setdefault("HF_TOKEN", assignment.hub_token)
         content_hash.remember_hashes(assignment.hashes)
         opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
         device = teacher_model.choose_device(assignment.arguments.device)
