@@ -229,8 +229,8 @@ class HubSync:
     def _missing(self) -> list[ShardEntry]:
         """The finished shards that the repository, as it was seen last, lacks, in order."""
         there = self._listed(self.remote, []) if self.remote else {}
-        ours = sorted(self._entries.values(), key=lambda entry: entry.shard)
-        return [entry for entry in ours if entry.shard not in there or entry.shard in self._resend]
+        ours = sorted(self._entries.items())
+        return [entry for shard, entry in ours if shard not in there or shard in self._resend]
 
     def _refuse_another_run(self, remote: RemoteState) -> None:
         if self.overwrite or remote.fingerprint == self.folder.fingerprint:

@@ -27,6 +27,7 @@ def connect(arguments: argparse.Namespace) -> dict:
     """Start Ray on this machine, or connect to the cluster. Gives what one worker takes of it."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of calls that ended with a lost worker
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _own_signals():
         if arguments.ray_address:

@@ -64,7 +64,8 @@ class RayWorkers:
 
     def __exit__(self, *_: object) -> None:
         for seat in self._seats:
-            ray.kill(seat.actor)  # they may wait for their next shard, or be in the middle of one
+            if seat.actor is not None:
+                ray.kill(seat.actor)  # they may wait for their next shard, or be in the middle of one
         ray.shutdown()
         (self.folder / WORKERS).unlink(missing_ok=True)
 
@@ -183,7 +184,7 @@ class RayWorkers:
         for shard in seat.shards:
             self._plan.failed(shard, reason)
         if seat.shards:
-            _say(f"Worker {seat.number}: {reason}\nTo be computed again: {self._rows_of(seat.shards)}")
+            _say(f"Worker {seat.number}: {reason}\n{self._told_lost(seat.shards)}")
         seat.shards = []
         if not (seat.is_ready and isinstance(error, ToolkitError)):
             self._replace(seat, error, reason)
@@ -207,21 +208,24 @@ class RayWorkers:
             _say(f"{len(waiting)} workers are loading their model or wait for a place; the cluster has {room} in all")
         self._told = waiting
 
+    def _told_lost(self, shards: list[int]) -> str:
+        given_up = [shard for shard in shards if shard in self._plan.given_up]
+        again = [shard for shard in shards if shard not in self._plan.given_up]
+        told = {f"Given up after {ATTEMPTS} failures": given_up, "To be computed again": again}
+        return "; ".join(f"{what}: {self._rows_of(these)}" for what, these in told.items() if these)
+
     def _told_given_up(self) -> str:
-        lines = [f"{self._rows_of([shard])}: {reason}" for shard, reason in sorted(self._plan.given_up.items())]
-        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        return "\n".join(
-            [
-                f"{len(lines)} shards failed {ATTEMPTS} times and were left out; all others are done. The same command "
-                "tries these again.",
-                *lines[:SHOWN],
-                *more,
-            ]
+        given_up = self._plan.given_up
+        more = f" and {len(given_up) - SHOWN} others" if len(given_up) > SHOWN else ""
+        which = self._rows_of(sorted(given_up)[:SHOWN]) + more
+        return (
+            f"{len(given_up)} of the shards failed {ATTEMPTS} times and were left out; all others are done. The same "
+            f"command tries these again.\n{which}; the last because: {list(given_up.values())[-1]}"
         )
 
     def _rows_of(self, shards: list[int]) -> str:
-        size = self.arguments.rows_per_shard
-        return ", ".join(f"source rows {shard * size} to {(shard + 1) * size - 1}" for shard in shards)
+        size, end = self.arguments.rows_per_shard, self._opened.reader.num_rows
+        return "source rows " + ", ".join(f"{n * size} to {min((n + 1) * size, end) - 1}" for n in shards)
 
 
 def _reason(error: Exception) -> str:

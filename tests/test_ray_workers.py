@@ -161,8 +161,12 @@ def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, d
     wanted = flags("gap", "--num_workers", 2, "--streaming", "--dataset_id", damaged_source)
     run = Command(wanted, tmp_path / "log")
     assert run.wait() == 1, run.said
-    assert "1 shards failed 3 times and were left out; all others are done" in run.said
-    assert re.search(r"source rows 63 to 65: .*chats\.parquet", run.said)
+    assert "Traceback" not in run.said and "Unhandled" not in run.said
+    assert run.said.count("To be computed again: source rows 63 to 65") == 2
+    assert "Given up after 3 failures: source rows 63 to 65" in run.said
+    told = run.said.splitlines()[-2:]
+    assert told[0].startswith("error: 1 of the shards failed 3 times and were left out; all others are done")
+    assert re.match(r"source rows 63 to 65; the last because: .*chats\.parquet", told[1])
     expected = [row for row in stored(calm_run) if row["source_index"] // 3 != 21]
     assert stored(tmp_path / "gap") == expected
     assert len(shards_in(tmp_path / "gap")) == SHARDS - 1
