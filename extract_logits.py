@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from command_line import leave, run_command
-from extract_options import build_parser, check_arguments
+from extract_options import build_parser, check_arguments, goes_straight
 from logit_dataset import EXTRACTION_FILE
 from run_folder import RunFolder
 
@@ -39,7 +39,8 @@ def _tell_stopped(arguments: argparse.Namespace, folder: RunFolder) -> None:
     begun = folder.is_replacing and (folder.path / EXTRACTION_FILE).exists()
     command = [part for part in arguments.command if not (begun and part == "--overwrite")]
     kept = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
-    told = f"Stopped. {folder.count_shards()} finished shards are in {folder.path}.{kept}"
+    there = f"{folder.count_shards()} finished shards are in {folder.path}."
+    told = f"Stopped. {'What is pushed is kept.' if goes_straight(arguments) else there}{kept}"
     print(f"{told} To go on:\n  {shlex.join(command)}", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chat_templates import RESERVED_KWARGS
 from errors import UsageError
+from ray_address import check_address
 
 LEAST = {
     "top_k": 1,
@@ -256,13 +257,20 @@ def uses_ray(arguments: argparse.Namespace) -> bool:
     return arguments.num_workers > 1 or arguments.ray_address is not None
 
 
+def goes_straight(arguments: argparse.Namespace) -> bool:
+    """Whether workers send their shards straight to the Hub: they need not share a folder with anybody."""
+    return bool(arguments.ray_address and not arguments.output_dir)
+
+
 def _check_devices(arguments: argparse.Namespace) -> None:
     device, gpus = arguments.device, arguments.gpus_per_worker
     if device and arguments.device_map:
         raise UsageError(f"--device {device}: --device_map chooses the devices; leave one of the two out")
     if uses_ray(arguments) and device not in (None, "cpu"):
         raise UsageError(f"--device {device}: each worker gets its own accelerator; leave it out, or give cpu")
+    if arguments.ray_address is not None:
+        check_address(arguments.ray_address)
     if gpus > 1 and not (uses_ray(arguments) and arguments.device_map):
         raise UsageError(f"--gpus_per_worker {gpus}: it goes with --num_workers and --device_map")
-    if arguments.max_memory and not arguments.device_map:
+    if arguments.max_memory is not None and not arguments.device_map:
         raise UsageError("--max_memory: it goes with --device_map; batches have --batch_tokens and --logit_memory")

@@ -17,9 +17,10 @@ from tqdm import tqdm
 import teacher_model
 from disk_space import DiskWatch
 from errors import ToolkitError
-from extract_options import uses_ray
+from extract_options import goes_straight, uses_ray
 from hub_repository import Repository
 from hub_sync import HubSync
+from ray_address import reach
 from run_description import OpenedRun, open_run, what_differs
 from run_fingerprint import another_run
 from run_folder import RunFolder
@@ -51,9 +52,10 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
     sync = _connect(arguments, folder) if arguments.output_repo else None
     try:
         opened, recorded = open_or_go_on(arguments, folder, sync)
-        if sync:
-            sync.make()
         with workers_of(opened, folder) as workers:
+            if sync:
+                sync.overwrite = _replaces(arguments, folder, recorded)
+                sync.make()
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
             run.compute_missing()
@@ -70,6 +72,8 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
 def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
     """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
     if uses_ray(arguments):
+        if arguments.ray_address:
+            reach(arguments.ray_address)
         from ray_workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder.path)
@@ -83,10 +87,16 @@ def _repository_of(arguments: argparse.Namespace) -> str:
 
 def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
     repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
-    overwrite = arguments.overwrite or folder.may_replace(_repository_of(arguments))
-    sync = HubSync(repository, folder, arguments.push_every, overwrite)
+    sync = HubSync(repository, folder, arguments.push_every, goes_straight(arguments))
     sync.connect()
     return sync
+
+
+def _replaces(arguments: argparse.Namespace, folder: RunFolder, recorded: dict | None) -> bool:
+    """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
+    repo = _repository_of(arguments)
+    is_done = recorded and folder.has_replaced(repo)
+    return folder.may_replace(repo) or (arguments.overwrite and not is_done)
 
 
 def open_or_go_on(
@@ -128,7 +138,8 @@ class Run:
         if recorded:
             self.folder.resume(recorded, arguments.check_shards)
         else:
-            self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
+            if not goes_straight(arguments):
+                self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
             self.folder.begin(self.workers.describe(), arguments.overwrite, _repository_of(arguments))
 
     def compute_missing(self) -> None:

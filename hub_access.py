@@ -5,15 +5,17 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from errors import ToolkitError, UsageError
 
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
 BROKEN = {"ReadError", "WriteError", "CloseError", "RemoteProtocolError", "ReadTimeout", "WriteTimeout", "PoolTimeout"}
-COMMIT_DIGITS = 40
-ATTEMPTS = 6  # to send what nothing else keeps: about a minute without an answer
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LONGEST_PAUSE = 60.0  # seconds between attempts that nothing else goes on beside
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
+Answer = TypeVar("Answer")
 # Tokens, and what gives an address the right to be written to.
 SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
 
@@ -68,7 +70,7 @@ def explain_loading(error: BaseException, what: str) -> ToolkitError:
 
 def is_commit(revision: str) -> bool:
     """Whether a recorded revision is a Hub commit; a local folder's is a hash of 64 digits."""
-    return len(revision) == COMMIT_DIGITS
+    return bool(COMMIT.fullmatch(revision))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -95,19 +97,21 @@ def retry_after(error: BaseException) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-def patiently(step: Callable[[], object], what: str) -> None:
-    """Do ``step()``, again after longer and longer pauses where the line or the Hub fails.
+def patiently(step: Callable[[], Answer], what: str, seconds: float) -> Answer:
+    """What ``step()`` gives, tried again after longer and longer pauses where the line or the Hub fails.
 
-    Raises ToolkitError, about ``what``, where it is refused or has failed ``ATTEMPTS`` times.
+    Raises ToolkitError, about ``what``, where it is refused or would take more than ``seconds``.
     """
-    for failures in range(1, ATTEMPTS + 1):
+    until, pause = time.monotonic() + seconds, 1.0
+    while True:
         try:
-            step()
-            return
+            return step()
         except Exception as error:
-            if failures == ATTEMPTS or not is_transient(error):
+            pause = min(2 * pause, LONGEST_PAUSE)
+            wait = retry_after(error) or pause * random.uniform(0.5, 1)
+            if not is_transient(error) or time.monotonic() + wait > until:
                 raise explain_hub_error(error, what) from error
-            time.sleep(retry_after(error) or 2**failures * random.uniform(0.5, 1))
+            time.sleep(wait)
 
 
 def patient_client():
@@ -136,10 +140,13 @@ def find_license(repo_id: str, kind: str, commit: str | None) -> str | None:
 def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
     """The commit (40 hex digits) that ``revision`` of a Hub repository names now, or named when it was cached.
 
-    ``repo_type`` is "model" or "dataset". Raises ToolkitError where the Hub refuses.
+    A commit is taken as it is: a thousand workers are given one. ``repo_type`` is "model" or "dataset". Raises
+    ToolkitError where the Hub refuses.
     """
     import huggingface_hub
 
+    if revision and COMMIT.fullmatch(revision):
+        return revision
     try:
         return huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha
     except Exception as error:

@@ -1,7 +1,7 @@
 """A Hub dataset repository at one branch: what is in it, and commits that change it."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +15,7 @@ from logit_dataset import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, check_extract
 from run_fingerprint import run_fingerprint
 from shard_files import ShardEntry
 
+UPLOAD_PATIENCE = 1800.0  # seconds that a shard which is nowhere else is sent again and again
 # What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
 DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")
 
@@ -93,15 +94,18 @@ class Repository:
             return {}
         return {entry.shard: entry for entry in listed if entry.path in files}
 
-    def upload(self, name: str, content: bytes) -> huggingface_hub.CommitOperationAdd:
+    def upload(self, name: str, file: Path) -> huggingface_hub.CommitOperationAdd:
         """Send a file without a commit; gives what names it in one, which any process may then make.
 
         Tries again where the line or the Hub fails. Raises ToolkitError in the end.
         """
-        addition = huggingface_hub.CommitOperationAdd(name, content)
+        addition = huggingface_hub.CommitOperationAdd(name, file)
         arguments = {"repo_type": "dataset", "revision": self.branch}
-        patiently(lambda: self._api.preupload_lfs_files(self.repo_id, [addition], **arguments), self.what)
-        return addition
+        step = partial(self._api.preupload_lfs_files, self.repo_id, [addition], **arguments)
+        patiently(step, self.what, UPLOAD_PATIENCE)
+        if addition._is_uploaded:
+            return addition
+        return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
 
     def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str) -> str:
         """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.

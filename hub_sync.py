@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dataset_card import run_state
 from errors import ToolkitError
-from hub_access import explain_hub_error, is_transient, redact, retry_after
+from hub_access import explain_hub_error, is_transient, patiently, redact, retry_after
 from hub_repository import RemoteState, Repository
 from logit_dataset import CARD_FILE, EXTRACTION_FILE
 from run_fingerprint import another_run, differences
@@ -26,6 +26,7 @@ SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
 FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds between attempts, doubled from one to the next
 LONGEST_LAST_WAIT = 600.0  # that the Hub may ask for once the run is over
+START_PATIENCE = 60.0  # seconds, where a run cannot begin without the Hub
 ATTEMPTS = 5  # in a row: of a push that is refused, or of any once the run is over
 
 
@@ -33,12 +34,15 @@ class HubSync:
     """Pushes a run's finished shards from a thread of its own.
 
     ``push_every`` seconds lie between commits. ``remote`` is the repository as it was seen last, None if it never was.
-    With ``overwrite``, another run that is in it is replaced by the first commit.
+    With ``overwrite``, whatever run is in it is replaced by the first commit. ``straight`` says that the shards are in
+    no folder, so that without the Hub there is no run.
     """
 
-    def __init__(self, repository: Repository, folder: RunFolder, push_every: float, overwrite: bool):
+    overwrite = False
+
+    def __init__(self, repository: Repository, folder: RunFolder, push_every: float, straight: bool = False):
         self.repository, self.folder = repository, folder
-        self.push_every, self.overwrite = push_every, overwrite
+        self.push_every, self.straight = push_every, straight
         self.remote: RemoteState | None = None
         self._is_stale = True
         self._entries: dict[int, ShardEntry] = {}
@@ -55,7 +59,8 @@ class HubSync:
     # --- the run's side ---
 
     def connect(self) -> None:
-        """Look at the repository before the run begins. What the Hub refuses is refused now; its absence is not."""
+        """Look at the repository before the run begins. What the Hub refuses is refused now; its absence is only where
+        the shards have no other place."""
         self._unless_transient(self._look)
 
     def make(self) -> None:
@@ -72,7 +77,7 @@ class HubSync:
         They are not computed again.
         """
         uploaded = {shard: self._entries[shard] for shard in self._uploads}
-        if self.overwrite or not self.remote:
+        if not self.remote:
             return uploaded
         ours = self.folder.entries.keys() | self.folder.recomputed
         there = {shard: entry for shard, entry in self._listed(self.remote, []).items() if shard not in ours}
@@ -83,18 +88,21 @@ class HubSync:
         if self.remote:
             self._refuse_another_run(self.remote)
         self._entries = dict(self.folder.entries)
-        self._resend = set(self._entries if self.overwrite else self.folder.recomputed)
+        self._resend = set(self.folder.recomputed)
         self._thread.start()
 
     def add(self, entry: ShardEntry, upload=None) -> None:
-        """Tell of a shard that has been finished: in the folder, or already sent (``Repository.upload``)."""
+        """Tell of a shard that has been finished: in the folder, or already sent (``Repository.upload``).
+
+        Raises ToolkitError where nothing keeps what was sent: the Hub has refused its commit for good.
+        """
         with self._changed:
             self._entries[entry.shard] = entry
             if upload is not None:
                 self._uploads[entry.shard] = upload
-            if self.overwrite:
-                self._resend.add(entry.shard)
             self._changed.notify()
+        if upload is not None and self._failure:
+            raise ToolkitError("The run ends, as its shards have no place any more.") from self._failure
 
     def finish(self) -> None:
         """Push what is left. Raises ToolkitError, with what to do, where that cannot be done."""
@@ -107,14 +115,15 @@ class HubSync:
                 bar.update(len(self._entries) - self.left - bar.n)
         if not self._is_done:
             why = explain_hub_error(self._failure or RuntimeError("stopped"), self.repository.what)
-            apart = sum(entry.shard in self._uploads for entry in self._missing())
-            told = (
-                f"; {apart} of them are nowhere else, and computed again" if apart else ", and computes nothing again"
-            )
-            raise ToolkitError(
-                f"{why}\n{self.left} of {len(self._entries)} shards are not on the Hub yet; all are in "
-                f"{self.folder.path}. The same command pushes what is missing{told}."
-            ) from self._failure
+            raise ToolkitError(f"{why}\n{self._told_left()}") from self._failure
+
+    def _told_left(self) -> str:
+        apart = sum(entry.shard in self._uploads for entry in self._missing())
+        told = f"{self.left} of {len(self._entries)} shards are not on the Hub yet; "
+        if apart:
+            return f"{told}{apart} of them are nowhere else. The same command goes on, and computes those again."
+        where = f"all are in {self.folder.path}"
+        return f"{told}{where}. The same command pushes what is missing, and computes nothing again."
 
     def close(self) -> None:
         """Push no more, whatever is left."""
@@ -133,6 +142,9 @@ class HubSync:
         return any(entry.shard in self._uploads for entry in self._missing())
 
     def _unless_transient(self, step) -> None:
+        if self.straight:
+            patiently(step, f"{self.repository.what}, where the shards go without --output_dir", START_PATIENCE)
+            return
         try:
             step()
         except Exception as error:
@@ -203,7 +215,7 @@ class HubSync:
 
     def _commit(self, remote: RemoteState, chosen: list[ShardEntry], is_last: bool) -> RemoteState:
         """Send these shards and the files around, to the repository as it was seen. Gives what it is then."""
-        is_first = remote.fingerprint != self.folder.fingerprint
+        is_first = not self._is_ours(remote)
         listed = self._listed(remote, chosen)
         around = self.folder.files_around(list(listed.values()))
         if is_first:
@@ -213,12 +225,19 @@ class HubSync:
         sent = {entry.path: self._uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
+        if self.overwrite:
+            self.overwrite = False
+            self.folder.note_replaced()
         card = around.get(CARD_FILE, remote.card)
         return RemoteState(head, extraction=self.folder.extraction, entries=listed, card=card)
 
+    def _is_ours(self, remote: RemoteState) -> bool:
+        """Whether the run on the Hub is this one, and not to be replaced by it."""
+        return remote.fingerprint == self.folder.fingerprint and not self.overwrite
+
     def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
         """The shards that are on the Hub after a commit of those chosen."""
-        there = remote.entries if remote.fingerprint == self.folder.fingerprint else {}
+        there = remote.entries if self._is_ours(remote) else {}
         return {**there, **{entry.shard: entry for entry in chosen}}
 
     def _is_described(self, remote: RemoteState) -> bool:

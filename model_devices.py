@@ -4,16 +4,13 @@ What does not fit on the accelerators stays in memory or on disk, and is brought
 memory) for as long as its layer works. Meanwhile its parameters are on "meta", so ``model.device`` says nothing.
 """
 
-import atexit
 import importlib.util
-import shutil
-import tempfile
 
 import torch
 
 from errors import ToolkitError, UsageError
+from scratch import make_scratch
 
-_offloaded: list[str] = []
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 
@@ -33,26 +30,9 @@ def loading_options(
         refuse_without_accelerate()
         limits = read_max_memory(max_memory)
         on_cpu = all(place in HOST for place in limits or _places())
-        placement = {"device_map": device_map, "max_memory": limits, "offload_folder": _offload_folder()}
+        # Weights on disk stay in a checkpoint of safetensors; here goes what is converted (GGUF, pickles, experts).
+        placement = {"device_map": device_map, "max_memory": limits, "offload_folder": str(make_scratch())}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
-
-
-def _offload_folder() -> str:
-    """A temporary folder that is there until ``remove_offloaded``.
-
-    Weights on disk stay in a checkpoint of safetensors; here goes what must be converted (GGUF, pickles, experts).
-    """
-    _offloaded.append(tempfile.mkdtemp(prefix="offloaded-weights-"))
-    return _offloaded[-1]
-
-
-def remove_offloaded() -> None:
-    """Remove what spread models have put on disk; they cannot be used any more. Done at the process's end as well."""
-    while _offloaded:
-        shutil.rmtree(_offloaded.pop(), ignore_errors=True)
-
-
-atexit.register(remove_offloaded)
 
 
 def refuse_without_accelerate() -> None:

@@ -41,6 +41,9 @@ class ParquetRows:
 
     def read(self, first: int, end: int) -> list[dict]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
+        if end >= self.num_rows:
+            self._index(self._files[self._indexed :])  # the card may tell of fewer rows than there are
+        self._refuse_wrong_card()
         rows = []
         while first < end and (place := self._find(first)) is not None:
             start = self._ends[place - 1] if place else 0
@@ -52,16 +55,23 @@ class ParquetRows:
     def footers(self) -> dict[str, list[int]]:
         """Rows of each row group of every file: a request a file, which other processes are spared by these."""
         self._index(self._files[self._indexed :])
+        self._refuse_wrong_card()
         return self._footers
 
     def _find(self, row: int) -> int | None:
         """Which group of ``_groups`` holds a row."""
         while self._counted() <= row and self._indexed < len(self._files):
             self._index(self._files[self._indexed : 2 * self._indexed + 1])
-        if self._indexed == len(self._files) and self._recorded not in (None, self._counted()):
-            raise OSError(f"the dataset's card says {self._recorded} rows, but its files hold {self._counted()}")
+            self._refuse_wrong_card()
         place = bisect_right(self._ends, row)
         return place if place < len(self._ends) else None
+
+    def _refuse_wrong_card(self) -> None:
+        if self._indexed == len(self._files) and self._recorded not in (None, self._counted()):
+            raise OSError(
+                f"the dataset's card says {self._recorded} rows, but its files hold {self._counted()}. A local copy of "
+                "the files, without the card, is read whole."
+            )
 
     def _counted(self) -> int:
         return self._ends[-1] if self._ends else 0

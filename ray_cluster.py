@@ -3,11 +3,13 @@
 import argparse
 import logging
 import os
+import shutil
 import signal
-import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from errors import ToolkitError, UsageError
@@ -18,68 +20,93 @@ except ImportError as missing:
     raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt") from missing
 
 HERE = Path(__file__).resolve().parent
+CODE = ("*.py", "templates/*", "pages/*")  # and nothing else of a checkout: secrets and outputs lie about in them
 STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
-PATIENCE = 10.0  # seconds to reach a cluster
-NOT_SENT = ["tests", "docs", "notebooks", "benchmarks", "demo", ".git", ".venv", ".cache", "outputs"]
 
 
-def connect(arguments: argparse.Namespace) -> dict:
-    """Start Ray on this machine, or connect to the cluster. Gives what one worker takes of it."""
+@dataclass(frozen=True)
+class Share:
+    """What one worker takes of the cluster: ``options`` of its actor, ``gpus`` among them. ``room`` is for so many."""
+
+    options: dict
+    gpus: int
+    room: int
+
+
+def connect(arguments: argparse.Namespace) -> Share:
+    """Start Ray on this machine, or connect to the cluster, which ``ray_address.reach`` has found.
+
+    Raises UsageError where accelerators or room for workers are missing.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of calls that ended with a lost worker
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _own_signals():
         if arguments.ray_address:
-            _refuse_silent(arguments.ray_address)
-            code = {"working_dir": str(HERE), "excludes": NOT_SENT}
-            try:
-                ray.init(address=arguments.ray_address, runtime_env=code, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ToolkitError(f"--ray_address {arguments.ray_address}: {first_line(error)}") from error
+            _join(arguments.ray_address, common)
         else:
-            path = {
-                "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
-            }
-            ray.init(address="local", include_dashboard=False, object_store_memory=STORE, runtime_env=path, **common)
-    return _share(arguments, ray.cluster_resources())
-
-
-def _refuse_silent(address: str) -> None:
-    """Raise ToolkitError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if not host or not port.isdigit():
-        raise UsageError(f"--ray_address {address}: expected HOST:PORT or auto")
+            path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+            runtime = {"env_vars": {"PYTHONPATH": path}}
+            ray.init(address="local", include_dashboard=False, object_store_memory=STORE, runtime_env=runtime, **common)
     try:
-        socket.create_connection((host, int(port)), PATIENCE).close()
-    except OSError as error:
-        raise ToolkitError(
-            f"--ray_address {address}: nobody answers there ({error.strerror or error}). `ray start --head` prints the "
-            "address of a cluster."
-        ) from error
+        return _share(arguments, ray.cluster_resources())
+    except UsageError:
+        ray.shutdown()
+        raise
 
 
-def _share(arguments: argparse.Namespace, there: dict[str, float]) -> dict:
+def _join(address: str, common: dict) -> None:
+    with tempfile.TemporaryDirectory() as code:
+        copy_code(HERE, Path(code))
+        try:
+            ray.init(address=address, runtime_env={"working_dir": code}, **common)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ToolkitError(f"--ray_address {address}: {first_line(error)}") from error
+
+
+def copy_code(source: Path, target: Path) -> None:
+    """Copy what workers need of this toolkit."""
+    for file in (file for pattern in CODE for file in source.glob(pattern) if file.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def _share(arguments: argparse.Namespace, there: dict[str, float]) -> Share:
     """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
 
     It is told of more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
     a machine is gone.
     """
     workers, gpus, cpus = arguments.num_workers, int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    _refuse_without_gpus(arguments, gpus, cpus)
     wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
     room = gpus // wanted if wanted else cpus
     if workers > room and not arguments.ray_address:
         found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
         raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // workers))
-    return {
+    options = {
         "num_gpus": wanted,
         "num_cpus": 1,
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **_endpoint()}},
     }
+    return Share(options, wanted, room)
+
+
+def _refuse_without_gpus(arguments: argparse.Namespace, gpus: int, cpus: int) -> None:
+    """A cluster's GPUs may be on their way, and a run that has begun on CPUs would stay there."""
+    if gpus or arguments.device == "cpu":
+        return
+    if arguments.ray_address:
+        raise UsageError(
+            f"--ray_address {arguments.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines "
+            "with some, or give --device cpu."
+        )
+    if arguments.gpus_per_worker > 1:
+        raise UsageError(f"--gpus_per_worker {arguments.gpus_per_worker}: this machine has no GPU")
 
 
 def _endpoint() -> dict[str, str]:

@@ -7,39 +7,27 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from disk_space import DiskFull
 from errors import ToolkitError, UsageError
-from hub_access import redact
-from ray_cluster import connect, first_line, ray
+from extract_options import goes_straight
+from ray_cluster import connect, ray
+from ray_seats import Seat, Seats, say
 from run_description import OpenedRun
 from run_folder import WORKERS
-from shard_plan import AHEAD, ATTEMPTS, ShardPlan
-from shard_worker import Answer, ShardWorker, assign
+from shard_plan import ATTEMPTS, ShardPlan
+from shard_worker import Answer, assign
 
-STARTS = 3  # in a row that a worker may fail to begin
+PAUSE = 60.0  # seconds that a worker waits with which nothing succeeds, while the others go on
+SLOW, LONG = 5, 3600.0  # a worker hangs that is as many times as slow as the slowest so far, and as many seconds silent
 SHOWN = 10  # shards that are named in a message
-QUIET = 30.0  # seconds without a word from any worker, until it is told what is waited for
-
-
-@dataclass(eq=False)
-class Seat:
-    """The place of one worker, whatever actor has it now; ``shards`` are in its hands."""
-
-    number: int
-    actor: object = None
-    described: dict | None = None
-    is_ready: bool = False
-    failures: int = 0
-    shards: list[int] = field(default_factory=list)
 
 
 class RayWorkers:
-    """``--num_workers`` workers for an opened run, in the place of a ``ShardComputer``.
+    """``--num_workers`` workers for an opened run, in the place of a ``ShardComputer``, within a context.
 
     Raises UsageError where this machine has not that many accelerators, ToolkitError where no worker can begin.
     """
@@ -52,31 +40,32 @@ class RayWorkers:
             )
         self.arguments, self.folder = opened.arguments, folder.absolute()
         self._opened = opened
-        self._seats: list[Seat] = []
-        self._pending: dict[object, tuple[Seat, Callable]] = {}  # calls under way, and what to do with their answers
-        self._extraction: dict | None = None
+        self._seats: Seats | None = None
         self._plan = ShardPlan(iter(()), 1)
+        self._slowest = 0.0  # seconds that a shard has taken
         self._token = secrets.token_hex(8)
-        self._told: list[int] = []
 
     def __enter__(self) -> "RayWorkers":
+        self._share = connect(self.arguments)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for seat in self._seats:
-            if seat.actor is not None:
-                ray.kill(seat.actor)  # they may wait for their next shard, or be in the middle of one
-        ray.shutdown()
         (self.folder / WORKERS).unlink(missing_ok=True)
+        try:
+            if self._seats:
+                self._seats.close()
+        finally:
+            ray.shutdown()
 
     # --- what a ShardComputer does ---
 
     def describe(self) -> dict:
         """``extraction.json`` of a new run, by the first worker that has loaded its model."""
-        self._start()
-        while not (ready := [seat for seat in self._seats if seat.described]):
-            self._step()
-        return ready[0].described
+        seats = self._start()
+        while not (described := next((seat.described for seat in seats if seat.described), None)):
+            seats.step()
+        # As they were given: what workers are told holds on this cluster alone.
+        return {**described, **{name: self._opened.described[name] for name in ("model_id", "dataset_id")}}
 
     def compute(self, shards: Iterator[int], extraction: dict, finished: Callable, progress: Callable) -> None:
         """Have these shards computed; ``finished(entry, upload)`` is told of each.
@@ -87,126 +76,85 @@ class RayWorkers:
         if self._plan.is_empty:
             return
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
-        self._extraction = extraction
-        self._start()
-        for seat in self._seats:
-            self._begin(seat)
+        seats = self._start()
+        seats.begin(extraction)
         with progress() as bar:
-            self._work(finished, bar)
+            self._work(seats, finished, bar)
         if self._plan.given_up:
             raise ToolkitError(self._told_given_up())
 
-    def _work(self, finished: Callable, bar: tqdm) -> None:
+    def _start(self) -> Seats:
+        if self._seats is None:
+            workers, gpus, room = self.arguments.num_workers, self._share.gpus, self._share.room
+            each = f"on {gpus} GPU{'s' * (gpus > 1)}" if gpus else "on CPUs"
+            now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
+            print(f"Starting {workers} worker{'s' * (workers > 1)} on Ray, each {each}{now} …", file=sys.stderr)
+            assignment = assign(self._opened, self.folder, self._token)
+            self._seats = Seats(self._share, assignment, workers, self._lost, self._unless_it_ends_the_run)
+        return self._seats
+
+    def _work(self, seats: Seats, finished: Callable, bar: tqdm) -> None:
         tokens, started = 0, time.monotonic()
 
         def keep(seat: Seat, answer: Answer) -> None:
             nonlocal tokens
             entry = answer.entry
-            seat.shards.remove(entry.shard)
+            self._note_finished(seat, entry.shard)
             finished(entry, answer.upload)
             tokens += entry.num_tokens
-            at_work = sum(seat.is_ready for seat in self._seats)
-            bar.set_postfix_str(
-                f"{tokens / (time.monotonic() - started):,.0f} tokens/s, {at_work} workers", refresh=False
-            )
+            speed = tokens / (time.monotonic() - started)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {len(seats.at_work)} workers", refresh=False)
             bar.update(entry.source_rows)
 
-        while not self._plan.is_empty or any(seat.shards for seat in self._seats):
-            self._hand_out(keep)
-            self._step()
+        while not self._plan.is_empty or any(seat.shards for seat in seats):
+            self._hand_out(seats, keep)
+            seats.step()
+            self._part_with_bad_ones(seats)
 
-    # --- starting ---
-
-    def _start(self) -> None:
-        if self._seats:
-            return
-        options = connect(self.arguments)
-        self._actors = ray.remote(ShardWorker).options(**options, max_concurrency=AHEAD + 1, max_restarts=0)
-        self._assignment = assign(self._opened, self.folder, self._token)
-        self._seats = [Seat(number) for number in range(1, self.arguments.num_workers + 1)]
-        gpus = options["num_gpus"]
-        each = f"each with {gpus} GPU{'s' * (gpus > 1)}" if gpus else "on CPUs"
-        print(f"Starting {len(self._seats)} workers on Ray, {each} …", file=sys.stderr)
-        for seat in self._seats:
-            self._seat(seat)
-
-    def _seat(self, seat: Seat) -> None:
-        """Put a new worker in a place. Ray starts it where there is room, as soon as there is."""
-        seat.actor, seat.described, seat.is_ready = self._actors.remote(self._assignment), None, False
-        self._call(seat, seat.actor.describe, self._described)
-
-    def _described(self, seat: Seat, answer: tuple[dict, str]) -> None:
-        seat.described, place = answer
-        _say(f"Worker {seat.number} of {len(self._seats)} has its model: {place}")
-        self._begin(seat)
-
-    def _begin(self, seat: Seat) -> None:
-        if seat.described and self._extraction:
-            self._call(seat, seat.actor.begin, self._begun, self._extraction)
-
-    def _begun(self, seat: Seat, _answer: None) -> None:
-        seat.is_ready, seat.failures = True, 0
-
-    # --- working ---
-
-    def _hand_out(self, keep: Callable) -> None:
+    def _hand_out(self, seats: Seats, keep: Callable) -> None:
         """Give every worker that is ready what it may hold."""
-        for seat in self._seats:
-            while seat.is_ready and (shard := self._plan.next_for(seat.shards)) is not None:
-                seat.shards.append(shard)
-                self._call(seat, seat.actor.compute, keep, shard)
+        now = time.monotonic()
+        self._plan.at_work = seats.at_work
+        self._plan.to_come = len(list(seats)) - len(self._plan.at_work)
+        for seat in (seat for seat in seats if seat.is_ready and now >= seat.not_before):
+            while (shard := self._plan.next_for(seat.number, seat.shards)) is not None:
+                seats.compute(seat, shard, keep)
 
-    def _call(self, seat: Seat, method, then: Callable, *arguments) -> None:
-        self._pending[method.remote(*arguments)] = (seat, then)
-
-    def _step(self) -> None:
-        """Wait for something to happen, and see to it."""
-        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=QUIET)
-        if not done:
-            self._tell_waiting()
-        for call in done:
-            seat, then = self._pending.pop(call)
-            try:
-                answer = ray.get(call)
-            except ray.exceptions.RayError as error:
-                self._lost(seat, getattr(error, "cause", None) or error)
-            else:
-                then(seat, answer)
+    def _note_finished(self, seat: Seat, shard: int) -> None:
+        seat.shards.remove(shard)
+        self._plan.finished(seat.number)
+        self._slowest = max(self._slowest, time.monotonic() - seat.since)
+        seat.since = time.monotonic()
 
     # --- failing ---
 
-    def _lost(self, seat: Seat, error: Exception) -> None:
-        """A call has failed, and with it all that the worker had in hand; unless it is sound, a new one takes over."""
-        if isinstance(error, DiskFull):
+    def _unless_it_ends_the_run(self, error: Exception) -> None:
+        """Raise what is no worker's own trouble: a full disk that all share, an option that is wrong for all."""
+        if isinstance(error, DiskFull) and not goes_straight(self.arguments):
             raise error
-        self._pending = {call: about for call, about in self._pending.items() if about[0] is not seat}
-        reason = _reason(error)
-        for shard in seat.shards:
-            self._plan.failed(shard, reason)
-        if seat.shards:
-            _say(f"Worker {seat.number}: {reason}\n{self._told_lost(seat.shards)}")
-        seat.shards = []
-        if not (seat.is_ready and isinstance(error, ToolkitError)):
-            self._replace(seat, error, reason)
+        if isinstance(error, UsageError) and not self._seats.at_work:
+            raise error
 
-    def _replace(self, seat: Seat, error: Exception, reason: str) -> None:
-        ray.kill(seat.actor)
-        if not seat.is_ready:
-            seat.failures += 1
-            _say(f"Worker {seat.number} did not begin ({seat.failures} of {STARTS} times): {reason}")
-        if seat.failures < STARTS:
-            self._seat(seat)
-            return
-        self._seats.remove(seat)
-        if not self._seats:
-            raise error if isinstance(error, ToolkitError) else ToolkitError(f"no worker can begin: {reason}")
+    def _lost(self, seat: Seat, shards: list[int], reason: str) -> None:
+        """These shards have failed, each to be tried elsewhere; a worker with which nothing succeeds is held back."""
+        for shard in shards:
+            self._plan.failed(seat.number, shard, reason)
+        say(f"Worker {seat.number} ({seat.place}): {reason}\n{self._told_lost(shards)}")
+        seat.since = time.monotonic()
+        if self._plan.goes_nowhere:
+            raise ToolkitError(f"nothing succeeds any more, with any worker. The last failure: {reason}")
+        if self._plan.is_suspect(seat.number):
+            seat.not_before = time.monotonic() + PAUSE
 
-    def _tell_waiting(self) -> None:
-        waiting = [seat.number for seat in self._seats if seat.described is None]
-        if waiting and waiting != self._told:
-            room = ", ".join(f"{int(ray.cluster_resources().get(kind, 0))} {kind}s" for kind in ("GPU", "CPU"))
-            _say(f"{len(waiting)} workers are loading their model or wait for a place; the cluster has {room} in all")
-        self._told = waiting
+    def _part_with_bad_ones(self, seats: Seats) -> None:
+        """Do without workers that fail whatever they get, and replace those that have been silent for too long."""
+        limit = max(LONG, SLOW * self._slowest)
+        silent = f"no answer for {limit:,.0f} s; the slowest so far took {self._slowest:,.0f}"
+        for seat in seats:
+            if self._plan.is_hopeless(seat.number):
+                seats.dismiss(seat, "it is given no more, as it fails all shards and the others do not")
+            elif seat.shards and self._slowest and time.monotonic() - seat.since > limit:
+                seats.replace(seat, TimeoutError(), silent)
 
     def _told_lost(self, shards: list[int]) -> str:
         given_up = [shard for shard in shards if shard in self._plan.given_up]
@@ -226,15 +174,3 @@ class RayWorkers:
     def _rows_of(self, shards: list[int]) -> str:
         size, end = self.arguments.rows_per_shard, self._opened.reader.num_rows
         return "source rows " + ", ".join(f"{n * size} to {min((n + 1) * size, end) - 1}" for n in shards)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "its machine ran out of memory, and Ray ended it"
-    if isinstance(error, ray.exceptions.RayError):
-        return "it died, or its machine did"
-    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {first_line(error)}"
-
-
-def _say(text: str) -> None:
-    tqdm.write(redact(text), file=sys.stderr)

@@ -27,7 +27,7 @@ from shard_writer import ShardWriter
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
-REPLACED_REPO = ".output_repo"  # within .replaced: the repository whose run may be replaced too
+REPLACED_REPO, DONE = ".output_repo", "replaced"  # in .replaced: whose run is replaced too, and whether it has been
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
 DESCRIBING = 19  # times as long as it took, until the files around the shards are written again
 PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
@@ -83,9 +83,22 @@ class RunFolder:
         return self.path / REPLACED if (self.path / REPLACED / EXTRACTION_FILE).exists() else None
 
     def may_replace(self, repo: str) -> bool:
-        """Whether the ``--overwrite`` that began the run in the folder was also about this repository."""
+        """Whether the ``--overwrite`` that began the run in the folder was about this repository too, whose run still
+        is to be replaced."""
+        return self._replaced_repo() == [repo]
+
+    def has_replaced(self, repo: str) -> bool:
+        """Whether it has replaced the run in this repository already."""
+        return self._replaced_repo() == [repo, DONE]
+
+    def note_replaced(self) -> None:
+        """Remember that the run in the repository has been replaced."""
+        if marked := self._replaced_repo():
+            write_text(self.path / REPLACED / REPLACED_REPO, f"{marked[0]}\n{DONE}")
+
+    def _replaced_repo(self) -> list[str]:
         marker = self.path / REPLACED / REPLACED_REPO
-        return marker.is_file() and marker.read_text(encoding="utf-8") == repo
+        return marker.read_text(encoding="utf-8").split("\n") if marker.is_file() else []
 
     def count_shards(self) -> int:
         """Shards that are in the folder, checked or not."""

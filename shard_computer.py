@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import model_devices
 import teacher_model
 from memory_budget import choose_budget
 from run_description import OpenedRun, describe_with_model
+from scratch import remove_scratch
 from shard_files import ShardEntry
 from shard_loop import Side, run_shards
 
@@ -61,7 +61,7 @@ class ShardComputer:
 
     def close(self) -> None:
         """Leave nothing behind of a spread model."""
-        model_devices.remove_offloaded()
+        remove_scratch()
 
     def load_model(self) -> None:
         """Load and check the model, if that is not done yet."""

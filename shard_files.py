@@ -10,7 +10,7 @@ import re
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,13 +97,17 @@ def shard_number(path: str) -> int | None:
 # --- writing ---
 
 
-def write_shard(folder: Path, split: str, shard: int, rows: list[dict], described: dict) -> ShardEntry:
+def write_shard(
+    folder: Path, split: str, shard: int, rows: list[dict], described: dict, check_place: Callable = lambda: None
+) -> ShardEntry:
     """Write one shard to a hidden temporary name, flush it to the disk, rename it. Returns its entry.
 
-    ``described`` has the run's ``fingerprint``, ``first_row``, ``end_row`` and the ``skipped`` rows.
+    ``described`` has the run's ``fingerprint``, ``first_row``, ``end_row`` and the ``skipped`` rows; ``check_place``
+    raises where the folder is not this process's to write in, or not any more.
     """
     relative = shard_path(split, shard)
     path = folder / relative
+    check_place()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     metadata = {**described, "num_rows": len(rows), "row_crc32": row_checksums(table)}
@@ -111,6 +115,7 @@ def write_shard(folder: Path, split: str, shard: int, rows: list[dict], describe
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own: a lost worker may still write
     try:
         _write_table(temporary, table, metadata)
+        check_place()
         flush_and_rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -8,13 +8,11 @@ import functools
 import os
 import platform
 import queue
-import tempfile
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from tqdm import tqdm
 
@@ -22,10 +20,12 @@ import content_hash
 import teacher_model
 from chat_templates import read_template
 from errors import ToolkitError
+from extract_options import goes_straight
 from hub_repository import Repository
 from run_description import OpenedRun, open_run
 from run_fingerprint import differences
 from run_folder import WORKERS
+from scratch import make_scratch, remove_scratch
 from shard_computer import ShardComputer
 from shard_files import ShardEntry
 from shard_writer import ShardWriter
@@ -33,7 +33,7 @@ from shard_writer import ShardWriter
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told at its start.
+    """What all workers of a run are told.
 
     ``arguments`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
     keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must
@@ -45,7 +45,6 @@ class Assignment:
     pinned: dict
     folder: Path | None
     token: str
-    hub_token: str | None = field(default=None, repr=False)
     hashes: dict = field(default_factory=dict, repr=False)
     footers: dict = field(default_factory=dict, repr=False)
 
@@ -59,14 +58,12 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     if options["chat_template"]:
         options["chat_template"] = read_template(options["chat_template"])
     options["command"] = None
-    straight = options["ray_address"] and not options["output_dir"]
     left_open = {name: options[name] for name in ("dtype", "attn_implementation")}
     return Assignment(
         arguments=argparse.Namespace(**options),
         pinned={**opened.described, **left_open, "model_id": options["model_id"], "dataset_id": options["dataset_id"]},
-        folder=None if straight else folder,
+        folder=None if goes_straight(opened.arguments) else folder,
         token=token,
-        hub_token=huggingface_hub.get_token(),
         hashes=content_hash.known_hashes(),
         footers=opened.reader.source.footers(),
     )
@@ -81,26 +78,28 @@ class Answer:
 
 
 class ShardWorker:
-    """Loads the model when it is made. Raises what forbids the work on this machine."""
+    """``hub_token`` is the Hub's for this run, whatever the machine has."""
 
-    def __init__(self, assignment: Assignment):
+    def __init__(self, assignment: Assignment, hub_token: str | None = None):
         self._assignment = assignment
-        if assignment.hub_token:
-            os.environ.setdefault("HF_TOKEN", assignment.hub_token)
-        content_hash.remember_hashes(assignment.hashes)
-        opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
-        device = teacher_model.choose_device(assignment.arguments.device)
-        self._computer = ShardComputer(opened, device, self._write)
-        self._described = self._computer.describe()
-        self._scratch = tempfile.TemporaryDirectory() if assignment.folder is None else None
+        if hub_token:
+            os.environ["HF_TOKEN"] = hub_token
         self._lock = threading.Lock()
         self._numbers: queue.Queue[int | None] | None = None
         self._waiting: dict[int, Future] = {}
         self._uploads: dict[int, object] = {}
 
     def describe(self) -> tuple[dict, str]:
-        """``extraction.json`` as this worker would begin it, and where it runs, for people to read."""
-        device = self._computer.device
+        """Load the model. Gives ``extraction.json`` as this worker would begin it, and where it runs, for people.
+
+        Raises what forbids the work on this machine.
+        """
+        assignment = self._assignment
+        content_hash.remember_hashes(assignment.hashes)
+        opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
+        device = teacher_model.choose_device(assignment.arguments.device)
+        self._computer = ShardComputer(opened, device, self._write)
+        self._described = self._computer.describe()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return self._described, f"{platform.node()}, {name}"
 
@@ -109,11 +108,11 @@ class ShardWorker:
         different = differences(extraction, self._described)
         if different:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
-        _check_place(self._assignment)
-        self._extraction = extraction
-        self._writer = ShardWriter(self._assignment.folder or Path(self._scratch.name), extraction)
-        if self._assignment.folder is None:
-            arguments = self._assignment.arguments
+        self._check_place()
+        self._extraction, arguments = extraction, self._assignment.arguments
+        self._folder = self._assignment.folder or make_scratch()
+        self._writer = ShardWriter(self._folder, extraction, check_place=self._check_place)
+        if goes_straight(arguments):
             self._repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
 
     def compute(self, shard: int) -> Answer:
@@ -130,10 +129,11 @@ class ShardWorker:
         return found.result()
 
     def close(self) -> None:
-        """Wait for no more shards."""
+        """Take no more shards, and leave nothing behind on this machine's disk."""
         with self._lock:
             if self._numbers is not None:
                 self._numbers.put(None)
+        remove_scratch()
 
     def _loop(self, numbers: queue.Queue) -> None:
         failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")
@@ -155,22 +155,20 @@ class ShardWorker:
             self._waiting.pop(entry.shard).set_result(Answer(entry, self._uploads.pop(entry.shard, None)))
 
     def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
-        _check_place(self._assignment)
         entry = self._writer.write(shard, rows, skipped)
         if self._assignment.folder is None:
-            file = Path(self._scratch.name) / entry.path
-            self._uploads[shard] = self._repository.upload(entry.path, file.read_bytes())
+            file = self._folder / entry.path
+            self._uploads[shard] = self._repository.upload(entry.path, file)
             file.unlink()
         return entry
 
-
-def _check_place(assignment: Assignment) -> None:
-    """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
-    if assignment.folder is None:
-        return
-    file = assignment.folder / WORKERS
-    if not file.is_file() or file.read_text(encoding="utf-8") != assignment.token:
-        raise ToolkitError(
-            f"{platform.node()} does not see the run in --output_dir {assignment.folder}: give a folder that all "
-            "machines share, or leave --output_dir out and give --output_repo."
-        )
+    def _check_place(self) -> None:
+        """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
+        if self._assignment.folder is None:
+            return
+        file = self._assignment.folder / WORKERS
+        if not file.is_file() or file.read_text(encoding="utf-8") != self._assignment.token:
+            raise ToolkitError(
+                f"{platform.node()} does not see the run in --output_dir {file.parent}: give a folder that all "
+                "machines share, or leave --output_dir out and give --output_repo."
+            )

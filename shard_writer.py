@@ -1,5 +1,6 @@
 """One run's shards into one folder, until its disk is full."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from disk_space import make_room_or_stop
@@ -8,10 +9,16 @@ from shard_files import ShardEntry, write_shard
 
 
 class ShardWriter:
-    """Writes shards of the run of an ``extraction.json``; ``largest`` is the size of the largest so far, in bytes."""
+    """Writes shards of the run of an ``extraction.json``; ``largest`` is the size of the largest so far, in bytes.
 
-    def __init__(self, folder: Path, extraction: dict, largest: int = 0):
-        self.folder, self.extraction = folder, extraction
+    ``check_place`` raises where the folder is not the run's any more: asked before anything is written, and again
+    before a shard gets its name.
+    """
+
+    def __init__(
+        self, folder: Path, extraction: dict, largest: int = 0, check_place: Callable[[], None] = lambda: None
+    ):
+        self.folder, self.extraction, self._check_place = folder, extraction, check_place
         self.fingerprint = run_fingerprint(extraction)
         self._largest = largest
 
@@ -25,6 +32,7 @@ class ShardWriter:
             "skipped": skipped,
         }
         with make_room_or_stop(self.folder, self._largest):
-            entry = write_shard(self.folder, self.extraction["split"], shard, rows, described)
+            split = self.extraction["split"]
+            entry = write_shard(self.folder, split, shard, rows, described, self._check_place)
         self._largest = max(self._largest, entry.num_bytes)
         return entry

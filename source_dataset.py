@@ -1,9 +1,10 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -29,13 +30,14 @@ class SourceDataset:
     num_rows: int | None
     column_names: list[str]
     what: str
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
 
     def read(self, first: int, end: int) -> list[dict]:
         """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order.
 
         Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
         """
-        with explained(self.what):
+        with self._reading, explained(self.what):
             return self.rows.read(first, end if self.num_rows is None else min(end, self.num_rows))
 
     def footers(self) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from test_teacher_model import random_model, random_requests, request, rows
 import extract_logits
 import memory_budget
 import model_devices
+import scratch
 import teacher_model
 from batching import Budget
 from errors import ToolkitError, UsageError
@@ -136,7 +137,7 @@ def pickle_folder(folder):
 def test_what_cannot_stay_in_the_checkpoint_goes_to_a_temporary_folder(write, tmp_path, monkeypatch):
     write(tmp_path)
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(model_devices.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path / "temporary"))
     plain = teacher_model.load_teacher(str(tmp_path))
     spread = teacher_model.load_teacher(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
     assert list((tmp_path / "temporary").glob("*/*.safetensors"))
@@ -154,7 +155,7 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
-    assert not list((tmp_path / "temporary").glob("offloaded*"))
+    assert not list((tmp_path / "temporary").glob("extract-logits-*"))
 
 
 def test_gguf_can_be_spread():

@@ -27,6 +27,7 @@ def assignment(small_model, calm_source, tmp_path):
 @pytest.fixture
 def worker(assignment):
     with closing(ShardWorker(assignment)) as worker:
+        worker.describe()
         yield worker
 
 
@@ -61,8 +62,10 @@ def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, extrac
 
 def test_a_folder_that_is_not_the_runs_is_refused_before_any_work(assignment, extraction, tmp_path):
     for elsewhere in (replace(assignment, folder=tmp_path / "missing"), replace(assignment, token="older")):
+        worker = ShardWorker(elsewhere)
+        worker.describe()
         with pytest.raises(ToolkitError, match="give a folder that all machines share, or leave --output_dir out"):
-            ShardWorker(elsewhere).begin(extraction)
+            worker.begin(extraction)
 
 
 def test_a_machine_that_would_make_other_rows_is_refused(worker, extraction):

@@ -1,0 +1,93 @@
+"""Runs with workers on Ray: the command in processes of its own, theirs below it, and clusters of nodes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import REPO
+
+
+class Command:
+    """The command in a process of its own, after ``first`` in Python, with its output in a file."""
+
+    def __init__(self, flags: list[str], log: Path, env=None, first: str = ""):
+        self.log = log
+        code = f"import sys, extract_logits\n{first}\nsys.exit(extract_logits.main(sys.argv[1:]))"
+        with log.open("w") as file:
+            command = [sys.executable, *(["-c", code] if first else ["extract_logits.py"]), *flags]
+            self.process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file, env=env)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def wait(self, seconds: float = 240) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def until(self, condition, seconds: float = 120) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < until, self.said
+            time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one, those of Ray among them."""
+    pairs = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            own, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        pairs.append((int(own.split()[0]), int(rest.split()[1])))
+    found, todo = [], [pid]
+    while todo:
+        below = [own for own, parent in pairs if parent == todo[-1]]
+        todo.pop()
+        found += below
+        todo += below
+    return found
+
+
+def workers_of(pid: int) -> list[int]:
+    return [child for child in children(pid) if b"ray::ShardWorker" in command_line(child)]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Nodes:
+    """A Ray cluster: a head without CPUs, and nodes of one CPU each, each a ``ray start`` of its own."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes = [self.add(), self.add()]
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self, **options):
+        return self.cluster.add_node(**{"num_cpus": 1, **options})
+
+    def remove(self, node) -> None:
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
