@@ -90,7 +90,7 @@ class ShardPlan:
             self.given_up[shard] = reason
 
     def is_suspect(self, worker: int) -> bool:
-        """Whether the worker is likely to be the cause of its failures, and should get one shard at a time, with pauses.
+        """Whether the worker is likely to be the cause of its failures, to get one shard at a time, with pauses.
 
         It is not while shards fail with all; where it is the first at work, the others are waited for.
         """

@@ -180,3 +180,34 @@ def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
     done = run_command("explore_logits.py", "--logit_dataset_id", "user/questions", cwd=folder, env=env)
     assert done.returncode == 1
     assert "user/questions: no extraction.json in it, so it is no logit dataset" in done.stderr
+
+
+def test_what_one_process_uploads_another_commits_and_the_file_may_be_gone(tmp_path):
+    """A shard, which goes to the large files, and a file that a branch keeps in git itself."""
+    code = """
+import pathlib, pickle, sys
+from hub_repository import Repository
+files = [pathlib.Path(name) for name in sys.argv[1:]]
+uploads = {file.name: Repository("user/parts", None, False).upload(file.name, file) for file in files}
+for file in files:
+    file.unlink()
+sys.stdout.buffer.write(pickle.dumps(uploads))
+"""
+    contents = {"one.parquet": b"PAR1" * 1000, "two.txt": b"in git"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with LoopbackHub() as hub:
+        hub.add_repo("dataset", "user/parts", files={})
+        env = hub.environment(tmp_path / "home")
+        names = [str(tmp_path / name) for name in contents]
+        done = subprocess.run([sys.executable, "-c", code, *names], cwd=REPO, env=env, capture_output=True, check=True)
+        assert len(done.stdout) < 3000, "what is uploaded does not come back"
+        commit = """
+import pickle, sys
+from hub_repository import Repository
+repository = Repository("user/parts", None, False)
+repository.commit("Both", pickle.load(sys.stdin.buffer), [], repository.look().head)
+"""
+        subprocess.run([sys.executable, "-c", commit], cwd=REPO, env=env, input=done.stdout, check=True)
+        there = hub.files("dataset", "user/parts")
+    assert {name: there[name] for name in contents} == contents

@@ -196,30 +196,35 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
     assert not hub.has_repo("dataset", "user/away") and "Rows go to" not in away.said
 
 
-def test_one_machines_full_disk_is_its_own_trouble(undisturbed, straight, hub, nodes, monkeypatch):
-    """A node whose workers find their disk full: what fails with it is computed by the other, and nothing given up."""
-    first = """
+SLOW_DISK = """
 import ray_cluster
 copy_code = ray_cluster.copy_code
 def copy(source, target):
     copy_code(source, target)
     with (target / "disk_space.py").open("a") as file:
-        file.write("import os\\nif 'FULL_DISK' in os.environ:\\n    free_bytes = lambda folder: 0\\n")
+        file.write("import os, time\\nfree = free_bytes\\n")
+        file.write("def free_bytes(folder):\\n    time.sleep(0.4)\\n")
+        file.write("    return 0 if 'FULL_DISK' in os.environ else free(folder)\\n")
 ray_cluster.copy_code = copy
+import ray_workers
+ray_workers.PAUSE = 1.0
 """
-    nodes.remove(nodes.nodes[0])
+
+
+def test_one_machines_full_disk_is_its_own_trouble(undisturbed, straight, hub, nodes, monkeypatch):
+    """A third node, whose worker finds its disk full: it is held back, then dismissed, and no shard is given up."""
     monkeypatch.setenv("FULL_DISK", "1")
     full = nodes.cluster.add_node(num_cpus=1)
     monkeypatch.delenv("FULL_DISK")
     try:
-        run = straight("roomy", first=first)
+        run = straight("roomy", "--num_workers", 3, first=SLOW_DISK)
         assert run.wait() == 0, run.said
     finally:
         nodes.cluster.remove_node(full, allow_graceful=False)
-        nodes.nodes.append(nodes.add())
     told = re.findall(r"Worker (\d) \(.*, cpu\): the disk of .*extract-logits-\w+ is full", run.said)
-    assert 1 <= len(told) <= 4 and len(set(told)) == 1, "then it is held back"
-    assert "Given up" not in run.said
+    assert 6 <= len(told) <= 20 and len(set(told)) == 1
+    assert f"Worker {told[0]} (" in run.said and "it is given no more, as it fails all" in run.said
+    assert "Given up" not in run.said and "source rows" in run.said
     assert on_hub(hub, "roomy") == undisturbed
 
 

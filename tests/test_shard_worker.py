@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from runs import files_in, flags_for
 
+import shard_files
 from errors import ToolkitError
 from extract_options import build_parser
 from run_description import open_run
@@ -58,6 +59,23 @@ def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, extrac
         with pytest.raises(ToolkitError, match="does not see the run in --output_dir"):
             worker.compute(6)
     assert list(files_in(tmp_path / "out")) == [shard_path("train", 5)]
+
+
+def test_a_worker_thought_dead_gives_no_shard_its_name_in_the_next_runs_folder(
+    worker, extraction, tmp_path, monkeypatch
+):
+    """It has begun to write when another process takes the folder over."""
+    worker.begin(extraction)
+
+    def late(path, table, metadata):
+        write_table(path, table, metadata)
+        (tmp_path / "out" / WORKERS).write_text("another driver's")
+
+    write_table = shard_files._write_table
+    monkeypatch.setattr(shard_files, "_write_table", late)
+    with pytest.raises(ToolkitError, match="does not see the run in --output_dir"):
+        worker.compute(6)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != WORKERS]
 
 
 def test_a_folder_that_is_not_the_runs_is_refused_before_any_work(assignment, extraction, tmp_path):

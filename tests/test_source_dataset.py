@@ -5,6 +5,8 @@ import io
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import huggingface_hub
@@ -18,7 +20,7 @@ from loopback_hub import LoopbackHub
 import content_hash
 from content_hash import hash_files, known_hashes, remember_hashes
 from errors import UsageError
-from source_dataset import StreamRows, open_source
+from source_dataset import SourceDataset, StreamRows, open_source
 
 GROUP_ROWS = 50
 FEATURES = datasets.Features(
@@ -128,6 +130,18 @@ def test_the_cards_length_spares_the_footers(tmp_path):
     for _ in range(2):
         with pytest.raises(UsageError, match="card says 660 rows, but its files hold 450"):
             source.read(650, 660)
+
+
+def test_a_card_that_tells_of_fewer_rows_than_there_are_is_refused_before_the_rest_is_lost(tmp_path):
+    folder = write_folder(tmp_path / "chats")
+    splits = {"train": datasets.SplitInfo("train", num_examples=300)}
+    info = datasets.DatasetInfo(features=FEATURES, splits=datasets.splits.SplitDict(splits))
+    datasets.info.DatasetInfosDict({"default": info}).write_to_directory(folder)
+    source = open_source(str(folder), streaming=True)
+    assert source.num_rows == 300 and len(source.read(0, 200)) == 200  # no file behind was looked at yet
+    for read in (lambda: source.read(256, 512), lambda: source.read(0, 10), source.footers):
+        with pytest.raises(UsageError, match=r"card says 300 rows, but its files hold 660\. A local copy of the files"):
+            read()
 
 
 def test_footers_go_from_one_process_to_another(tmp_path):
@@ -253,6 +267,22 @@ def test_a_stream_is_read_once_while_ranges_ascend():
     assert drawn.count(0) == 1 and drawn == list(range(len(drawn))) and len(drawn) <= 54
     assert source.read(98, 105) == [{"question": "98"}, {"question": "99"}] and source.read(120, 130) == []
     assert source.read(3, 4) == [{"question": "3"}] and drawn.count(0) == 2
+
+
+def test_threads_take_turns():
+    """After a failure the thread that reads ahead may still be at it when the next one begins."""
+
+    def rows():
+        for i in range(40):
+            time.sleep(0.005)
+            yield {"i": i}
+
+    stream = StreamRows(datasets.IterableDataset.from_generator(rows), 40)
+    source = SourceDataset(stream, "", 40, ["i"], "a stream")
+    with ThreadPoolExecutor(2) as pool:
+        reads = [pool.submit(source.read, first, first + 10) for first in (0, 10, 5, 20)]
+        found = [[row["i"] for row in read.result()] for read in reads]
+    assert found == [list(range(first, first + 10)) for first in (0, 10, 5, 20)]
 
 
 def test_json_lines_in_any_order(chat_file):
