@@ -90,17 +90,7 @@ def open_source(
     """
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
-    path = Path(dataset_id)
-    if path.exists():
-        if revision or (config and path.is_file()):
-            raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
-        commit = hash_files(path)
-        arguments = _local_arguments(path, config, split, commit)
-    elif path.suffix in FILE_FORMATS:
-        raise UsageError(f"--dataset_id {dataset_id}: no such file")
-    else:
-        commit = resolve_commit(dataset_id, "dataset", revision)
-        arguments = {"path": dataset_id, "name": config, "revision": commit}
+    commit, arguments = _locate(dataset_id, config, revision, split)
     what = f"--dataset_id {dataset_id}, --split {split}"
     with explained(what):
         rows = _open_rows(arguments, split, streaming, footers)
@@ -108,6 +98,20 @@ def open_source(
     if not first:
         raise UsageError(f"{what}: no rows")
     return SourceDataset(rows, commit, rows.num_rows, list(first[0]), what)
+
+
+def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
+    """The revision to record, and ``load_dataset``'s arguments."""
+    path = Path(dataset_id)
+    if path.exists():
+        if revision or (config and path.is_file()):
+            raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
+        content = hash_files(path)
+        return content, _local_arguments(path, config, split, content)
+    if path.suffix in FILE_FORMATS:
+        raise UsageError(f"--dataset_id {dataset_id}: no such file")
+    commit = resolve_commit(dataset_id, "dataset", revision)
+    return commit, {"path": dataset_id, "name": config, "revision": commit}
 
 
 def _open_rows(
