@@ -20,7 +20,7 @@ from errors import ToolkitError
 from extract_options import goes_straight, uses_ray
 from hub_repository import Repository
 from hub_sync import HubSync
-from ray_address import reach
+from ray_address import reach, require_ray
 from run_description import OpenedRun, open_run, what_differs
 from run_fingerprint import another_run
 from run_folder import RunFolder
@@ -54,7 +54,7 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
         opened, recorded = open_or_go_on(arguments, folder, sync)
         with workers_of(opened, folder) as workers:
             if sync:
-                sync.overwrite = _replaces(arguments, folder, recorded)
+                sync.overwrite = _replaces(arguments, folder, recorded, sync.repository.at)
                 sync.make()
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
@@ -72,6 +72,7 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
 def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
     """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
     if uses_ray(arguments):
+        require_ray()
         if arguments.ray_address:
             reach(arguments.ray_address)
         from ray_workers import RayWorkers
@@ -81,10 +82,6 @@ def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFol
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
 
 
-def _repository_of(arguments: argparse.Namespace) -> str:
-    return f"{arguments.output_repo}@{arguments.output_revision or 'main'}" if arguments.output_repo else ""
-
-
 def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
     repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
     sync = HubSync(repository, folder, arguments.push_every, goes_straight(arguments))
@@ -92,9 +89,8 @@ def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
     return sync
 
 
-def _replaces(arguments: argparse.Namespace, folder: RunFolder, recorded: dict | None) -> bool:
+def _replaces(arguments: argparse.Namespace, folder: RunFolder, recorded: dict | None, repo: str) -> bool:
     """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
-    repo = _repository_of(arguments)
     is_done = recorded and folder.has_replaced(repo)
     return folder.may_replace(repo) or (arguments.overwrite and not is_done)
 
@@ -140,7 +136,9 @@ class Run:
         else:
             if not goes_straight(arguments):
                 self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
-            self.folder.begin(self.workers.describe(), arguments.overwrite, _repository_of(arguments))
+            self.folder.begin(
+                self.workers.describe(), arguments.overwrite, self.sync.repository.at if self.sync else ""
+            )
 
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""

@@ -12,6 +12,7 @@ from errors import ToolkitError, UsageError
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
 BROKEN = {"ReadError", "WriteError", "CloseError", "RemoteProtocolError", "ReadTimeout", "WriteTimeout", "PoolTimeout"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
+STRANGE = 3  # errors of unknown kinds that may pass, too
 LONGEST_PAUSE = 60.0  # seconds between attempts that nothing else goes on beside
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
@@ -102,16 +103,23 @@ def patiently(step: Callable[[], Answer], what: str, seconds: float) -> Answer:
 
     Raises ToolkitError, about ``what``, where it is refused or would take more than ``seconds``.
     """
-    until, pause = time.monotonic() + seconds, 1.0
+    until, pause, strange = time.monotonic() + seconds, 1.0, 0
     while True:
         try:
             return step()
         except Exception as error:
             pause = min(2 * pause, LONGEST_PAUSE)
             wait = retry_after(error) or pause * random.uniform(0.5, 1)
-            if not is_transient(error) or time.monotonic() + wait > until:
+            strange += not _is_of_the_line(error)
+            if not is_transient(error) or strange > STRANGE or time.monotonic() + wait > until:
                 raise explain_hub_error(error, what) from error
             time.sleep(wait)
+
+
+def _is_of_the_line(error: BaseException) -> bool:
+    """Whether the Hub answered, or known trouble kept it from that."""
+    chain = _causes(error)
+    return _answered(chain) is not None or bool({type(cause).__name__ for cause in chain} & (UNREACHABLE | BROKEN))
 
 
 def patient_client():

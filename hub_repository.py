@@ -53,6 +53,11 @@ class Repository:
         hub_logging.set_verbosity_error()  # its warnings name signed addresses, and break the progress bar
 
     @property
+    def at(self) -> str:
+        """What tells it from all others."""
+        return f"{self.repo_id}@{self.branch}"
+
+    @property
     def url(self) -> str:
         return f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{self.branch}"
 

@@ -203,11 +203,14 @@ class HubSync:
         self._refuse_another_run(remote)
         missing = self._missing()
         chosen, is_last = missing[:SHARDS_A_COMMIT], closing and len(missing) <= SHARDS_A_COMMIT
-        if not chosen and (not is_last or self._is_described(remote)):
-            return True
+        if not chosen and (self.overwrite or not is_last or self._is_described(remote)):
+            return True  # nothing to put in the place of what is there, nothing to add to it
         self._keep_to_the_limit()
         self._is_stale = True  # until the answer is here
-        self.remote = self._commit(remote, chosen, is_last)
+        state = self._commit(remote, chosen, is_last)
+        if self.overwrite:
+            self.folder.note_replaced(self.repository.at)
+        self.remote, self.overwrite = state, False
         self._resend -= {entry.shard for entry in chosen}
         self._pushed_at, self._is_stale = time.monotonic(), False
         self._say("")
@@ -225,9 +228,6 @@ class HubSync:
         sent = {entry.path: self._uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
-        if self.overwrite:
-            self.overwrite = False
-            self.folder.note_replaced()
         card = around.get(CARD_FILE, remote.card)
         return RemoteState(head, extraction=self.folder.extraction, entries=listed, card=card)
 
@@ -295,6 +295,6 @@ class HubSync:
 
 def _message(chosen: list[ShardEntry]) -> str:
     if not chosen:
-        return "Describe the finished extraction"
+        return "Describe the extraction"
     first, last = chosen[0].shard, chosen[-1].shard
     return f"Add shard {first}" if first == last else f"Add {len(chosen)} shards, {first} to {last}"

@@ -4,6 +4,7 @@ Within this one, Ray would try for minutes, say so in many lines, and be bound f
 who it is.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,9 +13,15 @@ import sys
 from errors import ToolkitError, UsageError
 
 FORM = re.compile(r"([^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})")
-PATIENCE = 20.0  # seconds to reach a cluster
+PATIENCE = 60.0  # seconds to reach a cluster
 MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
+
+
+def require_ray() -> None:
+    """Raise UsageError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt")
 
 
 def check_address(address: str) -> None:

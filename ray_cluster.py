@@ -12,12 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import ToolkitError, UsageError
+import ray
 
-try:
-    import ray
-except ImportError as missing:
-    raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt") from missing
+from errors import ToolkitError, UsageError
 
 HERE = Path(__file__).resolve().parent
 CODE = ("*.py", "templates/*", "pages/*")  # and nothing else of a checkout: secrets and outputs lie about in them
@@ -48,12 +45,22 @@ def connect(arguments: argparse.Namespace) -> Share:
         else:
             path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
             runtime = {"env_vars": {"PYTHONPATH": path}}
-            ray.init(address="local", include_dashboard=False, object_store_memory=STORE, runtime_env=runtime, **common)
+            _start_here({"runtime_env": runtime, "object_store_memory": STORE, **common})
     try:
-        return _share(arguments, ray.cluster_resources())
+        return _share(arguments, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except UsageError:
         ray.shutdown()
         raise
+
+
+def _start_here(options: dict) -> None:
+    try:
+        ray.init(address="local", include_dashboard=False, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ToolkitError(
+            f"Ray does not start on this machine: {first_line(error)}. It works in a folder below TMPDIR, or below "
+            "RAY_TMPDIR if that is set."
+        ) from error
 
 
 def _join(address: str, common: dict) -> None:
@@ -73,16 +80,17 @@ def copy_code(source: Path, target: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _share(arguments: argparse.Namespace, there: dict[str, float]) -> Share:
+def _share(arguments: argparse.Namespace, nodes: list[dict[str, float]]) -> Share:
     """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
 
     It is told of more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
     a machine is gone.
     """
-    workers, gpus, cpus = arguments.num_workers, int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
+    workers = arguments.num_workers
     _refuse_without_gpus(arguments, gpus, cpus)
     wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
-    room = gpus // wanted if wanted else cpus
+    room = sum(int(node.get("GPU", 0)) // wanted for node in nodes) if wanted else cpus
     if workers > room and not arguments.ray_address:
         found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
         raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")

@@ -15,8 +15,8 @@ from ray_cluster import Share, first_line, ray
 from shard_plan import AHEAD
 from shard_worker import Assignment, ShardWorker
 
-STARTS = 3  # in a row that a worker may fail to begin
-RESTART = 5.0  # seconds before it is started again, tenfold the second time: a thousand may have asked the Hub at once
+STARTS = 4  # in a row that a worker may fail to begin
+RESTART = 5.0  # seconds before it is started again, then 50, then 500: a thousand may have asked the Hub at once
 CLOSING = 3.0  # seconds that workers have to clear up
 QUIET = 30.0  # seconds without a word from any worker, until it is told what is waited for
 
@@ -51,7 +51,7 @@ class Call:
 class Seats:
     """``workers`` seats, numbered from 1, with actors that each take a ``share`` of the cluster.
 
-    ``lost(seat, shards, reason)`` is told of shards that were not finished, ``failed(error)`` of every failure
+    ``lost(seat, shards, reason)`` is told of shards that were not finished, ``failed(error, seat)`` of every failure
     before anything is done about it.
     """
 
@@ -160,7 +160,7 @@ class Seats:
             answer = ray.get(reference)
         except ray.exceptions.RayError as found:
             error = getattr(found, "cause", None) or found
-            self._failed(error)
+            self._failed(error, call.seat)
             if call.shard is not None and isinstance(error, ToolkitError):
                 call.seat.shards.remove(call.shard)
                 self._lost(call.seat, [call.shard], _reason(error))
@@ -171,7 +171,8 @@ class Seats:
 
     def _vacate(self, seat: Seat, reason: str) -> None:
         self._calls = {reference: call for reference, call in self._calls.items() if call.seat is not seat}
-        ray.kill(seat.actor)
+        if seat.actor:
+            ray.kill(seat.actor)
         lost, seat.shards = seat.shards, []
         seat.actor, seat.described, seat.is_ready = None, None, False
         if lost:

@@ -21,8 +21,10 @@ from run_folder import WORKERS
 from shard_plan import ATTEMPTS, ShardPlan
 from shard_worker import Answer, assign
 
+GRACE = 600.0  # seconds that the first workers at work are not judged by, as the others may still load their models
 PAUSE = 60.0  # seconds that a worker waits with which nothing succeeds, while the others go on
 SLOW, LONG = 5, 3600.0  # a worker hangs that is as many times as slow as the slowest so far, and as many seconds silent
+AWAY = 300.0  # seconds between two looks at the workers: this process was stopped, or stuck in writing
 SHOWN = 10  # shards that are named in a message
 
 
@@ -43,6 +45,8 @@ class RayWorkers:
         self._seats: Seats | None = None
         self._plan = ShardPlan(iter(()), 1)
         self._slowest = 0.0  # seconds that a shard has taken
+        self._wrong = 0  # options, say workers that could not begin
+        self._began = self._looked = time.monotonic()
         self._token = secrets.token_hex(8)
 
     def __enter__(self) -> "RayWorkers":
@@ -115,7 +119,7 @@ class RayWorkers:
         """Give every worker that is ready what it may hold."""
         now = time.monotonic()
         self._plan.at_work = seats.at_work
-        self._plan.to_come = len(list(seats)) - len(self._plan.at_work)
+        self._plan.to_come = len(list(seats)) - len(self._plan.at_work) if now < self._began + GRACE else 0
         for seat in (seat for seat in seats if seat.is_ready and now >= seat.not_before):
             while (shard := self._plan.next_for(seat.number, seat.shards)) is not None:
                 seats.compute(seat, shard, keep)
@@ -128,17 +132,20 @@ class RayWorkers:
 
     # --- failing ---
 
-    def _unless_it_ends_the_run(self, error: Exception) -> None:
-        """Raise what is no worker's own trouble: a full disk that all share, an option that is wrong for all."""
+    def _unless_it_ends_the_run(self, error: Exception, seat: Seat) -> None:
+        """Raise what is no worker's own trouble: a full disk that all share, an option that is wrong for all.
+
+        Before anything has succeeded it is taken for wrong when two starts have failed of it.
+        """
         if isinstance(error, DiskFull) and not goes_straight(self.arguments):
             raise error
-        if isinstance(error, UsageError) and not self._seats.at_work:
+        self._wrong += isinstance(error, UsageError) and not seat.is_ready
+        if self._wrong > 1 and isinstance(error, UsageError) and not self._seats.at_work and not self._slowest:
             raise error
 
     def _lost(self, seat: Seat, shards: list[int], reason: str) -> None:
         """These shards have failed, each to be tried elsewhere; a worker with which nothing succeeds is held back."""
-        for shard in shards:
-            self._plan.failed(seat.number, shard, reason)
+        self._plan.failed(seat.number, shards, reason)
         say(f"Worker {seat.number} ({seat.place}): {reason}\n{self._told_lost(shards)}")
         seat.since = time.monotonic()
         if self._plan.goes_nowhere:
@@ -148,13 +155,19 @@ class RayWorkers:
 
     def _part_with_bad_ones(self, seats: Seats) -> None:
         """Do without workers that fail whatever they get, and replace those that have been silent for too long."""
-        limit = max(LONG, SLOW * self._slowest)
+        limit, now = max(LONG, SLOW * self._slowest), time.monotonic()
         silent = f"no answer for {limit:,.0f} s; the slowest so far took {self._slowest:,.0f}"
+        was_away, self._looked = now - self._looked > AWAY, now
         for seat in seats:
             if self._plan.is_hopeless(seat.number):
                 seats.dismiss(seat, "it is given no more, as it fails all shards and the others do not")
-            elif seat.shards and self._slowest and time.monotonic() - seat.since > limit:
+            elif was_away:
+                seat.since = now  # whose answers may wait here
+            elif seat.shards and now - seat.since > limit and self._slowest:
                 seats.replace(seat, TimeoutError(), silent)
+            elif seat.shards and now - seat.since > limit:
+                say(f"Worker {seat.number} ({seat.place}): no answer for {limit:,.0f} s")
+                seat.since = now
 
     def _told_lost(self, shards: list[int]) -> str:
         given_up = [shard for shard in shards if shard in self._plan.given_up]

@@ -27,7 +27,7 @@ from shard_writer import ShardWriter
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
-REPLACED_REPO, DONE = ".output_repo", "replaced"  # in .replaced: whose run is replaced too, and whether it has been
+REPLACED_REPO, DONE = ".output_repo", " done"  # in .replaced: whose run is to be replaced too, and whose has been
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
 DESCRIBING = 19  # times as long as it took, until the files around the shards are written again
 PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
@@ -85,20 +85,24 @@ class RunFolder:
     def may_replace(self, repo: str) -> bool:
         """Whether the ``--overwrite`` that began the run in the folder was about this repository too, whose run still
         is to be replaced."""
-        return self._replaced_repo() == [repo]
+        return repo in self._replaced_repos()
 
     def has_replaced(self, repo: str) -> bool:
         """Whether it has replaced the run in this repository already."""
-        return self._replaced_repo() == [repo, DONE]
+        return repo + DONE in self._replaced_repos()
 
-    def note_replaced(self) -> None:
-        """Remember that the run in the repository has been replaced."""
-        if marked := self._replaced_repo():
-            write_text(self.path / REPLACED / REPLACED_REPO, f"{marked[0]}\n{DONE}")
+    def note_replaced(self, repo: str) -> None:
+        """Remember that the run in this repository has been replaced."""
+        others = [line for line in self._replaced_repos() if line != repo]
+        self._mark_replaced([*others, repo + DONE])
 
-    def _replaced_repo(self) -> list[str]:
+    def _replaced_repos(self) -> list[str]:
         marker = self.path / REPLACED / REPLACED_REPO
-        return marker.read_text(encoding="utf-8").split("\n") if marker.is_file() else []
+        return marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
+
+    def _mark_replaced(self, lines: list[str]) -> None:
+        (self.path / REPLACED).mkdir(exist_ok=True)
+        write_text(self.path / REPLACED / REPLACED_REPO, "\n".join(lines))
 
     def count_shards(self) -> int:
         """Shards that are in the folder, checked or not."""
@@ -111,12 +115,14 @@ class RunFolder:
         ``repo`` is the repository whose run is replaced with it.
         """
         self._enter()
-        if overwrite or self.is_replacing:
-            self._set_aside(repo)
         self._set_extraction(extraction)
         self.entries = {}
         self._writer = ShardWriter(self.path, extraction)
         with make_room_or_stop(self.path):
+            if overwrite:
+                self._mark_replaced([repo])
+            if self.is_replacing:
+                self._set_aside()
             write_text(self.path / EXTRACTION_FILE, as_json(extraction))
             self.describe_shards()
 
@@ -211,12 +217,10 @@ class RunFolder:
         check_extraction(found, what)
         return found
 
-    def _set_aside(self, repo: str) -> None:
+    def _set_aside(self) -> None:
         """Move one part after another; what a run that was stopped here has left is moved by the next."""
         replaced = self.path / REPLACED
         kept = (replaced / CARD_FILE).exists()  # the last part: the run that lies there is whole
-        replaced.mkdir(exist_ok=True)
-        write_text(replaced / REPLACED_REPO, repo)
         for part in PARTS:
             here, there = self.path / part, replaced / part
             if not kept and here.exists() and not there.exists():

@@ -36,7 +36,7 @@ def _remove_leftovers() -> None:
     """Those of dead processes: nobody holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError, filelock.Timeout):  # in use, or somebody else's
-            if folder not in _mine and time.time() - folder.stat().st_mtime > YOUNG:
+            if (folder / LOCK).exists() and folder not in _mine and time.time() - folder.stat().st_mtime > YOUNG:
                 with filelock.FileLock(folder / LOCK, timeout=0):
                     shutil.rmtree(folder)
 

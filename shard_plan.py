@@ -9,7 +9,7 @@ AHEAD = 2  # shards that a worker holds: one in hand, and the next, which is rea
 SUSPECT = 3  # failures in a row after which a worker, and not its shards, is likely to be the cause
 HOPELESS = 6  # after which it gets no more, if meanwhile the others have each finished FAIR shards in the mean
 FAIR = 4  # two that they may have had in hand when its failures began, and two more
-NOTHING_GOES = 1000  # failures in a row of all workers together: no shard's fault any more
+NOTHING_GOES = 1000  # failures in a row of all workers together, or four of each: no shard's fault any more
 
 
 class ShardPlan:
@@ -26,7 +26,7 @@ class ShardPlan:
     >>> plan.at_work = {1}
     >>> plan.next_for(1, held=[]), plan.next_for(1, held=[0])
     (0, 1)
-    >>> plan.failed(1, 0, "lost"); plan.failed(1, 1, "lost")
+    >>> plan.failed(1, [0, 1], "lost")
     >>> plan.next_for(1, held=[]), plan.next_for(1, held=[0])
     (0, None)
     """
@@ -69,25 +69,26 @@ class ShardPlan:
     @property
     def goes_nowhere(self) -> bool:
         """Whether so many have failed since the last that was finished that all others would, too."""
-        return self._failures >= NOTHING_GOES
+        return self._failures >= max(NOTHING_GOES, 4 * self._workers)
 
     def finished(self, worker: int) -> None:
         """The worker has finished a shard."""
         self._finished, self._in_a_row[worker], self._failures = self._finished + 1, 0, 0
         self._proven.add(worker)
 
-    def failed(self, worker: int, shard: int, reason: str) -> None:
-        """A shard was not finished: its worker failed, or it made it fail."""
+    def failed(self, worker: int, shards: Collection[int], reason: str) -> None:
+        """Shards were not finished: their worker failed, or one of them made it fail."""
         if not self._in_a_row[worker]:
             self._finished_before[worker] = self._finished
         self._in_a_row[worker] += 1
         self._failures += 1
-        tried = self._failed_with.setdefault(shard, [])
-        tried.append(worker)
-        if len(tried) < ATTEMPTS:
-            self._again.append(shard)
-        else:
-            self.given_up[shard] = reason
+        for shard in shards:
+            tried = self._failed_with.setdefault(shard, [])
+            tried.append(worker)
+            if len(tried) < ATTEMPTS:
+                self._again.append(shard)
+            else:
+                self.given_up[shard] = reason
 
     def is_suspect(self, worker: int) -> bool:
         """Whether the worker is likely to be the cause of its failures, to get one shard at a time, with pauses.
@@ -100,11 +101,14 @@ class ShardPlan:
 
     def is_hopeless(self, worker: int) -> bool:
         """Whether a worker is to get no more: only failures, while the others go on as ever."""
+        others = set(self.at_work) - {worker}
         meanwhile = self._finished - self._finished_before.get(worker, 0)
-        return self._in_a_row[worker] >= HOPELESS and meanwhile >= FAIR * len(self.at_work)
+        return self._in_a_row[worker] >= HOPELESS and meanwhile >= FAIR * len(others) and self._any_better(others)
 
     def _may_try(self, worker: int, shard: int) -> bool:
         """Whether a shard that has failed may go to this worker: not if there is a better one, or soon will be."""
+        if self.is_suspect(worker) and self._any_better(self.at_work):
+            return False
         tried = self._failed_with[shard]
         if worker not in tried and not self.is_suspect(worker):
             return True

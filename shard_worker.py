@@ -158,8 +158,10 @@ class ShardWorker:
         entry = self._writer.write(shard, rows, skipped)
         if self._assignment.folder is None:
             file = self._folder / entry.path
-            self._uploads[shard] = self._repository.upload(entry.path, file)
-            file.unlink()
+            try:
+                self._uploads[shard] = self._repository.upload(entry.path, file)
+            finally:
+                file.unlink(missing_ok=True)
         return entry
 
     def _check_place(self) -> None:

@@ -356,6 +356,67 @@ def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, 
     assert on_hub(hub, "renewed") == files_in(calm_run)
 
 
+def test_an_overwrite_that_fails_before_its_first_shard_leaves_the_repository_as_it_is(hub, extract, start):
+    assert extract("kept", "--max_samples", "9", out="first")[0] == 0
+    before = on_hub(hub, "kept")
+    failing = """
+import shard_computer
+from errors import ToolkitError
+def compute(*_):
+    raise ToolkitError("the model is gone")
+shard_computer.ShardComputer.compute = compute
+import extract_logits"""
+    code = COMMAND.replace("import extract_logits", failing)
+    for flags in (["--seed", "7"], ["--max_samples", "9"]):  # another run, and the same
+        process = start("kept", *flags, "--overwrite", code=code)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1 and "the model is gone" in said
+        assert on_hub(hub, "kept") == before
+
+
+def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hub, extract, start, calm_run, tmp_path):
+    for repo in ("one", "other-one"):
+        assert extract(repo, "--seed", "7", "--max_samples", "9", out=repo)[0] == 0
+    stopped = start("one", "--overwrite", "--push_every", "1000")
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate()
+    stopped = start("other-one", "--overwrite", "--push_every", "0")
+    while len(our_commits(hub, "other-one")) < 3:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate()
+    kept = {path for path in on_hub(hub, "other-one") if path.startswith("data/")}
+    assert extract("other-one", "--overwrite")[0] == 0
+    assert on_hub(hub, "other-one") == files_in(calm_run)
+    sent = [path for commit in our_commits(hub, "other-one") for path in commit.paths if path in kept]
+    assert 0 < len(kept) < SHARDS and sorted(set(sent)) == sorted(kept)
+    assert sum(sent.count(path) for path in kept) <= len(kept) + 3, "those of the old run were deleted or replaced"
+
+
+def test_an_overwrite_cut_short_is_not_taken_for_one_of_another_repository(hub, extract, start):
+    """Killed between setting the old run aside and beginning the new one."""
+    for repo in ("mine", "yours"):
+        assert extract(repo, "--seed", "7", "--max_samples", "9", out="out" if repo == "mine" else "yours")[0] == 0
+    before = on_hub(hub, "yours")
+    cut = """
+import os, run_folder
+set_aside = run_folder.RunFolder._set_aside
+def then_cut(self):
+    set_aside(self)
+    os._exit(9)
+run_folder.RunFolder._set_aside = then_cut
+import extract_logits"""
+    process = start("mine", "--overwrite", code=COMMAND.replace("import extract_logits", cut))
+    process.communicate(timeout=120)
+    assert process.returncode == 9
+    for _ in range(2):
+        status, said = extract("yours")
+        assert status == 2 and "user/yours: holds another run" in said
+        assert on_hub(hub, "yours") == before
+
+
 def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, calm_run, tmp_path):
     shutil.copytree(calm_run, tmp_path / "out")
     files = {"extraction.json": b"{}", "shards.json": b"{", "data/00000/train-00099.parquet": b"PAR1"}

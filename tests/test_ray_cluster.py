@@ -53,6 +53,7 @@ def nodes(temporary):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("TMPDIR", str(temporary))
+        patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
         patch.delenv("HF_HUB_OFFLINE", raising=False)  # what the nodes are started with is their workers' environment
         nodes = Nodes()
         yield nodes
@@ -204,28 +205,34 @@ def copy(source, target):
     with (target / "disk_space.py").open("a") as file:
         file.write("import os, time\\nfree = free_bytes\\n")
         file.write("def free_bytes(folder):\\n    time.sleep(0.4)\\n")
-        file.write("    return 0 if 'FULL_DISK' in os.environ else free(folder)\\n")
+        file.write("    return DAMAGE if 'DAMAGE' in os.environ else free(folder)\\n")
 ray_cluster.copy_code = copy
-import ray_workers
-ray_workers.PAUSE = 1.0
 """
+# What happens to a worker on a bad machine, and how the driver is hurried to judge it.
+DAMAGES = {
+    "full disk": ("0", "import ray_workers; ray_workers.PAUSE = 1.0"),
+    "dies": ("os._exit(1)", "import shard_plan; shard_plan.SUSPECT = shard_plan.HOPELESS = 2; shard_plan.FAIR = 1"),
+}
 
 
-def test_one_machines_full_disk_is_its_own_trouble(undisturbed, straight, hub, nodes, monkeypatch):
-    """A third node, whose worker finds its disk full: it is held back, then dismissed, and no shard is given up."""
-    monkeypatch.setenv("FULL_DISK", "1")
-    full = nodes.cluster.add_node(num_cpus=1)
-    monkeypatch.delenv("FULL_DISK")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, monkeypatch, damage):
+    """A third node, with whose worker every shard fails: it is held back, then dismissed, and no shard is given up."""
+    monkeypatch.setenv("DAMAGE", "1")
+    bad = nodes.cluster.add_node(num_cpus=1)
+    monkeypatch.delenv("DAMAGE")
+    what, hurried = DAMAGES[damage]
+    repo = damage.replace(" ", "-")
     try:
-        run = straight("roomy", "--num_workers", 3, first=SLOW_DISK)
+        run = straight(repo, "--num_workers", 3, first=SLOW_DISK.replace("DAMAGE if", f"{what} if") + hurried)
         assert run.wait() == 0, run.said
     finally:
-        nodes.cluster.remove_node(full, allow_graceful=False)
-    told = re.findall(r"Worker (\d) \(.*, cpu\): the disk of .*extract-logits-\w+ is full", run.said)
-    assert 6 <= len(told) <= 20 and len(set(told)) == 1
-    assert f"Worker {told[0]} (" in run.said and "it is given no more, as it fails all" in run.said
+        nodes.cluster.remove_node(bad, allow_graceful=False)
+    told = re.findall(r"Worker (\d) \(.*\): (?:the disk of .*extract-logits-\w+ is full|it died)", run.said)
+    assert 1 <= len(told) <= 20 and len(set(told)) == 1
+    assert re.search(rf"Worker {told[0]} \(.*\): it is given no more, as it fails all", run.said)
     assert "Given up" not in run.said and "source rows" in run.said
-    assert on_hub(hub, "roomy") == undisturbed
+    assert on_hub(hub, repo) == undisturbed
 
 
 # --- addresses and what is there ---
@@ -234,7 +241,7 @@ def test_one_machines_full_disk_is_its_own_trouble(undisturbed, straight, hub, n
 @pytest.fixture
 def head(tmp_path):
     """Starts a cluster of one machine with `ray start`, in an environment; gives its address."""
-    started = []
+    started, folders = [], []
 
     def start(env: dict[str, str]) -> str:
         with socket.socket() as free:
@@ -242,7 +249,8 @@ def head(tmp_path):
             port = free.getsockname()[1]
         ray = [sys.executable, "-m", "ray.scripts.scripts"]
         options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-        options += ["--disable-usage-stats", f"--temp-dir={tempfile.mkdtemp(dir='/tmp', prefix='r')}"]
+        folders.append(tempfile.mkdtemp(dir="/tmp", prefix="ray-"))
+        options += ["--disable-usage-stats", f"--temp-dir={folders[-1]}"]
         with (tmp_path / "ray.log").open("w") as log:
             started.append(subprocess.Popen([*ray, "start", *options], env=env, stdout=log, stderr=log))
         until = time.monotonic() + 60
@@ -255,6 +263,8 @@ def head(tmp_path):
     for process in started:
         process.terminate()
         process.wait(30)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, undisturbed, head, tmp_path):

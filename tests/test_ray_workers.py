@@ -125,6 +125,24 @@ def test_wrong_use_is_told_in_a_line(flags, tmp_path, more, told):
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("more", [["--num_workers", "2"], ["--ray_address", "127.0.0.1:6379"]])
+def test_without_ray_its_requirements_are_named(flags, tmp_path, more):
+    missing = (
+        "import importlib.util as u; u.find_spec = lambda name, find=u.find_spec: None if name == 'ray' else find(name)"
+    )
+    run = Command(flags("missing", *more), tmp_path / "log", first=missing)
+    assert run.wait(60) == 2
+    assert run.said == "error: workers need Ray, which is not installed: pip install -r requirements-ray.txt\n"
+
+
+def test_a_temporary_folder_that_is_too_deep_for_ray_is_told(flags, tmp_path):
+    deep = tmp_path / ("deep" * 25)
+    deep.mkdir()
+    run = Command(flags("out", "--num_workers", 2), tmp_path / "log", {**os.environ, "TMPDIR": str(deep)})
+    assert run.wait(60) == 1
+    assert re.match("error: Ray does not start on this machine: .*TMPDIR", run.said.splitlines()[-1])
+
+
 def test_an_option_that_is_wrong_for_every_worker_ends_the_run_at_once_as_without_workers(flags, tmp_path):
     wanted = flags("wrong", "--num_workers", 2, "--device_map", "auto", "--max_memory", '{"7": "60GiB"}')
     place = wanted.index("--device")
@@ -140,7 +158,7 @@ def test_a_worker_that_cannot_begin_says_why_and_the_run_ends_when_none_can(flag
     copy = shutil.copytree(flags("model")[1], tmp_path / "copy")
     first = f"""
 import pathlib, ray_seats, ray_workers
-ray_seats.RESTART = 0.1
+ray_seats.RESTART = 0.01
 connect = ray_workers.connect
 def late(arguments):
     pathlib.Path({str(copy)!r}, "model.safetensors").unlink()
@@ -149,8 +167,8 @@ ray_workers.connect = late
 """
     run = Command(flags("lost", "--num_workers", 2, "--model_id", copy), tmp_path / "log", first=first)
     assert run.wait(120) == 1, run.said
-    assert re.search(r"Worker \d did not begin \(1 of 3 times\): .*model\.safetensors", run.said)
-    assert run.said.count("did not begin (3 of 3 times)") == 2 and "died" not in run.said
+    assert re.search(r"Worker \d did not begin \(1 of 4 times\): .*model\.safetensors", run.said)
+    assert run.said.count("did not begin (4 of 4 times)") == 2 and "died" not in run.said
     assert re.match(r"error: .*model\.safetensors", run.said.splitlines()[-1])
 
 

@@ -35,9 +35,9 @@ class Crew:
         assert len(in_hand) == len(set(in_hand))
 
     def fail(self, worker: int, shards: list[int]) -> None:
-        for shard in list(shards):
-            self.held[worker].remove(shard)
-            self.plan.failed(worker, shard, BAD)
+        shards = list(shards)
+        self.held[worker] = [shard for shard in self.held[worker] if shard not in shards]
+        self.plan.failed(worker, shards, BAD)
 
     def finish(self, worker: int) -> None:
         self.finished[self.held[worker].pop(0)] += 1
@@ -127,12 +127,12 @@ def test_a_failed_shard_goes_to_another_worker_or_back_where_there_is_none():
     plan = ShardPlan(iter(range(9)), workers=3)
     plan.at_work = {1, 2}
     assert plan.next_for(1, []) == 0
-    plan.failed(1, 0, "lost")
+    plan.failed(1, [0], "lost")
     assert plan.next_for(1, []) == 1, "not the one that failed with it"
     assert plan.next_for(2, []) == 0
-    plan.failed(2, 0, "lost")
+    plan.failed(2, [0], "lost")
     assert plan.next_for(2, []) == 0, "nobody is left that has not tried it"
-    plan.failed(2, 0, "lost a third time")
+    plan.failed(2, [0], "lost a third time")
     assert plan.given_up == {0: "lost a third time"}
 
 
@@ -140,7 +140,7 @@ def test_a_suspect_gets_fresh_shards_alone_one_at_a_time_until_one_succeeds():
     plan = ShardPlan(iter(range(99)), workers=2)
     plan.at_work = {1, 2}
     for _ in range(SUSPECT):
-        plan.failed(1, plan.next_for(1, []), "lost")
+        plan.failed(1, [plan.next_for(1, [])], "lost")
     assert plan.is_suspect(1) and not plan.is_suspect(2)
     assert plan.next_for(1, []) == SUSPECT and plan.next_for(1, [SUSPECT]) is None
     assert plan.next_for(2, []) == 0
@@ -154,7 +154,7 @@ def test_the_first_at_work_brings_no_shard_down_before_others_come():
     plan.at_work, plan.to_come = {1}, 2
     for shard in range(SUSPECT):
         assert plan.next_for(1, []) == shard
-        plan.failed(1, shard, "lost")
+        plan.failed(1, [shard], "lost")
     assert plan.is_suspect(1) and not plan.is_hopeless(1)
     plan.at_work, plan.to_come = {1, 2}, 1
     assert plan.next_for(2, []) == 0
@@ -169,8 +169,70 @@ def test_what_failed_does_not_wait_for_workers_that_never_come():
     given = []
     while not plan.is_empty:
         given.append(plan.next_for(1, []))
-        plan.failed(1, given[-1], "lost")
+        plan.failed(1, given[-1:], "lost")
     assert given == [0, 1, 2, 3, *[0, 1, 2, 3] * (ATTEMPTS - 1)] and plan.given_up.keys() == set(range(4))
+
+
+def test_a_suspect_gets_no_failed_shard_while_a_better_worker_is_busy():
+    """Though that one has failed with it already: it was preempted."""
+    plan = ShardPlan(iter(range(99)), workers=2)
+    plan.at_work = {1, 2}
+    for _ in range(SUSPECT):
+        plan.failed(1, [plan.next_for(1, [])], "lost")
+    taken = plan.next_for(2, [])
+    plan.failed(2, [taken], "preempted")
+    assert plan.next_for(2, []) == 1 and plan.next_for(1, []) == SUSPECT
+
+
+def test_nobody_is_hopeless_without_better_ones_at_work():
+    plan = ShardPlan(iter(range(99)), workers=2)
+    for at_work in ({1}, set(), {1, 2}):
+        plan.at_work = at_work
+        for _ in range(HOPELESS):
+            for worker in at_work:
+                plan.failed(worker, [plan.next_for(worker, [])], "lost")
+                assert not plan.is_hopeless(1) and not plan.is_hopeless(2)
+
+
+@given(
+    shards=st.integers(0, 60), workers=st.integers(1, 5), bad=st.integers(0, 4), dice=st.randoms(use_true_random=False)
+)
+def test_workers_that_come_and_go(shards, workers, bad, dice):
+    """The first ``bad`` workers fail whatever they get; the others die at times and load again; any may be dismissed.
+
+    With a good worker nothing is given up before that has failed, too; and there is always something under way or
+    somebody on the way.
+    """
+    crew, loading, accidents = Crew(shards, workers), set(range(1, workers + 1)), Counter()
+    crew.held = {}
+    for _ in range(100 * (shards + 10)):
+        crew.plan.to_come = len(loading)
+        crew.hand_out()
+        if crew.is_done:
+            break
+        busy = [worker for worker, hand in crew.held.items() if hand]
+        assert busy or loading, "nothing is under way, and shards are left"
+        worker = dice.choice([*busy, *loading])
+        if worker in loading:
+            loading.remove(worker)
+            crew.held[worker] = []
+        elif worker <= bad:
+            crew.fail(worker, crew.held[worker][:1] if dice.random() < 0.7 else crew.held[worker])
+        elif dice.random() < 0.1 and all(accidents[shard] < 1 for shard in crew.held[worker]):
+            accidents.update(crew.held[worker])
+            crew.fail(worker, crew.held[worker])
+            del crew.held[worker]
+            loading.add(worker)
+        else:
+            crew.finish(worker)
+        for worker in [worker for worker in crew.held if crew.plan.is_hopeless(worker)]:
+            if crew.held[worker]:
+                crew.fail(worker, crew.held[worker])
+            del crew.held[worker]
+    assert crew.is_done
+    assert crew.finished.keys() | crew.plan.given_up.keys() == set(range(shards)) and set(crew.finished.values()) <= {1}
+    if bad >= workers:
+        assert not crew.finished
 
 
 def test_when_nothing_goes_any_more_it_is_no_shards_fault():
@@ -199,10 +261,10 @@ def test_a_shard_that_failed_is_alone_with_its_worker_until_it_is_given_up():
     plan.at_work = {1}
     assert [plan.next_for(1, []), plan.next_for(1, [0])] == [0, 1]
     for shard in (0, 1):
-        plan.failed(1, shard, "lost")
+        plan.failed(1, [shard], "lost")
     for attempt in range(2, ATTEMPTS + 1):
         assert plan.next_for(1, [5]) is None
         assert plan.next_for(1, []) == (0 if attempt == 2 else 1)
         held = 0 if attempt == 2 else 1
         assert plan.next_for(1, [held]) is None
-        plan.failed(1, held, "lost")
+        plan.failed(1, [held], "lost")
