@@ -75,6 +75,8 @@ def stop_on_signals() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt as interrupt:  # of a library that waits in C, and does not say for which signal
+        raise Stopped(received[0] if received else signal.SIGINT) from interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

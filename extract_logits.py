@@ -39,7 +39,8 @@ def _tell_stopped(arguments: argparse.Namespace, folder: RunFolder) -> None:
     begun = folder.is_replacing and (folder.path / EXTRACTION_FILE).exists()
     command = [part for part in arguments.command if not (begun and part == "--overwrite")]
     kept = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
-    there = f"{folder.count_shards()} finished shards are in {folder.path}."
+    count = folder.count_shards()
+    there = f"{count} finished shards are in {folder.path}." if count else "No shard is finished yet."
     told = f"Stopped. {'What is pushed is kept.' if goes_straight(arguments) else there}{kept}"
     print(f"{told} To go on:\n  {shlex.join(command)}", file=sys.stderr)
 

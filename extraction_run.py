@@ -173,6 +173,8 @@ class Run:
         """
         try:
             self.sync.finish()
+            if goes_straight(self.opened.arguments):
+                print(f"{len(self.finished)} finished shards are in {self.sync.repository.repo_id}.", file=sys.stderr)
         except ToolkitError as error:
             print(error, file=sys.stderr)
 
@@ -205,5 +207,6 @@ def print_summary(entries: Collection[ShardEntry], folder: RunFolder) -> None:
     print(f"Tokens         {tokens:,} extracted")
     if tokens:
         mean = sum(entry.nll for entry in entries) / tokens
-        print(f"Disk           {size / tokens:.1f} bytes a token, {here:,} bytes in {folder.path}")
+        where = f"{here:,} bytes in {folder.path}" if here else f"{size:,} bytes on the Hub"
+        print(f"Disk           {size / tokens:.1f} bytes a token, {where}")
         print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")

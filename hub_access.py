@@ -25,6 +25,10 @@ class HubUnreachable(ToolkitError):
     """No answer at all: no network, no Hub, or offline mode."""
 
 
+class HubRefused(ToolkitError):
+    """An answer that only people can change: a token without the right, a repository that is gone."""
+
+
 def explain_hub_error(error: BaseException, what: str, otherwise: type[ToolkitError] = ToolkitError) -> ToolkitError:
     """A ToolkitError for an exception of the Hub's clients, or of type ``otherwise`` if it is not of the Hub.
 
@@ -101,7 +105,7 @@ def retry_after(error: BaseException) -> float | None:
 def patiently(step: Callable[[], Answer], what: str, seconds: float) -> Answer:
     """What ``step()`` gives, tried again after longer and longer pauses where the line or the Hub fails.
 
-    Raises ToolkitError, about ``what``, where it is refused or would take more than ``seconds``.
+    Raises ToolkitError, about ``what``, where it is refused (HubRefused) or would take more than ``seconds``.
     """
     until, pause, strange = time.monotonic() + seconds, 1.0, 0
     while True:
@@ -111,6 +115,8 @@ def patiently(step: Callable[[], Answer], what: str, seconds: float) -> Answer:
             pause = min(2 * pause, LONGEST_PAUSE)
             wait = retry_after(error) or pause * random.uniform(0.5, 1)
             strange += not _is_of_the_line(error)
+            if _answered(_causes(error)) and not is_transient(error):
+                raise HubRefused(str(explain_hub_error(error, what))) from error
             if not is_transient(error) or strange > STRANGE or time.monotonic() + wait > until:
                 raise explain_hub_error(error, what) from error
             time.sleep(wait)

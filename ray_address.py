@@ -7,13 +7,16 @@ who it is.
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 
 from errors import ToolkitError, UsageError
 
 FORM = re.compile(r"([^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})")
-PATIENCE = 60.0  # seconds to reach a cluster
+PATIENCE = 30.0  # seconds to reach a cluster
+TRIES, PAUSE, ANSWER = 3, 2.0, 5.0  # to find out whether anybody listens: times, seconds between them, seconds each
 MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
 
@@ -39,6 +42,8 @@ def reach(address: str) -> None:
     Clusters ask for a token where their machines had one as they were started (``~/.ray/auth_token``, which Ray also
     makes for its own use on a single machine). ``RAY_AUTH_MODE`` is set here where it is open and the cluster asks.
     """
+    if address != "auto" and not listens(address, 1):
+        raise ToolkitError(f"--ray_address {address}: no Ray cluster answers there. {START}")
     answer = _ask(address)
     if "InvalidAuthToken" in answer and MODE not in os.environ:
         answer = _ask(address, {MODE: "token"})
@@ -55,6 +60,19 @@ def reach(address: str) -> None:
     if address == "auto":
         raise ToolkitError(f"{what}: this machine is part of no cluster. {START}")
     raise ToolkitError(f"{what}: no Ray cluster answers there. {START}")
+
+
+def listens(address: str, tries: int = TRIES) -> bool:
+    """Whether anything takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    for attempt in range(tries):
+        time.sleep(PAUSE if attempt else 0)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+            return True
+        except OSError:
+            continue
+    return False
 
 
 def _ask(address: str, more: dict[str, str] | None = None) -> str:

@@ -23,11 +23,15 @@ STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go throug
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes of the cluster: ``options`` of its actor, ``gpus`` among them. ``room`` is for so many."""
+    """What one worker takes of the cluster: ``options`` of its actor, ``gpus`` among them. ``room`` is for so many.
+
+    ``head`` is the HOST:PORT without which there is no cluster.
+    """
 
     options: dict
     gpus: int
     room: int
+    head: str
 
 
 def connect(arguments: argparse.Namespace) -> Share:
@@ -101,7 +105,7 @@ def _share(arguments: argparse.Namespace, nodes: list[dict[str, float]]) -> Shar
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **_endpoint()}},
     }
-    return Share(options, wanted, room)
+    return Share(options, wanted, room, ray.get_runtime_context().gcs_address)
 
 
 def _refuse_without_gpus(arguments: argparse.Namespace, gpus: int, cpus: int) -> None:

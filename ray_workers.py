@@ -14,6 +14,8 @@ from tqdm import tqdm
 from disk_space import DiskFull
 from errors import ToolkitError, UsageError
 from extract_options import goes_straight
+from hub_access import HubRefused
+from ray_address import listens
 from ray_cluster import connect, ray
 from ray_seats import Seat, Seats, say
 from run_description import OpenedRun
@@ -24,6 +26,7 @@ from shard_worker import Answer, assign
 GRACE = 600.0  # seconds that the first workers at work are not judged by, as the others may still load their models
 PAUSE = 60.0  # seconds that a worker waits with which nothing succeeds, while the others go on
 SLOW, LONG = 5, 3600.0  # a worker hangs that is as many times as slow as the slowest so far, and as many seconds silent
+ASKING = 10.0  # seconds between two looks at the cluster's head
 AWAY = 300.0  # seconds between two looks at the workers: this process was stopped, or stuck in writing
 SHOWN = 10  # shards that are named in a message
 
@@ -46,6 +49,8 @@ class RayWorkers:
         self._plan = ShardPlan(iter(()), 1)
         self._slowest = 0.0  # seconds that a shard has taken
         self._wrong = 0  # options, say workers that could not begin
+        self._refused = 0  # uploads in a row
+        self._is_cluster_gone, self._asked = False, time.monotonic()
         self._began = self._looked = time.monotonic()
         self._token = secrets.token_hex(8)
 
@@ -55,6 +60,8 @@ class RayWorkers:
 
     def __exit__(self, *_: object) -> None:
         (self.folder / WORKERS).unlink(missing_ok=True)
+        if self._is_cluster_gone:
+            return  # Ray would wait for it
         try:
             if self._seats:
                 self._seats.close()
@@ -67,7 +74,7 @@ class RayWorkers:
         """``extraction.json`` of a new run, by the first worker that has loaded its model."""
         seats = self._start()
         while not (described := next((seat.described for seat in seats if seat.described), None)):
-            seats.step()
+            self._step(seats)
         # As they were given: what workers are told holds on this cluster alone.
         return {**described, **{name: self._opened.described[name] for name in ("model_id", "dataset_id")}}
 
@@ -82,6 +89,8 @@ class RayWorkers:
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
         seats = self._start()
         seats.begin(extraction)
+        while not seats.at_work:  # so that the bar tells of working hours alone
+            self._step(seats)
         with progress() as bar:
             self._work(seats, finished, bar)
         if self._plan.given_up:
@@ -112,8 +121,12 @@ class RayWorkers:
 
         while not self._plan.is_empty or any(seat.shards for seat in seats):
             self._hand_out(seats, keep)
-            seats.step()
+            self._step(seats)
             self._part_with_bad_ones(seats)
+
+    def _step(self, seats: Seats) -> None:
+        seats.step()
+        self._refuse_dead_cluster()
 
     def _hand_out(self, seats: Seats, keep: Callable) -> None:
         """Give every worker that is ready what it may hold."""
@@ -127,6 +140,7 @@ class RayWorkers:
     def _note_finished(self, seat: Seat, shard: int) -> None:
         seat.shards.remove(shard)
         self._plan.finished(seat.number)
+        self._refused = 0
         self._slowest = max(self._slowest, time.monotonic() - seat.since)
         seat.since = time.monotonic()
 
@@ -137,11 +151,27 @@ class RayWorkers:
 
         Before anything has succeeded it is taken for wrong when two starts have failed of it.
         """
+        if isinstance(error, ray.exceptions.RayError):
+            self._asked = 0.0
+            self._refuse_dead_cluster()
         if isinstance(error, DiskFull) and not goes_straight(self.arguments):
             raise error
         self._wrong += isinstance(error, UsageError) and not seat.is_ready
         if self._wrong > 1 and isinstance(error, UsageError) and not self._seats.at_work and not self._slowest:
             raise error
+        self._refused += isinstance(error, HubRefused)
+        if self._refused > 1:
+            raise ToolkitError(f"{error}\nNo shard has a place any more. Put that right, and the same command goes on.")
+
+    def _refuse_dead_cluster(self) -> None:
+        """Raise ToolkitError where the cluster's head is gone: a minute later Ray would just end this process."""
+        if self.arguments.ray_address and time.monotonic() > self._asked + ASKING:
+            self._is_cluster_gone, self._asked = not listens(self._share.head), time.monotonic()
+        if self._is_cluster_gone:
+            raise ToolkitError(
+                f"--ray_address {self.arguments.ray_address}: the cluster's head does not answer any more. What is "
+                "finished is kept; the same command goes on, with the address of another cluster if need be."
+            )
 
     def _lost(self, seat: Seat, shards: list[int], reason: str) -> None:
         """These shards have failed, each to be tried elsewhere; a worker with which nothing succeeds is held back."""

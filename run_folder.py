@@ -266,5 +266,9 @@ def as_json(content: dict) -> str:
 def write_text(path: Path, content: str) -> None:
     """Write a file so that a reader sees the old content or the new, never half."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    flush_and_rename(temporary, path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        flush_and_rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

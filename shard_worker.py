@@ -84,6 +84,7 @@ class ShardWorker:
         self._assignment = assignment
         if hub_token:
             os.environ["HF_TOKEN"] = hub_token
+        self._is_closed = False
         self._lock = threading.Lock()
         self._numbers: queue.Queue[int | None] | None = None
         self._waiting: dict[int, Future] = {}
@@ -131,6 +132,7 @@ class ShardWorker:
     def close(self) -> None:
         """Take no more shards, and leave nothing behind on this machine's disk."""
         with self._lock:
+            self._is_closed = True
             if self._numbers is not None:
                 self._numbers.put(None)
         remove_scratch()
@@ -166,6 +168,8 @@ class ShardWorker:
 
     def _check_place(self) -> None:
         """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
+        if self._is_closed:
+            raise ToolkitError("the worker was closed")
         if self._assignment.folder is None:
             return
         file = self._assignment.folder / WORKERS

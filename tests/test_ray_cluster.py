@@ -17,10 +17,12 @@ import pytest
 from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
-from ray_runs import Command, Nodes
+from ray_runs import Command, Nodes, children, command_line
 from runs import SHARDS, files_in, flags_for, shards_in
 
+import extract_logits
 from ray_cluster import copy_code
+from run_folder import WORKERS
 
 
 @pytest.fixture
@@ -141,9 +143,9 @@ def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_commit
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait(60) == 130, stopped.said
-    assert "Stopped. What is pushed is kept." in stopped.said
     kept, files = shards_on_hub(hub, "straight"), on_hub(hub, "straight")
     assert 3 < len(kept) < SHARDS and {entry["path"] for entry in listed(files)} == kept
+    assert f"{len(kept)} finished shards are in user/straight.\nStopped. What is pushed is kept." in stopped.said
     assert not list(temporary.glob("extract-logits-*")), "the workers have cleared up"
     again = straight("straight", "--push_every", 2, log="again")
     assert again.wait() == 0, again.said
@@ -175,6 +177,24 @@ def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undist
     whole = straight("renewed", "--overwrite", log="whole")  # nothing is left unfinished: it begins anew
     assert whole.wait() == 0, whole.said
     assert on_hub(hub, "renewed") == undisturbed and "Going on" not in whole.said
+
+
+def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, straight, hub):
+    """The token has lost its right in mid-run: nothing is computed for which there is no place."""
+    stopped = straight("revoked", "--push_every", 1)
+    stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
+    hub.inject(*(Fault("refuse", step, status=403, times=math.inf) for step in ("preupload", "lfs_batch", "commit")))
+    try:
+        assert stopped.wait(60) == 1, stopped.said
+    finally:
+        hub.clear_faults()
+    assert "Given up" not in stopped.said and "all others are done" not in stopped.said
+    told = stopped.said.splitlines()[-2:]
+    assert re.match(r"error: --output_repo user/revoked: not found on the Hub, or not yours to see \(403\)", told[0])
+    assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
+    again = straight("revoked", log="again")
+    assert again.wait() == 0, again.said
+    assert on_hub(hub, "revoked") == undisturbed
 
 
 def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_begin(straight, hub):
@@ -284,6 +304,24 @@ def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, un
     last = other.said.splitlines()[-1]
     assert last.startswith(f"error: --ray_address {address}: that cluster asks for a token, and this machine's is")
     assert "Copy ~/.ray/auth_token from the cluster's first machine" in last and len(other.said.splitlines()) < 4
+
+
+def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_on(flags, undisturbed, head, tmp_path):
+    wanted = flags("headless", "--ray_address", head(dict(os.environ)), "--num_workers", "2")
+    run = Command(wanted, tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "headless")) > 8)
+    gcs = [pid for pid in children(os.getpid()) if b"gcs_server" in command_line(pid).partition(b"\0")[0]]
+    folders = re.findall(r"/tmp/ray-\w+", b"".join(map(command_line, gcs)).decode())
+    assert gcs and folders
+    for pid in gcs:
+        if folders[-1].encode() in command_line(pid):
+            os.kill(pid, signal.SIGKILL)
+    assert run.wait(100) == 1, run.said
+    assert re.match(r"error: --ray_address .*: the cluster's head does not answer any more", run.said.splitlines()[-1])
+    assert "The program will terminate" not in run.said and not (tmp_path / "headless" / WORKERS).exists()
+    assert len(shards_in(tmp_path / "headless")) < SHARDS
+    assert extract_logits.main(flags("headless")) == 0
+    assert files_in(tmp_path / "headless") == undisturbed
 
 
 @pytest.mark.parametrize(
