@@ -16,7 +16,8 @@ from errors import ToolkitError, UsageError
 
 FORM = re.compile(r"([^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})")
 PATIENCE = 30.0  # seconds to reach a cluster
-TRIES, PAUSE, ANSWER = 3, 2.0, 5.0  # to find out whether anybody listens: times, seconds between them, seconds each
+# To find out whether anybody listens: times, seconds between them, seconds each. Ray gives a cluster up after 60.
+TRIES, PAUSE, ANSWER = 4, 6.0, 3.0
 MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
 

@@ -18,6 +18,7 @@ from shard_worker import Assignment, ShardWorker
 STARTS = 4  # in a row that a worker may fail to begin
 RESTART = 5.0  # seconds before it is started again, then 50, then 500: a thousand may have asked the Hub at once
 CLOSING = 3.0  # seconds that workers have to clear up
+LOOK = 10.0  # seconds at most that a step takes
 QUIET = 30.0  # seconds without a word from any worker, until it is told what is waited for
 
 
@@ -63,6 +64,7 @@ class Seats:
         self._lost, self._failed = lost, failed
         self._extraction: dict | None = None
         self._told: list[int] = []
+        self._heard = time.monotonic()
 
     def __iter__(self) -> Iterator[Seat]:
         """Over the seats of now, whatever happens to them meanwhile."""
@@ -89,12 +91,13 @@ class Seats:
         """Wait for something to happen, and see to it."""
         self._fill()
         due = [seat.not_before - time.monotonic() for seat in self._seats]
-        patience = min([QUIET, *(seconds for seconds in due if seconds > 0)])
+        patience = min([LOOK, *(seconds for seconds in due if seconds > 0)])
         if not self._calls:
             time.sleep(patience)
             return
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=patience)
-        if not done and patience == QUIET:
+        self._heard = time.monotonic() if done else self._heard
+        if time.monotonic() > self._heard + QUIET:
             self._tell_waiting()
         for reference in done:
             self._answered(reference)

@@ -173,7 +173,7 @@ ray_workers.connect = late
 
 
 def test_a_worker_that_hangs_is_replaced(flags, undisturbed, tmp_path):
-    hasty = "import ray_seats, ray_workers; ray_workers.LONG = 6.0; ray_workers.SLOW = 2; ray_seats.QUIET = 1.0"
+    hasty = "import ray_seats, ray_workers; ray_workers.LONG = 6.0; ray_workers.SLOW = 2; ray_seats.LOOK = 1.0"
     run = Command(flags("hung", "--num_workers", 2), tmp_path / "log", first=hasty)
     run.until(lambda: len(shards_in(tmp_path / "hung")) > 8)
     hung = workers_of(run.process.pid)[0]
