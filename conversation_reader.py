@@ -86,11 +86,17 @@ def open_reader(
     ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
     ``footers`` are those of another process's source.
     """
-    options = vars(arguments)
-    where = [options[name] for name in ("dataset_id", "dataset_config", "dataset_revision", "split", "streaming")]
-    source = open_source(*where, footers)
-    named = [options[f"{kind}_column"] for kind in ("messages", "prompt", "response")]
-    columns = choose_columns(source.column_names, *named)
+    source = open_source(
+        arguments.dataset_id,
+        arguments.dataset_config,
+        arguments.dataset_revision,
+        arguments.split,
+        arguments.streaming,
+        footers,
+    )
+    columns = choose_columns(
+        source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column
+    )
     tokenizer = chat_alignment.load_tokenizer(
         arguments.model_id, model_commit, arguments.gguf_file, arguments.trust_remote_code
     )

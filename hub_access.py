@@ -159,7 +159,7 @@ def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
     """
     import huggingface_hub
 
-    if revision and COMMIT.fullmatch(revision):
+    if revision and is_commit(revision):
         return revision
     try:
         return huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha

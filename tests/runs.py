@@ -27,6 +27,12 @@ def flags_for(model: Path, source: Path, out: Path) -> list[str]:
     return [*flags, "--chat_template", str(TEMPLATE), "--rows_per_shard", str(ROWS_PER_SHARD)]
 
 
+def without(option: str, flags: list[str]) -> list[str]:
+    """The flags but for one option and its value."""
+    place = flags.index(option)
+    return [*flags[:place], *flags[place + 2 :]]
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     """What is in a run's folder, hidden files left out."""
     return {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from pretended_devices import FIRST, SECOND, Placed, place, pretended_devices
-from runs import files_in, flags_for
+from runs import files_in, flags_for, without
 from test_teacher_model import random_model, random_requests, request, rows
 
 import extract_logits
@@ -291,9 +291,7 @@ def test_a_missing_accelerate_is_named(monkeypatch):
 def test_a_run_over_memory_and_disk_gives_the_files_of_one_device(
     small_model, calm_source, calm_run, tmp_path, capsys, limit
 ):
-    flags = flags_for(small_model, calm_source, tmp_path / "out")
-    place = flags.index("--device")
-    del flags[place : place + 2]
+    flags = without("--device", flags_for(small_model, calm_source, tmp_path / "out"))
     limits = ["--max_memory", json.dumps({"cpu": limit, "disk": "1GB"})] if limit else []
     assert extract_logits.main([*flags, "--device_map", "auto", *limits]) == 0
     assert "over all devices" in capsys.readouterr().err
@@ -310,8 +308,6 @@ def test_a_run_over_memory_and_disk_gives_the_files_of_one_device(
     ],
 )
 def test_wrong_use_of_a_device_map_is_told(small_model, calm_source, tmp_path, capsys, more, told):
-    flags = flags_for(small_model, calm_source, tmp_path / "out")
-    place = flags.index("--device")
-    del flags[place : place + 2]
+    flags = without("--device", flags_for(small_model, calm_source, tmp_path / "out"))
     assert extract_logits.main([*flags, *more]) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]

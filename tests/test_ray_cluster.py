@@ -18,7 +18,7 @@ from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
 from ray_runs import Command, Nodes, children, command_line
-from runs import SHARDS, files_in, flags_for, shards_in
+from runs import SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
 from ray_cluster import copy_code
@@ -73,9 +73,7 @@ def straight(flags, nodes, hub, tmp_path):
 
     def start(repo: str, *more, first: str = "", log: str = "log") -> Command:
         made.add(REPO / "outputs" / repo)
-        wanted = flags("nowhere", *on_nodes(nodes), "--output_repo", f"user/{repo}", *more)
-        place = wanted.index("--output_dir")
-        del wanted[place : place + 2]
+        wanted = without("--output_dir", flags("nowhere", *on_nodes(nodes), "--output_repo", f"user/{repo}", *more))
         return Command(wanted, tmp_path / log, hub.environment(tmp_path / "home"), first)
 
     yield start
@@ -118,9 +116,9 @@ def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait
     """A node that says it has five GPUs: two workers of two each find room, a third does not."""
     node = nodes.cluster.add_node(num_cpus=2, num_gpus=5)
     try:
-        wanted = flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
-        place = wanted.index("--device")
-        del wanted[place : place + 2]
+        wanted = without(
+            "--device", flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
+        )
         run = Command([*wanted, "--device_map", "auto"], tmp_path / "log")
         assert run.wait() == 0, run.said
     finally:
@@ -352,9 +350,7 @@ def test_a_cluster_without_gpus_and_a_machine_without_room_are_refused_before_a_
     flags, hub, nodes, tmp_path
 ):
     env = hub.environment(tmp_path / "home")
-    wanted = flags("none", *on_nodes(nodes), "--output_repo", "user/none")
-    place = wanted.index("--device")
-    del wanted[place : place + 2]
+    wanted = without("--device", flags("none", *on_nodes(nodes), "--output_repo", "user/none"))
     for number, (more, told) in enumerate(
         [
             ([], "has 2 CPUs and no GPU yet. Wait for machines with some, or give --device cpu"),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPO
 from ray_runs import Command, is_running, workers_of
-from runs import ROWS, SHARDS, files_in, flags_for, shards_in
+from runs import ROWS, SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
 from logit_dataset import open_dataset
@@ -144,9 +144,9 @@ def test_a_temporary_folder_that_is_too_deep_for_ray_is_told(flags, tmp_path):
 
 
 def test_an_option_that_is_wrong_for_every_worker_ends_the_run_at_once_as_without_workers(flags, tmp_path):
-    wanted = flags("wrong", "--num_workers", 2, "--device_map", "auto", "--max_memory", '{"7": "60GiB"}')
-    place = wanted.index("--device")
-    del wanted[place : place + 2]
+    wanted = without(
+        "--device", flags("wrong", "--num_workers", 2, "--device_map", "auto", "--max_memory", '{"7": "60GiB"}')
+    )
     run = Command(wanted, tmp_path / "log")
     assert run.wait(60) == 2, run.said
     assert run.said.splitlines()[-1].startswith("error: --max_memory: no place '7'. Available: cpu, disk")
