@@ -8,19 +8,19 @@ and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` d
 
 import argparse
 
-from chat_alignment import align_row
-from command_line import STDOUT, leave, run_command, write_result
-from conversation_analysis import Analysis, Choice
-from conversation_comparison import Comparison, compare_analyses
-from dataset_comparison import DatasetComparison, compare_datasets
-from dataset_summary import DatasetSummary, summarize
-from errors import ToolkitError
-from explore_options import build_parser, check_options, given_options, mode_of
+from chat_logits.analysis.comparison import DatasetComparison, compare_datasets
+from chat_logits.analysis.conversation import Analysis, Choice
+from chat_logits.analysis.conversation_comparison import Comparison, compare_analyses
+from chat_logits.analysis.recorded_tokenizer import open_with_tokenizer
+from chat_logits.analysis.row import row_numbers
+from chat_logits.analysis.summary import DatasetSummary, summarize
+from chat_logits.analysis.tokens import TokenAnalysis, label_tokens, with_predictions
+from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
+from chat_logits.cli.explore_options import build_parser, check_options, given_options, mode_of
+from chat_logits.data.alignment import align_row
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.dataset import open_dataset
 from logit_codec import dequantize_all_logits, unpack_indices
-from logit_dataset import open_dataset
-from recorded_tokenizer import open_with_tokenizer
-from stored_numbers import row_numbers
-from token_analysis import TokenAnalysis, label_tokens, with_predictions
 
 __all__ = [
     "analyze_token_probabilities",
@@ -132,7 +132,7 @@ def execute_verification(
 
     ``model_id`` says where the recorded model lies now, its tokenizer with it unless ``tokenizer_id`` says otherwise.
     """
-    from model_check import verify as verify_rows  # loads torch
+    from chat_logits.analysis.verification import verify as verify_rows  # loads torch
 
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
     return _unless_quiet(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)

@@ -11,23 +11,24 @@ import shlex
 import sys
 from pathlib import Path
 
-from command_line import leave, run_command
-from extract_options import build_parser, check_arguments, goes_straight
-from logit_dataset import EXTRACTION_FILE
-from run_folder import RunFolder
+from chat_logits.cli.command_line import leave, run_command
+from chat_logits.cli.extract_options import build_parser, check_arguments, goes_straight
+from chat_logits.extraction.folder import RunFolder
+from chat_logits.storage.dataset import EXTRACTION_FILE
 
 
 def _extract(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     if arguments.preview is not None:
-        import extraction_run  # with torch, which takes seconds to import: help and wrong options don't wait for it
+        # With torch, which takes seconds to import: help and wrong options don't wait for it.
+        from chat_logits.extraction import run as extraction_run
 
         extraction_run.preview(arguments)
         return
     path = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
     with RunFolder(path, arguments.overwrite) as folder:
         try:
-            import extraction_run
+            from chat_logits.extraction import run as extraction_run
 
             extraction_run.extract(arguments, folder)
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import ToolkitError
+from chat_logits.errors import ToolkitError
 
 MAX_TOKEN_ID = 2**18  # ids have 16 low and 2 high bits
 ABSENT = -1

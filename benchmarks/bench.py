@@ -25,16 +25,16 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import extract_logits  # noqa: E402
-import extraction_run  # noqa: E402
 import logit_codec  # noqa: E402
-import run_description  # noqa: E402
-import teacher_model  # noqa: E402
-import token_selection  # noqa: E402
-from disk_space import DiskWatch  # noqa: E402
-from memory_budget import MIB, choose_budget, peak_memory  # noqa: E402
-from run_folder import RunFolder  # noqa: E402
-from shard_computer import ShardComputer  # noqa: E402
-from shard_files import write_shard  # noqa: E402
+from chat_logits.extraction import run as extraction_run  # noqa: E402
+from chat_logits.extraction import run_description  # noqa: E402
+from chat_logits.extraction.folder import RunFolder  # noqa: E402
+from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
+from chat_logits.model import selection as token_selection  # noqa: E402
+from chat_logits.model import teacher  # noqa: E402
+from chat_logits.model.memory import MIB, choose_budget, peak_memory  # noqa: E402
+from chat_logits.storage.disk import DiskWatch  # noqa: E402
+from chat_logits.storage.shard import write_shard  # noqa: E402
 
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 DATA = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
@@ -120,9 +120,9 @@ def bench_extraction(model, conversations: int, rounds: int, system_prompt: str 
         times.setdefault("bare forward", []).append(seconds(bare_forward, model, ready))
         if not system_prompt:
             times.setdefault("plain loop", []).append(seconds(plain_loop, model, ready))
-            clock = teacher_model.select = SelectionClock()
+            clock = teacher.select = SelectionClock()
             times.setdefault("extraction", []).append(seconds(extraction, model, opened, False))
-            teacher_model.select = clock._select
+            teacher.select = clock._select
             share.append(clock.seconds / times["extraction"][-1])
         cached = seconds(extraction, model, opened, True)
         times.setdefault("extraction, shared beginnings once", []).append(cached)
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times each way is timed (default: 3)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory alone (default: off)")
     options = parser.parse_args()
-    model = teacher_model.load_teacher(str(MODEL))
+    model = teacher.load_teacher(str(MODEL))
     seconds(bare_forward, model, prepare(8).reader.align(0, 8)[0])  # warm, and the weights read from the disk
     if options.memory:
         measure_memory(model, options.conversations)

@@ -34,7 +34,7 @@ def make_model(folder: Path) -> None:
 
 
 def options(place: Path, rows: int, *more: str):
-    from extract_options import build_parser
+    from chat_logits.cli.extract_options import build_parser
 
     named = {"model_id": place / "model", "dataset_id": place / str(rows), "output_dir": place / f"run-{rows}"}
     flags = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
@@ -46,9 +46,9 @@ def options(place: Path, rows: int, *more: str):
 
 def write_shards(place: Path, rows: int, count: int) -> dict:
     """Begin the run, and finish its first ``count`` shards; seconds for the books of each alone."""
-    import extraction_run
-    from run_description import open_run
-    from run_folder import RunFolder
+    from chat_logits.extraction import run as extraction_run
+    from chat_logits.extraction.folder import RunFolder
+    from chat_logits.extraction.run_description import open_run
 
     arguments = options(place, rows)
     books = 0.0
@@ -68,7 +68,7 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
 
 
 def stored_rows(folder, entry):
-    from shard_files import read_shard_rows
+    from chat_logits.storage.shard import read_shard_rows
 
     return read_shard_rows(folder.path / entry.path, entry.path, folder.fingerprint, entry.num_rows)
 
@@ -76,10 +76,10 @@ def stored_rows(folder, entry):
 def plan(place: Path, rows: int, *more: str) -> dict:
     """All that comes before the first shard is given out, in a folder as it is."""
     begun = time.perf_counter()
-    import extraction_run
-    from disk_space import DiskWatch
-    from run_folder import RunFolder
-    from shard_loop import missing_shards
+    from chat_logits.extraction import run as extraction_run
+    from chat_logits.extraction.folder import RunFolder
+    from chat_logits.extraction.pipeline import missing_shards
+    from chat_logits.storage.disk import DiskWatch
 
     imported, memory = time.perf_counter(), resident("VmHWM")
     arguments = options(place, rows, *more)
@@ -111,7 +111,7 @@ def in_own_process(home: Path, what: str, *arguments) -> dict:
 
 
 def bench(place: Path, rows: int, shards: int) -> None:
-    from content_hash import GRAIN
+    from chat_logits.data.hashing import GRAIN
 
     make_source(place / str(rows), rows)
     time.sleep(GRAIN)  # files that were changed just now are hashed each time

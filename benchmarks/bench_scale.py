@@ -72,7 +72,7 @@ def read_places(source, rows: int, opening: float) -> dict[str, float]:
 
 
 def streamed(folder: str, rows: int) -> dict[str, float]:
-    from source_dataset import open_source
+    from chat_logits.data.source import open_source
 
     source, opening = timed(lambda: open_source(folder, streaming=True))
     assert source.num_rows == rows
@@ -80,7 +80,7 @@ def streamed(folder: str, rows: int) -> dict[str, float]:
 
 
 def from_cache(folder: str, rows: int) -> dict[str, float]:
-    from source_dataset import open_source
+    from chat_logits.data.source import open_source
 
     source, opening = timed(open_source, folder)
     assert source.num_rows == rows
@@ -104,7 +104,7 @@ def measure(name: str, folder: str, rows: int) -> dict:
     import datasets
     import torch.utils.data
 
-    import source_dataset
+    from chat_logits.data import source as source_dataset
 
     _ = source_dataset, torch.utils.data
     datasets.disable_progress_bars()
@@ -130,7 +130,7 @@ def in_own_process(name: str, folder: Path, rows: int, home: Path) -> dict:
 
 
 def bench_source(folder: Path, rows: int, home: Path) -> None:
-    from content_hash import GRAIN
+    from chat_logits.data.hashing import GRAIN
 
     _, making = timed(make_source, folder, rows)
     size = sum(file.stat().st_size for file in folder.iterdir()) / MIB

@@ -57,9 +57,9 @@ def real_extraction(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def real_alignments(smollm2, source_rows):
     """The first 32 conversations as tokens and extracted positions."""
-    from chat_alignment import Aligner, skipped_token_ids
-    from chat_templates import ChatTemplate
-    from conversations import to_conversation
+    from chat_logits.data.alignment import Aligner, skipped_token_ids
+    from chat_logits.data.conversations import to_conversation
+    from chat_logits.data.templates import ChatTemplate
 
     tokenizer = smollm2[1]
     template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})

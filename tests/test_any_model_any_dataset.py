@@ -8,11 +8,11 @@ import yaml
 from conftest import CONVERSATIONS, MODEL, TEMPLATE, make_tiny_model
 
 import extract_logits
-from chat_alignment import align_row, load_tokenizer
+from chat_logits.analysis.tokens import EXTRACTED, SKIPPED
+from chat_logits.data.alignment import align_row, load_tokenizer
+from chat_logits.storage.dataset import open_dataset
 from demo.fetch import package_files
 from explore_logits import execute_analysis
-from logit_dataset import open_dataset
-from token_analysis import EXTRACTED, SKIPPED
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
 
@@ -98,9 +98,9 @@ def answers_of(tokens) -> list[str]:
 
 
 def test_a_preview_runs_no_model_and_writes_nothing(extract, chat_file, tmp_path, capsys, monkeypatch):
-    import teacher_model
+    from chat_logits.model import teacher
 
-    monkeypatch.setattr(teacher_model, "load_teacher", None)  # would raise
+    monkeypatch.setattr(teacher, "load_teacher", None)  # would raise
     source = chat_file([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT}])
     before = set(tmp_path.rglob("*"))
     assert extract(source, "--preview", 2) == 0
@@ -147,7 +147,7 @@ def test_a_dated_template_is_rebuilt_with_the_recorded_date(extract, chat_file, 
     row = open_dataset(str(tmp_path / "out")).read_row(0)
     tokenizer = load_tokenizer(str(MODEL))
     assert align_row(row, tokenizer, extraction).input_ids.size
-    from chat_alignment import AlignmentError
+    from chat_logits.data.alignment import AlignmentError
 
     with pytest.raises(AlignmentError, match="alignment_checksum"):
         align_row(row, tokenizer, {**extraction, "template_date": "1999-12-31"})

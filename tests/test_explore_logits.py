@@ -12,11 +12,11 @@ import torch
 from conftest import MODEL, REPO, TEMPLATE, make_tiny_model, run_command
 
 import explore_logits
-from chat_alignment import AlignmentError
-from errors import ToolkitError
+from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED
+from chat_logits.data.alignment import AlignmentError
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.dataset import open_dataset
 from explore_logits import analyze_token_probabilities, execute_analysis, unpack_indices
-from logit_dataset import open_dataset
-from token_analysis import EXTRACTED, PROMPT, SKIPPED
 
 
 @pytest.fixture(scope="module")

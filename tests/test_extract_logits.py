@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import extract_logits
 import logit_codec
-from logit_dataset import open_dataset
+from chat_logits.storage.dataset import open_dataset
 
 GOOD = {"question": "What is the capital of France?", "answer": "Paris, on the Seine."}
 
@@ -69,7 +69,7 @@ def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
     assert extract(chat_file([GOOD]), model_id=tiny_model, top_k=8, num_sampled=8) == 0
     dataset = open_dataset(str(tmp_path / "out"))
     row = dataset.read_row(0)
-    from chat_alignment import align_row, load_tokenizer
+    from chat_logits.data.alignment import align_row, load_tokenizer
 
     aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.extraction)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from plain_decoder import code_probability, nearest_code
 
 import logit_codec
-from comparison_numbers import compare_rows, kl_lower_bound
-from stored_numbers import RowNumbers
+from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
+from chat_logits.analysis.row import RowNumbers
 
 
 def stored(*positions: dict[int, float]) -> RowNumbers:

@@ -12,8 +12,8 @@ import pytest
 from conftest import MODEL, REPO
 
 import logit_codec
+from chat_logits.storage.dataset import open_dataset
 from explore_logits import execute_analysis, execute_summary
-from logit_dataset import open_dataset
 
 NOTEBOOK = REPO / "notebooks" / "explore_logits.ipynb"
 

@@ -9,9 +9,9 @@ import torch
 from conftest import TEMPLATE
 
 import logit_codec
-import logit_dataset
-import shard_files
-from chat_alignment import align_row
+from chat_logits.data.alignment import align_row
+from chat_logits.storage import dataset as logit_dataset
+from chat_logits.storage import shard as shard_files
 
 
 @pytest.fixture(scope="module")

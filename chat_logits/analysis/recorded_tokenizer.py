@@ -1,0 +1,53 @@
+"""A logit dataset with the tokenizer that it was extracted with, from its recorded place or from another."""
+
+from pathlib import Path
+
+from chat_logits.data.alignment import load_tokenizer, tokenizer_fingerprint
+from chat_logits.errors import ToolkitError
+from chat_logits.hub import is_commit
+from chat_logits.storage.dataset import StoredDataset, open_dataset
+
+
+def open_with_tokenizer(
+    dataset_id: str,
+    revision: str | None = None,
+    tokenizer_id: str | None = None,
+    trust_remote_code: bool = False,
+    model_id: str | None = None,
+) -> tuple[StoredDataset, object]:
+    """A logit dataset, a folder or a Hub id at ``revision``, and the tokenizer that it was extracted with.
+
+    ``tokenizer_id`` says where that lies now, or ``model_id`` where the whole model does. Raises ToolkitError where it
+    is another tokenizer than the one recorded.
+    """
+    dataset = open_dataset(str(dataset_id), revision)
+    source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
+    gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
+    tokenizer = load_tokenizer(source, commit, gguf_file, trust_remote_code)
+    found, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
+    if found != expected:
+        raise ToolkitError(
+            f"tokenizer of {source}: fingerprint {found[:12]}, expected {expected[:12]}; "
+            "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
+        )
+    return dataset, tokenizer
+
+
+def recorded_place(dataset: StoredDataset, given: str | None, option: str) -> tuple[str, str | None]:
+    """Where the recorded model is to be loaded from, ``given`` or as recorded, and the Hub commit, None without one.
+
+    A folder that was recorded relative to where the extraction ran is looked for from here, and from the dataset's
+    folder upwards. Raises ToolkitError where it is not there; ``option`` is what could say where it lies.
+    """
+    source, revision = dataset.extraction["model_id"], dataset.extraction["model_revision"]
+    if given is not None:
+        return given, None
+    if is_commit(revision):
+        return source, revision
+    above = Path(dataset.dataset_id).resolve().parents if dataset.revision is None else ()
+    for place in (Path(source), *(folder / source for folder in above)):
+        if place.exists():
+            return str(place), None
+    raise ToolkitError(
+        f"the model was the local folder {source}, which is not here. Say where it lies now: --{option} FOLDER"
+    )

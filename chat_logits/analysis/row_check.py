@@ -1,0 +1,257 @@
+"""One stored conversation against the model's plain output: what differs, column by column, and the cause to name."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from chat_logits.data.alignment import Alignment
+from logit_codec import ABSENT, MAX_TOKEN_ID, DecodedRow, decode_row, draw_uniforms, nearest_codes, nucleus_cut
+
+SHIFTS = (-1, 0, 1)  # the model's output one position earlier, in place, one position later
+IN_PLACE = SHIFTS.index(0)
+# Largest mean KL of a row, nats. Codes cost 3e-4, and rounded logits half the variance of their errors: SmolLM2's 2e-5
+# in float16 and 2e-3 in bfloat16. Another position's distribution costs nats.
+KL_LIMITS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
+POSITION_FACTOR = 10  # a single position's KL may be larger by so much
+MASK = 1e4  # logits beyond it are masks, and say nothing of rounding
+NO_TAIL = 1e-30  # of the probability: below, float32 may find nothing to draw
+LEAST_REST = 1e-9  # of the probability, for the rest where the codes leave nothing
+
+
+def dtype_name(model) -> str:
+    """As ``extraction.json`` records it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A column at whose positions ``wrong``, bool (n,), the model says otherwise; ``told`` is of the first."""
+
+    column: str
+    wrong: np.ndarray
+    told: str
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """A row's errors in nats, float64 (3, n) with a line for each of SHIFTS, and its faults in order of diagnosis.
+
+    ``in_order``, bool (n,), is where the nucleus' ids are the model's, ``tolerance`` what a logit may differ by.
+    """
+
+    row: int
+    tolerance: float
+    kl_limit: float
+    errors: dict[str, np.ndarray]
+    in_order: np.ndarray
+    faults: list[Fault]
+
+    @property
+    def shift(self) -> int | None:
+        """Which of SHIFTS most of the stored distributions fit, where they do not fit in place."""
+        medians = np.median(self.errors["kl"], axis=1)
+        best = int(medians.argmin())
+        return best if medians[best] <= self.kl_limit < medians[IN_PLACE] else None
+
+    @property
+    def is_all_wrong(self) -> bool:
+        """Whether most positions are wrong, both in distributions and in single numbers, and none is merely shifted."""
+        kinds = {fault.column in self.errors for fault in self.faults}
+        return self.shift is None and len(kinds) == 2 and np.any([f.wrong for f in self.faults], axis=0).mean() > 0.5
+
+    @property
+    def cause(self) -> str:
+        """The line that says what is wrong with the row, which has faults."""
+        if self.shift is not None:
+            return self._shift_cause(self.shift)
+        columns = list(dict.fromkeys(fault.column for fault in self.faults))
+        also = f"; also wrong: {', '.join(columns[1:])}" if columns[1:] else ""
+        return f"row {self.row}, column {columns[0]}, {self.faults[0].told}{also}"
+
+    def _shift_cause(self, shift: int) -> str:
+        columns = [f.column if f.column in self.errors else f"{f.column.split('_')[0]}_*" for f in self.faults]
+        medians = np.median(self.errors["kl"], axis=1)
+        return (
+            f"row {self.row}, columns {', '.join(dict.fromkeys(columns))}: shifted by one, the stored distributions "
+            f"are those of the position {'before' if SHIFTS[shift] < 0 else 'after'} "
+            f"(median KL {medians[shift]:.2g} nats there, {medians[IN_PLACE]:.2g} in place)"
+        )
+
+
+class _Output:
+    """The model's plain output for a conversation: ``logits`` (T, V) float32 on the host, ``logsumexp`` float64 (T,).
+
+    ``tolerance`` is what a logit may differ by, in nats.
+    """
+
+    def __init__(self, model, input_ids: np.ndarray):
+        import torch
+
+        from chat_logits.model.devices import input_device
+        from chat_logits.model.teacher import PROBE_TOLERANCE
+
+        ids = torch.from_numpy(input_ids)[None].to(input_device(model))
+        with torch.inference_mode():
+            logits = model(ids, use_cache=False).logits[0].float().cpu()
+            self.logsumexp = torch.cat([part.double().logsumexp(-1) for part in logits.split(64)]).numpy()
+        self.logits, sizes = logits.numpy(), logits.abs().numpy()
+        self.tolerance = PROBE_TOLERANCE[model.dtype] * max(1.0, float(sizes.max(where=sizes < MASK, initial=0)))
+
+    def log_probs(self, at: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Of ``ids`` (n, m) at the outputs ``at`` (n,), float64 (n, m)."""
+        return self.logits[at[:, None], ids].astype(np.float64) - self.logsumexp[at, None]
+
+    def storable(self, at: int) -> np.ndarray:
+        """Of all storable ids at one output, float64."""
+        return self.logits[at, :MAX_TOKEN_ID].astype(np.float64) - self.logsumexp[at]
+
+    def scalars(self, at: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """What the columns of one number a position should hold for ``tokens`` (n,)."""
+        return {"logsumexp": self.logsumexp[at], "token_log_probs": self.log_probs(at, tokens[:, None])[:, 0]}
+
+
+def check_row(index: int, row: dict, alignment: Alignment, model, extraction: dict) -> RowCheck:
+    """Hold stored row ``index``, aligned, against the plain forward of its conversation alone."""
+    output, stored = _Output(model, alignment.input_ids), decode_row(row)
+    tokens, before = alignment.input_ids[alignment.positions], alignment.positions - 1
+    shifted = [_errors(row, stored, output, np.clip(before + s, 0, len(output.logits) - 1), tokens) for s in SHIFTS]
+    errors = {name: np.stack([found[name] for found in shifted]) for name in shifted[0]}
+    faults, tolerance = [], output.tolerance
+    for name, true in output.scalars(before, tokens).items():
+        wrong = ~(errors[name][IN_PLACE] <= tolerance)
+        faults += _fault(name, wrong, "nats", np.array(row[name]), true - tolerance, true + tolerance)
+    nucleus = _Nucleus(row, stored, output, before, extraction)
+    limit = KL_LIMITS[dtype_name(model)]
+    faults += nucleus.faults(errors["kl"][IN_PLACE], limit)
+    faults += _draw_faults(row, stored, output, before, extraction, nucleus.right_ids)
+    return RowCheck(index, tolerance, limit, errors, nucleus.in_order, faults)
+
+
+def _errors(row: dict, stored: DecodedRow, output: _Output, at: np.ndarray, tokens: np.ndarray) -> dict:
+    """A row's errors, nats (n,), against the outputs ``at`` (n,)."""
+    errors = {name: _distance(np.array(row[name]), true) for name, true in output.scalars(at, tokens).items()}
+    return {"kl": _divergences(output.log_probs(at, stored.top_ids), stored.top_log_probs), **errors}
+
+
+def _divergences(true: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """KL(true || stored) in nats, (n,), over the entries of log-probabilities (n, K), and one bucket for the rest."""
+    p, q = np.exp(true) * np.isfinite(stored), np.exp(stored)
+    p = np.column_stack([p, np.maximum(1 - p.sum(axis=1), 0)])
+    q = np.column_stack([q, np.maximum(1 - q.sum(axis=1), LEAST_REST)])
+    q /= q.sum(axis=1, keepdims=True)
+    return (p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1))).sum(axis=1)
+
+
+def _distance(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of log-probabilities, which may both be -inf."""
+    with np.errstate(invalid="ignore"):
+        return np.where(found == expected, 0.0, np.abs(found - expected))
+
+
+def _fault(column: str, wrong: np.ndarray, what: str, found, low, high=None) -> list[Fault]:
+    """A list of one fault, or of none; all arrays are (n,) or (n, m), ``low`` to ``high`` is what was expected."""
+    if not wrong.any():
+        return []
+    first, positions = tuple(np.argwhere(wrong)[0].tolist()), wrong.reshape(len(wrong), -1).any(axis=1)
+    place = f"position {first[0]}" + (f", entry {first[1]}" if len(first) > 1 else "")
+    expected = " to ".join(dict.fromkeys(f"{bound[first]:.6g}" for bound in (low, high) if bound is not None))
+    told = (
+        f"{place}: found {what} {found[first]:.6g}, expected {expected} ({positions.sum()} of {len(wrong)} positions)"
+    )
+    return [Fault(column, positions, told)]
+
+
+def _codes(row: dict, kind: str) -> np.ndarray:
+    return np.frombuffer(row[f"{kind}_logits_quantized"], np.uint8).reshape(row["num_tokens"], -1).astype(int)
+
+
+def _code_range(log_probs: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest code of a right writer: of what is within tolerance, and one more for the carry."""
+    low, high = (nearest_codes(np.exp(log_probs + error)) for error in (-tolerance, tolerance))
+    return np.maximum(low - 1, 1), np.minimum(high + 1, 255)
+
+
+class _Nucleus:
+    """A row's stored nucleus beside the model's: ids rank by rank, how many are kept, codes.
+
+    At each rank the two ids need only be as probable as each other: ties have no order.
+    """
+
+    def __init__(self, row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, extraction: dict):
+        self.codes, self.ids = _codes(row, "top"), stored.top_ids
+        self.ranked = np.stack([_ranked(output.storable(at), self.codes.shape[1]) for at in before])
+        best, true = output.log_probs(before, self.ranked), output.log_probs(before, self.ids)
+        self.is_other = (self.codes > 0) & ~(_distance(true, best) <= output.tolerance)
+        self.in_order = ~self.is_other.any(axis=1)
+        self.lowest, self.highest = _code_range(true, output.tolerance)
+        self.sizes = (self.codes > 0).sum(axis=1)
+        errors = (output.tolerance, 0, -output.tolerance)
+        self.fewest, self.size, self.most = (_size(best + error, extraction["top_p"]) for error in errors)
+        is_first = np.arange(self.codes.shape[1]) < self.sizes[:, None]
+        self.is_cut = (
+            (self.fewest <= self.sizes) & (self.sizes <= self.most) & (is_first == (self.codes > 0)).all(axis=1)
+        )
+
+    @property
+    def right_ids(self) -> list[np.ndarray]:
+        """The ids kept at each position; the model's where the stored ones are wrong."""
+        right = self.in_order & self.is_cut
+        return [
+            self.ids[i, : self.sizes[i]] if right[i] else self.ranked[i, : self.size[i]] for i in range(len(self.ids))
+        ]
+
+    def faults(self, kl: np.ndarray, limit: float) -> list[Fault]:
+        """Codes are judged where the ids are right; ``kl`` is in place, (n,)."""
+        outside = (self.codes > 0) & ((self.codes < self.lowest) | (self.codes > self.highest))
+        outside &= self.in_order[:, None]
+        most = np.full(len(kl), limit if kl.mean() > limit else POSITION_FACTOR * limit)
+        column = "top_logits_quantized"
+        return [
+            *_fault("top_indices_low/high", self.is_other, "id", self.ids, self.ranked),
+            *_fault(column, outside, "code", self.codes, self.lowest, self.highest),
+            *_fault(column, self.in_order & ~self.is_cut, "a nucleus of", self.sizes, self.fewest, self.most),
+            *_fault(column, self.in_order & (kl > most), "KL", kl, np.zeros(len(kl)), most),
+        ]
+
+
+def _ranked(log_probs: np.ndarray, top_k: int) -> np.ndarray:
+    """The ids of the ``top_k`` largest, in order."""
+    ids = np.argpartition(-log_probs, top_k - 1)[:top_k]
+    return ids[np.argsort(-log_probs[ids])]
+
+
+def _size(log_probs: np.ndarray, top_p: float) -> np.ndarray:
+    """How many of the most probable storable entries (n, K) the nucleus has, (n,)."""
+    return (nucleus_cut(np.exp(log_probs), top_p) & np.isfinite(log_probs)).sum(axis=1)
+
+
+def _draw_faults(
+    row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, extraction: dict, kept: list[np.ndarray]
+) -> list[Fault]:
+    """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
+    codes, ids = _codes(row, "sampled"), stored.sampled_ids
+    found = np.where(codes > 0, ids, ABSENT)
+    uniforms = draw_uniforms(extraction["seed"], row["source_index"], len(before))
+    expected, wrong = np.zeros(ids.shape, int), np.zeros(ids.shape, bool)
+    for i, at in enumerate(before):
+        expected[i], wrong[i] = _draws(output.storable(at), kept[i], uniforms[i], found[i], output.tolerance)
+    low, high = _code_range(output.log_probs(before, ids), output.tolerance)
+    outside = (codes > 0) & ~wrong.any(axis=1, keepdims=True) & ((codes < low) | (codes > high))
+    return [
+        *_fault("sampled_indices_low/high", wrong, "id", found, expected),
+        *_fault("sampled_logits_quantized", outside, "code", codes, low, high),
+    ]
+
+
+def _draws(
+    log_probs: np.ndarray, kept: np.ndarray, uniform: float, found: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The draws at one position, (S,), and which of those ``found`` no threshold within tolerance gives."""
+    tail = np.exp(log_probs)
+    tail[kept] = 0
+    running = np.cumsum(tail)
+    thresholds = (uniform + np.arange(len(found))) / max(1, len(found)) * running[-1]
+    drawn = np.minimum(np.searchsorted(running, thresholds, side="right"), len(tail) - 1)
+    slack = np.exp(2 * tolerance)  # a total over another
+    fits = (running[found] - tail[found] <= thresholds * slack) & (running[found] >= thresholds / slack)
+    return drawn, ~(fits & (tail[found] > 0) & (found != ABSENT)) & (running[-1] > NO_TAIL)

@@ -1,0 +1,277 @@
+"""A whole logit dataset in numbers, read once from its first row to its last.
+
+What is kept on the way has the size of the vocabulary, however many rows there are.
+"""
+
+import heapq
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from chat_logits.analysis.histograms import Histogram, count_in_bins
+from chat_logits.analysis.row import RowNumbers, row_numbers
+from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
+from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner, token_text
+from chat_logits.data.conversations import question_of
+from chat_logits.display import summary_report
+from chat_logits.display.plain_json import json_text
+from chat_logits.display.shown_result import ShownResult
+from chat_logits.display.summary_page import summary_page
+from chat_logits.display.token_report import count_text, default_console, short_perplexity
+from chat_logits.storage.dataset import StoredDataset
+
+BINS = 10  # of calibration
+NATS = np.arange(21) / 2  # lower ends of the histograms' bins
+EXTREMES, LOSSES = 5, 20  # conversations and tokens that are listed
+TOP = 5  # of top5_rate
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The positions whose most probable token has a probability from ``low`` to ``high``, ``confidence`` in the mean.
+
+    ``accuracy`` is how often it is the real one; both are None where ``count`` is 0.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class ConversationSummary:
+    """A conversation, its row and its source row; ``question`` begins its first user message, "" without one."""
+
+    sample_index: int
+    source_index: int
+    num_tokens: int
+    perplexity: float
+    question: str
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A real token of row ``sample_index``, at ``position`` in the conversation, and the text ``before`` it.
+
+    ``log_prob`` is its own, in nats; ``prediction`` the nucleus' first entry, None where the nucleus is empty. Texts
+    have a character's lone bytes as surrogate escapes (PEP 383).
+    """
+
+    sample_index: int
+    position: int
+    text: str
+    before: str
+    log_prob: float
+    prediction: Prediction | None
+
+
+@dataclass(frozen=True)
+class VocabularyLoss:
+    """A token of the vocabulary wherever it is the real one: nats in all, as ``share`` of all loss, and each time."""
+
+    token_id: int
+    text: str
+    count: int
+    total_loss: float
+    share: float
+    mean_loss: float
+
+
+@dataclass(frozen=True)
+class ColumnSize:
+    """Compressed bytes of a column, or of the shards' footers, all told and for each extracted token."""
+
+    column: str
+    num_bytes: int
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, repr=False)
+class DatasetSummary(ShownResult):
+    """What a logit dataset holds and how well the model knew it.
+
+    Means are over the extracted tokens, in nats; rates and ``stored`` (the probability within the nucleus) are shares
+    of 1. A real token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, though it may be
+    among the first five: with any, ``top5_is_bound``, and the rate is at least so much. Where nothing was drawn from
+    the tails, ``entropy_is_bound``, and each entropy is at least so much. Calibration is the most probable token's
+    against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
+    nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
+    of the vocabulary by their total loss.
+    """
+
+    dataset_id: str
+    model_id: str
+    num_conversations: int
+    num_tokens: int
+    mean_nll: float
+    perplexity: float
+    top1_rate: float
+    top5_rate: float
+    top5_is_bound: bool
+    in_nucleus_rate: float
+    mean_entropy: float
+    entropy_is_bound: bool
+    stored: float
+    calibration: list[ReliabilityBin]
+    calibration_error: float
+    entropies: Histogram
+    surprisals: Histogram
+    kept: Histogram
+    most_confident: list[ConversationSummary]
+    least_confident: list[ConversationSummary]
+    largest_losses: list[TokenLoss]
+    vocabulary_losses: list[VocabularyLoss]
+    num_bytes: int
+    bytes_per_token: float
+    columns: list[ColumnSize]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print all of it, in lines that fit the terminal; a pipe gets wide ones."""
+        summary_report.print_summary(self, console or default_console())
+
+    def to_json(self) -> str:
+        """All of it as one JSON object; infinite numbers are null."""
+        content = asdict(self)
+        return json_text({"logit_dataset_id": content.pop("dataset_id"), **content})
+
+    def to_html(self) -> str:
+        """The page: one file that needs nothing else."""
+        return summary_page(self)
+
+    def __repr__(self) -> str:
+        counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.num_tokens, 'token')}"
+        return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {short_perplexity(self.perplexity)}>"
+
+
+def summarize(dataset: StoredDataset, tokenizer, chat_template: str | None = None) -> DatasetSummary:
+    """The summary of a dataset, whose real tokens are rebuilt with ``tokenizer`` as by ``RowAligner``.
+
+    ``chat_template`` (a path or text) replaces the recorded one. Raises ToolkitError where the dataset has no rows,
+    and what reading and aligning raise, with the row.
+    """
+    aligner, tally = RowAligner(tokenizer, dataset.extraction, chat_template), _Tally(tokenizer)
+    rows = tqdm(dataset.rows(), total=dataset.num_rows, dynamic_ncols=True, unit=" conversations")
+    for sample_index, row in enumerate(rows):
+        try:
+            alignment = aligner.align(row)
+        except AlignmentError as error:
+            raise AlignmentError(f"row {sample_index}: {error}") from error
+        tally.add(sample_index, row, alignment)
+    return tally.summary(dataset)
+
+
+class _Tally:
+    """Sums, counts and extremes of the rows added so far."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.text = tokenizer, partial(token_text, tokenizer)
+        self.sums: Counter = Counter()  # by the names of the means that they become
+        self.reliability = np.zeros((3, BINS))  # positions, probabilities, real tokens
+        self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
+        self.kept = 0  # becomes (K + 1,) int64
+        self.top5_is_bound = self.entropy_is_bound = False
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.token_counts, self.token_losses = np.zeros(vocab_size, np.int64), np.zeros(vocab_size)
+        self.most_confident: list[ConversationSummary] = []
+        self.least_confident: list[ConversationSummary] = []
+        self.largest_losses: list[TokenLoss] = []
+
+    def add(self, sample_index: int, row: dict, alignment: Alignment) -> None:
+        token_ids = alignment.input_ids[alignment.positions]
+        numbers = row_numbers(row, token_ids)
+        losses = -numbers.log_probs
+        self.sums.update(
+            mean_nll=losses.sum(),
+            top1_rate=(numbers.ranks == 1).sum(),
+            top5_rate=((numbers.ranks >= 1) & (numbers.ranks <= TOP)).sum(),
+            in_nucleus_rate=(numbers.ranks >= 1).sum(),
+            mean_entropy=numbers.entropies.sum(),
+            stored=(1 - numbers.tail_mass).sum(),
+        )
+        self.top5_is_bound |= bool(((numbers.ranks == 0) & (numbers.kept < TOP)).any())
+        self.entropy_is_bound |= numbers.entropy_is_bound
+        self._add_distributions(numbers)
+        np.add.at(self.token_counts, token_ids, 1)
+        np.add.at(self.token_losses, token_ids, losses)
+        self._add_conversation(sample_index, row, losses)
+        self._add_losses(sample_index, alignment, numbers)
+
+    def _add_distributions(self, numbers: RowNumbers) -> None:
+        confidence = numbers.top_probs[:, 0]
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        for i, weights in enumerate((None, confidence, numbers.ranks == 1)):
+            self.reliability[i] += np.bincount(bins, weights, BINS)
+        self.entropies += count_in_bins(numbers.entropies, NATS)
+        self.surprisals += count_in_bins(-numbers.log_probs, NATS)
+        self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
+
+    def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
+        perplexity, question = _perplexity(losses.mean()), question_of(row["messages"])
+        found = ConversationSummary(sample_index, row["source_index"], len(losses), perplexity, question)
+        self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, found], lambda one: one.perplexity)
+        self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, found], lambda one: one.perplexity)
+
+    def _add_losses(self, sample_index: int, alignment: Alignment, numbers: RowNumbers) -> None:
+        positions, log_probs = alignment.positions, numbers.log_probs
+        least = self.largest_losses[-1].log_prob if len(self.largest_losses) == LOSSES else np.inf
+        found = []
+        for i in np.argsort(log_probs, kind="stable")[:LOSSES]:
+            if log_probs[i] < least:
+                place, first = int(positions[i]), first_prediction(numbers, i, self.tokenizer)
+                text, before = text_and_before(alignment.input_ids, place, self.tokenizer)
+                found.append(TokenLoss(sample_index, place, text, before, float(log_probs[i]), first))
+        self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *found], lambda one: one.log_prob)
+
+    def summary(self, dataset: StoredDataset) -> DatasetSummary:
+        """What was added, of which there is at least one row."""
+        tokens, sizes = int(self.token_counts.sum()), dataset.sizes()
+        means = {name: float(total) / tokens for name, total in self.sums.items()}
+        _, confidence, right = self.reliability
+        return DatasetSummary(
+            dataset_id=dataset.dataset_id,
+            model_id=dataset.extraction["model_id"],
+            num_conversations=dataset.num_rows,
+            num_tokens=tokens,
+            perplexity=_perplexity(means["mean_nll"]),
+            **means,
+            top5_is_bound=self.top5_is_bound,
+            entropy_is_bound=self.entropy_is_bound,
+            calibration=[_reliability_bin(i, *column) for i, column in enumerate(self.reliability.T.tolist())],
+            calibration_error=float(abs(right - confidence).sum()) / tokens,
+            entropies=Histogram(NATS.tolist(), self.entropies.tolist(), is_open_ended=True),
+            surprisals=Histogram(NATS.tolist(), self.surprisals.tolist(), is_open_ended=True),
+            kept=Histogram(list(range(len(self.kept) + 1)), self.kept.tolist(), is_open_ended=False),
+            most_confident=self.most_confident,
+            least_confident=self.least_confident,
+            largest_losses=self.largest_losses,
+            vocabulary_losses=self._vocabulary_losses(),
+            num_bytes=sum(sizes.values()),
+            bytes_per_token=sum(sizes.values()) / tokens,
+            columns=[ColumnSize(name, size, size / tokens) for name, size in sizes.items()],
+        )
+
+    def _vocabulary_losses(self) -> list[VocabularyLoss]:
+        total = float(self.token_losses.sum())
+        found = []
+        for token_id in np.argsort(-self.token_losses, kind="stable")[:LOSSES].tolist():
+            count, loss = int(self.token_counts[token_id]), float(self.token_losses[token_id])
+            if count:
+                share = loss / total if total else 0.0
+                found.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
+        return found
+
+
+def _perplexity(mean_nll: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(mean_nll))
+
+
+def _reliability_bin(i: int, count: float, confidence: float, right: float) -> ReliabilityBin:
+    means = (confidence / count, right / count) if count else (None, None)
+    return ReliabilityBin(i / BINS, (i + 1) / BINS, int(count), *means)

@@ -1,0 +1,152 @@
+"""What is known of each token of a conversation, before and after the model has spoken."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from chat_logits.analysis.row import RowNumbers
+from chat_logits.data import alignment as chat_alignment
+from chat_logits.display.text import whole_characters
+
+EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
+PROMPT_END = 4  # prompt tokens that a table shows before each answer
+CONTEXT_TOKENS = 12  # whose text is told before a token
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One entry of a position's nucleus."""
+
+    token_id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class TokenAnalysis:
+    """A token of the conversation and, where it was extracted, what the model said in its place.
+
+    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the real token's, exact,
+    in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
+    ``tail_mass`` the probability outside the nucleus; ``entropy`` in nats, nucleus plus unbiased tail, or a lower
+    bound where no tail was drawn (``entropy_is_bound``). ``text`` has a character's lone bytes as surrogate escapes
+    (PEP 383).
+    """
+
+    position: int
+    token_id: int
+    text: str
+    status: str
+    reason: str | None = None
+    log_prob: float | None = None
+    rank: int | None = None
+    kept: int = 0
+    tail_mass: float | None = None
+    entropy: float | None = None
+    predictions: list[Prediction] = field(default_factory=list)
+    entropy_is_bound: bool = False
+
+    @property
+    def is_extracted(self) -> bool:
+        return self.status == EXTRACTED
+
+    @property
+    def surprisal(self) -> float | None:
+        """−log p of the real token, in nats."""
+        return None if self.log_prob is None else -self.log_prob
+
+    @property
+    def probability(self) -> float | None:
+        """The real token's, exact."""
+        return None if self.log_prob is None else math.exp(self.log_prob)
+
+    def as_dict(self) -> dict:
+        """All of it as plain values, the predictions as a list of dicts."""
+        derived = {"probability": self.probability, "surprisal": self.surprisal}
+        return {**asdict(self), **derived}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """An answer in five numbers: rates and ``stored`` are shares of 1, entropy is in nats, maybe a lower bound."""
+
+    num_tokens: int
+    perplexity: float
+    top1_rate: float
+    mean_entropy: float
+    stored: float
+    entropy_is_bound: bool
+
+
+def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | None:
+    """The most probable stored token at an extracted position, None where none is stored."""
+    token_id = int(numbers.top_ids[i, 0])
+    if not numbers.kept[i]:
+        return None
+    return Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
+
+
+def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[str, str]:
+    """A token's text, and the end of the text before it; ``input_ids`` (T,) are the conversation's."""
+    near = input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
+    *before, text = (chat_alignment.token_text(tokenizer, token_id) for token_id in near)
+    return text, whole_characters(before)
+
+
+def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
+    """As ``text_and_before`` has it, where the texts are known."""
+    return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
+
+
+def near_answers(statuses: list[str]) -> list[bool]:
+    """For every token of a conversation, whether a table shows it: all but prompts, of which it shows the ends."""
+    return [any(status != PROMPT for status in statuses[i : i + PROMPT_END + 1]) for i in range(len(statuses))]
+
+
+def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAnalysis]:
+    """Every token with its text and whether it is extracted; predictions are not known yet."""
+    found = []
+    for position, (token_id, reason) in enumerate(zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)):
+        status = EXTRACTED if reason is None else PROMPT if reason == chat_alignment.PROMPT else SKIPPED
+        found.append(TokenAnalysis(position, token_id, chat_alignment.token_text(tokenizer, token_id), status, reason))
+    return found
+
+
+def with_predictions(tokens: list[TokenAnalysis], numbers: RowNumbers, tokenizer, top_n: int) -> list[TokenAnalysis]:
+    """The tokens, the extracted ones with what the row's ``numbers`` say of them, one to one."""
+    index = iter(range(len(numbers.log_probs)))
+    return [_told(token, numbers, next(index), tokenizer, top_n) if token.is_extracted else token for token in tokens]
+
+
+def _told(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: int) -> TokenAnalysis:
+    shown = min(top_n, int(numbers.kept[i]))
+    return replace(
+        token,
+        log_prob=float(numbers.log_probs[i]),
+        rank=int(numbers.ranks[i]) or None,
+        kept=int(numbers.kept[i]),
+        tail_mass=float(numbers.tail_mass[i]),
+        entropy=float(numbers.entropies[i]),
+        entropy_is_bound=numbers.entropy_is_bound,
+        predictions=[
+            Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), probability)
+            for token_id, probability in zip(
+                numbers.top_ids[i, :shown].tolist(), numbers.top_probs[i, :shown].tolist(), strict=True
+            )
+        ],
+    )
+
+
+def total(tokens: Iterable[TokenAnalysis]) -> Totals:
+    """The totals over the extracted tokens, of which there is at least one."""
+    extracted = [token for token in tokens if token.is_extracted]
+    return Totals(
+        num_tokens=len(extracted),
+        perplexity=float(np.exp(np.mean([token.surprisal for token in extracted]))),
+        top1_rate=float(np.mean([token.rank == 1 for token in extracted])),
+        mean_entropy=float(np.mean([token.entropy for token in extracted])),
+        stored=1 - float(np.mean([token.tail_mass for token in extracted])),
+        entropy_is_bound=any(token.entropy_is_bound for token in extracted),
+    )

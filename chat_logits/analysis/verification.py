@@ -1,0 +1,262 @@
+"""Does a stored logit dataset hold up against the live model? Plain forwards, one conversation at a time.
+
+row -> its tokens -> the model's plain output -> what differs, column by column -> the one cause to name
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from chat_logits.analysis.recorded_tokenizer import recorded_place
+from chat_logits.analysis.row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
+from chat_logits.data.alignment import AlignmentError, RowAligner
+from chat_logits.data.hashing import hash_files
+from chat_logits.display.fitted_table import Part, numbers, print_fitting, print_line
+from chat_logits.display.plain_json import json_text
+from chat_logits.display.shown_result import ShownResult
+from chat_logits.display.text import code_of
+from chat_logits.display.token_report import count_text, default_console
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import is_commit
+from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.shard import DamagedShard
+from logit_codec import RowError
+
+CLEARLY = 2  # errors in place must be smaller by this factor than one position off
+NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
+SHOWN_CAUSES = 5
+MEASURES = {
+    "kl_mean": "KL(true || stored), mean",
+    "kl_row": "KL, largest mean of a row",
+    "kl_position": "KL, largest of a position",
+    "logsumexp": "logsumexp, largest error",
+    "token_log_probs": "token_log_probs, largest error",
+    "in_order": "nucleus ids equal in order, share",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(ShownResult):
+    """What was held against which model, and what came of it.
+
+    ``figures`` are in nats but for ``in_order``, a share of the positions: ``kl_mean`` over all of them, ``kl_row`` the
+    largest mean of a row, ``kl_position`` the largest; ``logsumexp`` and ``token_log_probs`` are the differences
+    nearest to their limits, or furthest beyond. ``limits`` has the same keys but ``kl_mean``. ``shifts`` has the mean
+    errors of "kl", "logsumexp" and "token_log_probs" against the output one position earlier, in place, one later.
+    ``causes`` are lines, of a row or of the whole. Figures are NaN where no row could be held against the model.
+    """
+
+    dataset_id: str
+    model_id: str
+    dtype: str
+    device: str
+    num_rows: int
+    num_tokens: int
+    figures: dict[str, float]
+    limits: dict[str, float]
+    shifts: dict[str, list[float]]
+    causes: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not self.causes
+
+    def __repr__(self) -> str:
+        counts = f"{count_text(self.num_rows, 'conversation')}, {count_text(self.num_tokens, 'token')}"
+        return f"<Verification of {self.dataset_id}: {counts}, {'holds up' if self.holds else 'does not hold up'}>"
+
+    _repr_html_ = None  # it has no page: a notebook is to show it as text
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a line a measure with its limit, the shift test, then that it holds up, or the causes."""
+        console = console or default_console()
+        what = f"{count_text(self.num_rows, 'row')}, {count_text(self.num_tokens, 'token')}"
+        title = f"Checked {what} against {self.model_id} ({self.dtype}, {self.device})"
+        print_line(_visible(title), console, "bold")
+        self._print_figures(console)
+        self._print_shifts(console)
+        more = len(self.causes) - SHOWN_CAUSES
+        causes = ["Does not hold up:", *self.causes[:SHOWN_CAUSES], *([f"… and {more} more"] if more > 0 else [])]
+        for line in ["Holds up: the stored numbers are the model's."] if self.holds else causes:
+            print_line(_visible(line), console, "green" if self.holds else "red")
+
+    def _print_figures(self, console: Console) -> None:
+        parts = [
+            Part("Measure, nats", [MEASURES[key] for key in self.figures], 16, 33),
+            numbers("Found", map(_short, self.figures.values())),
+            numbers("Limit", [_short(self.limits.get(key)) for key in self.figures]),
+        ]
+        print_fitting(parts, [], console)
+
+    def _print_shifts(self, console: Console) -> None:
+        names = ["KL" if key == "kl" else key for key in self.shifts]
+        means = zip(*self.shifts.values(), strict=True)
+        found = [
+            numbers(f"at {shift:+}" if shift else "at 0", map(_short, at))
+            for shift, at in zip(SHIFTS, means, strict=True)
+        ]
+        print_fitting([Part("Mean error, least at 0", names, 10, 22), *found], [], console)
+
+    def to_json(self) -> str:
+        """All of it, and whether it holds, as one JSON object."""
+        content = asdict(self)
+        return json_text({"logit_dataset_id": content.pop("dataset_id"), **content, "holds": self.holds})
+
+
+def _short(figure: float | None) -> str:
+    if figure is None or math.isnan(figure):
+        return "-"
+    return f"{figure:.3f}" if 0.1 <= figure < 999.5 else f"{figure:.1e}"
+
+
+def _visible(text: str) -> str:
+    """A line that may have parts of files in it, fit for a terminal."""
+    return "".join(character if character.isprintable() else code_of(character) for character in text)
+
+
+def verify(
+    dataset: StoredDataset,
+    tokenizer,
+    count: int,
+    model_id: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Hold ``count`` rows, spread evenly over the dataset, against the model that it was extracted from.
+
+    The model is the recorded one, or the one at ``model_id`` (a folder or a Hub id), on the first accelerator;
+    ``chat_template`` is as for ``align_row``. Raises ToolkitError where the model cannot be had or has another
+    vocabulary; all else that does not hold up is among the causes.
+    """
+    if count < 1:
+        raise UsageError(f"--verify {count}: expected 1 row or more")
+    dataset.refuse_empty()
+    model = load_recorded_model(dataset, model_id, trust_remote_code)
+    return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
+
+
+def spread(num_rows: int, count: int) -> list[int]:
+    """``count`` row numbers from the first to the last, or all there are.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 3, 6, 9], [0, 1])
+    """
+    count = min(count, num_rows)
+    return [i * (num_rows - 1) // max(1, count - 1) for i in range(count)]
+
+
+def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
+    """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
+    from chat_logits.model import teacher
+
+    source, revision = recorded_place(dataset, model_id, "model_id")
+    extraction = dataset.extraction
+    gguf_file, dtype, attention = (extraction[name] for name in ("gguf_file", "dtype", "attn_implementation"))
+    if dtype not in KL_LIMITS:
+        raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
+    device = teacher.choose_device(None)
+    print(f"Loading {_visible(source)} on {device} …", file=sys.stderr)
+    model = teacher.load_teacher(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
+    found = model.get_output_embeddings().weight.shape[0]
+    if found != extraction["vocab_size"]:
+        raise ToolkitError(
+            f"model {source}: a vocabulary of {found}, expected {extraction['vocab_size']}; it is not the model "
+            f"extracted from, which was {extraction['model_id']} at {extraction['model_revision'][:12]}."
+        )
+    return model
+
+
+def check_rows(
+    dataset: StoredDataset, model, tokenizer, indices: Sequence[int], chat_template: str | None = None
+) -> Verification:
+    """Hold these rows against a loaded model, with a progress bar on stderr."""
+    from chat_logits.model.devices import input_device
+
+    aligner = RowAligner(tokenizer, dataset.extraction, chat_template)
+    checks, causes = [], []
+    for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
+        try:
+            row = dataset.read_row(index)
+            alignment = aligner.align(row)
+        except RowError as error:  # which names the row
+            causes.append(str(error))
+        except (DamagedShard, AlignmentError) as error:
+            causes.append(f"row {index}: {error}")
+        else:
+            checks.append(check_row(index, row, alignment, model, dataset.extraction))
+    figures, limits, shifts = _figures(checks)
+    causes += _causes(checks, dataset.extraction, model.name_or_path)
+    return Verification(
+        dataset_id=dataset.dataset_id,
+        model_id=model.name_or_path,
+        dtype=dtype_name(model),
+        device=str(input_device(model)),
+        num_rows=len(indices),
+        num_tokens=sum(len(check.in_order) for check in checks),
+        figures=figures,
+        limits=limits,
+        shifts=shifts,
+        causes=causes or _undecided(shifts),
+    )
+
+
+# --- the rows together ---
+
+
+def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
+    """Figures, their limits, and the mean errors at SHIFTS, as ``Verification`` has them."""
+    names = ("kl", "logsumexp", "token_log_probs")
+    if not checks:
+        return dict.fromkeys(MEASURES, math.nan), {}, dict.fromkeys(names, [math.nan] * len(SHIFTS))
+    errors = {name: np.concatenate([check.errors[name] for check in checks], axis=1) for name in names}
+    limit = checks[0].kl_limit
+    figures = {
+        "kl_mean": errors["kl"][IN_PLACE].mean(),
+        "kl_row": max(check.errors["kl"][IN_PLACE].mean() for check in checks),
+        "kl_position": errors["kl"][IN_PLACE].max(),
+    }
+    limits = {"kl_row": limit, "kl_position": POSITION_FACTOR * limit}
+    for name in names[1:]:
+        largest = [(check.errors[name][IN_PLACE].max(), check.tolerance) for check in checks]
+        figures[name], limits[name] = max(largest, key=lambda pair: pair[0] / pair[1])
+    figures["in_order"], limits["in_order"] = np.concatenate([check.in_order for check in checks]).mean(), 1.0
+    shifts = {name: found.mean(axis=1).tolist() for name, found in errors.items()}
+    return {name: float(found) for name, found in figures.items()}, limits, shifts
+
+
+def _causes(checks: list[RowCheck], extraction: dict, source: str) -> list[str]:
+    """A line a row with faults; but one line for all of them where the model is another one."""
+    faulty = [check for check in checks if check.faults]
+    strangers = [check for check in faulty if check.is_all_wrong]
+    if not strangers or len(strangers) < NEARLY_ALL * len(checks):
+        return [check.cause for check in faulty]
+    rows = f"{len(strangers)} of {count_text(len(checks), 'row')}"
+    cause = f"wrong throughout, {rows}: {_other_model(extraction, source)}"
+    return [cause, *(check.cause for check in faulty if not check.is_all_wrong)]
+
+
+def _other_model(extraction: dict, source: str) -> str:
+    recorded = extraction["model_revision"]
+    was = f"the model is probably not the one extracted from, {extraction['model_id']} at {recorded[:12]}"
+    if is_commit(recorded) or not Path(source).exists():
+        return was
+    found = hash_files(source)
+    if found == recorded:
+        return f"{was}, though its files are: compare the versions with extraction.json's"
+    return f"{was}; the files of {source} are others ({found[:12]})"
+
+
+def _undecided(shifts: dict[str, list[float]]) -> list[str]:
+    """A cause where the shift test cannot tell that the numbers are in place."""
+    return [
+        f"{name}: {in_place:.2g} nats off in place, {before:.2g} one position earlier, {after:.2g} one later; expected "
+        "in place clearly best. Check more rows."
+        for name, (before, in_place, after) in shifts.items()
+        if not CLEARLY * in_place <= min(before, after)
+    ]

@@ -1,0 +1,294 @@
+"""Conversations to token ids, assistant mask and skipped tokens. Both commands align through this one place.
+
+    text and spans of the assistant's turns (chat_templates.py)
+        -> token ids with offsets -> which tokens are the assistant's -> which of those are skipped
+
+What is left are the *extracted positions*: the tokens whose predicting distributions are stored.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from chat_logits.data.conversations import from_stored
+from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import explain_loading
+from logit_codec import MAX_TOKEN_ID
+
+THINK_TAGS = ("<think>", "</think>")
+# At the start of a turn; the opening tag may be the generation prompt's.
+EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
+SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
+BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+PROMPT = "prompt"
+THINK_TAG_REASON = "think tag"
+EMPTY_THINK_REASON = "empty think block"
+SPECIAL_REASON = "special token"
+CHOSEN_REASON = "--skip_tokens"
+AFTER_END_REASON = "after the end of the turn"
+FIRST_TOKEN_REASON = "first token: nothing predicts it"
+
+
+class AlignmentError(ToolkitError):
+    """A stored row that the rebuilt tokens do not fit."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A conversation as the model sees it.
+
+    ``input_ids`` (T,) int64; ``reasons`` has one entry a token: None where it is extracted, else why not;
+    ``positions`` (n,) int64 of the extracted tokens themselves (each is predicted one position earlier).
+    """
+
+    input_ids: np.ndarray
+    reasons: list[str | None]
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over input ids, then extracted positions, each as little-endian uint32 (FORMAT.md)."""
+        ids, positions = (part.astype("<u4").tobytes() for part in (self.input_ids, self.positions))
+        return zlib.crc32(ids + positions)
+
+
+# --- tokenizer ---
+
+
+def load_tokenizer(
+    tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+):
+    """A fast tokenizer from a Hub id or local folder. Raises ToolkitError where there is none."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_id, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:
+        raise explain_loading(error, f"tokenizer of {tokenizer_id}") from error
+    if not tokenizer.is_fast:
+        raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """SHA-256 (hex) of the tokenizer's serialised form and the special tokens that templates are given."""
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    form["truncation"] = form["padding"] = None  # states of the last call, not parts of the tokenizer
+    content = [form, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_wide_vocabulary(tokenizer) -> None:
+    """Raise UsageError if ordinary tokens lie at or above 2**18, where ids cannot be stored."""
+    added = set(tokenizer.added_tokens_decoder)
+    widest = max(i for i in tokenizer.get_vocab().values() if i not in added)
+    if widest >= MAX_TOKEN_ID:
+        raise UsageError(
+            f"the tokenizer has ordinary tokens up to id {widest}, expected ids below {MAX_TOKEN_ID}: "
+            "the storage format has 18 bits a token id"
+        )
+
+
+def token_text(tokenizer, token_id: int) -> str:
+    """What one token writes, its leading space kept; bytes that are no whole character as surrogate escapes."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if piece is None:  # a padded vocabulary has rows without tokens
+        return f"<id {token_id}>"
+    if piece.startswith("▁"):
+        return piece.replace("▁", " ")
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    return _token_bytes(piece).decode(errors="surrogateescape") if "\ufffd" in text else text
+
+
+def _token_bytes(piece: str) -> bytes:
+    """The bytes of a byte-fallback piece such as ``<0xF0>``, or of a byte-level BPE piece."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if fallback := BYTE_FALLBACK.fullmatch(piece):
+        return bytes([int(fallback[1], 16)])
+    table = {character: byte for byte, character in bytes_to_unicode().items()}
+    return bytes(table[character] for character in piece if character in table)
+
+
+def special_token_ids(tokenizer) -> set[int]:
+    """Ids of the tokens that the tokenizer marks as special, ends of turns among them."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
+
+
+def skipped_token_ids(tokenizer, skip: list[str] = (), keep: list[str] = ()) -> frozenset[int]:
+    """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
+
+    Raises UsageError for a text that is not one token of the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    think = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
+    chosen = {}
+    for option, tokens in (("--skip_tokens", skip), ("--keep_tokens", keep)):
+        unknown = [token for token in tokens if token not in vocabulary]
+        if unknown:
+            raise UsageError(f"{option} {unknown[0]!r}: not one token of this vocabulary, as tokenizer.json spells it")
+        chosen[option] = {vocabulary[token] for token in tokens}
+    return frozenset((special_token_ids(tokenizer) | think | chosen["--skip_tokens"]) - chosen["--keep_tokens"])
+
+
+# --- conversation to tokens ---
+
+
+class Aligner:
+    """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids."""
+
+    def __init__(self, tokenizer, template: ChatTemplate, skipped_ids: frozenset[int]):
+        self.tokenizer, self.template, self.skipped_ids = tokenizer, template, skipped_ids
+        self.special_ids = special_token_ids(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
+        written_out = [re.escape(tag) for tag in THINK_TAGS if tag not in vocabulary]
+        self.written_tag = re.compile("|".join(written_out)) if written_out else None
+
+    @classmethod
+    def from_extraction(cls, tokenizer, extraction: dict) -> "Aligner":
+        """As the extraction that wrote ``extraction.json`` aligned."""
+        template = ChatTemplate(
+            extraction["chat_template"],
+            tokenizer.special_tokens_map,
+            extraction["template_kwargs"],
+            extraction.get("template_date"),
+        )
+        return cls(tokenizer, template, frozenset(extraction["skipped_token_ids"]))
+
+    def align(self, conversation: list[dict]) -> Alignment:
+        """Render, tokenize, mask and skip. Raises TemplateError where the template refuses the conversation."""
+        text, spans = self.template.render(conversation)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        input_ids = np.array(encoding["input_ids"], np.int64)
+        pieces = self.tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+        extents = token_extents(encoding["offset_mapping"], pieces)
+        reasons: list[str | None] = [PROMPT] * len(input_ids)
+        for start, end in spans:
+            inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
+            for i in inside:
+                reasons[i] = self._skip_reason(int(input_ids[i]))
+            self._skip_by_text(reasons, inside, extents, text, start, end)
+            self._skip_after_end(reasons, inside, extents, input_ids, text, end)
+        if reasons and reasons[0] is None:
+            reasons[0] = FIRST_TOKEN_REASON
+        return Alignment(input_ids, reasons)
+
+    def _skip_reason(self, token_id: int) -> str | None:
+        if token_id not in self.skipped_ids:
+            return None
+        if token_id in self.think_ids:
+            return THINK_TAG_REASON
+        return SPECIAL_REASON if token_id in self.special_ids else CHOSEN_REASON
+
+    def _skip_by_text(self, reasons, inside, extents, text: str, start: int, end: int) -> None:
+        """Think tags that are no tokens of their own, and an empty think block at the start of the turn."""
+        for tag in self.written_tag.finditer(text, start, end) if self.written_tag else ():
+            for i in inside[(extents[inside, 0] < tag.end()) & (extents[inside, 1] > tag.start())]:
+                reasons[i] = THINK_TAG_REASON
+        if block := EMPTY_THINK_BLOCK.match(text, start, end):
+            for i in inside[extents[inside, 1] <= block.end()]:
+                reasons[i] = EMPTY_THINK_REASON
+
+    def _skip_after_end(self, reasons, inside, extents, input_ids, text: str, end: int) -> None:
+        """White space that the template adds behind the turn's last special token."""
+        ends = [i for i in inside if input_ids[i] in self.special_ids]
+        if ends and not text[extents[ends[-1], 1] : end].strip():
+            for i in inside[inside > ends[-1]]:
+                reasons[i] = AFTER_END_REASON
+
+
+def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarray:
+    """Characters each token stands for, int64 (T, 2): its offsets, begun where the token before it ended.
+
+    Offsets may leave out a token's spaces (``trim_offsets``). Those at its end, which only ``pieces``, the tokens as
+    the vocabulary spells them, tell from the next one's, are given back; a token of spaces alone has its end right.
+    Tokens that share a character keep its start.
+    """
+    extents = np.array(offsets, np.int64).reshape(-1, 2)
+    for i in np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])):
+        extents[i, 1] += len(pieces[i]) - len(pieces[i].rstrip(SPACE_SIGNS))
+    extents[1:, 0] = np.minimum(extents[1:, 0], extents[:-1, 1])
+    return extents
+
+
+# --- stored rows ---
+
+
+class RowAligner:
+    """Aligns stored rows of one dataset.
+
+    ``extraction`` is the dataset's ``extraction.json``; ``chat_template`` (a path or text) replaces the recorded one.
+    """
+
+    def __init__(self, tokenizer, extraction: dict, chat_template: str | None = None):
+        self._recorded = Aligner.from_extraction(tokenizer, extraction)
+        self._aligner = self._recorded if chat_template is None else None
+        self._chat_template, self._extraction = chat_template, extraction
+
+    def align(self, row: dict) -> Alignment:
+        """A row's input ids and extracted positions, proven by its checksum.
+
+        Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
+        """
+        conversation = from_stored(row["messages"])
+        if self._aligner is None:
+            self._aligner = self._choose(conversation)
+        try:
+            alignment = self._aligner.align(conversation)
+        except TemplateError as error:
+            raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
+        if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
+            raise AlignmentError(_explain_mismatch(row, alignment, self._recorded, conversation))
+        return alignment
+
+    def _choose(self, conversation: list[dict]) -> Aligner:
+        kwargs, date = self._extraction["template_kwargs"], self._extraction.get("template_date")
+        tokenizer = self._recorded.tokenizer
+        choice = choose_template(self._chat_template, tokenizer, kwargs, date, [conversation])
+        return Aligner(tokenizer, choice.template, self._recorded.skipped_ids)
+
+
+def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None = None) -> Alignment:
+    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time."""
+    return RowAligner(tokenizer, extraction, chat_template).align(row)
+
+
+def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner, conversation: list[dict]) -> str:
+    """Where the rebuilt conversation first differs, known if the recorded template still gives the tokens."""
+    original = recorded.align(conversation)
+    if original.checksum != row["alignment_checksum"]:
+        return (
+            f"column alignment_checksum: the rebuilt conversation ({len(rebuilt.input_ids)} tokens) is not the "
+            "one extracted. The messages, the template or the tokenizer have changed since."
+        )
+    if len(original.positions) != row["num_tokens"]:
+        return f"column num_tokens: found {row['num_tokens']}, expected {len(original.positions)} extracted tokens"
+    return "this chat template does not fit the extraction: " + _first_difference(original, rebuilt, recorded.tokenizer)
+
+
+def _first_difference(original: Alignment, rebuilt: Alignment, tokenizer) -> str:
+    for i, (found, expected) in enumerate(zip(rebuilt.input_ids, original.input_ids, strict=False)):
+        if found != expected:
+            texts = [repr(tokenizer.decode([int(token)])) for token in (found, expected)]
+            return f"token {i} is {texts[0]} ({found}), expected {texts[1]} ({expected})"
+    if len(rebuilt.input_ids) != len(original.input_ids):
+        return f"it gives {len(rebuilt.input_ids)} tokens, expected {len(original.input_ids)}"
+    for i, (found, expected) in enumerate(zip(rebuilt.reasons, original.reasons, strict=True)):
+        if (found is None) != (expected is None):
+            verb = ("extracts", "skipped") if found is None else ("skips", "extracted")
+            return f"it {verb[0]} token {i}, which was {verb[1]}"
+    return "the extracted positions differ"

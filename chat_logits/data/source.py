@@ -1,0 +1,178 @@
+"""The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from chat_logits.data.hashing import hash_files
+from chat_logits.data.parquet_rows import ParquetRows
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import explain_hub_error, resolve_commit
+
+SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class SourceDataset:
+    """One split of a dataset, whose rows are read in any order.
+
+    ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream whose
+    length is recorded nowhere; ``what`` names the dataset in errors.
+    """
+
+    rows: "TableRows | ParquetRows | StreamRows"
+    revision: str
+    num_rows: int | None
+    column_names: list[str]
+    what: str
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
+
+    def read(self, first: int, end: int) -> list[dict]:
+        """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order.
+
+        Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
+        """
+        with self._reading, explained(self.what):
+            return self.rows.read(first, end if self.num_rows is None else min(end, self.num_rows))
+
+    def footers(self) -> dict[str, list[int]]:
+        """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
+        with explained(self.what):
+            return self.rows.footers() if isinstance(self.rows, ParquetRows) else {}
+
+
+class TableRows:
+    """Rows of a memory-mapped ``datasets.Dataset``."""
+
+    def __init__(self, table):
+        self._table = table
+        self.num_rows = len(table)
+
+    def read(self, first: int, end: int) -> list[dict]:
+        end = min(end, self.num_rows)
+        return list(self._table.select(range(first, end))) if first < end else []
+
+
+class StreamRows:
+    """Rows of a ``datasets.IterableDataset``: those before are read too, and going back starts over."""
+
+    def __init__(self, stream, num_rows: int | None):
+        self._stream, self.num_rows = stream, num_rows
+        self._open: Iterator[dict] | None = None
+        self._next_row = 0
+
+    def read(self, first: int, end: int) -> list[dict]:
+        if first >= end:
+            return []
+        if self._open is None or first < self._next_row:
+            self._open, self._next_row = iter(self._stream.skip(first)), first
+        found = list(islice(self._open, first - self._next_row, end - self._next_row))
+        self._next_row = first + len(found)
+        return found
+
+
+def open_source(
+    dataset_id: str,
+    config: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    footers: dict[str, list[int]] | None = None,
+) -> SourceDataset:
+    """Open one split; ``footers`` are another process's of the same revision.
+
+    Raises UsageError for wrong names and ToolkitError where the Hub refuses.
+    """
+    if not SPLIT_NAME.fullmatch(split):
+        raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
+    commit, arguments = _locate(dataset_id, config, revision, split)
+    what = f"--dataset_id {dataset_id}, --split {split}"
+    with explained(what):
+        rows = _open_rows(arguments, split, streaming, footers)
+        first = rows.read(0, 1)
+    if not first:
+        raise UsageError(f"{what}: no rows")
+    return SourceDataset(rows, commit, rows.num_rows, list(first[0]), what)
+
+
+def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
+    """The revision to record, and ``load_dataset``'s arguments."""
+    path = Path(dataset_id)
+    if path.exists():
+        if revision or (config and path.is_file()):
+            raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
+        content = hash_files(path)
+        return content, _local_arguments(path, config, split, content)
+    if path.suffix in FILE_FORMATS:
+        raise UsageError(f"--dataset_id {dataset_id}: no such file")
+    commit = resolve_commit(dataset_id, "dataset", revision)
+    return commit, {"path": dataset_id, "name": config, "revision": commit}
+
+
+def _open_rows(
+    arguments: dict, split: str, streaming: bool, footers: dict | None
+) -> TableRows | ParquetRows | StreamRows:
+    import datasets
+
+    if not streaming:
+        return TableRows(datasets.load_dataset(**arguments, split=split))
+    builder = datasets.load_dataset_builder(**arguments)
+    stream = builder.as_streaming_dataset(split)
+    splits = builder.info.splits
+    recorded = splits[split].num_examples or None if splits and split in splits else None
+    files = _parquet_files(builder.config, split)
+    return ParquetRows(files, stream.features, recorded, footers) if files else StreamRows(stream, recorded)
+
+
+def _parquet_files(config, split: str) -> list[str]:
+    """The files of a split, if all are Parquet (and not archives of such)."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+    files = config.data_files[split] if isinstance(config, ParquetConfig) and split in config.data_files else []
+    return list(files) if all(file.endswith(".parquet") for file in files) else []
+
+
+def _local_arguments(path: Path, config: str | None, split: str, content: str) -> dict:
+    """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
+    or another of the same name, for the one it has cached."""
+    import datasets
+
+    cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
+    if path.is_dir():
+        return {"path": str(path), "name": config, **cache}
+    if path.suffix not in FILE_FORMATS:
+        raise UsageError(f"--dataset_id {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
+    return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}, **cache}
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """What ``datasets`` raises, as errors that say what to do."""
+    import datasets
+
+    try:
+        yield
+    except StopIteration as error:  # of ``datasets``, for an empty file
+        raise UsageError(f"{what}: no rows") from error
+    except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
+        raise ToolkitError(
+            f"{what}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
+        ) from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UsageError(f"{what}: {_shortened(error.__cause__ or error)}") from error
+    except datasets.table.CastError as error:
+        raise UsageError(f"{what}: {error.details()}") from error
+    except Exception as error:  # odd data and the Hub's clients raise all kinds
+        if "corresponds to no data" in str(error):
+            raise UsageError(f"{what}: no rows") from error
+        raise explain_hub_error(error, what, UsageError) from error
+
+
+def _shortened(error: BaseException) -> str:
+    """The first line: some go on with whole schemas."""
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,55 @@
+"""Pages from ``pages/``: one file each, with style, script and data in it, that fetch nothing and run nothing else."""
+
+import base64
+import hashlib
+import html
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from chat_logits.display.plain_json import plain
+
+PAGES = Path(__file__).resolve().parent / "pages"
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render_page(template: str, script: str | None = None, data: dict | None = None, **content) -> str:
+    """A page of ``pages/``, whatever is in its ``content`` escaped.
+
+    ``script`` names a file of ``pages/``; its hash is in the page's security policy, so that nothing else can run.
+    ``data`` is what it reads.
+    """
+    code = (PAGES / script).read_text(encoding="utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup((PAGES / "style.css").read_text(encoding="utf-8")),
+            script=Markup(code),
+            script_sources=f"'sha256-{digest}'" if script else "'none'",
+            data=htmlsafe_json_dumps(plain(data), separators=(",", ":")),
+            **plain(content),
+        )
+    )
+
+
+def framed(page: str, height: int = 560) -> str:
+    """A page as a part of another one, such as a notebook: in a frame of its own, so that neither styles the other."""
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page)}" title="Token analysis" '
+        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:8px;resize:vertical"></iframe>'
+    )

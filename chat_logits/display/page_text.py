@@ -1,0 +1,151 @@
+"""Tokens as a page shows them: which characters stand at which token, and which tokens make up which turn."""
+
+import codecs
+import itertools
+from dataclasses import dataclass
+
+import regex
+
+from chat_logits.analysis.tokens import PROMPT, TokenAnalysis
+from chat_logits.display.text import code_of, is_lone_byte, is_plain
+
+# Characters that make up one emoji with their neighbours; other clusters join across tokens by themselves.
+EMOJI = regex.compile(r"(?=[\p{Extended_Pictographic}\p{Regional_Indicator}])\X")
+ASSISTANT, TEMPLATE = "assistant", "template"
+SHOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one turn: ``role`` is the speaker's, None for what the template puts between turns."""
+
+    role: str | None
+    tokens: list[TokenAnalysis]
+
+    @property
+    def kind(self) -> str:
+        """One of the kinds that pages tell apart; other roles are shown as a user's."""
+        return TEMPLATE if self.role is None else self.role if self.role in SHOWN_ROLES else "user"
+
+
+def token_characters(tokens: list[TokenAnalysis]) -> list[str]:
+    """The characters that stand at each token, which joined are the whole text.
+
+    A character or an emoji that is spread over several tokens stands at the last of them. Lone bytes stay surrogate
+    escapes.
+    """
+    pieces = _whole_at_last_byte([token.text.encode(errors="surrogateescape") for token in tokens])
+    owners = [i for i, piece in enumerate(pieces) for _ in piece]
+    text = "".join(pieces)
+    for emoji in EMOJI.finditer(text):
+        start, end = emoji.span()
+        owners[start:end] = [owners[end - 1]] * (end - start)
+    placed = [""] * len(tokens)
+    for character, owner in zip(text, owners, strict=True):
+        placed[owner] += character
+    return placed
+
+
+def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    pieces: list[str] = []
+    for text in texts:
+        if pieces and text and not 0x80 <= text[0] < 0xC0:  # what is begun is not gone on with
+            pieces[-1] += decoder.decode(b"", final=True)
+        pieces.append(decoder.decode(text))
+    if pieces:
+        pieces[-1] += decoder.decode(b"", final=True)
+    return pieces
+
+
+def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> dict[int, str]:
+    """By position, for tokens that are bytes of a character alone: that character, as ``token_characters`` has it."""
+    found, following = {}, ""
+    for token, placed in zip(reversed(tokens), reversed(characters), strict=True):
+        following = regex.match(r"\X", placed)[0] if placed else following
+        if token.text and all(map(is_lone_byte, token.text)) and all(map(is_plain, following)):
+            found[token.position] = following
+    return found
+
+
+def pieces_of(characters: str) -> list[tuple[str, str]]:
+    """A token's characters as ("plain", text), ("line", end of line), ("code", what may not act) or ("part", "").
+
+    "part" stands for a token that has no character of its own, as a character goes on in the next one.
+    """
+    if not characters:
+        return [("part", "")]
+    kinds = ((_kind(character), character) for character in characters)
+    return [
+        piece
+        for kind, run in itertools.groupby(kinds, key=lambda pair: pair[0])
+        for piece in _pieces(kind, "".join(character for _, character in run))
+    ]
+
+
+def _kind(character: str) -> str:
+    if character in "\n\t":
+        return "line" if character == "\n" else "plain"
+    return "plain" if is_plain(character) else "code"
+
+
+def _pieces(kind: str, run: str) -> list[tuple[str, str]]:
+    if kind == "plain":
+        return [(kind, run)]
+    return [(kind, code_of(character) if kind == "code" else character) for character in run]
+
+
+def segments(tokens: list[TokenAnalysis], messages: list[dict]) -> list[Segment]:
+    """The conversation in turns. What the assistant said is known from the mask, other turns by their text.
+
+    A prompt's message that is not found, as the template has changed it, stands with the template's own text.
+    """
+    speakers = [None if token.status == PROMPT else ASSISTANT for token in tokens]
+    characters = token_characters(tokens)
+    start = 0
+    for end, before in zip(_answer_starts(speakers), _messages_before(messages, speakers), strict=False):
+        speakers[start:end] = _roles_in_prompt(characters[start:end], before)
+        start = end + next((i for i, speaker in enumerate(speakers[end:]) if speaker is None), len(speakers) - end)
+    return [
+        Segment(role, [token for _, token in run])
+        for role, run in itertools.groupby(zip(speakers, tokens, strict=True), key=lambda pair: pair[0])
+    ]
+
+
+def _answer_starts(speakers: list[str | None]) -> list[int]:
+    return [i for i, speaker in enumerate(speakers) if speaker and not (i and speakers[i - 1])]
+
+
+def _messages_before(messages: list[dict], speakers: list[str | None]) -> list[list[dict]]:
+    """The messages in each stretch of prompt; none where the answers are not those that the mask shows."""
+    answers, spans = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT], len(_answer_starts(speakers))
+    ends = answers if len(answers) == spans else answers[-1:] if spans == 1 else []
+    return [messages[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+def _roles_in_prompt(characters: list[str], messages: list[dict]) -> list[str | None]:
+    """The role of the message that each token of a stretch of prompt is part of; None for the template's own.
+
+    Messages are looked for from the end, as the template's words are mostly before them: its system prompt, headers.
+    """
+    text, roles = "".join(characters), [None] * len(characters)
+    owners = [i for i, piece in enumerate(characters) for _ in piece]
+    end = len(text)
+    for message in reversed(messages):
+        content = (message["content"] or "").strip()
+        place = _last_place(text, content, end, owners, characters) if content else None
+        if place is not None:
+            first, last, end = owners[place], owners[place + len(content) - 1], place
+            roles[first : last + 1] = [message["role"]] * (last + 1 - first)
+    return roles
+
+
+def _last_place(text: str, content: str, end: int, owners: list[int], characters: list[str]) -> int | None:
+    """Where the content stands last before ``end``, unless that is a part of a single token such as a header's."""
+    place = text.rfind(content, 0, end)
+    while place >= 0:
+        first, last = owners[place], owners[place + len(content) - 1]
+        if first != last or characters[first].strip() == content:
+            return place
+        place = text.rfind(content, 0, place + len(content) - 1)
+    return None

@@ -1,0 +1,281 @@
+"""The folder of a run: its lock, the shards that are finished in it, and the files that describe them.
+
+The finished shards are the state of a run. Whatever else is in the folder can be made anew from them and from
+``extraction.json``.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.extraction.shard_record import RECORD, ShardRecord
+from chat_logits.storage import card as dataset_card
+from chat_logits.storage.dataset import (
+    CARD_FILE,
+    EXTRACTION_FILE,
+    SHARDS_FILE,
+    check_extraction,
+    read_json,
+    shard_listing,
+)
+from chat_logits.storage.disk import make_room_or_stop, nearest_existing
+from chat_logits.storage.fingerprint import run_fingerprint
+from chat_logits.storage.shard import DamagedShard, ShardEntry, check_shard, flush_and_rename
+from chat_logits.storage.shard_writer import ShardWriter
+
+REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
+WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
+REPLACED_REPO, DONE = ".output_repo", " done"  # in .replaced: whose run is to be replaced too, and whose has been
+CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
+DESCRIBING = 19  # times as long as it took, until the files around the shards are written again
+PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
+
+
+class RunFolder:
+    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the ``extraction.json`` found in it,
+    ``recomputed`` the shards that were found damaged, now or earlier.
+
+    Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False):
+        self.path = path
+        self.entries: dict[int, ShardEntry] = {}
+        self.extraction: dict = {}
+        self.fingerprint = ""
+        self.recomputed: set[int] = set()
+        self._is_described, self._due = True, 0.0
+        self._lock = filelock.FileLock(path / LOCK)
+        _check_place(path)
+        if path.is_dir():
+            self._acquire()
+        try:
+            self.recorded = self._read_extraction()
+        except ToolkitError as error:
+            if not overwrite:
+                self.close()
+                raise ToolkitError(f"{error}\nChoose another folder, or replace the run with --overwrite.") from error
+            self.recorded = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the folder to others, with what it says of its shards up to date."""
+        if not self._is_described:
+            with suppress(OSError):  # a full disk, told already; the next process makes them anew
+                self.describe_shards()
+        self._lock.release(force=True)
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether an unfinished ``--overwrite`` has begun the run that is in the folder."""
+        return (self.path / REPLACED).exists()
+
+    @property
+    def replaced_run(self) -> Path | None:
+        """Where the run lies that is being replaced, if there was one."""
+        return self.path / REPLACED if (self.path / REPLACED / EXTRACTION_FILE).exists() else None
+
+    def may_replace(self, repo: str) -> bool:
+        """Whether the ``--overwrite`` that began the run in the folder was about this repository too, whose run still
+        is to be replaced."""
+        return repo in self._replaced_repos()
+
+    def has_replaced(self, repo: str) -> bool:
+        """Whether it has replaced the run in this repository already."""
+        return repo + DONE in self._replaced_repos()
+
+    def note_replaced(self, repo: str) -> None:
+        """Remember that the run in this repository has been replaced."""
+        others = [line for line in self._replaced_repos() if line != repo]
+        self._mark_replaced([*others, repo + DONE])
+
+    def _replaced_repos(self) -> list[str]:
+        marker = self.path / REPLACED / REPLACED_REPO
+        return marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
+
+    def _mark_replaced(self, lines: list[str]) -> None:
+        (self.path / REPLACED).mkdir(exist_ok=True)
+        write_text(self.path / REPLACED / REPLACED_REPO, "\n".join(lines))
+
+    def count_shards(self) -> int:
+        """Shards that are in the folder, checked or not."""
+        return sum(not path.name.startswith(".") for path in self.path.glob("data/*/*.parquet"))
+
+    def begin(self, extraction: dict, overwrite: bool = False, repo: str = "") -> None:
+        """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
+
+        A run that was set aside before, by an ``--overwrite`` that never finished, is kept, and the unfinished one not.
+        ``repo`` is the repository whose run is replaced with it.
+        """
+        self._enter()
+        self._set_extraction(extraction)
+        self.entries = {}
+        self._writer = ShardWriter(self.path, extraction)
+        with make_room_or_stop(self.path):
+            if overwrite:
+                self._mark_replaced([repo])
+            if self.is_replacing:
+                self._set_aside()
+            write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+            self.describe_shards()
+
+    def resume(self, extraction: dict, check_all: bool = False) -> None:
+        """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot.
+
+        Read are those that have changed since they were written, or all with ``check_all``.
+        """
+        self._enter()
+        self._set_extraction(extraction)
+        if not check_all:
+            self._record.load()
+        with make_room_or_stop(self.path):
+            if not (self.path / EXTRACTION_FILE).exists():
+                write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+            for leftover in self.path.glob("data/*/.*.tmp"):
+                leftover.unlink(missing_ok=True)
+            self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
+            for entry in self.entries.values():
+                self._record.note(entry)
+            aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
+            self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
+            self.describe_shards()
+        self._writer = ShardWriter(self.path, extraction, max((e.num_bytes for e in self.entries.values()), default=0))
+
+    def _set_extraction(self, extraction: dict) -> None:
+        self.extraction, self.fingerprint = extraction, run_fingerprint(extraction)
+        self._record = ShardRecord(self.path, self.fingerprint)
+
+    def write_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
+        """Write one finished shard, of which ``add`` is to be told."""
+        return self._writer.write(shard, rows, skipped)
+
+    def add(self, entry: ShardEntry) -> bool:
+        """Tell of a shard that is in the folder now. Returns whether the files that describe the shards are up to date.
+
+        They are not each time, where they are long: bringing them up to date takes a twentieth of the time at most.
+        """
+        self.entries[entry.shard] = entry
+        self._record.note(entry)
+        started = time.monotonic()
+        self._is_described = started >= self._due
+        if self._is_described:
+            with make_room_or_stop(self.path):
+                self.describe_shards()
+            self._due = time.monotonic() + DESCRIBING * (time.monotonic() - started)
+        return self._is_described
+
+    def describe_shards(self) -> None:
+        """Write ``shards.json``, the card, and the record of checked shards."""
+        texts = {**self.files_around(list(self.entries.values())), RECORD: self._record.text()}
+        for name, text in texts.items():
+            write_text(self.path / name, text)
+        self._is_described = True
+
+    def files_around(self, entries: list[ShardEntry]) -> dict[str, str]:
+        """The text of ``shards.json`` and of the card where these are the shards there are."""
+        entries = sorted(entries, key=lambda entry: entry.shard)
+        return {
+            SHARDS_FILE: as_json(shard_listing(entries)),
+            CARD_FILE: dataset_card.render_card(self.extraction, self.fingerprint, entries),
+        }
+
+    def finish(self) -> None:
+        """Remove the run that was replaced, now that the new one is whole."""
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+
+    def _enter(self) -> None:
+        """Make and lock a folder that was not there at first. Raises UsageError if another process was quicker."""
+        if self._lock.is_locked:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        if (self.path / EXTRACTION_FILE).exists():
+            raise UsageError(f"--output_dir {self.path}: another process has begun a run here. Give the command again.")
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise UsageError(
+                f"--output_dir {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
+                "choose another folder."
+            ) from error
+        (self.path / WORKERS).unlink(missing_ok=True)  # of a process that was killed: its workers may live on a while
+
+    def _read_extraction(self) -> dict | None:
+        path, what = self.path / EXTRACTION_FILE, f"--output_dir {self.path}"
+        if not path.is_file():
+            return None
+        found = read_json(path, f"{what}: {EXTRACTION_FILE}")
+        check_extraction(found, what)
+        return found
+
+    def _set_aside(self) -> None:
+        """Move one part after another; what a run that was stopped here has left is moved by the next."""
+        replaced = self.path / REPLACED
+        kept = (replaced / CARD_FILE).exists()  # the last part: the run that lies there is whole
+        for part in PARTS:
+            here, there = self.path / part, replaced / part
+            if not kept and here.exists() and not there.exists():
+                here.rename(there)
+            elif here.is_dir():
+                shutil.rmtree(here)
+            else:
+                here.unlink(missing_ok=True)
+
+    def _check_shards(self) -> list[ShardEntry | None]:
+        paths = sorted(self.path.glob(f"data/*/{self.extraction['split']}-*.parquet"))
+        with ThreadPoolExecutor(CHECKING) as pool:
+            checked = pool.map(self._checked, paths)
+            return list(tqdm(checked, "Checking shards", len(paths), unit=" shards", leave=False, delay=1))
+
+    def _checked(self, path: Path) -> ShardEntry | None:
+        relative = path.relative_to(self.path).as_posix()
+        try:
+            known = self._record.unchanged(relative)
+            return known or check_shard(self.path, relative, self.fingerprint, self.extraction["rows_per_shard"])
+        except DamagedShard as error:
+            aside = path.with_name(DAMAGED + path.name)
+            path.rename(aside)
+            print(f"{error}\nSet aside as {aside}; its rows are computed again.", file=sys.stderr)
+            return None
+
+
+def _check_place(folder: Path) -> None:
+    nearest = nearest_existing(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"--output_dir {folder}: {nearest} is no folder that can be written to")
+    present = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
+    if present and not is_run:
+        raise UsageError(f"--output_dir {folder}: the folder holds other files, such as {present[0].name}")
+
+
+def as_json(content: dict) -> str:
+    """JSON for people to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        flush_and_rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,212 @@
+"""The run: from its options to the finished dataset, begun anew or gone on with where another process left it.
+
+the record, if any -> source, template -> is it the same run? -> the missing shards through the model -> the Hub
+"""
+
+import argparse
+import functools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from chat_logits.analysis.tokens import label_tokens
+from chat_logits.cli.extract_options import goes_straight, uses_ray
+from chat_logits.display.token_report import print_preview
+from chat_logits.errors import ToolkitError
+from chat_logits.extraction.folder import RunFolder
+from chat_logits.extraction.pipeline import missing_shards
+from chat_logits.extraction.ray_address import reach, require_ray
+from chat_logits.extraction.run_description import OpenedRun, open_run, what_differs
+from chat_logits.extraction.shard_computer import ShardComputer
+from chat_logits.extraction.upload import HubSync
+from chat_logits.model import teacher
+from chat_logits.storage.disk import DiskWatch
+from chat_logits.storage.fingerprint import another_run
+from chat_logits.storage.repository import Repository
+from chat_logits.storage.shard import ShardEntry
+
+
+def preview(arguments: argparse.Namespace) -> None:
+    """Print the first conversations as they would be extracted; runs no model and writes nothing."""
+    reader = open_run(arguments).reader
+    ready, skipped = reader.align(0, arguments.preview)
+    for aligned in ready:
+        tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
+        print_preview(f"Source row {aligned.source_index}", tokens)
+    for entry in skipped:
+        print(f"Source row {entry['row']} would be skipped: {entry['reason']}")
+
+
+def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
+    """The command's work, from its checked arguments to the pushed dataset.
+
+    The same call goes on with what an earlier one left unfinished. Raises UsageError where the folder or the
+    repository holds another run.
+    """
+    workers_of = choose_workers(arguments)
+    sync = _connect(arguments, folder) if arguments.output_repo else None
+    try:
+        opened, recorded = open_or_go_on(arguments, folder, sync)
+        with workers_of(opened, folder) as workers:
+            if sync:
+                sync.overwrite = _replaces(arguments, folder, recorded, sync.repository.at)
+                sync.make()
+            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
+            run.begin_or_resume(recorded)
+            run.compute_missing()
+        print_summary(run.finished.values(), folder)
+        if sync:
+            sync.finish()
+            print(f"Pushed         {sync.repository.url}")
+        folder.finish()
+    finally:
+        if sync:
+            sync.close()
+
+
+def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
+    """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
+    if uses_ray(arguments):
+        require_ray()
+        if arguments.ray_address:
+            reach(arguments.ray_address)
+        from chat_logits.extraction.workers import RayWorkers
+
+        return lambda opened, folder: RayWorkers(opened, folder.path)
+    device = teacher.choose_device(arguments.device)
+    return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
+
+
+def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
+    repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
+    sync = HubSync(repository, folder, arguments.push_every, goes_straight(arguments))
+    sync.connect()
+    return sync
+
+
+def _replaces(arguments: argparse.Namespace, folder: RunFolder, recorded: dict | None, repo: str) -> bool:
+    """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
+    is_done = recorded and folder.has_replaced(repo)
+    return folder.may_replace(repo) or (arguments.overwrite and not is_done)
+
+
+def open_or_go_on(
+    arguments: argparse.Namespace, folder: RunFolder, sync: HubSync | None
+) -> tuple[OpenedRun, dict | None]:
+    """What is read, and the record of the run to go on with: the folder's, else the repository's; None for a new run.
+
+    Raises UsageError where the recorded run is another one, unless it is to be replaced.
+    """
+    recorded, where = folder.recorded, f"--output_dir {folder.path}"
+    if not recorded and sync and sync.remote and not folder.is_replacing:
+        recorded, where = sync.remote.extraction, sync.repository.what
+    if arguments.overwrite and not folder.is_replacing:
+        recorded = None
+    opened = open_run(arguments, recorded)
+    different = what_differs(opened, recorded) if recorded else []
+    if different and not arguments.overwrite:
+        raise another_run(where, "; ".join(different), "place")
+    return (open_run(arguments), None) if different else (opened, recorded)
+
+
+@dataclass
+class Run:
+    """A run on its way; ``finished`` are its shards, in the folder or only in the repository."""
+
+    opened: OpenedRun
+    folder: RunFolder
+    workers: object  # a ShardComputer, or what else has its ``describe`` and ``compute``
+    sync: HubSync | None
+    watch: DiskWatch
+
+    @property
+    def finished(self) -> dict[int, ShardEntry]:
+        return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
+
+    def begin_or_resume(self, recorded: dict | None) -> None:
+        """Go on with the recorded run, or start a new one in the folder."""
+        arguments = self.opened.arguments
+        if recorded:
+            self.folder.resume(recorded, arguments.check_shards)
+        else:
+            if not goes_straight(arguments):
+                self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
+            self.folder.begin(
+                self.workers.describe(), arguments.overwrite, self.sync.repository.at if self.sync else ""
+            )
+
+    def compute_missing(self) -> None:
+        """Compute the shards that are missing; loads the model only if there are any."""
+        finished = self.finished
+        self._tell_state(finished)
+        if self.sync:
+            self.sync.start()
+        try:
+            self._compute({shard: entry.source_rows for shard, entry in finished.items()})
+        except BaseException as error:
+            if self.sync and (isinstance(error, Exception) or self.sync.holds_uploads):
+                self._push_what_there_is()
+            raise
+
+    def _compute(self, covered: dict[int, int]) -> None:
+        num_rows, extraction = self.opened.reader.num_rows, self.folder.extraction
+        missing = missing_shards(covered, extraction["rows_per_shard"], num_rows)
+        progress = functools.partial(
+            tqdm,
+            total=num_rows,
+            initial=sum(covered.values()),
+            unit=" conversations",
+            dynamic_ncols=True,
+            smoothing=0,
+        )
+        self.workers.compute(missing, extraction, self._keep, progress)
+
+    def _push_what_there_is(self) -> None:
+        """Before a failure ends the run: what is finished may be all that is left of this machine.
+
+        After Ctrl-C, too, where shards were uploaded and are in no folder: without a commit they would be lost.
+        """
+        try:
+            self.sync.finish()
+            if goes_straight(self.opened.arguments):
+                print(f"{len(self.finished)} finished shards are in {self.sync.repository.repo_id}.", file=sys.stderr)
+        except ToolkitError as error:
+            print(error, file=sys.stderr)
+
+    def _keep(self, entry: ShardEntry, upload=None) -> None:
+        """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
+        is_described = upload is None and self.folder.add(entry)
+        if self.sync:
+            self.sync.add(entry, upload)
+        if is_described:
+            self.watch.check_rest(self.folder.entries.values(), self.finished.values())
+
+    def _tell_state(self, finished: dict[int, ShardEntry]) -> None:
+        if not finished:
+            return
+        apart = len(finished) - len(self.folder.entries)
+        where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart else ""
+        rows = sum(entry.source_rows for entry in finished.values())
+        print(f"Going on: {rows:,} rows are done, in {len(finished)} shards{where}", file=sys.stderr)
+        self.watch.check_rest(self.folder.entries.values(), finished.values())
+
+
+def print_summary(entries: Collection[ShardEntry], folder: RunFolder) -> None:
+    """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
+    skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
+    tokens, size = sum(entry.num_tokens for entry in entries), sum(entry.num_bytes for entry in entries)
+    here = sum(entry.num_bytes for entry in folder.entries.values())
+    print(f"Conversations  {sum(entry.num_rows for entry in entries):,} written, {skipped.total():,} skipped")
+    for reason, count in skipped.most_common():
+        print(f"               {count:,} × {reason}")
+    print(f"Tokens         {tokens:,} extracted")
+    if tokens:
+        mean = sum(entry.nll for entry in entries) / tokens
+        where = f"{here:,} bytes in {folder.path}" if here else f"{size:,} bytes on the Hub"
+        print(f"Disk           {size / tokens:.1f} bytes a token, {where}")
+        print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")

@@ -1,0 +1,98 @@
+"""A process that holds the model: what the model adds to the run's description, and shards through it.
+
+The plain run has one, and every worker of a run on several accelerators.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from chat_logits.extraction.pipeline import Side, run_shards
+from chat_logits.extraction.run_description import OpenedRun, describe_with_model
+from chat_logits.model import teacher
+from chat_logits.model.memory import choose_budget
+from chat_logits.scratch import remove_scratch
+from chat_logits.storage.shard import ShardEntry
+
+
+@dataclass
+class ShardComputer:
+    """The model of an opened run on one device; ``write(shard, rows, skipped)`` puts a shard in its place."""
+
+    opened: OpenedRun
+    device: torch.device
+    write: Callable[[int, list[dict], list[dict]], ShardEntry]
+    model: object = None
+    cache_agrees: bool = False
+
+    def describe(self) -> dict:
+        """``extraction.json`` of a new run. Loads the model."""
+        self.load_model()
+        return {**describe_with_model(self.opened, self.model), **self._budget({})}
+
+    def compute(
+        self,
+        shards: Iterator[int],
+        extraction: dict,
+        finished: Callable[[ShardEntry], None],
+        progress: Callable[[], tqdm],
+    ) -> None:
+        """Compute these shards of the run that ``extraction.json`` describes; the model is loaded if there are any.
+
+        Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
+        """
+
+        def finish(shard: int, rows: list[dict], skipped: list[dict]) -> None:
+            finished(self.write(shard, rows, skipped))
+
+        with Side() as side:
+            read = side.read_ahead(self.opened.reader, shards, extraction["rows_per_shard"])
+            first = next(read, None)
+            if first is None:
+                return
+            self.load_model()
+            settings = {**extraction, **self._budget(extraction)}
+            with progress() as bar:
+                run_shards(self.model, settings, itertools.chain([first], read), side, finish, bar)
+
+    def close(self) -> None:
+        """Leave nothing behind of a spread model."""
+        remove_scratch()
+
+    def load_model(self) -> None:
+        """Load and check the model, if that is not done yet."""
+        if self.model is not None:
+            return
+        arguments = self.opened.arguments
+        where = "over all devices" if arguments.device_map else f"on {self.device}"
+        print(f"Loading {arguments.model_id} {where} …", file=sys.stderr)
+        self.model = teacher.load_teacher(
+            arguments.model_id,
+            self.opened.model_commit,
+            arguments.gguf_file,
+            arguments.dtype,
+            self.device,
+            arguments.attn_implementation,
+            arguments.trust_remote_code,
+            arguments.device_map,
+            arguments.max_memory,
+        )
+        self.cache_agrees = teacher.probe(self.model)
+        if not self.cache_agrees and arguments.prefix_cache:
+            print(
+                "Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr
+            )
+
+    def _budget(self, recorded: dict) -> dict:
+        """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
+        arguments = self.opened.arguments
+        budget = choose_budget(self.model, arguments.batch_tokens, arguments.logit_memory)
+        chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
+        options = {"batch_tokens": arguments.batch_tokens, "batch_logit_rows": arguments.logit_memory}
+        kept = {name: recorded[name] for name, option in options.items() if option is None and name in recorded}
+        cached = arguments.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
+        return {**chosen, **kept, "prefix_cache": cached}

@@ -1,0 +1,97 @@
+"""Where the parts of a model are: all on one device, or spread by accelerate over several, with memory and disk behind.
+
+What does not fit on the accelerators stays in memory or on disk, and is brought to an accelerator (without one, into
+memory) for as long as its layer works. Meanwhile its parameters are on "meta", so ``model.device`` says nothing.
+"""
+
+import importlib.util
+
+import torch
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.scratch import make_scratch
+
+HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
+
+
+def loading_options(
+    dtype: str, device: torch.device | str, device_map: str | None = None, max_memory: dict | None = None
+) -> dict:
+    """What ``from_pretrained`` needs for the dtype ("auto" is float32 on a CPU), and to spread a model, if it is to be.
+
+    ``device_map`` is "auto", "balanced" or "sequential", as accelerate has them; ``device`` is then not looked at.
+    ``max_memory`` is what ``read_max_memory`` takes. Raises ToolkitError without accelerate.
+    """
+    if device_map is None:
+        if max_memory is not None:
+            raise UsageError("--max_memory says how far to fill devices; give --device_map auto as well")
+        on_cpu, placement = torch.device(device).type == "cpu", {}
+    else:
+        refuse_without_accelerate()
+        limits = read_max_memory(max_memory)
+        on_cpu = all(place in HOST for place in limits or _places())
+        # Weights on disk stay in a checkpoint of safetensors; here goes what is converted (GGUF, pickles, experts).
+        placement = {"device_map": device_map, "max_memory": limits, "offload_folder": str(make_scratch())}
+    return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
+
+
+def refuse_without_accelerate() -> None:
+    """Raise ToolkitError where accelerate is missing: a single device does without it."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ToolkitError(
+            "--device_map needs the package accelerate, which is not installed.\n"
+            "Install it at the version in requirements-dev.txt."
+        )
+
+
+def read_max_memory(max_memory: dict | None) -> dict[int | str, int] | None:
+    """Bytes for each place: from places such as 0, "0", "mps", "cpu" or "disk" to bytes, or texts such as "60GiB".
+
+    Raises UsageError for a place that is not here, or a size that is none.
+    """
+    if max_memory is None:
+        return None
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    places, found = _places(), {}
+    for place, size in max_memory.items():
+        key = int(place) if str(place).isdecimal() else place
+        if key not in places:
+            raise UsageError(f"--max_memory: no place {str(place)!r}. Available: {', '.join(map(str, places))}.")
+        try:
+            found[key] = convert_file_size_to_int(size if isinstance(size, int) else str(size))
+        except ValueError as error:
+            raise UsageError(f"--max_memory: {size!r} for {key}: expected bytes, or a text like '60GiB'") from error
+    return found
+
+
+def _places() -> list[int | str]:
+    """The names that accelerate has for the devices here: numbers, but for Apple's."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return [*HOST]
+    return ["mps", *HOST] if accelerator.type == "mps" else [*range(torch.accelerator.device_count()), *HOST]
+
+
+def input_device(model) -> torch.device:
+    """Where a model gets its token ids and gives its logits: where its output embedding works.
+
+    A spread model takes ids anywhere, and brings its logits to where the ids were: thus they need not be moved.
+    """
+    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)  # accelerate's, if the model is spread
+    return torch.device(hook.execution_device) if hook else model.device
+
+
+def compute_devices(model) -> list[torch.device]:
+    """All devices that a model computes on."""
+    placed = set(getattr(model, "hf_device_map", {}).values()) - set(HOST)
+    return [torch.device(place) for place in placed] or [input_device(model)]
+
+
+def largest_fetch(model) -> int:
+    """Bytes of the largest weights that are brought from memory or disk for the time a layer works, 0 if none are."""
+    fetched = [
+        sum(weights.nbytes for weights in module.parameters(recurse=False) if weights.is_meta)
+        for module in model.modules()
+    ]
+    return max(fetched)

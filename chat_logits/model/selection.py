@@ -1,0 +1,125 @@
+"""Logits to nucleus, tail draws, logsumexp and real-token log-probabilities, on the device that holds the logits.
+
+One pass in place over the float32 logits: top K, exponentials, sums over blocks for total and tail, draws by two
+searches. FORMAT.md, "What is stored at a position", has the rules; ``logit_codec`` has the plain reference.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from chat_logits.errors import ToolkitError
+from logit_codec import ABSENT, MAX_TOKEN_ID, Distributions
+
+BLOCK = 128  # vocabulary entries that are summed in float32 before totals go on in float64
+DRAWN_ROWS = 64  # rows whose draws are searched at once: what the searches hold stays in the cache
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """What is stored at a position: at most ``top_k`` entries up to ``top_p``, and ``num_sampled`` draws."""
+
+    top_k: int
+    top_p: float
+    num_sampled: int
+
+
+@torch.inference_mode()
+def select(
+    logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, settings: SelectionSettings
+) -> dict[str, torch.Tensor]:
+    """The fields of ``Distributions`` as tensors on the logits' device. The logits (R, V) float32 are overwritten.
+
+    ``tokens`` (R,) int64 are the real tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
+    """
+    storable = min(logits.shape[1], MAX_TOKEN_ID)
+    top_values, top_ids = logits[:, :storable].topk(min(settings.top_k, storable))
+    real = logits.gather(1, tokens[:, None])[:, 0].double()
+    # The largest logit is the first of the top, but where the vocabulary goes on past the storable ids.
+    highest = top_values[:, :1] if storable == logits.shape[1] else logits.amax(dim=1, keepdim=True)
+    mass = logits.sub_(highest).exp_()
+    sums = _block_sums(mass)
+    logsumexp = highest[:, 0].double() + sums.sum(dim=1).log()
+    top_probs = (top_values.double() - logsumexp[:, None]).exp()
+    kept = _nucleus_cut(top_probs, settings.top_p) & torch.isfinite(top_values)
+    mass.scatter_(1, top_ids, mass.gather(1, top_ids) * ~kept)
+    sampled_ids, sampled_mass = _draw_tail(mass[:, :storable], uniforms, settings.num_sampled)
+    missing = settings.top_k - top_ids.shape[1]
+    return {
+        "top_ids": torch.nn.functional.pad(top_ids.where(kept, ABSENT), (0, missing), value=ABSENT),
+        "top_probs": torch.nn.functional.pad(top_probs * kept, (0, missing)),
+        "sampled_ids": sampled_ids,
+        "sampled_probs": sampled_mass * (highest.double() - logsumexp[:, None]).exp(),
+        "logsumexp": logsumexp,
+        "token_log_probs": real - logsumexp,
+    }
+
+
+class OnTheWay:
+    """A batch's results crossing to the host: on a GPU through pinned memory, while the next batch is computed."""
+
+    def __init__(self, pieces: list[dict[str, torch.Tensor]]):
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        self._arrived = None
+        if joined["logsumexp"].is_cuda:
+            self._tensors = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in joined.items()
+            }
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(joined["logsumexp"].device))
+        else:
+            self._tensors = {name: tensor.cpu() for name, tensor in joined.items()}
+
+    def wait(self) -> Distributions:
+        """The distributions as NumPy arrays. Raises ToolkitError where the model's logits were not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        if not torch.isfinite(self._tensors["logsumexp"]).all():
+            raise ToolkitError("the model's logits are not finite; try --dtype float32")
+        return Distributions(**{name: tensor.numpy() for name, tensor in self._tensors.items()})
+
+
+def _nucleus_cut(top_probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    if top_p >= 1:
+        return torch.ones_like(top_probs, dtype=torch.bool)
+    before = torch.nn.functional.pad(top_probs.cumsum(dim=1)[:, :-1], (1, 0))
+    return before < top_p
+
+
+def _block_sums(mass: torch.Tensor) -> torch.Tensor:
+    """Sums over blocks of ``BLOCK`` columns, float64 (R, ceil(V / BLOCK)); within a block in float32."""
+    whole = mass.shape[1] // BLOCK * BLOCK
+    sums = mass[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2) if whole else mass[:, :0]
+    if whole < mass.shape[1]:
+        sums = torch.cat([sums, mass[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    return sums.double()
+
+
+def _draw_tail(mass: torch.Tensor, uniforms: torch.Tensor, num_sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Systematic draws from the mass (R, V) that is left: ids int64 and mass float64, both (R, S)."""
+    parts = zip(mass.split(DRAWN_ROWS), _block_sums(mass).split(DRAWN_ROWS), uniforms.split(DRAWN_ROWS), strict=True)
+    drawn = [_search(rows, sums, some, num_sampled) for rows, sums, some in parts]
+    return torch.cat([ids for ids, _ in drawn]), torch.cat([found for _, found in drawn])
+
+
+def _search(
+    mass: torch.Tensor, sums: torch.Tensor, uniforms: torch.Tensor, num_sampled: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two searches a threshold: for the block it falls into, then within that block."""
+    running = sums.cumsum(dim=1)
+    steps = torch.arange(num_sampled, device=mass.device, dtype=torch.float64)
+    thresholds = (uniforms[:, None] + steps) / max(1, num_sampled) * running[:, -1:]
+    # A threshold that rounding puts past the end takes the last block, and below the last id, with mass.
+    order = torch.arange(sums.shape[1], device=mass.device)
+    last_block = ((sums > 0) * order).amax(dim=1, keepdim=True)
+    block = torch.minimum(torch.searchsorted(running, thresholds, right=True), last_block)
+    column = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(1, column.clamp(max=mass.shape[1] - 1).flatten(1)).unflatten(1, (num_sampled, BLOCK))
+    inside = (inside * (column < mass.shape[1])).double()
+    within = (running - sums).gather(1, block)[:, :, None] + inside.cumsum(dim=2)
+    offset = (within <= thresholds[:, :, None]).sum(dim=2)
+    last = ((inside > 0) * torch.arange(BLOCK, device=mass.device)).amax(dim=2)
+    ids = block * BLOCK + torch.minimum(offset, last)
+    drawn = running[:, -1:] > 0
+    return ids.where(drawn, ABSENT), mass.gather(1, ids).double() * drawn

@@ -1,0 +1,298 @@
+"""The model's side: token ids and positions to the logits that predict the extracted tokens, and what is selected.
+
+Only the rows of the hidden state that predict an extracted token meet the vocabulary matrix, by a pre-hook on the
+model's own output embedding, so that whatever the model does to its logits afterwards is done to these.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import explain_loading
+from chat_logits.model.devices import input_device, loading_options
+from chat_logits.model.selection import OnTheWay, SelectionSettings, select
+
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
+LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
+WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
+# What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversation: ``input_ids`` (T,), extracted ``positions`` (n,), ``uniforms`` (n,) in [0, 1)."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    uniforms: np.ndarray
+
+    @property
+    def read_ids(self) -> np.ndarray:
+        """The tokens the model has to read: up to the one that predicts the last extracted one, and no further."""
+        return self.input_ids[: self.positions[-1]]
+
+
+# --- loading ---
+
+
+def choose_device(name: str | None) -> torch.device:
+    """``--device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: {reason}. Available: {', '.join(_devices())}.") from error
+    return device
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
+
+
+def load_config(
+    model_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+):
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, model_id, revision, gguf_file, trust_remote_code=trust_remote_code)
+
+
+def load_teacher(
+    model_id: str,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    max_memory: dict | None = None,
+):
+    """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
+
+    A ``device_map`` spreads it under ``max_memory``, see ``model_devices``, whatever ``device`` says.
+    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = loading_options(dtype, device, device_map, max_memory) | {"trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    model = _load(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
+    if model.get_output_embeddings() is None:
+        raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
+    return model.eval() if device_map else model.eval().to(device)
+
+
+def _load(auto_class, model_id: str, revision: str | None, gguf_file: str | None, **options):
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        return auto_class.from_pretrained(model_id, revision=revision, **options)
+    except ImportError as error:
+        needs = "requirements-dev.txt has gguf and accelerate, which GGUF files need" if gguf_file else str(error)
+        raise ToolkitError(f"model {model_id}: {needs}") from error
+    except Exception as error:
+        raise explain_loading(error, f"model {model_id}") from error
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit named)."""
+
+    vocab_size: int
+    positions: int | None
+
+
+def input_limits(config) -> InputLimits:
+    """The limits that a model's configuration names."""
+    text = config.get_text_config()
+    return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
+
+
+def length_switch(config) -> int | None:
+    """The length from which rotary frequencies follow the longest conversation of a batch, or None where they never do.
+
+    Conversations on both sides of it must not share a batch or a cache, nor may one be read in part.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [kind for kind in parameters.values() if kind]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min(limits, default=None)
+
+
+# --- forward ---
+
+
+class Teacher:
+    """A model as it is run: its rows in pieces of bounded size, and a shared beginning's cache.
+
+    ``logit_rows`` bounds the rows of the vocabulary matrix at once.
+    """
+
+    def __init__(self, model, logit_rows: int):
+        self.model, self.logit_rows, self.device = model, logit_rows, input_device(model)
+        self._prefix_ids, self._prefix_cache = np.zeros(0, np.int64), None
+        self.length_switch = length_switch(model.config)
+        takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
+        self._cache_name = "cache" if takes_cache else "past_key_values"
+
+    @torch.inference_mode()
+    def hold_prefix(self, ids: np.ndarray) -> None:
+        """Compute the key-value cache of a beginning that the next batches share; an empty one clears it."""
+        self._prefix_ids, self._prefix_cache = ids, None
+        if len(ids):
+            inputs = torch.from_numpy(ids)[None].to(self.device)
+            with self._head_inputs(lambda hidden: hidden[:, -1:]):
+                self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
+
+    def distributions(self, requests: list[Request], settings: SelectionSettings) -> OnTheWay:
+        """What the model says at every extracted position of the requests, one after another.
+
+        All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
+        """
+        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
+        tokens = _upload(torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])), device)
+        uniforms = _upload(torch.from_numpy(np.concatenate([r.uniforms for r in requests])), device)
+        pieces, start = [], 0
+        for logits in self.row_logits(requests):
+            logits = logits.to(device)
+            part = slice(start, start + len(logits))
+            pieces.append(select(logits, tokens[part], uniforms[part], settings))
+            del logits  # or it would live on beside the next piece's
+            start = part.stop
+        return OnTheWay(pieces)
+
+    def row_logits(self, requests: list[Request]) -> Iterator[torch.Tensor]:
+        """Float32 logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
+
+        More rows than that go through the model's own head and tail in pieces, without the decoder again: their
+        hidden states are kept, and put in the place of a dummy token's.
+        """
+        sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
+        before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1 - len(self._prefix_ids)
+        sample, before = _upload(sample, self.device), _upload(before, self.device)
+
+        def pick(hidden):  # the last layer may be on another device than the head
+            return hidden[sample.to(hidden.device), before.to(hidden.device)]
+
+        if len(sample) <= self.logit_rows:
+            yield self._forward(requests, lambda hidden: pick(hidden).unsqueeze(0))[0].float()
+            return
+        kept = []
+
+        def keep(hidden):
+            kept.append(pick(hidden))
+            return hidden[:1, :1]
+
+        self._forward(requests, keep)
+        for rows in kept[0].split(self.logit_rows):
+            yield self._dummy_forward(rows)[0].float()
+
+    @torch.inference_mode()
+    def _forward(self, requests: list[Request], pick) -> torch.Tensor:
+        """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
+        shared = len(self._prefix_ids)
+        read = [request.input_ids if self.length_switch else request.read_ids for request in requests]
+        lengths = [len(ids) - shared for ids in read]
+        ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
+        for row, found in zip(ids, read, strict=True):
+            row[: len(found) - shared] = torch.from_numpy(found[shared:])
+        # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
+        inputs = {"input_ids": _upload(ids, self.device), "use_cache": bool(shared)}
+        if shared:
+            inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
+            inputs[self._cache_name].batch_repeat_interleave(len(requests))
+        with self._head_inputs(pick):
+            return self.model(**inputs).logits
+
+    @torch.inference_mode()
+    def _dummy_forward(self, rows: torch.Tensor) -> torch.Tensor:
+        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)):
+            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits
+
+    @contextmanager
+    def _head_inputs(self, pick) -> Iterator[None]:
+        """Within, the output embedding gets what ``pick`` makes of its hidden states (B, T, H)."""
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: (pick(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _upload(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on the device; on its way to a GPU nothing waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# --- checks at start-up ---
+
+
+def probe(model) -> bool:
+    """Compare what ``Teacher`` gives on a short padded batch with the model's plain forward.
+
+    Raises ToolkitError where the rows differ. Returns whether a shared beginning's cache may be used: whether the
+    model has a plain key-value cache, and rows computed after it agree as well.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(0).integers(0, vocabulary, 32)
+    parts = [np.concatenate([ids[:8], ids[8:16]]), np.concatenate([ids[:8], ids[16:]])]
+    requests = [Request(part, np.arange(9, len(part)), np.zeros(len(part) - 9)) for part in parts]
+    expected = _plain_rows(model, requests)
+    limit = PROBE_TOLERANCE.get(model.dtype, 6e-2) * max(1.0, expected.abs().max().item())
+    teacher = Teacher(model, logit_rows=7)
+    difference = _difference(teacher, requests, expected)
+    if not difference <= limit:
+        raise ToolkitError(
+            f"model check: logits of selected rows differ from the plain forward by {difference:.3g}, expected at "
+            f"most {limit:.3g}. Nothing was extracted; try --attn_implementation eager or --dtype float32."
+        )
+    return _cache_agrees(teacher, ids[:8], requests, expected, limit)
+
+
+@torch.inference_mode()
+def _plain_rows(model, requests: list[Request]) -> torch.Tensor:
+    inputs = [torch.from_numpy(r.input_ids)[None].to(input_device(model)) for r in requests]
+    plain = [model(ids).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
+    return torch.cat(plain).float()
+
+
+def _difference(teacher: Teacher, requests: list[Request], expected: torch.Tensor) -> float:
+    found = torch.cat(list(teacher.row_logits(requests)))
+    return (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+
+
+def _cache_agrees(teacher: Teacher, prefix: np.ndarray, requests, expected: torch.Tensor, limit: float) -> bool:
+    try:
+        teacher.hold_prefix(prefix)
+        if not all(type(layer) in PLAIN_LAYERS for layer in teacher._prefix_cache.layers):
+            return False
+        return _difference(teacher, requests, expected) <= limit
+    except Exception:  # whatever a model without such a cache does when it is given one
+        return False

@@ -1,0 +1,151 @@
+"""A Hub dataset repository at one branch: what is in it, and commits that change it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import patient_client, patiently
+from chat_logits.storage.dataset import (
+    CARD_FILE,
+    EXTRACTION_FILE,
+    SHARDS_FILE,
+    check_extraction,
+    read_json,
+    shard_entries,
+)
+from chat_logits.storage.fingerprint import run_fingerprint
+from chat_logits.storage.shard import ShardEntry
+
+UPLOAD_PATIENCE = 1800.0  # seconds that a shard which is nowhere else is sent again and again
+# What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
+DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")
+
+
+@dataclass
+class RemoteState:
+    """A branch as it was seen: its newest commit, its files' paths, and the run that they are of, if any.
+
+    ``files`` serve the first commit of a run, and are not kept up after it. ``entries`` are the shards that are listed
+    and there, ``card`` the card's text. ``head`` is None where repository or branch are missing; ``damage`` says why
+    the record of a run cannot be read.
+    """
+
+    head: str | None
+    files: frozenset[str] = frozenset()
+    extraction: dict | None = None
+    entries: dict[int, ShardEntry] = field(default_factory=dict)
+    card: str = ""
+    damage: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        return run_fingerprint(self.extraction) if self.extraction else None
+
+
+class Repository:
+    """The repository ``repo_id`` at ``branch``; ``private`` if it has to be made."""
+
+    def __init__(self, repo_id: str, branch: str | None, private: bool):
+        self.repo_id, self.branch, self.private = repo_id, branch or "main", private
+        self.what = f"--output_repo {repo_id}"
+        self._api = huggingface_hub.HfApi()
+        huggingface_hub.set_client_factory(patient_client)
+        huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
+        hub_logging.set_verbosity_error()  # its warnings name signed addresses, and break the progress bar
+
+    @property
+    def at(self) -> str:
+        """What tells it from all others."""
+        return f"{self.repo_id}@{self.branch}"
+
+    @property
+    def url(self) -> str:
+        return f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{self.branch}"
+
+    def look(self) -> RemoteState:
+        """What is there now. Raises what the Hub's client raises, UsageError for a repository with other data."""
+        try:
+            head = self._api.repo_info(self.repo_id, repo_type="dataset", revision=self.branch).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return RemoteState(None)
+        tree = self._api.list_repo_tree(self.repo_id, recursive=True, repo_type="dataset", revision=head)
+        files = frozenset(item.path for item in tree if hasattr(item, "blob_id"))
+        if EXTRACTION_FILE not in files:
+            self._refuse_other_data(files)
+            return RemoteState(head, files)
+        try:
+            extraction = read_json(self._download(EXTRACTION_FILE, head), f"{self.what}: {EXTRACTION_FILE}")
+            check_extraction(extraction, self.what)
+        except ToolkitError as error:
+            return RemoteState(head, files, damage=str(error))
+        card = self._download(CARD_FILE, head).read_text(encoding="utf-8") if CARD_FILE in files else ""
+        return RemoteState(head, files, extraction, self._entries(files, head), card)
+
+    def make(self) -> None:
+        """Make repository and branch where they are missing; a branch begins where main began, without main's data."""
+        self._api.create_repo(self.repo_id, repo_type="dataset", private=self.private, exist_ok=True)
+        branches = self._api.list_repo_refs(self.repo_id, repo_type="dataset").branches
+        if self.branch not in [branch.name for branch in branches]:
+            first = self._api.list_repo_commits(self.repo_id, repo_type="dataset")[-1].commit_id
+            self._api.create_branch(
+                self.repo_id, branch=self.branch, revision=first, repo_type="dataset", exist_ok=True
+            )
+
+    def _entries(self, files: frozenset[str], head: str) -> dict[int, ShardEntry]:
+        """The shards that are listed and there; none for a list that is damaged: it is made anew."""
+        try:
+            listing = read_json(self._download(SHARDS_FILE, head), SHARDS_FILE) if SHARDS_FILE in files else {}
+            listed = shard_entries(listing, SHARDS_FILE)
+        except ToolkitError:
+            return {}
+        return {entry.shard: entry for entry in listed if entry.path in files}
+
+    def upload(self, name: str, file: Path) -> huggingface_hub.CommitOperationAdd:
+        """Send a file without a commit; gives what names it in one, which any process may then make.
+
+        Tries again where the line or the Hub fails. Raises ToolkitError in the end.
+        """
+        addition = huggingface_hub.CommitOperationAdd(name, file)
+        arguments = {"repo_type": "dataset", "revision": self.branch}
+        step = partial(self._api.preupload_lfs_files, self.repo_id, [addition], **arguments)
+        patiently(step, self.what, UPLOAD_PATIENCE)
+        if addition._is_uploaded:
+            return addition
+        return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
+
+    def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str) -> str:
+        """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.
+
+        Raises what the Hub's client raises; 412 where ``parent`` is not the newest commit any more.
+        """
+        adds = [_addition(name, content) for name, content in additions.items()]
+        disable_progress_bars()
+        deletes = [huggingface_hub.CommitOperationDelete(name) for name in deletions]
+        return self._api.create_commit(
+            self.repo_id,
+            [*deletes, *adds],
+            commit_message=message,
+            repo_type="dataset",
+            revision=self.branch,
+            parent_commit=parent,
+        ).oid
+
+    def _download(self, name: str, commit: str) -> Path:
+        return Path(self._api.hf_hub_download(self.repo_id, name, repo_type="dataset", revision=commit))
+
+    def _refuse_other_data(self, files: frozenset[str]) -> None:
+        others = [path for path in files if path.endswith(DATA_SUFFIXES) or path.startswith("data/")]
+        if others:
+            raise UsageError(f"{self.what}: the repository holds other files, such as {min(others)}. Choose another.")
+
+
+def _addition(name: str, content) -> huggingface_hub.CommitOperationAdd:
+    if isinstance(content, huggingface_hub.CommitOperationAdd):
+        return content
+    return huggingface_hub.CommitOperationAdd(name, content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,302 @@
+"""One shard, a Parquet file: written whole or not at all, checked whole, or read a row at a time.
+
+FORMAT.md, "Files", is the specification.
+"""
+
+import itertools
+import json
+import os
+import re
+import secrets
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.fingerprint import canonical
+
+ROWS_PER_GROUP = 16
+METADATA_KEY = "logit_extraction"
+FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
+SHARDS_A_FOLDER = 1000
+NAME = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
+
+_ENTRIES = [
+    column
+    for kind in ("top", "sampled")
+    for column in (
+        pa.field(f"{kind}_logits_quantized", pa.binary()),
+        pa.field(f"{kind}_indices_low", pa.list_(pa.uint16())),
+        pa.field(f"{kind}_indices_high", pa.binary()),
+    )
+]
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())])
+SCHEMA = pa.schema(
+    [
+        *_ENTRIES,
+        pa.field("logsumexp", pa.list_(pa.float32())),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("token_log_probs", pa.list_(pa.float32())),
+        pa.field("messages", pa.list_(_MESSAGE)),
+        pa.field("source_index", pa.int64()),
+        pa.field("alignment_checksum", pa.uint32()),
+    ]
+)
+_SPLIT_STREAMS = ("top_indices_low", "sampled_indices_low", "logsumexp", "token_log_probs")
+
+
+class DamagedShard(ToolkitError):
+    """A shard that is not what was written: cut, changed, or another run's."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What ``shards.json`` says of a shard; ``nll`` is the real tokens' total negative log-likelihood in nats.
+
+    Reading needs the first two alone; other writers may leave out the rest.
+    """
+
+    path: str
+    num_rows: int
+    num_tokens: int = 0
+    nll: float = 0.0
+    num_bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shard(self) -> int:
+        return shard_number(self.path)
+
+    @property
+    def source_rows(self) -> int:
+        """Source rows that the shard covers, skipped ones among them."""
+        return self.num_rows + sum(self.skipped.values())
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def shard_path(split: str, shard: int) -> str:
+    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
+    return f"data/{shard // SHARDS_A_FOLDER:05d}/{split}-{shard:05d}.parquet"
+
+
+def shard_number(path: str) -> int | None:
+    """The number in a shard's path, None for a path that is no shard's."""
+    match = NAME.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+# --- writing ---
+
+
+def write_shard(
+    folder: Path, split: str, shard: int, rows: list[dict], described: dict, check_place: Callable = lambda: None
+) -> ShardEntry:
+    """Write one shard to a hidden temporary name, flush it to the disk, rename it. Returns its entry.
+
+    ``described`` has the run's ``fingerprint``, ``first_row``, ``end_row`` and the ``skipped`` rows; ``check_place``
+    raises where the folder is not this process's to write in, or not any more.
+    """
+    relative = shard_path(split, shard)
+    path = folder / relative
+    check_place()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    metadata = {**described, "num_rows": len(rows), "row_crc32": row_checksums(table)}
+    metadata["crc32"] = zlib.crc32(canonical(metadata))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own: a lost worker may still write
+    try:
+        _write_table(temporary, table, metadata)
+        check_place()
+        flush_and_rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return _entry(relative, table, described["skipped"], path.stat().st_size)
+
+
+def _write_table(path: Path, table: pa.Table, metadata: dict) -> None:
+    writer = pq.ParquetWriter(
+        path,
+        SCHEMA,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=False,
+        column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in _SPLIT_STREAMS},
+        write_statistics=False,
+        store_schema=False,
+        write_page_checksum=True,
+    )
+    with writer:
+        writer.add_key_value_metadata({METADATA_KEY: canonical(metadata).decode()})
+        if len(table):  # an empty row group would be one that `datasets` cannot read
+            writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+
+
+def flush_and_rename(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, so that after a crash of the machine it is whole or not there."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def row_checksums(table: pa.Table) -> list[int]:
+    """One CRC-32 a row, over its columns as FORMAT.md lays them out; whatever damage a reader meets, it shows here."""
+    checksums = [0] * len(table)
+    for column in table.schema:
+        parts = _row_bytes(table[column.name].combine_chunks(), column.type)
+        checksums = [zlib.crc32(part, crc) for part, crc in zip(parts, checksums, strict=True)]
+    return checksums
+
+
+def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
+    if pa.types.is_binary(kind):
+        return column.to_pylist()
+    if pa.types.is_integer(kind):
+        return [value.to_bytes(8, "little", signed=True) for value in column.to_pylist()]
+    if pa.types.is_struct(kind.value_type):
+        rows = column.to_pylist()
+        return [
+            canonical([[message[name] for name in ("role", "content", "extra")] for message in row]) for row in rows
+        ]
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    return [np.ascontiguousarray(values[a:b]).view(np.uint8) for a, b in itertools.pairwise(offsets)]
+
+
+def _entry(path: str, table: pa.Table, skipped: list[dict], size: int) -> ShardEntry:
+    log_probs = table["token_log_probs"].combine_chunks().values.to_numpy()
+    return ShardEntry(
+        path=path,
+        num_rows=len(table),
+        num_tokens=sum(table["num_tokens"].to_pylist()),
+        nll=-float(log_probs.sum(dtype=float)),
+        num_bytes=size,
+        skipped=dict(Counter(entry["reason"] for entry in skipped)),
+    )
+
+
+# --- reading ---
+
+
+def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
+    """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
+    file = folder / path
+    with _opened(file, path, fingerprint) as (parquet, described):
+        table = parquet.read()
+        first, rows = shard_number(path) * rows_per_shard, table["source_index"].to_pylist()
+        covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
+        if covered != list(range(first, first + len(covered))) or len(covered) > rows_per_shard or rows != sorted(rows):
+            raise DamagedShard(f"{path}: source rows {covered[:1]} to {covered[-1:]}, expected those from {first} on")
+        if row_checksums(table) != described.get("row_crc32"):
+            raise DamagedShard(f"{path}: its rows are not those that were written (checksums differ)")
+        return _entry(path, table, described["skipped"], file.stat().st_size)
+
+
+def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: int | None = None) -> Iterator[dict]:
+    """The rows of a shard of ``num_rows`` rows in order, or row ``only`` alone, by single row groups.
+
+    ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
+    """
+    with _opened(source, path, fingerprint) as (file, described):
+        for group, rows in enumerate(_groups(file, described, num_rows, path)):
+            wanted = rows if only is None else [only] if only in rows else []
+            table = file.read_row_group(group) if wanted else None
+            for offset in wanted:
+                yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
+
+
+def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
+    """Bytes of a shard by column, compressed, nested ones under their column's name, and of ``FOOTER``.
+
+    ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
+    """
+    with _opened(source, path, fingerprint) as (file, _):
+        sizes = dict.fromkeys(SCHEMA.names, 0)
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                sizes[chunk.path_in_schema.partition(".")[0]] += chunk.total_compressed_size
+        size = Path(source).stat().st_size if isinstance(source, (str, Path)) else source.size
+        return {**sizes, FOOTER: size - sum(sizes.values())}
+
+
+@contextmanager
+def _opened(source, path: str, fingerprint: str):
+    """The shard as a Parquet file and its footer's own metadata, schema and metadata checked."""
+    with _named(path), pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file:
+        check_schema(file.schema_arrow, path)
+        yield file, _described(file, path, fingerprint)
+
+
+def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
+    """The rows of each row group; other writers' groups have other sizes."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
+        raise DamagedShard(f"{path}: {sum(sizes)} rows, expected {num_rows} (shards.json)")
+    return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def _checked_row(row: pa.Table, offset: int, described: dict, path: str) -> dict:
+    """Row ``offset`` of the shard, a table of one row."""
+    expected = described.get("row_crc32")
+    if expected is not None and row_checksums(row) != expected[offset : offset + 1]:
+        raise DamagedShard(f"{path}: row {offset} is not what was written (its checksum differs)")
+    return row.to_pylist()[0]
+
+
+@contextmanager
+def _named(path: str):
+    try:
+        yield
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
+        raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
+    except OSError as error:
+        if getattr(error, "response", None) is not None or "httpx" in type(error).__module__:
+            raise  # the Hub's, not the file's
+        if error.errno:  # the disk's: the file may be whole
+            raise ToolkitError(f"{path}: it cannot be read now: {error}") from error
+        raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
+
+
+def _described(file: pq.ParquetFile, path: str, fingerprint: str) -> dict:
+    """The footer's own metadata, checked."""
+    text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
+    if text is None:
+        raise DamagedShard(f"{path}: no metadata {METADATA_KEY!r}, so it is no shard of a logit dataset")
+    described = json.loads(text)
+    if not _is_described(described):
+        raise DamagedShard(f"{path}: metadata {METADATA_KEY!r} is not what the format asks for")
+    crc = described.pop("crc32", None)
+    if crc != zlib.crc32(canonical(described)):
+        raise DamagedShard(f"{path}: damaged metadata (checksum {crc}, expected {zlib.crc32(canonical(described))})")
+    if described["fingerprint"] != fingerprint:
+        raise DamagedShard(
+            f"{path}: of another run (fingerprint {described['fingerprint'][:12]}, expected {fingerprint[:12]})"
+        )
+    return described
+
+
+def _is_described(metadata) -> bool:
+    kinds = {"fingerprint": str, "num_rows": int, "skipped": list}
+    return (
+        isinstance(metadata, dict)
+        and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
+        and isinstance(metadata.get("row_crc32", []), list)
+        and all(isinstance(entry, dict) and {"row", "reason"} <= entry.keys() for entry in metadata["skipped"])
+    )
+
+
+def check_schema(found: pa.Schema, name: str) -> None:
+    """Raise DamagedShard where columns or types are not the format's."""
+    if found.names != SCHEMA.names:
+        raise DamagedShard(f"{name}: columns {', '.join(found.names)}; expected {', '.join(SCHEMA.names)}")
+    for column, expected in zip(found, SCHEMA, strict=True):
+        if column.type != expected.type:
+            raise DamagedShard(f"{name}: column {column.name} is {column.type}, expected {expected.type}")

@@ -1,0 +1,180 @@
+"""Source rows to conversations, and the form they are stored in."""
+
+import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat_logits.data.conversations import ConversationError, choose_columns, from_stored, to_conversation, to_stored
+from chat_logits.errors import ToolkitError, UsageError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 1, "messages": [USER, ASSISTANT]},
+        {"prompt": "the first user turn again", "prompt_id": "x", "messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "source": "x"},
+        {"question": "Hi", "answer": "Hello", "reference_answer": "never this", "subject": "greetings"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "input": "", "output": "Hello", "category": "x"},
+        {"query": "Hi", "response": "Hello"},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_every_format_becomes_the_same_conversation(row):
+    assert to_conversation(row, choose_columns(list(row))) == [USER, ASSISTANT]
+
+
+def test_an_alpaca_input_follows_the_instruction():
+    row = {"instruction": "Translate.", "input": "Hej", "output": "Hello"}
+    assert to_conversation(row, choose_columns(list(row)))[0]["content"] == "Translate.\n\nHej"
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "x", "chosen": [USER, ASSISTANT], "rejected": []}, {"messages": "chosen"}),
+        ({"dialog": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {"messages": "dialog"}),
+        ({"q": "Hi", "a": "Hello", "question": "?", "answer": "!"}, {"prompt": "q", "response": "a"}),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {}),
+        ({"prompt": [USER], "completion": "Hello"}, {}),
+    ],
+)
+def test_columns_may_be_named_and_hold_messages(row, named):
+    assert to_conversation(row, choose_columns(list(row), **named)) == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"messages": "missing"}, "no column 'missing'; the dataset has: question, answer"),
+        ({"prompt": "question"}, "--prompt_column and --response_column together"),
+        ({"messages": "question", "response": "answer"}, "--messages_column alone"),
+    ],
+)
+def test_columns_that_are_named_wrongly_are_refused(named, message):
+    with pytest.raises(UsageError, match=message):
+        choose_columns(["question", "answer"], **named)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_system_prompts_beside_the_conversation(name):
+    row = {"question": "Hi", "answer": "Hello", name: "Be kind"}
+    columns = choose_columns(list(row))
+    system = {"role": "system", "content": "Be kind"}
+    assert to_conversation(row, columns) == [system, USER, ASSISTANT]
+    assert to_conversation({**row, name: ""}, columns) == [USER, ASSISTANT]
+    assert to_conversation({**row, name: None}, columns, "Fixed")[0]["content"] == "Fixed"
+    assert to_conversation(row, columns, "Fixed")[0] == system
+    own = {"messages": [{"role": "system", "content": "Own"}, USER, ASSISTANT]}
+    assert to_conversation(own, {"messages": "messages"}, "Fixed")[0]["content"] == "Own"
+
+
+def test_other_keys_of_messages_are_kept_and_nulls_are_not():
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+    found = to_conversation({"messages": [USER, calling]}, {"messages": "messages"})
+    assert found == [USER, {"role": "assistant", "tool_calls": [call]}]
+
+
+def test_an_alpaca_input_without_instruction_is_the_prompt():
+    columns = {"prompt": "instruction", "response": "output", "input": "input"}
+    row = {"instruction": None, "input": "Hi", "output": "Hello"}
+    assert to_conversation(row, columns) == [USER, ASSISTANT]
+    assert to_conversation({**row, "instruction": "Hi", "input": " \n"}, columns) == [USER, ASSISTANT]
+
+
+def test_keys_that_json_has_not_are_stored_as_text():
+    """WildChat's messages carry timestamps: what the template sees now is what a stored row gives back."""
+    stamped = {**ASSISTANT, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}
+    found = to_conversation({"messages": [USER, stamped]}, {"messages": "messages"})
+    assert found[1] == {**ASSISTANT, "timestamp": "2024-05-01 12:30:00"}
+    assert from_stored(to_stored(found)) == found
+
+
+def test_sharegpt_roles():
+    turns = [("system", "Be kind"), ("user", "Hi"), ("chatgpt", "Hello"), ("tool", "7"), ("model", "Seven")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    found = [message["role"] for message in to_conversation(row, {"messages": "conversations"})]
+    assert found == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_unknown_columns_are_listed():
+    with pytest.raises(UsageError, match="no chat columns among: text, label"):
+        choose_columns(["text", "label"])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["question", "answer", "prompt", "completion"],
+        ["messages", "conversations"],
+        ["messages", "instruction", "output"],
+    ],
+)
+def test_ambiguous_columns_are_listed(columns):
+    with pytest.raises(UsageError, match="ambiguous columns") as caught:
+        choose_columns(columns)
+    assert ", ".join(columns) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [USER]}, "no assistant turn"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": None}, "no list of messages"),
+        ({"messages": "Hi"}, "no list of messages"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "a turn of role 'assistant' without content"),
+        ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a turn with neither 'role' nor 'from' and 'value'"),
+        ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "a message without a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "content is not text"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown speaker 'alien'"),
+        ({"conversations": [{"value": "x"}]}, "a turn with neither 'role' nor 'from' and 'value'"),
+        ({"question": "Hi", "answer": None}, "a turn of role 'assistant' without content"),
+        ({"question": "Hi", "answer": 7}, "content is not text"),
+        ({"question": None, "answer": "Hello"}, "a turn of role 'user' without content"),
+        ({"conversations": [None]}, "no list of messages"),
+        ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown speaker"),
+        ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON has not"),
+    ],
+)
+def test_rows_that_are_no_conversation_say_why(row, reason):
+    with pytest.raises(ConversationError, match=reason):
+        to_conversation(row, choose_columns(list(row)))
+
+
+values = st.none() | st.booleans() | st.integers() | st.text()
+extras = st.dictionaries(
+    st.text(min_size=1).filter(lambda key: key not in ("role", "content")),
+    values.filter(lambda value: value is not None) | st.lists(values) | st.dictionaries(st.text(), values),
+    max_size=3,
+)
+
+
+@given(st.lists(st.tuples(st.text(), st.none() | st.text(), extras)))
+def test_stored_messages_give_the_conversation_back(parts):
+    conversation = [
+        {"role": role, **({} if content is None else {"content": content}), **extra} for role, content, extra in parts
+    ]
+    stored = to_stored(conversation)
+    assert all(set(message) == {"role", "content", "extra"} for message in stored)
+    assert from_stored(stored) == conversation
+    assert [list(message) for message in from_stored(stored)] == [list(message) for message in conversation]
+
+
+@pytest.mark.parametrize("extra", ["{", "[1, 2]", "7", 7])
+def test_a_damaged_extra_is_refused(extra):
+    with pytest.raises(ToolkitError, match="column messages: extra is no JSON object"):
+        from_stored([{"role": "user", "content": "Hi", "extra": extra}])
+
+
+@pytest.mark.parametrize("message", [None, {}, {"role": None, "content": "x", "extra": None}])
+def test_a_damaged_message_is_refused(message):
+    with pytest.raises(ToolkitError, match=r"column messages: found .*, expected role"):
+        from_stored([message])

@@ -1,0 +1,98 @@
+"""Whose turn each token is, and which characters stand at it, with real templates and tokens."""
+
+import itertools
+
+import pytest
+from conftest import REPO
+
+from chat_logits.analysis.tokens import SKIPPED, label_tokens
+from chat_logits.data.alignment import Aligner, skipped_token_ids
+from chat_logits.data.templates import ChatTemplate
+from chat_logits.display.page_text import characters_of_parts, pieces_of, segments, token_characters
+
+
+@pytest.fixture(scope="module")
+def labelled(smollm2):
+    """A conversation's tokens under one of the shipped templates."""
+    tokenizer = smollm2[1]
+
+    def label(messages: list[dict], template: str = "smollm2"):
+        text = (REPO / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+        chosen = ChatTemplate(text, tokenizer.special_tokens_map, {})
+        return label_tokens(Aligner(tokenizer, chosen, skipped_token_ids(tokenizer)).align(messages), tokenizer)
+
+    return label
+
+
+def turns(tokens, messages) -> list[tuple[str, str]]:
+    found = segments(tokens, messages)
+    assert list(itertools.chain(*(part.tokens for part in found))) == tokens  # each once, in order
+    texts = ["".join(token_characters([t for t in part.tokens if t.status != SKIPPED])) for part in found]
+    return [(part.role, text.strip()) for part, text in zip(found, texts, strict=True) if part.role]
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict]:
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize("template", ["smollm2", "qwen2_5"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        chat("What is it?", "It is."),
+        chat("Hugging Face", "Yes, Hugging Face."),
+        chat("user", "system"),
+        chat("a", "a"),
+        chat("Yes", "Yes", "Yes", "No", "No", "Yes"),
+        chat("end", "start", "im", "im_end", "|", "<"),
+        chat("helpful", "a helpful answer", system="You are a helpful AI."),
+        chat("The answer is 4", "The answer is 4"),
+        chat("  spaces around  ", "\n\nlines around\n"),
+        chat("emoji 👩‍🚀 here", "مرحبا 👩‍🚀"),
+    ],
+)
+def test_every_message_is_found_where_it_stands(labelled, messages, template):
+    expected = [(message["role"], message["content"].strip()) for message in messages]
+    assert turns(labelled(messages, template), messages) == expected
+
+
+def test_a_message_that_the_template_changes_stands_with_its_text(labelled):
+    tokens = labelled(chat("one", "two"))
+    assert turns(tokens, chat("something else", "two")) == [("assistant", "two")]
+
+
+def test_answers_that_the_mask_does_not_show_leave_the_prompt_as_it_is(labelled):
+    tokens = labelled(chat("one", "two", "three", "four"))
+    assert turns(tokens, chat("one", "two", "three", "four", "five", "six")) == [
+        ("assistant", "two"),
+        ("assistant", "four"),
+    ]
+
+
+def test_characters_stand_at_the_last_of_their_tokens(labelled):
+    text = "é 世界 👨‍👩‍👧‍👦 🇸🇪"
+    tokens = labelled(chat("x", text))
+    answer = [token for token in tokens if token.is_extracted]
+    placed = token_characters(answer)
+    assert "".join(placed) == text
+    assert [piece for piece in placed if "👦" in piece or "🇸" in piece] == ["👨‍👩‍👧‍👦", "🇸🇪"]
+    parts = characters_of_parts(answer, placed)
+    family = next(i for i, piece in enumerate(placed) if "👦" in piece)
+    assert placed[family - 1] == "" and parts[answer[family - 1].position] == "👨‍👩‍👧‍👦"
+
+
+@pytest.mark.parametrize(
+    ("characters", "pieces"),
+    [
+        ("a b\u00a0c", [("plain", "a b\u00a0c")]),
+        ("\n\n  x", [("line", "\n"), ("line", "\n"), ("plain", "  x")]),
+        ("\ta\r", [("plain", "\ta"), ("code", "\\x0d")]),
+        ("\x1b[0m", [("code", "\\x1b"), ("plain", "[0m")]),
+        ("\u202ex\u200b", [("code", "\\u202e"), ("plain", "x"), ("code", "\\u200b")]),
+        ("\udcf0", [("code", "\\xf0")]),
+        ("", [("part", "")]),
+    ],
+)
+def test_pieces_show_what_may_not_act_as_codes(characters, pieces):
+    assert pieces_of(characters) == pieces

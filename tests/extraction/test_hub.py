@@ -1,0 +1,213 @@
+"""Extraction to the Hub and exploration from it, through the real clients against a Hub on loopback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, TEMPLATE, run_command
+from loopback_hub import LoopbackHub
+
+from chat_logits.storage.dataset import open_dataset
+
+ROWS = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}, of course."} for i in range(5)]
+SHOW = """
+import datasets, json, sys
+from explore_logits import execute_analysis
+from chat_logits.storage.dataset import open_dataset
+stored = open_dataset("user/logits")
+tokens = execute_analysis("user/logits", sample_index=3)
+loaded = datasets.load_dataset("user/logits", split="train", revision=stored.revision)
+rows = [dict(row, **{key: row[key].hex() for key in row if isinstance(row[key], bytes)}) for row in loaded]
+print("RESULT", json.dumps({
+    "revision": stored.revision,
+    "read": stored.read_row(3)["source_index"],
+    "extracted": [token.text for token in tokens if token.status == "extracted"],
+    "rows": rows,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(small_model):
+    with LoopbackHub() as hub:
+        files = {path.name: path.read_bytes() for path in small_model.iterdir()}
+        commits = {"model": hub.add_repo("model", "user/tiny-chat", files=files)}
+        source = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        commits["dataset"] = hub.add_repo("dataset", "user/questions", files={"train.jsonl": source})
+        for kind, name in (("model", "user/tiny-chat"), ("dataset", "user/questions")):
+            hub.add_repo(kind, f"{name}-gated", files=hub.files(kind, name), gated=True)
+            hub.add_repo(kind, f"{name}-private", files=hub.files(kind, name), private=True)
+        yield hub, commits
+
+
+@pytest.fixture(scope="module")
+def workplace(hub, tmp_path_factory):
+    """A folder to work in and an environment whose Hub is the loopback one."""
+    folder = tmp_path_factory.mktemp("hub")
+    return folder, {**hub[0].environment(folder / "home"), "PYTHONPATH": str(REPO)}
+
+
+def extract(folder, env, *options):
+    """The extraction of the Hub's own model and dataset, with these options, in a process of its own."""
+    sources = ("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE)
+    return run_command("extract_logits.py", *sources, *options, cwd=folder, env=env)
+
+
+@pytest.fixture(scope="module")
+def pushed(workplace):
+    """What the README's command does with --output_repo alone."""
+    folder, env = workplace
+    done = extract(folder, env, "--output_repo", "user/logits", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "logits", done.stdout
+
+
+def test_the_repository_holds_the_folders_files(hub, pushed):
+    folder, (hub, _) = pushed[0], hub
+    local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = hub.files("dataset", "user/logits")
+    assert set(found) - set(local) <= {".gitattributes"}
+    del local[".lock"], local[".checked.json"]
+    assert {name: found[name] for name in local} == local
+    assert set(local) == {"README.md", "extraction.json", "shards.json", "data/00000/train-00000.parquet"}
+
+
+def test_revisions_are_the_commits(hub, pushed):
+    extraction = json.loads((pushed[0] / "extraction.json").read_text())
+    assert extraction["model_revision"] == hub[1]["model"]
+    assert extraction["dataset_revision"] == hub[1]["dataset"]
+
+
+def test_what_comes_back_is_what_was_written(pushed, workplace):
+    folder, env = workplace
+    done = subprocess.run([sys.executable, "-c", SHOW], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(line.removeprefix("RESULT "))
+    local = open_dataset(str(pushed[0]))
+    expected = [local.read_row(i) for i in range(local.num_rows)]
+    for row, found in zip(expected, result["rows"], strict=True):
+        plain = {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}
+        assert found == json.loads(json.dumps(plain))
+    assert result["read"] == 3 and len(result["revision"]) == 40
+    assert "".join(result["extracted"]) == ROWS[3]["answer"]
+    assert "Detailed Token Analysis:" in done.stdout
+
+
+def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
+    """Shards of a longer run must not stay beside those of a shorter one."""
+    folder, env = workplace
+    for flags in ((), ("--max_samples", 2, "--overwrite")):
+        done = extract(folder, env, "--output_repo", "user/again", "--output_dir", "again", *flags)
+        assert done.returncode == 0, done.stderr
+    local = (folder / "again" / "data" / "00000" / "train-00000.parquet").read_bytes()
+    found = hub[0].files("dataset", "user/again")
+    assert {name: data for name, data in found.items() if name.startswith("data/")} == {
+        "data/00000/train-00000.parquet": local
+    }
+
+
+def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
+    folder, env = workplace
+    done = extract(folder, env, "--streaming", "--output_dir", "streamed", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    streamed, whole = open_dataset(str(folder / "streamed")), open_dataset(str(pushed[0]))
+    assert streamed.num_rows == whole.num_rows == len(ROWS)
+    assert all(streamed.read_row(i) == whole.read_row(i) for i in range(len(ROWS)))
+    assert streamed.extraction["dataset_revision"] == whole.extraction["dataset_revision"]
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "words"),
+    [
+        ({"model_id": "user/nothing"}, True, ["model user/nothing", "404", "HF_TOKEN"]),
+        ({"dataset_id": "user/nothing"}, True, ["dataset user/nothing", "404", "HF_TOKEN"]),
+        ({"model_id": "user/tiny-chat-gated"}, True, ["user/tiny-chat-gated: gated (403)", "HF_TOKEN"]),
+        ({"dataset_id": "user/questions-gated"}, True, ["user/questions-gated", "gated", "HF_TOKEN"]),
+        ({"model_id": "user/tiny-chat-private"}, False, ["user/tiny-chat-private", "401", "HF_TOKEN"]),
+        ({"dataset_id": "user/questions-private"}, False, ["user/questions-private", "401", "HF_TOKEN"]),
+        ({"model_revision": "v9"}, True, ["model user/tiny-chat: no such revision"]),
+        ({"dataset_revision": "v9"}, True, ["dataset user/questions: no such revision"]),
+        ({"split": "test"}, True, ["--split test", "train"]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_what_the_hub_refuses_is_explained(workplace, options, token, words):
+    folder, env = workplace
+    if not token:
+        env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
+    defaults = {"model_id": "user/tiny-chat", "dataset_id": "user/questions", "output_dir": "refused"}
+    pairs = [part for pair in {**defaults, "chat_template": TEMPLATE, **options}.items() for part in pair]
+    command = [f"--{part}" if i % 2 == 0 else part for i, part in enumerate(pairs)]
+    done = run_command("extract_logits.py", *command, cwd=folder, env=env)
+    message = done.stderr[done.stderr.rindex("error: ") :]
+    assert done.returncode in (1, 2) and len(message.splitlines()) <= 2
+    assert all(word in message for word in words), message
+    assert not (folder / "refused").exists()
+
+
+def test_a_push_that_would_be_refused_is_refused_before_the_model_loads(workplace):
+    folder, env = workplace
+    env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
+    done = extract(folder, env, "--output_repo", "user/forbidden", "--max_samples", 2)
+    assert done.returncode == 1
+    assert "--output_repo user/forbidden" in done.stderr and "HF_TOKEN" in done.stderr
+    assert "Loading" not in done.stderr and not (folder / "outputs" / "forbidden").exists()
+
+
+def test_a_hub_that_is_not_there_stops_nothing_but_the_push(small_model, chat_file, tmp_path, hub):
+    env = {**hub[0].environment(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run_command(
+        "extract_logits.py",
+        *("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--chat_template", TEMPLATE),
+        *("--output_repo", "user/later", "--max_samples", 2),
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Rows go to outputs/later, and from there to the Hub as soon as it answers." in done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        "error: --output_repo user/later: the Hub cannot be reached",
+        "1 of 1 shards are not on the Hub yet; all are in outputs/later. The same command pushes what is missing, and "
+        "computes nothing again.",
+    ]
+    assert open_dataset(str(tmp_path / "outputs" / "later")).num_rows == 2
+
+
+def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
+    folder, env = workplace
+    done = run_command("explore_logits.py", "--logit_dataset_id", "user/questions", cwd=folder, env=env)
+    assert done.returncode == 1
+    assert "user/questions: no extraction.json in it, so it is no logit dataset" in done.stderr
+
+
+def test_what_one_process_uploads_another_commits_and_the_file_may_be_gone(tmp_path):
+    """A shard, which goes to the large files, and a file that a branch keeps in git itself."""
+    code = """
+import pathlib, pickle, sys
+from chat_logits.storage.repository import Repository
+files = [pathlib.Path(name) for name in sys.argv[1:]]
+uploads = {file.name: Repository("user/parts", None, False).upload(file.name, file) for file in files}
+for file in files:
+    file.unlink()
+sys.stdout.buffer.write(pickle.dumps(uploads))
+"""
+    contents = {"one.parquet": b"PAR1" * 1000, "two.txt": b"in git"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with LoopbackHub() as hub:
+        hub.add_repo("dataset", "user/parts", files={})
+        env = hub.environment(tmp_path / "home")
+        names = [str(tmp_path / name) for name in contents]
+        done = subprocess.run([sys.executable, "-c", code, *names], cwd=REPO, env=env, capture_output=True, check=True)
+        assert len(done.stdout) < 3000, "what is uploaded does not come back"
+        commit = """
+import pickle, sys
+from chat_logits.storage.repository import Repository
+repository = Repository("user/parts", None, False)
+repository.commit("Both", pickle.load(sys.stdin.buffer), [], repository.look().head)
+"""
+        subprocess.run([sys.executable, "-c", commit], cwd=REPO, env=env, input=done.stdout, check=True)
+        there = hub.files("dataset", "user/parts")
+    assert {name: there[name] for name in contents} == contents

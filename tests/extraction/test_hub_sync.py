@@ -1,0 +1,480 @@
+"""Finished shards reach the Hub through whatever it does, once each, and the run does not wait for it."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPO
+from hub_faults import Fault
+from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
+from runs import SHARDS, files_in, flags_for, shards_in
+
+from chat_logits.storage.dataset import open_dataset
+
+# The command, with fewer shards a commit so that 60 make several, and less patience with a dead line.
+COMMAND = """
+import sys
+from chat_logits import hub as hub_access
+from chat_logits.extraction import upload as hub_sync
+hub_sync.SHARDS_A_COMMIT, hub_access.PATIENCE = 8, (2, 2, 2, 2)
+import extract_logits
+sys.exit(extract_logits.main(sys.argv[1:]))
+"""
+# The same, but the pushing thread dies of what is no Exception.
+DYING = COMMAND.replace(
+    "import extract_logits",
+    """
+class Panic(BaseException):
+    pass
+commits = []
+def commit(*_):
+    commits.append(1)
+    if len(commits) > 1:
+        raise Panic("in a library")
+    return original(*_)
+original = hub_sync.Repository.commit
+hub_sync.Repository.commit = commit
+import extract_logits""",
+)
+# The same, with at most three commits in four seconds.
+LIMITED = COMMAND.replace(
+    "import extract_logits", "hub_sync.COMMITS_AN_HOUR, hub_sync.HOUR = 3, 4\nimport extract_logits"
+)
+LOAD = """
+import datasets, json, sys
+datasets.disable_progress_bars()
+for repo in sys.argv[1:]:
+    repo, _, revision = repo.partition("@")
+    rows = datasets.load_dataset(repo, split="train", revision=revision or None)
+    rows = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    print(repo, json.dumps(rows))
+"""
+EACH_FAULT = {
+    "none": [],
+    "rate limit": [Fault("refuse", "commit", status=429, headers={"Retry-After": "1"}, times=2)],
+    "server error": [Fault("refuse", "commit", status=500), Fault("refuse", "lfs_put", status=503, skip=5)],
+    "cut upload": [Fault("cut", "lfs_put", skip=3), Fault("cut", "commit", skip=1)],
+    "conflict": [Fault("conflict", "commit", times=3)],
+    "conflict code": [Fault("refuse", "commit", status=409), Fault("refuse", "preupload", status=412, skip=2)],
+    "slow": [Fault("slow", "commit", seconds=0.5), Fault("slow", "lfs_put", seconds=0.3)],
+    "lost answer": [Fault("lost", "commit"), Fault("lost", "commit", skip=3)],
+    "lost last answer": [Fault("lost", "commit", skip=7)],
+    "no answer": [Fault("stall", "commit", skip=2)],
+}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    return {**hub.environment(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(REPO)}
+
+
+@pytest.fixture
+def start(small_model, calm_source, environment, tmp_path):
+    """Start the command of ``runs.py`` with a repository to push to, in a process of its own."""
+
+    def run(repo: str, *more, out: str = "out", code: str = COMMAND) -> subprocess.Popen:
+        flags = [*flags_for(small_model, calm_source, tmp_path / out), "--output_repo", f"user/{repo}", *map(str, more)]
+        command = [sys.executable, "-c", code, *flags]
+        return subprocess.Popen(
+            command, cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    return run
+
+
+@pytest.fixture
+def extract(start):
+    def run(*arguments, **options) -> tuple[int, str]:
+        process = start(*arguments, **options)
+        out, errors = process.communicate(timeout=300)
+        assert TOKEN not in out + errors and SIGNATURE not in out + errors
+        return process.returncode, out + errors
+
+    return run
+
+
+def on_hub(hub, repo: str, revision: str = "main") -> dict[str, bytes]:
+    """The run's files in the repository."""
+    files = hub.files("dataset", f"user/{repo}", revision)
+    return {name: data for name, data in files.items() if name not in (".gitattributes", "notes.txt")}
+
+
+def our_commits(hub, repo: str) -> list:
+    commits = hub.commits("dataset", f"user/{repo}")
+    return [commit for commit in commits if any(path.startswith(("data/", "README")) for path in commit.paths)]
+
+
+def loaded(environment, *repos: str) -> dict[str, list]:
+    """What ``datasets.load_dataset`` gives for each repository."""
+    done = subprocess.run([sys.executable, "-c", LOAD, *repos], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {repo: json.loads(rows) for repo, _, rows in (line.partition(" ") for line in done.stdout.splitlines())}
+
+
+def local_rows(folder: Path) -> list:
+    rows = [row for path in shards_in(folder) for row in pq.read_table(path).to_pylist()]
+    plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    return json.loads(json.dumps(plain))
+
+
+# --- each fault ---
+
+
+@pytest.fixture(scope="module")
+def through_each_fault(hub, environment, small_model, calm_source, calm_run, tmp_path_factory):
+    """The finished run, pushed eight shards a commit while one thing goes wrong; then loaded from the Hub."""
+    told, uploads = {}, {}
+    for name, faults in EACH_FAULT.items():
+        out = tmp_path_factory.mktemp("pushed") / "out"
+        shutil.copytree(calm_run, out)
+        hub.clear_faults()
+        flags = [*flags_for(small_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
+        hub.forget_uploads()
+        hub.inject(*faults)
+        told[name] = subprocess.run(
+            [sys.executable, "-c", COMMAND, *flags], cwd=REPO, env=environment, capture_output=True, text=True
+        )
+        uploads[name] = dict(hub.uploaded)
+    hub.clear_faults()
+    repos = [f"user/{name.replace(' ', '-')}" for name in EACH_FAULT]
+    return told, uploads, loaded(environment, *repos)
+
+
+@pytest.mark.parametrize("name", EACH_FAULT)
+def test_through_each_fault_everything_arrives_once(hub, calm_run, through_each_fault, name):
+    told, uploads, rows = through_each_fault
+    repo = name.replace(" ", "-")
+    assert told[name].returncode == 0, told[name].stderr
+    assert "Loading" not in told[name].stderr and "Traceback" not in told[name].stderr
+    assert TOKEN not in told[name].stderr and SIGNATURE not in told[name].stderr
+    assert on_hub(hub, repo) == files_in(calm_run)
+    assert rows[f"user/{repo}"] == local_rows(calm_run)
+    commits = our_commits(hub, repo)
+    assert len(commits) == math.ceil(SHARDS / 8)
+    assert all(len(commit.paths) <= 100 for commit in commits)
+    sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in shards_in(calm_run)}
+    assert uploads[name].keys() == sent and set(uploads[name].values()) == {1}
+
+
+@pytest.mark.usefixtures("through_each_fault")
+def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, environment, calm_run):
+    commits = our_commits(hub, "none")
+    assert ["README.md" in commit.paths for commit in commits] == [True, *[False] * (len(commits) - 2), True]
+    assert ["extraction.json" in commit.paths for commit in commits] == [True] + [False] * (len(commits) - 1)
+    assert all("shards.json" in commit.paths for commit in commits)
+    cards = [commit.files["README.md"].data.decode() for commit in (commits[0], commits[-1])]
+    assert "160 conversations" in cards[1] and "160 conversations" not in cards[0]
+    half = loaded(environment, f"user/none@{commits[2].sha}")["user/none"]
+    assert half == local_rows(calm_run)[: len(half)] and len(half) > 40
+
+
+# --- a run that pushes as it goes ---
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(
+    hub, environment, extract, calm_run, tmp_path, seed
+):
+    hub.forget_uploads()
+    begun = len(hub.requests)
+    hub.inject_randomly(seed, 0.15)
+    started = time.monotonic()
+    status, said = extract(f"random{seed}", "--push_every", "0.5")
+    took = time.monotonic() - started
+    hub.clear_faults()
+    assert status == 0, said
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert on_hub(hub, f"random{seed}") == files_in(calm_run)
+    assert loaded(environment, f"user/random{seed}")[f"user/random{seed}"] == local_rows(calm_run)
+    hit = [request for request in hub.requests[begun:] if request.fault]
+    assert len(hit) > 5 and len({request.fault for request in hit}) > 3
+    commits = our_commits(hub, f"random{seed}")
+    assert len(commits) <= min(128, took / 0.5 + 2)
+    lost = sum(request.fault == "lost" and request.path.startswith("/lfs/") for request in hit)
+    assert sum(count - 1 for count in hub.uploaded.values()) <= lost
+    print(f"{len(hit)} faults in {took:.0f} s, {len(commits)} commits, {lost} uploads destroyed")
+
+
+def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, calm_run, tmp_path):
+    process = start("away", "--push_every", "0.3")
+    while len(shards_in(tmp_path / "out")) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    hub.stop()
+    time.sleep(2)
+    assert process.poll() is None and len(shards_in(tmp_path / "out")) > 10
+    hub.start()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert on_hub(hub, "away") == files_in(calm_run) == files_in(tmp_path / "out")
+
+
+def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_model(hub, extract, calm_run, tmp_path):
+    hub.stop()
+    try:
+        status, said = extract("dead")
+    finally:
+        hub.start()
+    assert status == 1
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert said.splitlines()[-2:] == [
+        "error: --output_repo user/dead: the Hub cannot be reached",
+        f"{SHARDS} of {SHARDS} shards are not on the Hub yet; all are in {tmp_path / 'out'}. "
+        "The same command pushes what is missing, and computes nothing again.",
+    ]
+    status, said = extract("dead")
+    assert status == 0 and "Loading" not in said
+    assert on_hub(hub, "dead") == files_in(calm_run)
+
+
+def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extract, calm_run, tmp_path):
+    """Only the repository is left: its shards are neither computed nor sent again."""
+    hub.forget_uploads()
+    process = start("moved", "--push_every", "0.5", out="first")
+    while not (hub.has_repo("dataset", "user/moved") and len(our_commits(hub, "moved")) >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    there = {name for name in on_hub(hub, "moved") if name.startswith("data/")}
+    assert 0 < len(there) < SHARDS
+    status, said = extract("moved", out="second")
+    assert status == 0, said
+    assert f"in {len(there)} shards, {len(there)} of them only in user/moved" in said
+    assert "160 written, 20 skipped" in said
+    assert on_hub(hub, "moved") == files_in(calm_run)
+    assert set(hub.uploaded.values()) == {1} and len(hub.uploaded) <= SHARDS + 8  # what was on its way at the kill
+    here = {name for name in files_in(tmp_path / "second") if name.startswith("data/")}
+    assert here == {name for name in files_in(calm_run) if name.startswith("data/")} - there
+    local = open_dataset(str(tmp_path / "second"))
+    assert len(local.shards) == len(here) and local.read_row(0)["source_index"] >= len(there)
+
+
+def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, calm_run, tmp_path):
+    assert extract("other", "--max_samples", "60", "--seed", "1")[0] == 0
+    before = on_hub(hub, "other")
+    status, said = extract("other", out="second")
+    assert status == 2
+    assert (
+        "--output_repo user/other: holds another run (seed: 1 there, 0 here; max_samples: 60 there, null here)" in said
+    )
+    assert "Loading" not in said and on_hub(hub, "other") == before
+    assert extract("other", "--overwrite", out="third")[0] == 0
+    assert on_hub(hub, "other") == files_in(calm_run) == files_in(tmp_path / "third")
+
+
+def test_a_repository_with_other_files_is_kept(hub, extract):
+    hub.add_repo("dataset", "user/thesis", files={"data/train.parquet": b"years of work"})
+    status, said = extract("thesis", "--overwrite")
+    assert status == 2 and "the repository holds other files, such as data/train.parquet" in said
+    assert hub.files("dataset", "user/thesis") == {"data/train.parquet": b"years of work"}
+
+
+def test_a_branch_is_made_and_pushed_to(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("branched", "--output_revision", "k64/first", "--private")[0] == 0
+    assert on_hub(hub, "branched", "k64/first") == files_in(calm_run)
+    assert on_hub(hub, "branched") == {} and hub.is_private("dataset", "user/branched")
+
+
+def test_a_branch_of_a_repository_with_a_run_begins_without_it(hub, extract, calm_run, tmp_path):
+    assert extract("two", "--max_samples", "9", "--seed", "3", out="first")[0] == 0
+    before = on_hub(hub, "two")
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("two", "--output_revision", "calm")[0] == 0
+    assert on_hub(hub, "two", "calm") == files_in(calm_run) and on_hub(hub, "two") == before
+
+
+def test_no_repository_is_made_for_a_command_that_is_refused(hub, extract):
+    assert extract("typo", "--messages_column", "nothing")[0] == 2
+    assert not hub.has_repo("dataset", "user/typo")
+
+
+def test_what_its_owner_writes_into_the_card_stays(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    assert extract("worded")[0] == 0
+    commits = len(hub.commits("dataset", "user/worded"))
+    files = hub.commits("dataset", "user/worded")[-1].files
+    files["README.md"].data += b"My own words."
+    assert extract("worded")[0] == 0
+    assert len(hub.commits("dataset", "user/worded")) == commits
+
+
+def test_a_pushing_thread_that_dies_is_told(extract, calm_run, tmp_path):
+    status, said = extract("panic", "--push_every", "0.5", code=DYING)
+    assert status == 1 and "in a library" in said and "Pushed" not in said
+    assert re.search(r"\d+ of 60 shards are not on the Hub yet", said)
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+
+
+def test_commits_keep_to_the_limit_of_the_hour(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    status, said = extract("limited", code=LIMITED)
+    assert status == 0 and "3 commits in an hour; the next in" in said
+    times = [commit.time for commit in our_commits(hub, "limited")]
+    assert len(times) == 8 and all(later - time >= 3.5 for time, later in zip(times, times[3:], strict=False))
+
+
+def test_overwrite_without_a_repository_replaces_none_later(hub, extract, calm_source, small_model, tmp_path):
+    """A folder begun with --overwrite, then named together with a repository that holds another run."""
+    assert extract("precious", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
+    before = on_hub(hub, "precious")
+    local = [*flags_for(small_model, calm_source, tmp_path / "out"), "--overwrite"]
+    process = subprocess.Popen([sys.executable, "extract_logits.py", *local], cwd=REPO, stderr=subprocess.PIPE)
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    status, said = extract("precious")
+    assert status == 2 and "user/precious: holds another run (seed: 7 there, 0 here" in said
+    assert on_hub(hub, "precious") == before
+
+
+def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, start, calm_run, tmp_path):
+    assert extract("renewed", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
+    process = start("renewed", "--overwrite", "--push_every", "1000")
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 143 and "--overwrite" not in said.splitlines()[-1]
+    status, said = extract("renewed")
+    assert status == 0, said
+    assert on_hub(hub, "renewed") == files_in(calm_run)
+
+
+def test_an_overwrite_that_fails_before_its_first_shard_leaves_the_repository_as_it_is(hub, extract, start):
+    assert extract("kept", "--max_samples", "9", out="first")[0] == 0
+    before = on_hub(hub, "kept")
+    failing = """
+from chat_logits.extraction import shard_computer
+from chat_logits.errors import ToolkitError
+def compute(*_):
+    raise ToolkitError("the model is gone")
+shard_computer.ShardComputer.compute = compute
+import extract_logits"""
+    code = COMMAND.replace("import extract_logits", failing)
+    for flags in (["--seed", "7"], ["--max_samples", "9"]):  # another run, and the same
+        process = start("kept", *flags, "--overwrite", code=code)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1 and "the model is gone" in said
+        assert on_hub(hub, "kept") == before
+
+
+def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hub, extract, start, calm_run, tmp_path):
+    for repo in ("one", "other-one"):
+        assert extract(repo, "--seed", "7", "--max_samples", "9", out=repo)[0] == 0
+    stopped = start("one", "--overwrite", "--push_every", "1000")
+    while len(shards_in(tmp_path / "out")) < 3:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate()
+    stopped = start("other-one", "--overwrite", "--push_every", "0")
+    while len(our_commits(hub, "other-one")) < 3:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate()
+    kept = {path for path in on_hub(hub, "other-one") if path.startswith("data/")}
+    assert extract("other-one", "--overwrite")[0] == 0
+    assert on_hub(hub, "other-one") == files_in(calm_run)
+    sent = [path for commit in our_commits(hub, "other-one") for path in commit.paths if path in kept]
+    assert 0 < len(kept) < SHARDS and sorted(set(sent)) == sorted(kept)
+    assert sum(sent.count(path) for path in kept) <= len(kept) + 3, "those of the old run were deleted or replaced"
+
+
+def test_an_overwrite_cut_short_is_not_taken_for_one_of_another_repository(hub, extract, start):
+    """Killed between setting the old run aside and beginning the new one."""
+    for repo in ("mine", "yours"):
+        assert extract(repo, "--seed", "7", "--max_samples", "9", out="out" if repo == "mine" else "yours")[0] == 0
+    before = on_hub(hub, "yours")
+    cut = """
+import os
+from chat_logits.extraction import folder as run_folder
+set_aside = run_folder.RunFolder._set_aside
+def then_cut(self):
+    set_aside(self)
+    os._exit(9)
+run_folder.RunFolder._set_aside = then_cut
+import extract_logits"""
+    process = start("mine", "--overwrite", code=COMMAND.replace("import extract_logits", cut))
+    process.communicate(timeout=120)
+    assert process.returncode == 9
+    for _ in range(2):
+        status, said = extract("yours")
+        assert status == 2 and "user/yours: holds another run" in said
+        assert on_hub(hub, "yours") == before
+
+
+def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, calm_run, tmp_path):
+    shutil.copytree(calm_run, tmp_path / "out")
+    files = {"extraction.json": b"{}", "shards.json": b"{", "data/00000/train-00099.parquet": b"PAR1"}
+    hub.add_repo("dataset", "user/broken", files=files)
+    status, said = extract("broken")
+    assert status == 2, said
+    assert "user/broken: holds another run (" in said and "format_version None" in said
+    shutil.rmtree(tmp_path / "out")
+    assert extract("broken", "--overwrite")[0] == 0
+    assert on_hub(hub, "broken") == files_in(calm_run)
+
+
+def test_a_full_disk_pushes_what_is_finished(hub, start, tmp_path):
+    late = """
+from chat_logits.storage import disk
+free = disk.free_bytes
+calls = []
+def later(folder):
+    calls.append(1)
+    return free(folder) if len(calls) < 30 else 0
+disk.free_bytes = later
+import extract_logits"""
+    process = start("filled", "--push_every", "1000", code=COMMAND.replace("import extract_logits", late))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "is full" in errors, errors
+    here = {name for name in files_in(tmp_path / "out") if name.startswith("data/")}
+    assert 0 < len(here) < SHARDS and here == {name for name in on_hub(hub, "filled") if name.startswith("data/")}
+
+
+def test_a_push_that_is_refused_on_the_way_ends_the_run_with_all_rows_here(hub, extract, calm_run, tmp_path):
+    hub.inject(Fault("refuse", "commit", status=403, skip=1, times=math.inf))
+    status, said = extract("forbidden", "--push_every", "0.5")
+    hub.clear_faults()
+    assert status == 1 and re.search(r"\d+ of 60 shards are not on the Hub yet", said) and "403" in said
+    assert files_in(tmp_path / "out") == files_in(calm_run)
+
+
+def test_no_token_is_in_any_file_of_the_run(calm_run, through_each_fault):
+    assert through_each_fault and not any(TOKEN.encode() in data for data in files_in(calm_run).values())
+
+
+# --- one row ---
+
+
+@pytest.mark.usefixtures("through_each_fault")
+def test_one_row_is_fetched_and_not_the_dataset(hub, environment, calm_run):
+    """Of a dataset of 60 shards: the files around, a footer and a row group."""
+    code = "from logit_dataset import open_dataset; import json; "
+    code += "row = open_dataset('user/none').read_row(77); print(row['source_index'])"
+    begun = len(hub.requests)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == open_dataset(str(calm_run)).read_row(77)["source_index"]
+    fetched = [request for request in hub.requests[begun:] if request.sent]
+    total = sum(map(len, on_hub(hub, "none").values()))
+    sent = sum(request.sent for request in fetched)
+    print(f"{sent:,} of {total:,} bytes ({100 * sent / total:.2f}%), {len(fetched)} requests")
+    assert sent <= 0.03 * total, [(request.path, request.sent) for request in fetched]

@@ -1,0 +1,389 @@
+"""Workers on a cluster of nodes: shared folders, shards straight to the Hub, and machines that fail."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from hub_faults import Fault
+from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
+from ray_runs import Command, Nodes, children, command_line
+from runs import SHARDS, files_in, flags_for, shards_in, without
+
+import extract_logits
+from chat_logits.extraction.cluster import copy_code
+from chat_logits.extraction.folder import WORKERS
+
+
+@pytest.fixture
+def flags(small_model, calm_source, tmp_path):
+    def of(out, *more) -> list[str]:
+        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
+
+    return of
+
+
+@pytest.fixture
+def undisturbed(calm_run) -> dict[str, bytes]:
+    return files_in(calm_run)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory) -> Path:
+    """Where the nodes' workers have their temporary folders."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def nodes(temporary):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
+        patch.delenv("HF_HUB_OFFLINE", raising=False)  # what the nodes are started with is their workers' environment
+        nodes = Nodes()
+        yield nodes
+    nodes.cluster.shutdown()
+
+
+def on_nodes(nodes: Nodes) -> list[str]:
+    return ["--ray_address", nodes.address, "--num_workers", "2"]
+
+
+@pytest.fixture
+def straight(flags, nodes, hub, tmp_path):
+    """Starts runs without a folder that the nodes share, into a repository on the loopback Hub."""
+    made = set()
+
+    def start(repo: str, *more, first: str = "", log: str = "log") -> Command:
+        made.add(REPO / "outputs" / repo)
+        wanted = without("--output_dir", flags("nowhere", *on_nodes(nodes), "--output_repo", f"user/{repo}", *more))
+        return Command(wanted, tmp_path / log, hub.environment(tmp_path / "home"), first)
+
+    yield start
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_hub(hub: LoopbackHub, repo: str) -> dict[str, bytes]:
+    return {name: data for name, data in hub.files("dataset", f"user/{repo}").items() if name != ".gitattributes"}
+
+
+def shards_on_hub(hub: LoopbackHub, repo: str) -> set[str]:
+    return {name for name in on_hub(hub, repo) if name.startswith("data/")}
+
+
+def sent(hub: LoopbackHub, repo: str) -> list[str]:
+    """The shards in all commits, deletions among them."""
+    return [path for c in hub.commits("dataset", f"user/{repo}") for path in c.paths if path.startswith("data/")]
+
+
+# --- a folder that all share ---
+
+
+def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed(flags, undisturbed, nodes, tmp_path):
+    for out, removed in (("whole", False), ("part", True)):
+        run = Command(flags(out, *on_nodes(nodes)), tmp_path / f"{out}.log")
+        run.until(lambda out=out: len(shards_in(tmp_path / out)) > 8)
+        if removed:
+            nodes.remove(nodes.nodes[0])
+            run.until(lambda run=run: "To be computed again" in run.said)
+            nodes.nodes.append(nodes.add())
+        assert run.wait() == 0, run.said
+        assert ("it died, or its machine did" in run.said) == removed
+        assert files_in(tmp_path / out) == undisturbed
+
+
+def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait_for_one_without_room(
+    flags, undisturbed, nodes, tmp_path
+):
+    """A node that says it has five GPUs: two workers of two each find room, a third does not."""
+    node = nodes.cluster.add_node(num_cpus=2, num_gpus=5)
+    try:
+        wanted = without(
+            "--device", flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
+        )
+        run = Command([*wanted, "--device_map", "auto"], tmp_path / "log")
+        assert run.wait() == 0, run.said
+    finally:
+        nodes.cluster.remove_node(node, allow_graceful=False)
+    assert "Starting 3 workers on Ray, each on 2 GPUs (there is room for 2 now" in run.said
+    assert len(re.findall(r"Worker \d has its model", run.said)) == 2
+    assert files_in(tmp_path / "spread") == undisturbed
+
+
+# --- without one ---
+
+# What is free where the command was started is nobody's business: no estimate may be held against it.
+HUGE = "from chat_logits.storage import disk; disk.COMPRESSED = 1e9"
+
+
+def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_committers_commits(
+    undisturbed, straight, hub, temporary
+):
+    stopped = straight("straight", "--push_every", 2, first=HUGE)
+    stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.wait(60) == 130, stopped.said
+    kept, files = shards_on_hub(hub, "straight"), on_hub(hub, "straight")
+    assert 3 < len(kept) < SHARDS and {entry["path"] for entry in listed(files)} == kept
+    assert f"{len(kept)} finished shards are in user/straight.\nStopped. What is pushed is kept." in stopped.said
+    assert not list(temporary.glob("extract-logits-*")), "the workers have cleared up"
+    again = straight("straight", "--push_every", 2, log="again")
+    assert again.wait() == 0, again.said
+    assert f"{len(kept)} of them only in user/straight" in again.said
+    assert not shards_in(REPO / "outputs" / "straight")
+    assert on_hub(hub, "straight") == undisturbed
+    assert len(sent(hub, "straight")) == SHARDS
+    assert TOKEN not in stopped.said + again.said and SIGNATURE not in stopped.said + again.said
+
+
+def listed(files: dict[str, bytes]) -> list[dict]:
+    return json.loads(files["shards.json"])["shards"]
+
+
+def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undisturbed, straight, hub):
+    """Of the same run, so that its old shards are told from its new ones by nothing but the record of the overwrite."""
+    other = straight("renewed", "--max_samples", 9, "--seed", 7)
+    assert other.wait() == 0, other.said
+    stopped = straight("renewed", "--overwrite", "--push_every", 2, log="stopped")
+    stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.wait(60) == 130, stopped.said
+    kept = shards_on_hub(hub, "renewed")
+    assert 3 < len(kept) < SHARDS
+    again = straight("renewed", "--overwrite", log="again")
+    assert again.wait() == 0, again.said
+    assert f"{len(kept)} of them only in user/renewed" in again.said
+    assert on_hub(hub, "renewed") == undisturbed
+    whole = straight("renewed", "--overwrite", log="whole")  # nothing is left unfinished: it begins anew
+    assert whole.wait() == 0, whole.said
+    assert on_hub(hub, "renewed") == undisturbed and "Going on" not in whole.said
+
+
+def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, straight, hub):
+    """The token has lost its right in mid-run: nothing is computed for which there is no place."""
+    stopped = straight("revoked", "--push_every", 1)
+    stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
+    hub.inject(*(Fault("refuse", step, status=403, times=math.inf) for step in ("preupload", "lfs_batch", "commit")))
+    try:
+        assert stopped.wait(60) == 1, stopped.said
+    finally:
+        hub.clear_faults()
+    assert "Given up" not in stopped.said and "all others are done" not in stopped.said
+    told = stopped.said.splitlines()[-2:]
+    assert re.match(r"error: --output_repo user/revoked: not found on the Hub, or not yours to see \(403\)", told[0])
+    assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
+    again = straight("revoked", log="again")
+    assert again.wait() == 0, again.said
+    assert on_hub(hub, "revoked") == undisturbed
+
+
+def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_begin(straight, hub):
+    hub.inject(Fault("refuse", "commit", status=403, times=math.inf))
+    try:
+        refused = straight(
+            "refused", "--push_every", 0, first="from chat_logits.extraction import upload; upload.FIRST_WAIT = 0.01"
+        )
+        assert refused.wait(120) == 1, refused.said
+    finally:
+        hub.clear_faults()
+    assert "not found on the Hub, or not yours to see (403)" in refused.said
+    assert re.search(r"\d+ of them are nowhere else", refused.said) and "all are in" not in refused.said
+    assert refused.said.splitlines()[-1] == "error: The run ends, as its shards have no place any more."
+    hub.inject(Fault("refuse", "info", status=503, times=math.inf))
+    try:
+        away = straight(
+            "away", first="from chat_logits.extraction import upload; upload.START_PATIENCE = 1.0", log="away"
+        )
+        assert away.wait(60) == 1, away.said
+    finally:
+        hub.clear_faults()
+    assert "--output_repo user/away, where the shards go without --output_dir: the Hub fails (503)" in away.said
+    assert not hub.has_repo("dataset", "user/away") and "Rows go to" not in away.said
+
+
+SLOW_DISK = """
+from chat_logits.extraction import cluster as ray_cluster
+copy_code = ray_cluster.copy_code
+def copy(source, target):
+    copy_code(source, target)
+    with (target / "chat_logits" / "storage" / "disk.py").open("a") as file:
+        file.write("import os, time\\nfree = free_bytes\\n")
+        file.write("def free_bytes(folder):\\n    time.sleep(0.4)\\n")
+        file.write("    return DAMAGE if 'DAMAGE' in os.environ else free(folder)\\n")
+ray_cluster.copy_code = copy
+"""
+# What happens to a worker on a bad machine, and how the driver is hurried to judge it.
+DAMAGES = {
+    "full disk": ("0", "from chat_logits.extraction import workers; workers.PAUSE = 1.0"),
+    "dies": (
+        "os._exit(1)",
+        "from chat_logits.extraction import shard_plan as p; p.SUSPECT = p.HOPELESS = 2; p.FAIR = 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, monkeypatch, damage):
+    """A third node, with whose worker every shard fails: it is held back, then dismissed, and no shard is given up."""
+    monkeypatch.setenv("DAMAGE", "1")
+    bad = nodes.cluster.add_node(num_cpus=1)
+    monkeypatch.delenv("DAMAGE")
+    what, hurried = DAMAGES[damage]
+    repo = damage.replace(" ", "-")
+    try:
+        run = straight(repo, "--num_workers", 3, first=SLOW_DISK.replace("DAMAGE if", f"{what} if") + hurried)
+        assert run.wait() == 0, run.said
+    finally:
+        nodes.cluster.remove_node(bad, allow_graceful=False)
+    told = re.findall(r"Worker (\d) \(.*\): (?:the disk of .*extract-logits-\w+ is full|it died)", run.said)
+    assert 1 <= len(told) <= 20 and len(set(told)) == 1
+    assert re.search(rf"Worker {told[0]} \(.*\): it is given no more, as it fails all", run.said)
+    assert "Given up" not in run.said and "source rows" in run.said
+    assert on_hub(hub, repo) == undisturbed
+
+
+# --- addresses and what is there ---
+
+
+@pytest.fixture
+def head(tmp_path):
+    """Starts a cluster of one machine with `ray start`, in an environment; gives its address."""
+    started, folders = [], []
+
+    def start(env: dict[str, str]) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+        folders.append(tempfile.mkdtemp(dir="/tmp", prefix="ray-"))
+        options += ["--disable-usage-stats", f"--temp-dir={folders[-1]}"]
+        with (tmp_path / "ray.log").open("w") as log:
+            started.append(subprocess.Popen([*ray, "start", *options], env=env, stdout=log, stderr=log))
+        until = time.monotonic() + 60
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(30)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, undisturbed, head, tmp_path):
+    """As it is after `ray start` on a machine where Ray has made a token for a run of its own before."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("0" * 64)
+    env = {**os.environ, "HOME": str(home)}
+    address = head(env)
+    wanted = ["--ray_address", address, "--num_workers", "2"]
+    run = Command(flags("out", *wanted), tmp_path / "log", env)
+    assert run.wait() == 0, run.said
+    assert files_in(tmp_path / "out") == undisturbed
+    (home / ".ray" / "auth_token").write_text("1" * 64)
+    other = Command(flags("other", *wanted), tmp_path / "other.log", env)
+    assert other.wait(60) == 1
+    last = other.said.splitlines()[-1]
+    assert last.startswith(f"error: --ray_address {address}: that cluster asks for a token, and this machine's is")
+    assert "Copy ~/.ray/auth_token from the cluster's first machine" in last and len(other.said.splitlines()) < 4
+
+
+def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_on(flags, undisturbed, head, tmp_path):
+    wanted = flags("headless", "--ray_address", head(dict(os.environ)), "--num_workers", "2")
+    run = Command(wanted, tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "headless")) > 8)
+    gcs = [pid for pid in children(os.getpid()) if b"gcs_server" in command_line(pid).partition(b"\0")[0]]
+    folders = re.findall(r"/tmp/ray-\w+", b"".join(map(command_line, gcs)).decode())
+    assert gcs and folders
+    for pid in gcs:
+        if folders[-1].encode() in command_line(pid):
+            os.kill(pid, signal.SIGKILL)
+    assert run.wait(100) == 1, run.said
+    assert re.match(r"error: --ray_address .*: the cluster's head does not answer any more", run.said.splitlines()[-1])
+    assert "The program will terminate" not in run.said and not (tmp_path / "headless" / WORKERS).exists()
+    assert len(shards_in(tmp_path / "headless")) < SHARDS
+    assert extract_logits.main(flags("headless")) == 0
+    assert files_in(tmp_path / "headless") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "told"),
+    [
+        ("here", 2, "expected HOST:PORT or auto"),
+        ("", 2, "expected HOST:PORT or auto"),
+        ("ray://127.0.0.1:10001", 2, "expected HOST:PORT as `ray start` prints it, without ray://"),
+        ("127.0.0.1:99999", 2, "expected HOST:PORT or auto"),
+        ("127.0.0.1:1", 1, "no Ray cluster answers there. `ray start --head` starts a cluster"),
+        ("LISTENS", 1, "no Ray cluster answers there"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told_in_a_line_and_leaves_no_repository(
+    flags, hub, tmp_path, address, status, told
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}" if address == "LISTENS" else address
+        wanted = flags("wrong", "--ray_address", address, "--output_repo", "user/wrong")
+        quick = "import ray_address; ray_address.PATIENCE = 4.0"
+        run = Command(wanted, tmp_path / "log", hub.environment(tmp_path / "home"), quick)
+        assert run.wait(60) == status, run.said
+    assert len(run.said.splitlines()) == 1 and run.said.startswith("error: --ray_address ") and told in run.said
+    assert not (tmp_path / "wrong").exists() and not hub.has_repo("dataset", "user/wrong")
+
+
+def test_a_cluster_without_gpus_and_a_machine_without_room_are_refused_before_a_repository_is_made(
+    flags, hub, nodes, tmp_path
+):
+    env = hub.environment(tmp_path / "home")
+    wanted = without("--device", flags("none", *on_nodes(nodes), "--output_repo", "user/none"))
+    for number, (more, told) in enumerate(
+        [
+            ([], "has 2 CPUs and no GPU yet. Wait for machines with some, or give --device cpu"),
+            (["--gpus_per_worker", "2", "--device_map", "auto"], "has 2 CPUs and no GPU yet"),
+        ]
+    ):
+        run = Command([*wanted, *more], tmp_path / f"{number}.log", env)
+        assert run.wait(60) == 2 and told in run.said.splitlines()[-1], run.said
+    crowd = flags("none", "--num_workers", 99, "--output_repo", "user/none")
+    run = Command(crowd, tmp_path / "crowd.log", env)
+    assert run.wait(60) == 2 and "room for" in run.said.splitlines()[-1], run.said
+    assert not hub.has_repo("dataset", "user/none") and not (tmp_path / "none" / "extraction.json").exists()
+
+
+def test_the_cluster_gets_the_toolkits_code_and_nothing_else_of_a_checkout(tmp_path):
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
+    wanted = {
+        "logit_codec.py": "0",
+        "chat_logits/model/one.py": "1",
+        "templates/a.jinja": "2",
+        "chat_logits/display/pages/b.css": "3",
+    }
+    others = {".env": "SECRET=1", "outputs/run/data.py": "4", "notes.txt": "5", "tests/test_one.py": "6"}
+    for name, text in {**wanted, **others}.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    copy.mkdir()
+    copy_code(checkout, copy)
+    assert files_in(copy) == {name: text.encode() for name, text in wanted.items()}

@@ -1,0 +1,206 @@
+"""Shards on Ray: the same rows as one plain process's, whatever happens to workers and the driver meanwhile."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPO
+from ray_runs import Command, is_running, workers_of
+from runs import ROWS, SHARDS, files_in, flags_for, shards_in, without
+
+import extract_logits
+from chat_logits.storage.dataset import open_dataset
+
+
+@pytest.fixture
+def flags(small_model, calm_source, tmp_path):
+    def of(out, *more) -> list[str]:
+        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
+
+    return of
+
+
+@pytest.fixture
+def undisturbed(calm_run) -> dict[str, bytes]:
+    return files_in(calm_run)
+
+
+def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in_mid_shard(
+    flags, undisturbed, tmp_path
+):
+    run = Command(flags("two", "--num_workers", 2), tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "two")) > 8)
+    before = workers_of(run.process.pid)
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    run.until(lambda: len(set(workers_of(run.process.pid)) - set(before)) == 1)
+    assert run.wait() == 0, run.said
+    assert "it died, or its machine did" in run.said and "To be computed again: source rows" in run.said
+    assert files_in(tmp_path / "two") == undisturbed
+
+
+def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undisturbed, tmp_path):
+    run = Command(flags("killed", "--num_workers", 2), tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "killed")) > 4)
+    workers = workers_of(run.process.pid)
+    run.process.kill()
+    until = time.monotonic() + 60
+    while any(map(is_running, workers)):  # Ray ends what it started; its own agents take a minute
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert 4 < len(shards_in(tmp_path / "killed")) < SHARDS
+    assert extract_logits.main(flags("killed")) == 0
+    assert files_in(tmp_path / "killed") == undisturbed
+
+
+def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_on(flags, undisturbed, tmp_path):
+    run = Command(flags("stopped", "--num_workers", 2), tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "stopped")) > 4)
+    workers = workers_of(run.process.pid)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143, run.said
+    assert "Traceback" not in run.said and f"Stopped. {len(shards_in(tmp_path / 'stopped'))} finished" in run.said
+    assert len(workers) == 2 and not any(map(is_running, workers))
+    printed = shlex.split(run.said.splitlines()[-1])
+    assert printed[-2:] == ["--num_workers", "2"]
+    again = Command(printed[2:], tmp_path / "again")
+    assert again.wait() == 0, again.said
+    assert files_in(tmp_path / "stopped") == undisturbed
+
+
+@pytest.fixture
+def damaged_source(tmp_path) -> Path:
+    """The rows as Parquet, three a row group, with a page of one group overwritten."""
+    import pyarrow as pa
+
+    path = tmp_path / "chats.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=3, compression="none", use_dictionary=False)
+    place = pq.read_metadata(path).row_group(21).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    return path
+
+
+def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, damaged_source, calm_run, tmp_path):
+    wanted = flags("gap", "--num_workers", 2, "--streaming", "--dataset_id", damaged_source)
+    run = Command(wanted, tmp_path / "log")
+    assert run.wait() == 1, run.said
+    assert "Traceback" not in run.said and "Unhandled" not in run.said
+    assert run.said.count("To be computed again: source rows 63 to 65") == 2
+    assert "Given up after 3 failures: source rows 63 to 65" in run.said
+    told = run.said.splitlines()[-2:]
+    assert told[0].startswith("error: 1 of the shards failed 3 times and were left out; all others are done")
+    assert re.match(r"source rows 63 to 65; the last because: .*chats\.parquet", told[1])
+    expected = [row for row in stored(calm_run) if row["source_index"] // 3 != 21]
+    assert stored(tmp_path / "gap") == expected
+    assert len(shards_in(tmp_path / "gap")) == SHARDS - 1
+
+
+def stored(folder: Path) -> list[dict]:
+    dataset = open_dataset(str(folder))
+    return [dataset.read_row(i) for i in range(dataset.num_rows)]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--num_workers", "99"], r"--num_workers 99: this machine has \d+ CPUs and no GPU, room for \d+"),
+        (["--num_workers", "2", "--device", "cuda:0"], "each worker gets its own accelerator"),
+        (["--gpus_per_worker", "2"], "it goes with --num_workers and --device_map"),
+    ],
+)
+def test_wrong_use_is_told_in_a_line(flags, tmp_path, more, told):
+    run = Command(flags("wrong", *more), tmp_path / "log")
+    assert run.wait(60) == 2, run.said
+    last = run.said.splitlines()[-1]
+    assert last.startswith("error: ") and re.search(told, last)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("more", [["--num_workers", "2"], ["--ray_address", "127.0.0.1:6379"]])
+def test_without_ray_its_requirements_are_named(flags, tmp_path, more):
+    missing = (
+        "import importlib.util as u; u.find_spec = lambda name, find=u.find_spec: None if name == 'ray' else find(name)"
+    )
+    run = Command(flags("missing", *more), tmp_path / "log", first=missing)
+    assert run.wait(60) == 2
+    assert run.said == "error: workers need Ray, which is not installed: pip install -r requirements-ray.txt\n"
+
+
+def test_a_temporary_folder_that_is_too_deep_for_ray_is_told(flags, tmp_path):
+    deep = tmp_path / ("deep" * 25)
+    deep.mkdir()
+    run = Command(flags("out", "--num_workers", 2), tmp_path / "log", {**os.environ, "TMPDIR": str(deep)})
+    assert run.wait(60) == 1
+    assert re.match("error: Ray does not start on this machine: .*TMPDIR", run.said.splitlines()[-1])
+
+
+def test_an_option_that_is_wrong_for_every_worker_ends_the_run_at_once_as_without_workers(flags, tmp_path):
+    wanted = without(
+        "--device", flags("wrong", "--num_workers", 2, "--device_map", "auto", "--max_memory", '{"7": "60GiB"}')
+    )
+    run = Command(wanted, tmp_path / "log")
+    assert run.wait(60) == 2, run.said
+    assert run.said.splitlines()[-1].startswith("error: --max_memory: no place '7'. Available: cpu, disk")
+    assert "died" not in run.said and not (tmp_path / "wrong").exists()
+
+
+def test_a_worker_that_cannot_begin_says_why_and_the_run_ends_when_none_can(flags, tmp_path):
+    """Their machine has lost the model's weights since the command was given."""
+    copy = shutil.copytree(flags("model")[1], tmp_path / "copy")
+    first = f"""
+import pathlib
+from chat_logits.extraction import ray_seats
+from chat_logits.extraction import workers as ray_workers
+ray_seats.RESTART = 0.01
+connect = ray_workers.connect
+def late(arguments):
+    pathlib.Path({str(copy)!r}, "model.safetensors").unlink()
+    return connect(arguments)
+ray_workers.connect = late
+"""
+    run = Command(flags("lost", "--num_workers", 2, "--model_id", copy), tmp_path / "log", first=first)
+    assert run.wait(120) == 1, run.said
+    assert re.search(r"Worker \d did not begin \(1 of 4 times\): .*model\.safetensors", run.said)
+    assert run.said.count("did not begin (4 of 4 times)") == 2 and "died" not in run.said
+    assert re.match(r"error: .*model\.safetensors", run.said.splitlines()[-1])
+
+
+def test_a_worker_that_hangs_is_replaced(flags, undisturbed, tmp_path):
+    hasty = """
+from chat_logits.extraction import ray_seats, workers
+workers.LONG, workers.SLOW, ray_seats.LOOK = 6.0, 2, 1.0"""
+    run = Command(flags("hung", "--num_workers", 2), tmp_path / "log", first=hasty)
+    run.until(lambda: len(shards_in(tmp_path / "hung")) > 8)
+    hung = workers_of(run.process.pid)[0]
+    os.kill(hung, signal.SIGSTOP)
+    assert run.wait() == 0, run.said
+    assert re.search(r"no answer for \d+ s; the slowest so far took \d+\nTo be computed again", run.said)
+    assert files_in(tmp_path / "hung") == undisturbed
+    assert not is_running(hung)
+
+
+def test_names_stand_in_the_record_as_they_were_given(small_model, calm_source, tmp_path):
+    """With paths relative to where the command is given, which workers know by other names."""
+    relative = [os.path.relpath(path, REPO) for path in (small_model, calm_source)]
+    for out, more in (("plain", []), ("two", ["--num_workers", "2"])):
+        run = Command([*flags_for(*relative, tmp_path / out), "--max_samples", "9", *more], tmp_path / f"{out}.log")
+        assert run.wait() == 0, run.said
+    assert files_in(tmp_path / "two") == files_in(tmp_path / "plain")
+    extraction = json.loads((tmp_path / "two" / "extraction.json").read_text(encoding="utf-8"))
+    assert [extraction["model_id"], extraction["dataset_id"]] == relative
+
+
+def test_a_stream_without_a_length_is_refused(flags, chat_file, tmp_path):
+    source = chat_file([{"question": "Who?", "answer": "Nobody has counted these."}] * 5)  # nor cached them
+    run = Command(flags("stream", "--num_workers", 2, "--streaming", "--dataset_id", source), tmp_path / "log")
+    assert run.wait(60) == 2, run.said
+    assert "is streamed and nobody knows its length. Leave out --streaming" in run.said

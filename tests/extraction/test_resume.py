@@ -1,0 +1,471 @@
+"""Nothing is lost: a run that is stopped at any moment, by anything, goes on to the same files."""
+
+import functools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, TEMPLATE, run_command
+from lives import Life
+from runs import ROWS, SHARDS, files_in, flags_for, shards_in
+
+import extract_logits
+from chat_logits.errors import UsageError
+from chat_logits.extraction.folder import RunFolder
+from chat_logits.storage.dataset import open_dataset
+
+
+@pytest.fixture
+def options(small_model, calm_source, tmp_path):
+    def of(out, *more) -> list[str]:
+        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
+
+    return of
+
+
+@pytest.fixture
+def undisturbed(calm_run, tmp_path) -> dict[str, bytes]:
+    """Its files, and a copy of it to work on, in ``tmp_path / "undisturbed"``."""
+    shutil.copytree(calm_run, tmp_path / "undisturbed")
+    return files_in(calm_run)
+
+
+def wait_for(condition, life: Life, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert life.is_alive(), life.said
+        assert time.monotonic() < until, life.said
+        time.sleep(0.005)
+
+
+def test_killed_at_twenty_random_moments_the_run_ends_in_the_same_files(options, undisturbed, tmp_path):
+    dice, out, moments = random.Random(4), tmp_path / "killed", []
+    for life_number in range(20):
+        before = len(shards_in(out))
+        life = Life(options("killed"), tmp_path / f"life{life_number}.log")
+        wanted = before + dice.randint(0, 2)
+        wait_for(lambda wanted=wanted: len(shards_in(out)) >= wanted, life)
+        time.sleep(dice.uniform(0, 1 if dice.random() < 0.3 else 0.1))
+        life.kill()
+        assert life.wait() == -signal.SIGKILL, life.said
+        moments.append(len(shards_in(out)))
+    assert len(set(moments)) > 10 and moments[-1] < SHARDS, moments
+    assert Life(options("killed"), tmp_path / "last.log").wait() == 0
+    found = files_in(out)
+    assert found.keys() == undisturbed.keys()
+    assert found == undisturbed
+    dataset = open_dataset(str(out))
+    rows = [dataset.read_row(i)["source_index"] for i in range(dataset.num_rows)]
+    assert rows == [i for i in range(len(ROWS)) if i % 9]
+
+
+# --- the windows of a shard's writing ---
+
+
+def die_at(when: str, name: str, skip: int) -> None:
+    """In the process that is to die: kill it at the ``skip``-th file of that name, at this point of its writing."""
+    from chat_logits.storage import shard as shard_files
+
+    original = shard_files.flush_and_rename
+    seen = []
+
+    def deadly(temporary: Path, path: Path) -> None:
+        seen.extend([path] if re.fullmatch(name, path.name) else [])
+        strikes = len(seen) > skip
+        if strikes and when == "half written":
+            os.truncate(temporary, temporary.stat().st_size // 2)
+        if strikes and when != "renamed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(temporary, path)
+        if strikes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    from chat_logits.extraction import folder as run_folder
+
+    shard_files.flush_and_rename = run_folder.flush_and_rename = deadly
+
+
+@pytest.mark.parametrize(
+    ("when", "name", "skip"),
+    [
+        ("half written", r".*\.parquet", 2),
+        ("written", r".*\.parquet", 0),
+        ("renamed", r".*\.parquet", 3),
+        ("half written", r"shards\.json", 2),
+        ("renamed", r"shards\.json", 1),
+        ("half written", r"README\.md", 2),
+        ("renamed", r"README\.md", 3),
+        ("written", r"extraction\.json", 0),
+        ("renamed", r"extraction\.json", 0),
+    ],
+)
+def test_stopped_in_any_window_of_writing_the_run_goes_on(options, undisturbed, tmp_path, when, name, skip):
+    out = tmp_path / "window"
+    life = Life(options("window"), tmp_path / "first.log", functools.partial(die_at, when, name, skip))
+    assert life.wait() == -signal.SIGKILL, life.said
+    assert len(shards_in(out)) < 10
+    assert extract_logits.main(options("window")) == 0
+    assert files_in(out) == undisturbed
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_two_processes_are_kept_apart_and_the_second_goes_on_when_the_first_is_dead(options, undisturbed, tmp_path):
+    out = tmp_path / "both"
+    first = Life(options("both"), tmp_path / "first.log")
+    wait_for(lambda: len(shards_in(out)) > 3, first)
+    first.kill(signal.SIGSTOP)
+    before = files_in(out)
+    second = Life(options("both"), tmp_path / "second.log")
+    assert second.wait() == 2
+    assert "another process is extracting into this folder" in second.said
+    assert len(second.said.strip().splitlines()) <= 2
+    assert Life(options("both", "--overwrite"), tmp_path / "third.log").wait() == 2
+    assert files_in(out) == before
+    first.kill()
+    first.wait()
+    assert extract_logits.main(options("both")) == 0
+    assert files_in(out) == undisturbed
+
+
+# --- damage ---
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    path.write_bytes(content)
+
+
+def swap_with_another(path: Path) -> None:
+    shutil.copy(path.with_name("train-00007.parquet"), path)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut, empty, swap_with_another, functools.partial(flip, place=0.2), functools.partial(flip, place=0.9)],
+    ids=["cut", "empty", "another shard's", "a bit of a page", "a bit of the footer"],
+)
+def test_a_damaged_shard_is_set_aside_and_computed_again(options, undisturbed, tmp_path, capsys, damage):
+    out = shutil.copytree(tmp_path / "undisturbed", tmp_path / "damaged")
+    damage(out / "data/00000/train-00011.parquet")
+    damaged = (out / "data/00000/train-00011.parquet").read_bytes()
+    capsys.readouterr()
+    assert extract_logits.main(options("damaged")) == 0
+    said = capsys.readouterr().err
+    assert "data/00000/train-00011.parquet: " in said and "Set aside as" in said
+    assert (out / "data/00000/.damaged-train-00011.parquet").read_bytes() == damaged
+    assert files_in(out) == undisturbed
+
+
+def test_files_around_that_are_missing_are_made_again(options, undisturbed, tmp_path):
+    out = shutil.copytree(tmp_path / "undisturbed", tmp_path / "bare")
+    (out / "shards.json").unlink()
+    (out / "README.md").write_text("?")
+    assert extract_logits.main(options("bare")) == 0
+    assert files_in(out) == undisturbed
+
+
+# --- the same run or another ---
+
+
+def test_another_configuration_is_refused_with_what_differs(options, tmp_path, capsys, undisturbed):
+    out = tmp_path / "undisturbed"
+    assert extract_logits.main(options("undisturbed", "--top_k", "8", "--seed", "3", "--dtype", "bfloat16")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    for text in (
+        "top_k: 64 there, 8 here",
+        "seed: 0 there, 3 here",
+        "dtype: float32 there, bfloat16 here",
+        "--overwrite",
+    ):
+        assert text in message
+    assert "top_p" not in message and files_in(out) == undisturbed
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_another_template_is_told_by_where_it_differs(options, tmp_path, capsys):
+    other = tmp_path / "other.jinja"
+    other.write_text(TEMPLATE.read_text(encoding="utf-8").replace("<|im_start|>", "<|im_begin|>"), encoding="utf-8")
+    flags = options("undisturbed")
+    flags[flags.index(str(TEMPLATE))] = str(other)
+    assert extract_logits.main(flags) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "chat_template: from character" in message and "im_start" in message and "im_begin" in message
+    assert len(message) < 500
+
+
+def small_memory() -> None:
+    from chat_logits.model import memory as memory_budget
+
+    memory_budget.free_memory = lambda _device: 2**24
+
+
+def test_a_run_that_goes_on_keeps_the_budgets_it_began_with(options, undisturbed, tmp_path):
+    """Less memory is free the second time: other batches would give other last bits."""
+    out = tmp_path / "tight"
+    life = Life(options("tight"), tmp_path / "first.log")
+    wait_for(lambda: len(shards_in(out)) > 5, life)
+    life.kill()
+    life.wait()
+    assert Life(options("tight"), tmp_path / "second.log", small_memory).wait() == 0
+    assert files_in(out) == undisturbed
+
+
+def test_a_template_that_asks_for_the_date_gets_the_first_days(options, tmp_path):
+    dated = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE.read_text(encoding="utf-8")
+    flags = options("dated", "--max_samples", "12")
+    flags[flags.index(str(TEMPLATE))] = dated
+    assert extract_logits.main(flags) == 0
+    out = tmp_path / "dated"
+    first = files_in(out)
+    (out / "data/00000/train-00001.parquet").unlink()
+    life = Life(flags, tmp_path / "later.log", another_day)
+    assert life.wait() == 0, life.said
+    assert files_in(out) == first
+
+
+def another_day() -> None:
+    import datetime
+
+    from chat_logits.data import templates
+
+    class Later(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 5, 4)
+
+    templates.datetime = type("module", (), {"date": Later})
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
+    options, undisturbed, tmp_path, number, status
+):
+    out, log = tmp_path / "signalled", tmp_path / "signalled.log"
+    command = [sys.executable, "extract_logits.py", *options("signalled", "--overwrite")]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file)
+    while len(shards_in(out)) < 4:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == status
+    said = log.read_text()
+    finished = int(re.search(r"Stopped\. (\d+) finished shards are in", said)[1])
+    assert finished == len(shards_in(out)) < SHARDS and not list(out.rglob("*.tmp"))
+    assert "Traceback" not in said
+    printed = shlex.split(said.splitlines()[-1])
+    assert printed == [part for part in command if part != "--overwrite"]
+    done = subprocess.run(printed, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(ROWS)}/{len(ROWS)}" in done.stderr
+    assert files_in(out) == undisturbed
+
+
+def write_slowly() -> None:
+    """A disk that takes minutes to write."""
+    from chat_logits.storage import shard_writer
+
+    def slow(*_):
+        time.sleep(600)
+
+    shard_writer.write_shard = slow
+
+
+def test_a_second_signal_leaves_at_once(options, tmp_path):
+    life = Life(options("stuck"), tmp_path / "stuck.log", write_slowly)
+    wait_for(lambda: "tokens/s" in life.said, life)
+    time.sleep(0.5)
+    life.kill(signal.SIGINT)
+    time.sleep(1)
+    assert life.is_alive()
+    life.kill(signal.SIGINT)
+    assert life.wait(10) == 130
+
+
+# --- the disk ---
+
+FULL_DISK = """
+set -eu
+mount -t tmpfs -o size={size} none {place}
+set +e
+{command}; first=$?
+find {place}/out -name '*.tmp' > {place}/../leftovers
+find {place}/out -name 'train*.parquet' | wc -l > {place}/../finished
+set -e
+mount -o remount,size=64m {place}
+{command}
+cp -r {place}/out {place}/../copied
+exit $first
+"""
+
+
+@pytest.mark.parametrize("spare", [None, 0], ids=["seen before", "met on the way"])
+def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(options, undisturbed, tmp_path, spare):
+    """A file system of its own, once too small for the spare room, once full in the middle of a shard."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    code = "import sys, extract_logits\nfrom chat_logits.storage import disk\n"
+    code += "" if spare is None else f"disk.SPARE = {spare}\n"
+    code += "sys.exit(extract_logits.main(sys.argv[1:]))"
+    flags = options("disk/out")
+    command = shlex.join([sys.executable, "-c", code, *flags])
+    size = "6m" if spare is None else "2m"
+    script = FULL_DISK.format(size=size, place=place, command=command)
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert f"error: the disk of {place}/out is full (" in done.stderr and "the same command goes on" in done.stderr
+    assert "not expected" not in done.stderr
+    assert 0 < int((tmp_path / "finished").read_text()) < SHARDS
+    assert (tmp_path / "leftovers").read_text() == ""
+    assert files_in(tmp_path / "copied") == undisturbed
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_model_loads(options, tmp_path, monkeypatch, capsys):
+    from chat_logits.storage import disk as disk_space
+
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _folder: 100_000)
+    assert extract_logits.main(options("small")) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"error: the rest of the run needs about \d\.\d MB, and 100\.0 kB are free in", said)
+    assert "Loading" not in said and not (tmp_path / "small").exists()
+
+
+# --- what the command says ---
+
+
+def test_a_finished_run_is_told_again_without_a_model(options, undisturbed, tmp_path):
+    done = run_command("extract_logits.py", *options("undisturbed"))
+    assert done.returncode == 0 and "Loading" not in done.stderr
+    assert "160 written, 20 skipped" in done.stdout and files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_record_that_is_damaged_is_named_and_can_be_replaced(options, undisturbed, tmp_path, capsys):
+    (tmp_path / "undisturbed" / "extraction.json").write_text('{"format_version": 1}')
+    assert extract_logits.main(options("undisturbed")) == 1
+    assert "extraction.json has top_k None, expected" in capsys.readouterr().err
+    assert extract_logits.main(options("undisturbed", "--overwrite")) == 0
+    assert files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_the_lock_is_left_by_whoever_leaves(undisturbed, tmp_path):
+    kept = []
+    for _ in range(2):
+        with RunFolder(tmp_path / "undisturbed") as folder:
+            folder.resume(folder.recorded)
+        kept.append(folder)
+    assert len(kept[1].entries) == SHARDS and files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_run_that_began_meanwhile_is_not_written_over(undisturbed, tmp_path):
+    """Two starts find no folder; the first has begun and left before the second gets so far."""
+    late = RunFolder(tmp_path / "shared")
+    (tmp_path / "undisturbed").rename(tmp_path / "shared")
+    with pytest.raises(UsageError, match="another process has begun a run here"):
+        late.begin({"seed": 1})
+    assert files_in(tmp_path / "shared") == undisturbed
+
+
+def unreadable() -> None:
+    """A disk that answers no reads for now."""
+    from chat_logits.storage import shard as shard_files
+
+    def failing(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    shard_files.pq.ParquetFile = failing
+
+
+def test_a_disk_that_cannot_be_read_damages_nothing(options, undisturbed, tmp_path):
+    life = Life(options("undisturbed", "--check_shards"), tmp_path / "unread.log", unreadable)
+    assert life.wait() == 1
+    assert "it cannot be read now" in life.said and "Set aside" not in life.said
+    assert files_in(tmp_path / "undisturbed") == undisturbed
+
+
+def test_a_log_that_is_closed_is_no_success(options):
+    command = shlex.join([sys.executable, "extract_logits.py", *options("piped")])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} 2>&1 | head -c 100"], cwd=REPO, capture_output=True
+    )
+    assert done.returncode == 1
+
+
+def stuck_source() -> None:
+    """A source that never answers after its first rows, and a disk on which nothing can be written."""
+    from chat_logits.data.reader import Reader
+    from chat_logits.storage import shard_writer
+
+    align = Reader.align
+
+    def stuck(self, first, end):
+        if first >= 6:
+            time.sleep(600)
+        return align(self, first, end)
+
+    def failing(*_):
+        raise OSError(30, "Read-only file system")
+
+    Reader.align, shard_writer.write_shard = stuck, failing
+
+
+def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):
+    life = Life(options("stuck"), tmp_path / "stuck.log", stuck_source)
+    assert life.wait(60) == 1
+    assert "Read-only file system" in life.said
+
+
+# --- finished shards that have not changed ---
+
+
+def test_shards_as_they_were_written_are_not_read_again_unless_asked_for(options, undisturbed, tmp_path, capsys):
+    """A flipped byte with the file's old size and time: seen by --check_shards alone, or once the record is gone."""
+    out, flags = tmp_path / "undisturbed", options("undisturbed")
+    shard = shards_in(out)[7]
+    before = shard.stat()
+    flip(shard, 0.5)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = shard.read_bytes()
+    assert extract_logits.main(flags) == 0
+    assert shard.read_bytes() == changed and "Set aside" not in capsys.readouterr().err
+    assert extract_logits.main([*flags, "--check_shards"]) == 0
+    assert "Set aside" in capsys.readouterr().err
+    assert files_in(out) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "another run's"])
+def test_a_record_that_does_not_hold_makes_all_shards_be_read(options, undisturbed, tmp_path, capsys, damage):
+    out, flags = tmp_path / "undisturbed", options("undisturbed")
+    shard, record = shards_in(out)[7], out / ".checked.json"
+    before, content = shard.stat(), json.loads(record.read_text())
+    flip(shard, 0.5)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if damage == "gone":
+        record.unlink()
+    elif damage == "cut":
+        cut(record)
+    else:
+        key, value = ("fingerprint", "0" * 64) if damage == "another run's" else ("shards", content["shards"][:-1])
+        record.write_text(json.dumps({**content, key: value}))
+    assert extract_logits.main(flags) == 0
+    assert "Set aside" in capsys.readouterr().err
+    assert files_in(out) == undisturbed

@@ -1,0 +1,71 @@
+"""Batches keep their budgets, and the shared beginning is the one that saves most, against brute force."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat_logits.model.batching import SHORTEST_PREFIX, Budget, plan_batches, shared_prefix
+
+conversations = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), max_size=40)
+
+
+@given(conversations, st.integers(1, 200), st.integers(1, 100))
+def test_batches_hold_everything_once_within_both_budgets(sizes, tokens, logit_rows):
+    lengths, rows = [length for length, _ in sizes], [n for _, n in sizes]
+    batches = plan_batches(lengths, rows, Budget(tokens, logit_rows))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+    for batch in batches:
+        if len(batch) > 1:
+            assert max(lengths[i] for i in batch) * len(batch) <= tokens
+            assert sum(rows[i] for i in batch) <= logit_rows
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(order, reverse=True)
+
+
+@given(conversations)
+def test_a_batch_is_closed_only_by_a_conversation_that_does_not_fit(sizes):
+    lengths, rows = [length for length, _ in sizes], [n for _, n in sizes]
+    budget = Budget(150, 60)
+    batches = plan_batches(lengths, rows, budget)
+    for batch, following in itertools.pairwise(batches):
+        longer = lengths[batch[0]] * (len(batch) + 1) > budget.tokens
+        assert longer or sum(rows[i] for i in batch) + rows[following[0]] > budget.logit_rows
+
+
+sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), max_size=8)
+
+
+@given(sequences)
+def test_the_shared_beginning_saves_as_much_as_any_on_the_way(found):
+    """Following the most common next token: no beginning along that path saves more."""
+    arrays = [np.array(sequence, np.int64) for sequence in found]
+    limits = [len(array) - 1 for array in arrays]
+    prefix = shared_prefix(arrays, limits)
+    assert len(prefix) == 0 or len(prefix) >= SHORTEST_PREFIX
+    if len(prefix):
+        assert saving(arrays, limits, prefix) >= max(
+            saving(arrays, limits, prefix[:length]) for length in range(1, len(prefix) + 1)
+        )
+        assert saving(arrays, limits, prefix) > 0
+
+
+def saving(arrays, limits, prefix) -> int:
+    sharing = [
+        array
+        for array, limit in zip(arrays, limits, strict=True)
+        if limit >= len(prefix) and array[: len(prefix)].tolist() == prefix.tolist()
+    ]
+    return (len(sharing) - 1) * len(prefix)
+
+
+def test_one_odd_conversation_does_not_spoil_a_shared_beginning():
+    system = np.arange(100, 140)
+    arrays = [np.concatenate([system, np.full(10, i)]) for i in range(9)] + [np.arange(50)]
+    assert shared_prefix(arrays, [45] * 10).tolist() == system.tolist()
+
+
+def test_a_limit_keeps_the_predicting_token_out():
+    arrays = [np.arange(30), np.arange(30)]
+    assert len(shared_prefix(arrays, [20, 15])) == 15

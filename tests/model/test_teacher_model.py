@@ -1,0 +1,367 @@
+"""The model's side against plain forwards of transformers and the codec's NumPy reference."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_model
+
+import logit_codec
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.reader import Aligned
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model import selection
+from chat_logits.model import teacher as teacher_model
+from chat_logits.model.batching import shared_prefix
+from chat_logits.model.model_batches import Batches
+from chat_logits.model.selection import OnTheWay, SelectionSettings
+from chat_logits.model.teacher import Teacher
+
+DEFAULTS = SelectionSettings(top_k=64, top_p=0.98, num_sampled=16)
+
+
+def request(ids, positions, seed=0) -> teacher_model.Request:
+    positions = np.asarray(positions)
+    return teacher_model.Request(np.asarray(ids), positions, logit_codec.draw_uniforms(seed, len(ids), len(positions)))
+
+
+def random_requests(vocabulary: int, lengths: list[int]) -> list[teacher_model.Request]:
+    rng = np.random.default_rng(1)
+    return [
+        request(rng.integers(0, vocabulary, length), np.sort(rng.choice(np.arange(1, length), length // 2, False)))
+        for length in lengths
+    ]
+
+
+def plain_logits(model, requests) -> torch.Tensor:
+    """The predicting rows of a plain forward of each conversation alone."""
+    with torch.inference_mode():
+        return torch.cat([model(torch.from_numpy(r.input_ids)[None]).logits[0][r.positions - 1] for r in requests])
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 6},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "mistral": {"sliding_window": 6},
+}
+
+
+def random_model(model_type: str):
+    """A random two-layer model of a family, weights large enough for its logits to differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    config = AutoConfig.for_model(model_type, **sizes, **ARCHITECTURES[model_type])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def rows(model, requests, logit_rows: int = 1000, prefix=()) -> torch.Tensor:
+    teacher = Teacher(model, logit_rows)
+    teacher.hold_prefix(np.asarray(prefix, np.int64))
+    pieces = list(teacher.row_logits(requests))
+    assert all(len(piece) <= logit_rows for piece in pieces)
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("logit_rows", [1000, 7, 1])
+def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
+    """At once, and in pieces without the decoder again."""
+    model = random_model(model_type)
+    requests = random_requests(1000, [5, 20, 11])
+    expected = plain_logits(model, requests)
+    torch.testing.assert_close(rows(model, requests, logit_rows), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_shared_beginning_gives_the_plain_forwards_rows(model_type):
+    model = random_model(model_type)
+    assert teacher_model.probe(model)
+    prefix = np.random.default_rng(4).integers(0, 1000, 9)
+    requests = []
+    for ending in random_requests(1000, [5, 20, 11]):
+        requests.append(request(np.concatenate([prefix, ending.input_ids]), ending.positions + 9))
+    expected = plain_logits(model, requests)
+    for logit_rows in (1000, 7):
+        found = rows(model, requests, logit_rows, prefix)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def longrope_model():
+    """A tiny Phi 3 whose rotary frequencies are others for a batch that reaches past 64 tokens."""
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10_000.0}
+    sizes = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Phi3Config(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
+    """Through a shard's batches, with a shared beginning: each conversation as its own plain forward."""
+    model = longrope_model()
+    assert teacher_model.length_switch(model.config) == 64
+    rng = np.random.default_rng(2)
+    beginning = rng.integers(0, 1000, 12)
+    ready = [
+        Aligned(i, [], Alignment(ids, []), np.arange(20, length))
+        for i, length in enumerate((50, 90, 40, 66, 64, 200))
+        for ids in [np.concatenate([beginning, rng.integers(0, 1000, length - 12)])]
+    ]
+    settings = {"top_k": 8, "top_p": 0.98, "num_sampled": 4, "seed": 0, "prefix_cache": True}
+    batches = Batches(model, {**settings, "batch_tokens": 1000, "batch_logit_rows": 1000})
+    seen = []
+    for members, found in batches.compute(ready):
+        seen += [aligned.source_index for aligned in members]
+        requests = [request(aligned.input_ids, aligned.positions) for aligned in members]
+        expected = plain_logits(model, requests).double().logsumexp(-1).numpy()
+        np.testing.assert_allclose(found.wait().logsumexp, expected, atol=1e-4)
+    assert sorted(seen) == list(range(6))
+
+
+def test_pieces_do_not_run_the_decoder_again():
+    model = random_model("llama")
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(lambda _module, args: lengths.append(tuple(args[0].shape[:2])))
+    ids = np.random.default_rng(0).integers(0, 1000, 30)
+    rows(model, [request(ids, np.arange(10, 25)), request(ids, np.arange(5, 20))], logit_rows=10)
+    assert lengths == [(2, 24), (1, 1), (1, 1), (1, 1)]  # and nothing behind the last row is read
+
+
+def test_a_model_without_a_plain_cache_goes_without_shared_beginnings():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    assert not teacher_model.probe(model)
+    requests = random_requests(1000, [5, 20, 11])
+    torch.testing.assert_close(rows(model, requests, 7), plain_logits(model, requests), atol=2e-5, rtol=1e-5)
+
+
+def test_the_probe_finds_a_cache_that_does_not_agree():
+    """A model whose positions start again after a cached beginning."""
+    model = random_model("llama")
+    forward = model.model.forward
+
+    def forgetful(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        kwargs["position_ids"] = torch.arange(ids.shape[1])[None].expand(len(ids), -1)
+        return forward(*args, **kwargs)
+
+    model.model.forward = forgetful
+    assert not teacher_model.probe(model)
+
+
+def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
+    class Leaky(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden - hidden.mean(dim=1, keepdim=True))
+
+    model = random_model("llama")
+    leaky = Leaky(32, 1000, bias=False)
+    leaky.weight = model.lm_head.weight
+    model.lm_head = leaky
+    with pytest.raises(ToolkitError, match="differ from the plain forward by"):
+        teacher_model.probe(model)
+
+
+def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_codec.Distributions:
+    tokens = torch.zeros(len(logits), dtype=torch.long)
+    uniforms = torch.tensor(uniforms, dtype=torch.float64)
+    settings = SelectionSettings(top_k, top_p, num_sampled)
+    return OnTheWay([selection.select(torch.tensor(logits), tokens, uniforms, settings)]).wait()
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000, 4096, 50_257])
+@pytest.mark.parametrize("top_p", [0.5, 0.98, 1.0])
+def test_selection_is_the_reference(vocabulary, top_p):
+    rng = np.random.default_rng(vocabulary)
+    logits = (rng.normal(0, 4, (40, vocabulary))).astype(np.float32)
+    uniforms = rng.random(40)
+    found = select(logits, uniforms, 16, top_p, 8)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    drawn_elsewhere = 0
+    for i in range(40):
+        kept = logit_codec.select_nucleus(exact[i], 16, top_p)
+        assert found.top_ids[i][found.top_ids[i] >= 0].tolist() == kept.tolist()
+        np.testing.assert_allclose(found.top_probs[i][: len(kept)], np.exp(exact[i][kept]), rtol=2e-6)
+        drawn = logit_codec.draw_tail(np.exp(exact[i]), kept, uniforms[i], 8)
+        drawn_elsewhere += (found.sampled_ids[i] != drawn).sum()
+        present = found.sampled_ids[i] >= 0
+        np.testing.assert_allclose(
+            found.sampled_probs[i][present], np.exp(exact[i])[found.sampled_ids[i][present]], rtol=1e-5
+        )
+    assert drawn_elsewhere <= 1  # a threshold within float32's last bits of a running total
+    np.testing.assert_allclose(found.token_log_probs, exact[:, 0], atol=2e-6)
+
+
+def test_logsumexp_is_within_two_millionths():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 3, (64, 151_936)).astype(np.float32)
+    found = select(logits, np.zeros(64), 4, 0.9, 0).logsumexp
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
+    assert np.abs(found - exact).max() < 2e-6
+
+
+def test_ids_that_cannot_be_stored_take_no_place():
+    """Rows beyond 2**18 and logits of -inf count in logsumexp alone; what is then missing is absent."""
+    logits = np.full((2, 2**18 + 64), -30, np.float32)
+    logits[:, 2**18 + 5] = 9  # the most probable of all
+    logits[:, 7], logits[:, 3] = 5, 4
+    logits[1] = -np.inf
+    logits[1, [2, 2**18 + 5]] = [1, 9]
+    found = select(logits, [0.5, 0.5], 3, 1.0, 2)
+    assert found.top_ids[0][:2].tolist() == [7, 3]
+    np.testing.assert_allclose(found.top_probs[0][0], np.exp(5 - found.logsumexp[0]), rtol=1e-6)
+    assert found.top_probs[0][0] < 0.02
+    assert found.top_ids[1].tolist() == [2, -1, -1]
+    assert found.sampled_ids[1].tolist() == [-1, -1]
+    assert (found.sampled_ids[0] < 2**18).all() and (found.sampled_ids[0] >= 0).all()
+
+
+def test_a_vocabulary_smaller_than_k_leaves_places_absent():
+    found = select(np.zeros((1, 3), np.float32), [0.1], 5, 1.0, 2)
+    assert sorted(found.top_ids[0][:3]) == [0, 1, 2] and found.top_ids[0][3:].tolist() == [-1, -1]
+    assert found.sampled_ids.tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_stop_the_run(bad):
+    logits = np.zeros((1, 8), np.float32)
+    logits[0, 2] = bad
+    with pytest.raises(ToolkitError, match="not finite"):
+        select(logits, [0.5], 2, 0.9, 1)
+
+
+def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):
+    """One by one; all together; and reversed, in pieces, after a shared beginning: the same but for last bits."""
+    model, _ = smollm2
+    requests = [
+        teacher_model.Request(a.input_ids, a.positions, logit_codec.draw_uniforms(0, i, len(a.positions)))
+        for i, a in enumerate(real_alignments[:16])
+    ]
+    alone = [Teacher(model, 1000).distributions([r], DEFAULTS).wait() for r in requests]
+    prefix = shared_prefix([r.input_ids for r in requests], [int(r.positions[0]) - 1 for r in requests])
+    assert len(prefix) > 20
+    nothing = np.zeros(0, np.int64)
+    for order, logit_rows, shared in ((range(16), 10_000, nothing), (range(15, -1, -1), 100, prefix)):
+        order, teacher = list(order), Teacher(model, logit_rows)
+        teacher.hold_prefix(shared)
+        together = teacher.distributions([requests[i] for i in order], DEFAULTS).wait()
+        sizes = np.cumsum([len(requests[i].positions) for i in order])[:-1]
+        parts = {name: dict(zip(order, np.split(array, sizes), strict=True)) for name, array in vars(together).items()}
+        compare(requests, alone, parts, model)
+
+
+def compare(requests, alone, parts, model) -> None:
+    positions = nuclei = draws = 0
+    divergences = []
+    for i, single in enumerate(alone):
+        many = logit_codec.Distributions(**{name: split[i] for name, split in parts.items()})
+        positions += len(single.logsumexp)
+        others = (single.top_ids != many.top_ids).any(axis=1)
+        nuclei += others.sum()
+        if others.any():
+            check_other_nuclei(single, many, np.flatnonzero(others), plain_logits(model, [requests[i]]))
+        moved = single.sampled_ids != many.sampled_ids
+        draws += moved.sum()
+        if moved.any():
+            check_moved_draws(requests[i], single, many, moved, plain_logits(model, [requests[i]]))
+        divergences.append(divergence(single, many))
+    assert nuclei <= 0.01 * positions  # each with its reason; how many there are depends on the machine's kernels
+    assert draws <= 0.05 * positions * 16
+    assert np.concatenate(divergences).mean() <= 5e-5
+
+
+def check_other_nuclei(single, many, rows, logits) -> None:
+    """A nucleus may differ only in tokens that are as good as tied, or where its end is as good as at top_p."""
+    for row in rows:
+        one, other = (found.top_ids[row][found.top_ids[row] >= 0] for found in (single, many))
+        shorter = min(len(one), len(other))
+        ties = logits[row][one[:shorter]] - logits[row][other[:shorter]]
+        assert ties.abs().max() < 1e-4
+        if len(one) != len(other):
+            held = torch.softmax(logits[row].double(), dim=0)[one[:shorter]].sum()
+            assert abs(held - DEFAULTS.top_p) < 1e-5
+
+
+def check_moved_draws(request, single, many, moved, logits) -> None:
+    """A draw may move only to a neighbour, and only if its threshold lies within 1e-5 of the running total."""
+    probabilities = torch.softmax(logits.double(), dim=1).numpy()
+    for row, column in np.argwhere(moved):
+        if set(single.top_ids[row]) != set(many.top_ids[row]):
+            continue  # another nucleus, another tail
+        tail = probabilities[row].copy()
+        tail[single.top_ids[row][single.top_ids[row] >= 0]] = 0
+        running = np.cumsum(tail)
+        threshold = (request.uniforms[row] + column) / 16 * running[-1]
+        low, high = sorted((single.sampled_ids[row, column], many.sampled_ids[row, column]))
+        assert not tail[low + 1 : high].any() or running[high - 1] - running[low] < 1e-5
+        assert abs(running[low] - threshold) < 1e-5
+
+
+def divergence(single, many) -> np.ndarray:
+    """KL between the decodings of two writers, over the nucleus and one bucket for the rest, nats."""
+    rows = [logit_codec.encode_rows(d, [len(d.logsumexp)])[0] for d in (single, many)]
+    one, other = (logit_codec.decode_row(row) for row in rows)
+    found = []
+    for i in range(len(one.logsumexp)):
+        p = dict(zip(one.top_ids[i].tolist(), np.exp(one.top_log_probs[i]), strict=True))
+        q = dict(zip(other.top_ids[i].tolist(), np.exp(other.top_log_probs[i]), strict=True))
+        shared = [token for token in p if p[token] > 0 and q.get(token, 0) > 0]
+        a = np.array([p[t] for t in shared])
+        b = np.array([q[t] for t in shared])
+        a, b = np.append(a, max(1 - a.sum(), 1e-9)), np.append(b, max(1 - b.sum(), 1e-9))
+        a, b = a / a.sum(), b / b.sum()
+        found.append((a * np.log(a / b)).sum())
+    return np.array(found)
+
+
+def test_a_device_that_is_not_there_is_named():
+    for name in ("cuda:7", "warp"):
+        with pytest.raises(UsageError, match=rf"--device {name}: .*Available: cpu"):
+            teacher_model.choose_device(name)
+
+
+def test_a_missing_model_is_explained(tmp_path):
+    with pytest.raises(ToolkitError, match=r"model .*nothing-here"):
+        teacher_model.load_teacher(str(tmp_path / "nothing-here"))
+
+
+def test_bfloat16_runs_and_stays_near_float32(tmp_path):
+    folder = make_tiny_model(tmp_path, vocab_size=49_152)
+    half, full = (teacher_model.load_teacher(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
+    teacher_model.probe(half)
+    requests = random_requests(49_152, [30])
+    settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=4)
+    found, expected = (Teacher(model, 100).distributions(requests, settings).wait() for model in (half, full))
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
+    assert np.abs(found.logsumexp - expected.logsumexp).max() < 0.5
+    assert np.abs(found.token_log_probs - expected.token_log_probs).mean() < 0.2

@@ -1,0 +1,263 @@
+"""Reading refuses what the format forbids; writing leaves whole files or none."""
+
+import json
+import shutil
+import struct
+import zlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.fingerprint import run_fingerprint
+from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
+
+
+@pytest.fixture
+def copy(real_extraction, tmp_path):
+    """A copy of the real dataset that a test may damage."""
+    return shutil.copytree(real_extraction, tmp_path / "copy")
+
+
+def shard_of(folder):
+    (path,) = folder.glob("data/*/*.parquet")
+    return path
+
+
+def rewrite(folder, schema=SCHEMA, **changes):
+    """Change columns of row 3 and write the shard again, as another writer might, who gives no checksums of rows."""
+    rows = pq.read_table(shard_of(folder)).to_pylist()
+    rows[3].update(changes)
+    write_plainly(pa.Table.from_pylist(rows, schema=schema), folder, row_group_size=16)
+
+
+def write_plainly(table, folder, **options):
+    """Write the shard with the metadata that the format asks for and no more."""
+    described = json.loads(pq.ParquetFile(shard_of(folder)).metadata.metadata[METADATA_KEY.encode()])
+    described = {key: value for key, value in described.items() if key not in ("row_crc32", "crc32")}
+    described["num_rows"] = len(table)
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    described["crc32"] = zlib.crc32(text.encode())
+    with pq.ParquetWriter(shard_of(folder), table.schema, store_schema=False) as writer:
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(described)})
+        writer.write_table(table, **options)
+
+
+def test_rows_are_counted_from_both_ends(real_extraction):
+    dataset = open_dataset(str(real_extraction))
+    assert dataset.num_rows == 32
+    assert dataset.read_row(-1) == dataset.read_row(31)
+    assert [dataset.read_row(i)["source_index"] for i in (0, 15, 16, 31)] == [0, 15, 16, 31]
+
+
+@pytest.mark.parametrize("index", [32, -33])
+def test_rows_outside_are_refused(real_extraction, index):
+    with pytest.raises(UsageError, match=f"sample_index {index}: .* has 32 rows, 0 to 31"):
+        open_dataset(str(real_extraction)).read_row(index)
+
+
+@pytest.mark.parametrize(("name", "what"), [("extraction.json", "no logit dataset"), ("shards.json", "not whole")])
+def test_a_folder_without_the_files_around_is_refused(copy, name, what):
+    (copy / name).unlink()
+    with pytest.raises(ToolkitError, match=f"no {name} in it, so it is {what}"):
+        open_dataset(str(copy))
+
+
+def test_a_shard_that_is_missing_or_of_another_length_is_named(copy):
+    table = pq.read_table(shard_of(copy))
+    write_plainly(table.slice(0, 30), copy)
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: 30 rows, expected 32"):
+        open_dataset(str(copy)).read_row(0)
+    shard_of(copy).unlink()
+    with pytest.raises(ToolkitError, match=r"no data/00000/train-00000\.parquet in it, so it is not whole"):
+        open_dataset(str(copy)).read_row(0)
+
+
+@pytest.mark.parametrize("size", [1, 8, 17, 64])
+def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
+    table = pq.read_table(shard_of(copy))
+    write_plainly(table, copy, row_group_size=size)
+    dataset, expected = open_dataset(str(copy)), open_dataset(str(real_extraction))
+    for index in (0, 7, 8, 16, 17, 31):
+        assert dataset.read_row(index) == expected.read_row(index)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("extraction.json", [], "holds no JSON object"),
+        ("extraction.json", {}, "format_version None, expected 1"),
+        ("extraction.json", {"top_k": "64"}, "top_k '64', expected"),
+        ("extraction.json", {"skipped_token_ids": None}, "skipped_token_ids None, expected"),
+        ("shards.json", {}, "lists no shards"),
+        ("shards.json", {"shards": [{"path": "../x", "num_rows": 32}]}, "lists no shards"),
+        ("shards.json", {"shards": [{"path": "data/x", "num_rows": "32"}]}, "lists no shards"),
+        ("shards.json", {"shards": []}, "no rows yet; its extraction is not finished"),
+    ],
+)
+def test_damaged_files_around_are_named(copy, name, content, message):
+    if name == "extraction.json" and content:
+        content = {**json.loads((copy / name).read_text()), **content}
+    (copy / name).write_text(json.dumps(content))
+    with pytest.raises(ToolkitError, match=message):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_damaged_json_is_named(copy):
+    (copy / "extraction.json").write_text("{")
+    with pytest.raises(ToolkitError, match=r"extraction\.json is no JSON"):
+        open_dataset(str(copy))
+
+
+def test_another_version_is_refused(copy):
+    extraction = json.loads((copy / "extraction.json").read_text())
+    (copy / "extraction.json").write_text(json.dumps({**extraction, "format_version": 2}))
+    with pytest.raises(ToolkitError, match="format_version 2, expected 1"):
+        open_dataset(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_logits_quantized": b"\x01"}, r"column top_logits_quantized of row 3: found length 1, expected"),
+        ({"num_tokens": 1}, r"column top_logits_quantized of row 3: found length \d+, expected length 64"),
+        ({"num_tokens": 0}, "column num_tokens of row 3: found 0"),
+        ({"logsumexp": []}, "column logsumexp of row 3"),
+        ({"logsumexp": None}, "column logsumexp of row 3: found nothing"),
+        ({"top_logits_quantized": None}, "column top_logits_quantized of row 3: found nothing"),
+    ],
+)
+def test_malformed_rows_are_refused_by_name(copy, changes, message):
+    rewrite(copy, **changes)
+    dataset = open_dataset(str(copy))
+    assert dataset.read_row(2)["num_tokens"] > 0
+    with pytest.raises(ToolkitError, match=message):
+        dataset.read_row(3)
+
+
+def test_another_schema_is_refused(copy):
+    fields = [pa.field("num_tokens", pa.int64()) if field.name == "num_tokens" else field for field in SCHEMA]
+    rewrite(copy, schema=pa.schema(fields))
+    with pytest.raises(ToolkitError, match="num_tokens is int64, expected int32"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_a_flipped_byte_is_found_by_the_page_checksum(copy):
+    content = bytearray(shard_of(copy).read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    shard_of(copy).write_bytes(content)
+    dataset = open_dataset(str(copy))
+    failures = 0
+    for index in (0, 16):
+        try:
+            dataset.read_row(index)
+        except ToolkitError as error:
+            assert "damaged Parquet file" in str(error)
+            failures += 1
+    assert failures == 1
+
+
+def test_a_cut_file_is_named(copy):
+    shard_of(copy).write_bytes(shard_of(copy).read_bytes()[:1000])
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: damaged Parquet file"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_metadata_says_what_the_shard_covers(real_extraction):
+    described = json.loads(pq.ParquetFile(shard_of(real_extraction)).metadata.metadata[METADATA_KEY.encode()])
+    crc = described.pop("crc32")
+    assert len(described["row_crc32"]) == 32
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert crc == zlib.crc32(text.encode())
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    del described["row_crc32"]
+    assert described == {
+        "fingerprint": run_fingerprint(extraction),
+        "first_row": 0,
+        "end_row": 32,
+        "num_rows": 32,
+        "skipped": [],
+    }
+
+
+def test_the_fingerprint_follows_what_decides_the_rows(real_extraction):
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    known = run_fingerprint(extraction)
+    for key in ("top_k", "seed", "chat_template", "dtype", "skipped_token_ids"):
+        assert run_fingerprint({**extraction, key: "other"}) != known
+    for key in ("versions", "batch_tokens", "model_id"):
+        assert run_fingerprint({**extraction, key: "other"}) == known
+
+
+def test_extraction_json_has_the_formats_keys(real_extraction):
+    extraction = json.loads((real_extraction / "extraction.json").read_text())
+    listed = """format_version top_k top_p num_sampled seed vocab_size rows_per_shard model_id model_revision
+    tokenizer_fingerprint dataset_id dataset_config split dataset_revision columns chat_template template_kwargs
+    template_date mask_source skipped_token_ids dtype attn_implementation versions batch_tokens"""
+    assert set(listed.split()) <= set(extraction)
+    assert extraction["vocab_size"] == 49_152 and extraction["dtype"] == "float32"
+
+
+def test_a_write_that_fails_leaves_no_shard(tmp_path):
+    with pytest.raises(pa.ArrowException):
+        write_shard(tmp_path, "train", 0, [{"num_tokens": "three"}], {"skipped": []})
+    assert not list(tmp_path.glob("data/*/*.parquet"))
+    assert not list((tmp_path / "data" / "00000").iterdir())
+
+
+def test_an_empty_shard_can_be_read_with_the_others(copy):
+    """Every row of a source range may be skipped."""
+    import datasets
+
+    write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300, "skipped": []})
+    assert len(datasets.load_dataset(str(copy), split="train")) == 32
+
+
+def test_row_checksums_are_as_the_format_says(real_extraction):
+    """Laid out by hand from FORMAT.md, column by column."""
+    described = json.loads(pq.ParquetFile(shard_of(real_extraction)).metadata.metadata[METADATA_KEY.encode()])
+    for row, expected in zip(pq.read_table(shard_of(real_extraction)).to_pylist(), described["row_crc32"], strict=True):
+        parts = []
+        for kind in ("top", "sampled"):
+            low = row[f"{kind}_indices_low"]
+            packed = struct.pack(f"<{len(low)}H", *low)
+            parts += [row[f"{kind}_logits_quantized"], packed, row[f"{kind}_indices_high"]]
+        n = row["num_tokens"]
+        parts += [struct.pack(f"<{n}f", *row["logsumexp"]), struct.pack("<q", n)]
+        messages = [[message["role"], message["content"], message["extra"]] for message in row["messages"]]
+        parts += [struct.pack(f"<{n}f", *row["token_log_probs"])]
+        parts += [json.dumps(messages, separators=(",", ":"), ensure_ascii=False).encode()]
+        parts += [struct.pack("<qq", row["source_index"], row["alignment_checksum"])]
+        assert zlib.crc32(b"".join(parts)) == expected
+
+
+def test_a_row_that_is_not_what_was_written_is_refused(copy):
+    """Page headers and footer are in no page's CRC: the row's own shows what they did."""
+    described = json.loads(pq.ParquetFile(shard_of(copy)).metadata.metadata[METADATA_KEY.encode()])
+    rows = pq.read_table(shard_of(copy)).to_pylist()
+    rows[3]["logsumexp"][0] += 1
+    del described["crc32"]
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    described["crc32"] = zlib.crc32(text.encode())
+    with pq.ParquetWriter(shard_of(copy), SCHEMA, store_schema=False) as writer:
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(described)})
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    dataset = open_dataset(str(copy))
+    assert dataset.read_row(2)["num_tokens"] > 0
+    with pytest.raises(ToolkitError, match="row 3 is not what was written"):
+        dataset.read_row(3)
+
+
+def test_a_shard_of_another_run_is_refused(copy):
+    extraction = json.loads((copy / "extraction.json").read_text())
+    (copy / "extraction.json").write_text(json.dumps({**extraction, "seed": 1}))
+    with pytest.raises(ToolkitError, match=r"train-00000\.parquet: of another run \(fingerprint"):
+        open_dataset(str(copy)).read_row(0)
+
+
+def test_a_shard_without_the_formats_metadata_is_refused(copy):
+    pq.write_table(pq.read_table(shard_of(copy)), shard_of(copy), store_schema=False)
+    with pytest.raises(ToolkitError, match="no metadata 'logit_extraction'"):
+        open_dataset(str(copy)).read_row(0)
