@@ -10,6 +10,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jinja2
+
+from chat_logits.data.rendering import compile_text, render
 from chat_logits.errors import ToolkitError, UsageError
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -84,23 +87,11 @@ class ChatTemplate:
             return None
 
     def _render(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # The library hands templates no functions, and its own strftime_now is the clock: pin it on the compiled one.
-        pinned = compile_template(self.text).globals
-        pinned.pop("strftime_now", None)
-        if self.date:
-            pinned["strftime_now"] = datetime.date.fromisoformat(self.date).strftime
         try:
-            texts, spans = render_jinja_template(
-                conversations=[conversation],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.has_generation_blocks,
-                **{**self.special_tokens, **self.kwargs, **options},
-            )
+            text, spans = render(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {error}") from error
-        return texts[0], spans[0] if spans else []
+        return text, spans
 
     def _prefix_spans(self, conversation: list[dict], whole: str) -> list[tuple[int, int]]:
         """Each turn from the end of its generation prompt to the end of the conversation up to it."""
@@ -223,11 +214,8 @@ def read_template(argument: str) -> str:
 
 
 def compile_template(text: str):
-    """The template compiled in transformers' sandbox. Raises UsageError where it does not parse."""
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
+    """The template compiled in Jinja's sandbox. Raises UsageError where it does not parse."""
     try:
-        return _compile_jinja_template(text)
+        return compile_text(text)
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"chat template, line {error.lineno}: {error.message}") from error

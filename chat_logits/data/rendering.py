@@ -1,0 +1,140 @@
+"""Chat templates as transformers renders them, by Jinja alone, as importing transformers costs a second of CPU.
+
+A template is a program from the Hub: it runs in Jinja's sandbox, which changes nothing that it is given, and sees plain
+values alone. The tests hold each template's text and spans against ``transformers.apply_chat_template``'s.
+"""
+
+import datetime
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import lru_cache
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of a message's thoughts, the first one first
+
+# What a rendering has written so far, and the spans of its generation blocks in it.
+_written: ContextVar[tuple[list[str], list[tuple[int, int]]]] = ContextVar("written")
+
+
+class GenerationBlocks(Extension):
+    """``{% generation %} … {% endgeneration %}``: writes what is in it, and notes where that stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser) -> nodes.Node:
+        """The tag as a call of ``_note`` with the block's text."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        pieces, spans = _written.get()
+        start = sum(map(len, pieces))
+        spans.append((start, start + len(text)))
+        return text
+
+
+class _Namespace(Namespace):
+    """A template's namespace, which refuses names that Python or Jinja gives a meaning of its own."""
+
+    def __init__(*args, **values):  # as Jinja's: a template may have a value named "self"
+        self, *mappings = args
+        Namespace.__init__(self)
+        for name, value in dict(*mappings, **values).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot have the name {name!r}")
+        Namespace.__setitem__(self, name, value)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """JSON without the escapes of HTML that Jinja's own filter adds."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Dict:
+    """What templates make dicts with, in place of the class itself."""
+
+    def __call__(self, *args, **values) -> dict:
+        return dict(*args, **values)
+
+    def fromkeys(self, keys, value=None) -> dict:
+        return dict.fromkeys(keys, value)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_refuse,
+        strftime_now=lambda form: datetime.datetime.now().strftime(form),
+        dict=_Dict(),
+        namespace=_Namespace,
+    )
+    return environment
+
+
+@lru_cache(maxsize=128)
+def compile_text(text: str) -> jinja2.Template:
+    """A template ready to render. Raises jinja2.TemplateSyntaxError where it does not parse."""
+    return _environment().from_string(text)
+
+
+def render(
+    text: str, conversation: list[dict], variables: dict, date: str | None = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text, and the character spans of the template's generation blocks in it, in order.
+
+    ``variables`` are further values for the template, ``tools`` and ``documents`` (lists of dicts) among them. ``date``
+    (YYYY-MM-DD) is what ``strftime_now`` tells, None for the clock. Raises whatever the template does.
+    """
+    for name in ("tools", "documents"):
+        if any(not isinstance(entry, dict) for entry in variables.get(name) or ()):
+            raise TypeError(f"{name} has entries that are no JSON objects; expected a list of objects")
+    defaults = {"tools": None, "documents": None, "add_generation_prompt": False}
+    clock = {"strftime_now": datetime.date.fromisoformat(date).strftime} if date else {}
+    values = {**clock, **_plain({**defaults, **variables}), "messages": _messages(conversation)}
+    pieces, spans = [], []
+    before = _written.set((pieces, spans))
+    try:
+        for piece in compile_text(text).generate(values):
+            pieces.append(piece)
+    finally:
+        _written.reset(before)
+    return "".join(pieces), spans
+
+
+def _messages(conversation: list[dict]) -> list[dict]:
+    """Plain messages. A message's thoughts have the name that most templates read, and gpt-oss's ``thinking`` too."""
+    messages = []
+    for message in _plain(conversation):
+        thoughts = next((message[name] for name in REASONING if message.get(name) is not None), None)
+        messages.append(
+            message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        )
+    return messages
+
+
+def _plain(value):
+    """The value as JSON has it; of anything else, such as a picture, its type's name, so that no method is in reach."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if value is None or type(value) in (bool, int, float, str) else f"<{type(value).__name__}>"
