@@ -186,5 +186,10 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_explore, build_parser().parse_args(argv), closed_pipe=0)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What ``explore-logits`` runs where the package is installed: the process ends with the command's exit status."""
     leave(main())
+
+
+if __name__ == "__main__":
+    command()

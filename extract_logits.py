@@ -53,5 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_extract, arguments)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What ``extract-logits`` runs where the package is installed: the process ends with the command's exit status."""
     leave(main())
+
+
+if __name__ == "__main__":
+    command()

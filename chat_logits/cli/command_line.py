@@ -25,6 +25,12 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def called_as(script: str) -> str:
+    """The command's name in its help: ``script``, or as it is called where the package is installed."""
+    name = Path(sys.argv[0]).stem
+    return name if name == Path(script).stem.replace("_", "-") else script
+
+
 def run_command(
     command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, closed_pipe: int = 1
 ) -> int:

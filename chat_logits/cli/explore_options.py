@@ -2,7 +2,7 @@
 
 import argparse
 
-from chat_logits.cli.command_line import check_places
+from chat_logits.cli.command_line import called_as, check_places
 from chat_logits.errors import UsageError
 
 # What each way of looking at a dataset does not take, as what it would say of it is said otherwise or not at all.
@@ -18,7 +18,7 @@ NEEDS = {"model_id": "verify", "compare_revision": "compare"}
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
-        prog="explore_logits.py",
+        prog=called_as("explore_logits.py"),
         allow_abbrev=False,
         description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
         "or all of it with --summary, --compare or --verify.",

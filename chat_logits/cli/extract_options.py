@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from chat_logits.cli.command_line import called_as
 from chat_logits.data.templates import RESERVED_KWARGS
 from chat_logits.errors import UsageError
 from chat_logits.extraction.ray_address import check_address
@@ -28,7 +29,7 @@ LEAST = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all options."""
     parser = argparse.ArgumentParser(
-        prog="extract_logits.py",
+        prog=called_as("extract_logits.py"),
         allow_abbrev=False,  # so that the command to go on with can be told from the options as they stand
         description="Store a chat model's token log-probabilities for every assistant token of a chat dataset.",
     )

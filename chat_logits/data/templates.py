@@ -16,7 +16,9 @@ from chat_logits.data.rendering import compile_text, render
 from chat_logits.errors import ToolkitError, UsageError
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-SHIPPED = Path(__file__).resolve().parents[2] / "templates"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_IN_WHEEL, _IN_CLONE = _PACKAGE / "templates", _PACKAGE.parent / "templates"
+SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CLONE
 RESERVED_KWARGS = {
     *("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"),
     "return_assistant_tokens_mask",

@@ -22,6 +22,7 @@ CODE = (
     "chat_logits/**/*.py",
     "chat_logits/display/pages/*",
     "templates/*",
+    "chat_logits/templates/*",
 )  # and nothing else of a checkout: secrets and outputs lie about in them
 STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
 
