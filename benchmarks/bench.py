@@ -30,8 +30,8 @@ from chat_logits.extraction import run as extraction_run  # noqa: E402
 from chat_logits.extraction import run_description  # noqa: E402
 from chat_logits.extraction.folder import RunFolder  # noqa: E402
 from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
+from chat_logits.model import loading, teacher  # noqa: E402
 from chat_logits.model import selection as token_selection  # noqa: E402
-from chat_logits.model import teacher  # noqa: E402
 from chat_logits.model.memory import MIB, choose_budget, peak_memory  # noqa: E402
 from chat_logits.storage.disk import DiskWatch  # noqa: E402
 from chat_logits.storage.shard import write_shard  # noqa: E402
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times each way is timed (default: 3)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory alone (default: off)")
     options = parser.parse_args()
-    model = teacher.load_teacher(str(MODEL))
+    model = loading.load_model(str(MODEL))
     seconds(bare_forward, model, prepare(8).reader.align(0, 8)[0])  # warm, and the weights read from the disk
     if options.memory:
         measure_memory(model, options.conversations)

@@ -57,9 +57,10 @@ def real_extraction(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def real_alignments(smollm2, source_rows):
     """The first 32 conversations as tokens and extracted positions."""
-    from chat_logits.data.alignment import Aligner, skipped_token_ids
+    from chat_logits.data.alignment import Aligner
     from chat_logits.data.conversations import to_conversation
     from chat_logits.data.templates import ChatTemplate
+    from chat_logits.data.tokenizer import skipped_token_ids
 
     tokenizer = smollm2[1]
     template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})

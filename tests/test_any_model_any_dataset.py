@@ -9,7 +9,8 @@ from conftest import CONVERSATIONS, MODEL, TEMPLATE, make_tiny_model
 
 import extract_logits
 from chat_logits.analysis.tokens import EXTRACTED, SKIPPED
-from chat_logits.data.alignment import align_row, load_tokenizer
+from chat_logits.data.alignment import align_row
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.storage.dataset import open_dataset
 from demo.fetch import package_files
 from explore_logits import execute_analysis
@@ -98,9 +99,9 @@ def answers_of(tokens) -> list[str]:
 
 
 def test_a_preview_runs_no_model_and_writes_nothing(extract, chat_file, tmp_path, capsys, monkeypatch):
-    from chat_logits.model import teacher
+    from chat_logits.model import loading
 
-    monkeypatch.setattr(teacher, "load_teacher", None)  # would raise
+    monkeypatch.setattr(loading, "load_model", None)  # would raise
     source = chat_file([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT}])
     before = set(tmp_path.rglob("*"))
     assert extract(source, "--preview", 2) == 0

@@ -69,7 +69,8 @@ def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
     assert extract(chat_file([GOOD]), model_id=tiny_model, top_k=8, num_sampled=8) == 0
     dataset = open_dataset(str(tmp_path / "out"))
     row = dataset.read_row(0)
-    from chat_logits.data.alignment import align_row, load_tokenizer
+    from chat_logits.data.alignment import align_row
+    from chat_logits.data.tokenizer import load_tokenizer
 
     aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.extraction)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from chat_logits.data.alignment import load_tokenizer, tokenizer_fingerprint
+from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import ToolkitError
 from chat_logits.hub import is_commit
 from chat_logits.storage.dataset import StoredDataset, open_dataset

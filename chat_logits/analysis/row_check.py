@@ -87,7 +87,7 @@ class _Output:
     def __init__(self, model, input_ids: np.ndarray):
         import torch
 
-        from chat_logits.model.devices import input_device
+        from chat_logits.model.loading import input_device
         from chat_logits.model.teacher import PROBE_TOLERANCE
 
         ids = torch.from_numpy(input_ids)[None].to(input_device(model))

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from chat_logits.analysis.histograms import Histogram, count_in_bins
 from chat_logits.analysis.row import RowNumbers, row_numbers
 from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
-from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner, token_text
+from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.data.conversations import question_of
+from chat_logits.data.tokenizer import token_text
 from chat_logits.display import summary_report
 from chat_logits.display.plain_json import json_text
 from chat_logits.display.shown_result import ShownResult

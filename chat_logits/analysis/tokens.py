@@ -8,6 +8,7 @@ import numpy as np
 
 from chat_logits.analysis.row import RowNumbers
 from chat_logits.data import alignment as chat_alignment
+from chat_logits.data.tokenizer import token_text
 from chat_logits.display.text import whole_characters
 
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
@@ -85,13 +86,13 @@ def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | Non
     token_id = int(numbers.top_ids[i, 0])
     if not numbers.kept[i]:
         return None
-    return Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
+    return Prediction(token_id, token_text(tokenizer, token_id), float(numbers.top_probs[i, 0]))
 
 
 def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[str, str]:
     """A token's text, and the end of the text before it; ``input_ids`` (T,) are the conversation's."""
     near = input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
-    *before, text = (chat_alignment.token_text(tokenizer, token_id) for token_id in near)
+    *before, text = (token_text(tokenizer, token_id) for token_id in near)
     return text, whole_characters(before)
 
 
@@ -110,7 +111,7 @@ def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAn
     found = []
     for position, (token_id, reason) in enumerate(zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)):
         status = EXTRACTED if reason is None else PROMPT if reason == chat_alignment.PROMPT else SKIPPED
-        found.append(TokenAnalysis(position, token_id, chat_alignment.token_text(tokenizer, token_id), status, reason))
+        found.append(TokenAnalysis(position, token_id, token_text(tokenizer, token_id), status, reason))
     return found
 
 
@@ -131,7 +132,7 @@ def _told(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: i
         entropy=float(numbers.entropies[i]),
         entropy_is_bound=numbers.entropy_is_bound,
         predictions=[
-            Prediction(token_id, chat_alignment.token_text(tokenizer, token_id), probability)
+            Prediction(token_id, token_text(tokenizer, token_id), probability)
             for token_id, probability in zip(
                 numbers.top_ids[i, :shown].tolist(), numbers.top_probs[i, :shown].tolist(), strict=True
             )

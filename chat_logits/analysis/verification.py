@@ -153,16 +153,16 @@ def spread(num_rows: int, count: int) -> list[int]:
 
 def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
     """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
-    from chat_logits.model import teacher
+    from chat_logits.model import loading
 
     source, revision = recorded_place(dataset, model_id, "model_id")
     extraction = dataset.extraction
     gguf_file, dtype, attention = (extraction[name] for name in ("gguf_file", "dtype", "attn_implementation"))
     if dtype not in KL_LIMITS:
         raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
-    device = teacher.choose_device(None)
+    device = loading.choose_device(None)
     print(f"Loading {_visible(source)} on {device} …", file=sys.stderr)
-    model = teacher.load_teacher(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
+    model = loading.load_model(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
     found = model.get_output_embeddings().weight.shape[0]
     if found != extraction["vocab_size"]:
         raise ToolkitError(
@@ -176,7 +176,7 @@ def check_rows(
     dataset: StoredDataset, model, tokenizer, indices: Sequence[int], chat_template: str | None = None
 ) -> Verification:
     """Hold these rows against a loaded model, with a progress bar on stderr."""
-    from chat_logits.model.devices import input_device
+    from chat_logits.model.loading import input_device
 
     aligner = RowAligner(tokenizer, dataset.extraction, chat_template)
     checks, causes = [], []

@@ -6,8 +6,6 @@
 What is left are the *extracted positions*: the tokens whose predicting distributions are stored.
 """
 
-import hashlib
-import json
 import re
 import zlib
 from dataclasses import dataclass
@@ -16,15 +14,12 @@ import numpy as np
 
 from chat_logits.data.conversations import from_stored
 from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
-from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import explain_loading
-from logit_codec import MAX_TOKEN_ID
+from chat_logits.data.tokenizer import THINK_TAGS, special_token_ids
+from chat_logits.errors import ToolkitError
 
-THINK_TAGS = ("<think>", "</think>")
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
 SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
-BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 PROMPT = "prompt"
 THINK_TAG_REASON = "think tag"
@@ -59,92 +54,6 @@ class Alignment:
         """CRC-32 over input ids, then extracted positions, each as little-endian uint32 (FORMAT.md)."""
         ids, positions = (part.astype("<u4").tobytes() for part in (self.input_ids, self.positions))
         return zlib.crc32(ids + positions)
-
-
-# --- tokenizer ---
-
-
-def load_tokenizer(
-    tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
-):
-    """A fast tokenizer from a Hub id or local folder. Raises ToolkitError where there is none."""
-    from transformers import AutoTokenizer
-
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_id, revision=revision, trust_remote_code=trust_remote_code, **options
-        )
-    except Exception as error:
-        raise explain_loading(error, f"tokenizer of {tokenizer_id}") from error
-    if not tokenizer.is_fast:
-        raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
-    return tokenizer
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 (hex) of the tokenizer's serialised form and the special tokens that templates are given."""
-    form = json.loads(tokenizer.backend_tokenizer.to_str())
-    form["truncation"] = form["padding"] = None  # states of the last call, not parts of the tokenizer
-    content = [form, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_wide_vocabulary(tokenizer) -> None:
-    """Raise UsageError if ordinary tokens lie at or above 2**18, where ids cannot be stored."""
-    added = set(tokenizer.added_tokens_decoder)
-    widest = max(i for i in tokenizer.get_vocab().values() if i not in added)
-    if widest >= MAX_TOKEN_ID:
-        raise UsageError(
-            f"the tokenizer has ordinary tokens up to id {widest}, expected ids below {MAX_TOKEN_ID}: "
-            "the storage format has 18 bits a token id"
-        )
-
-
-def token_text(tokenizer, token_id: int) -> str:
-    """What one token writes, its leading space kept; bytes that are no whole character as surrogate escapes."""
-    piece = tokenizer.convert_ids_to_tokens(token_id)
-    if piece is None:  # a padded vocabulary has rows without tokens
-        return f"<id {token_id}>"
-    if piece.startswith("▁"):
-        return piece.replace("▁", " ")
-    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    return _token_bytes(piece).decode(errors="surrogateescape") if "\ufffd" in text else text
-
-
-def _token_bytes(piece: str) -> bytes:
-    """The bytes of a byte-fallback piece such as ``<0xF0>``, or of a byte-level BPE piece."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    if fallback := BYTE_FALLBACK.fullmatch(piece):
-        return bytes([int(fallback[1], 16)])
-    table = {character: byte for byte, character in bytes_to_unicode().items()}
-    return bytes(table[character] for character in piece if character in table)
-
-
-def special_token_ids(tokenizer) -> set[int]:
-    """Ids of the tokens that the tokenizer marks as special, ends of turns among them."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | set(tokenizer.all_special_ids)
-
-
-def skipped_token_ids(tokenizer, skip: list[str] = (), keep: list[str] = ()) -> frozenset[int]:
-    """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
-
-    Raises UsageError for a text that is not one token of the vocabulary.
-    """
-    vocabulary = tokenizer.get_vocab()
-    think = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
-    chosen = {}
-    for option, tokens in (("--skip_tokens", skip), ("--keep_tokens", keep)):
-        unknown = [token for token in tokens if token not in vocabulary]
-        if unknown:
-            raise UsageError(f"{option} {unknown[0]!r}: not one token of this vocabulary, as tokenizer.json spells it")
-        chosen[option] = {vocabulary[token] for token in tokens}
-    return frozenset((special_token_ids(tokenizer) | think | chosen["--skip_tokens"]) - chosen["--keep_tokens"])
-
-
-# --- conversation to tokens ---
 
 
 class Aligner:

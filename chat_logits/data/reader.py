@@ -10,6 +10,7 @@ from chat_logits.data import alignment as chat_alignment
 from chat_logits.data.conversations import ConversationError, choose_columns, to_conversation, to_stored
 from chat_logits.data.source import SourceDataset, open_source
 from chat_logits.data.templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
+from chat_logits.data.tokenizer import load_tokenizer, refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.errors import ToolkitError
 
 FIRST_CONVERSATIONS = 32  # if none of these gives a token, the run is stopped before it starts
@@ -97,15 +98,13 @@ def open_reader(
     columns = choose_columns(
         source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column
     )
-    tokenizer = chat_alignment.load_tokenizer(
-        arguments.model_id, model_commit, arguments.gguf_file, arguments.trust_remote_code
-    )
-    chat_alignment.refuse_wide_vocabulary(tokenizer)
+    tokenizer = load_tokenizer(arguments.model_id, model_commit, arguments.gguf_file, arguments.trust_remote_code)
+    refuse_wide_vocabulary(tokenizer)
     conversations = _first_conversations(source, columns, arguments)
     choice = choose_template(
         arguments.chat_template, tokenizer, arguments.template_kwargs, template_date, conversations
     )
-    skipped = chat_alignment.skipped_token_ids(tokenizer, arguments.skip_tokens, arguments.keep_tokens)
+    skipped = skipped_token_ids(tokenizer, arguments.skip_tokens, arguments.keep_tokens)
     reader = Reader(
         source=source,
         columns=columns,

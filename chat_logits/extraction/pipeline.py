@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 import logit_codec
 from chat_logits.data.reader import Aligned, Reader
-from chat_logits.model.model_batches import Batches
-from chat_logits.model.selection import OnTheWay
+from chat_logits.model.batching import Batches
+from chat_logits.model.selection import PendingDistributions
 
 BACKLOG = 2  # batches whose results wait to be encoded and written
 
@@ -44,8 +44,8 @@ def run_shards(model, settings: dict, shards: Iterator[Shard], side: "Side", wri
     for shard, ready, skipped in shards:
         rows: list[dict] = []
         bar.update(len(skipped))
-        for members, on_the_way in batches.compute(ready):
-            side.write(encode_batch, members, on_the_way, rows)
+        for members, pending in batches.compute(ready):
+            side.write(encode_batch, members, pending, rows)
             bar.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
             bar.update(len(members))
         side.write(_finish, shard, rows, skipped, write)
@@ -128,9 +128,9 @@ def _read_next(reader: Reader, numbers: Iterator[int], rows_per_shard: int) -> S
     return (shard, ready, skipped) if ready or skipped else None
 
 
-def encode_batch(members: list[Aligned], on_the_way: OnTheWay, rows: list[dict]) -> None:
+def encode_batch(members: list[Aligned], pending: PendingDistributions, rows: list[dict]) -> None:
     """Append a batch's stored rows to those of its shard."""
-    encoded = logit_codec.encode_rows(on_the_way.wait(), [len(aligned.positions) for aligned in members])
+    encoded = logit_codec.encode_rows(pending.wait(), [len(aligned.positions) for aligned in members])
     rows += [
         {
             **columns,

@@ -24,7 +24,7 @@ from chat_logits.extraction.ray_address import reach, require_ray
 from chat_logits.extraction.run_description import OpenedRun, open_run, what_differs
 from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.extraction.upload import HubSync
-from chat_logits.model import teacher
+from chat_logits.model import loading
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.fingerprint import another_run
 from chat_logits.storage.repository import Repository
@@ -78,7 +78,7 @@ def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFol
         from chat_logits.extraction.workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder.path)
-    device = teacher.choose_device(arguments.device)
+    device = loading.choose_device(arguments.device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
 
 

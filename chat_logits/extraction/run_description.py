@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from chat_logits.data import alignment
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
+from chat_logits.data.tokenizer import tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.hub import find_license, is_commit, resolve_commit
-from chat_logits.model import teacher
+from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.dataset import FORMAT_VERSION
 from chat_logits.storage.fingerprint import differences
 
@@ -43,8 +43,8 @@ def open_run(arguments: argparse.Namespace, recorded: dict | None = None, footer
     if is_local and arguments.model_revision:
         raise UsageError(f"--model_revision: {arguments.model_id} is a local folder, which has no revisions")
     commit = None if is_local else resolve_commit(arguments.model_id, "model", arguments.model_revision)
-    config = teacher.load_config(arguments.model_id, commit, arguments.gguf_file, arguments.trust_remote_code)
-    limits = teacher.input_limits(config)
+    config = load_config(arguments.model_id, commit, arguments.gguf_file, arguments.trust_remote_code)
+    limits = input_limits(config)
     if arguments.top_k > limits.vocab_size:
         raise UsageError(f"--top_k {arguments.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     reader = open_reader(arguments, commit, limits, recorded and recorded["template_date"], footers)
@@ -72,7 +72,7 @@ def _describe(arguments: argparse.Namespace, reader: Reader, commit: str | None)
         "model_id": arguments.model_id,
         "model_revision": commit or hash_files(arguments.model_id),
         "gguf_file": arguments.gguf_file,
-        "tokenizer_fingerprint": alignment.tokenizer_fingerprint(reader.aligner.tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(reader.aligner.tokenizer),
         **{name: options[name] for name in ("dataset_id", "dataset_config", "split")},
         "dataset_revision": reader.source.revision,
         "max_samples": arguments.max_samples,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from chat_logits.extraction.pipeline import Side, run_shards
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
-from chat_logits.model import teacher
+from chat_logits.model import loading, teacher
 from chat_logits.model.memory import choose_budget
 from chat_logits.scratch import remove_scratch
 from chat_logits.storage.shard import ShardEntry
@@ -70,7 +70,7 @@ class ShardComputer:
         arguments = self.opened.arguments
         where = "over all devices" if arguments.device_map else f"on {self.device}"
         print(f"Loading {arguments.model_id} {where} …", file=sys.stderr)
-        self.model = teacher.load_teacher(
+        self.model = loading.load_model(
             arguments.model_id,
             self.opened.model_commit,
             arguments.gguf_file,

@@ -23,7 +23,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
-from chat_logits.model import teacher
+from chat_logits.model import loading
 from chat_logits.scratch import make_scratch, remove_scratch
 from chat_logits.storage.fingerprint import differences
 from chat_logits.storage.repository import Repository
@@ -98,7 +98,7 @@ class ShardWorker:
         assignment = self._assignment
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
-        device = teacher.choose_device(assignment.arguments.device)
+        device = loading.choose_device(assignment.arguments.device)
         self._computer = ShardComputer(opened, device, self._write)
         self._described = self._computer.describe()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,11 +1,26 @@
-"""Which conversations share a forward pass, and which beginning they share: pure arithmetic on token ids."""
+"""Aligned conversations through the model: which share a forward pass and a prefix; smaller batches if need be."""
 
+import random
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from tqdm import tqdm
+
+import logit_codec
+from chat_logits.data.reader import Aligned
+from chat_logits.errors import ToolkitError
+from chat_logits.model.selection import PendingDistributions, SelectionSettings
+from chat_logits.model.teacher import Request, Teacher
 
 SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
+OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+NO_PREFIX = np.zeros(0, np.int64)
+CACHED_A_TOKEN = 4  # tokens of a batch's cache for each token of the budget, which bounds it under a long beginning
 
 
 @dataclass(frozen=True)
@@ -63,3 +78,104 @@ def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
     if best < SHORTEST_PREFIX:
         return np.zeros(0, np.int64)
     return sequences[leader][:best]
+
+
+class Batches:
+    """Computes shards of conversations as ``extraction.json`` says; ``input_tokens`` have been read so far."""
+
+    def __init__(self, model, extraction: dict):
+        self.budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
+        self.settings = SelectionSettings(extraction["top_k"], extraction["top_p"], extraction["num_sampled"])
+        self.seed, self.prefix_cache = extraction["seed"], extraction["prefix_cache"]
+        self.teacher = Teacher(model, self.budget.logit_rows)
+        self.input_tokens = 0
+
+    def compute(self, ready: list[Aligned]) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
+        """Batches of the conversations with their results, in no particular order."""
+        switch = self.teacher.length_switch
+        short = [aligned for aligned in ready if not switch or len(aligned.input_ids) <= switch]
+        for prefix, group in self._by_prefix(short):
+            held = self._hold(prefix)
+            yield from self._compute_group(self._plan(group, held), held)
+        self._hold(NO_PREFIX)
+        yield from self._compute_group(
+            [[aligned] for aligned in ready if switch and len(aligned.input_ids) > switch], 0
+        )
+
+    def _hold(self, prefix: np.ndarray) -> int:
+        """Have the teacher hold a beginning, or none where there is no room for it; gives its length."""
+        try:
+            self.teacher.hold_prefix(prefix)
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            self.teacher.hold_prefix(NO_PREFIX)
+            return 0
+        return len(prefix)
+
+    def _by_prefix(self, ready: list[Aligned]) -> list[tuple[np.ndarray, list[Aligned]]]:
+        """The conversations that begin with the beginning most worth sharing, and the others."""
+        if not self.prefix_cache:
+            return [(NO_PREFIX, ready)]
+        limits = [int(aligned.positions[0]) - 1 for aligned in ready]
+        prefix = shared_prefix([aligned.input_ids for aligned in ready], limits)
+        groups: dict[bool, list[Aligned]] = {True: [], False: []}
+        for aligned, limit in zip(ready, limits, strict=True):
+            shares = limit >= len(prefix) and np.array_equal(aligned.input_ids[: len(prefix)], prefix)
+            groups[shares].append(aligned)
+        return [(chosen, group) for chosen, group in ((prefix, groups[True]), (NO_PREFIX, groups[False])) if group]
+
+    def _compute_group(
+        self, waiting: list[list[Aligned]], shared: int
+    ) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
+        while waiting:
+            members = waiting.pop(0)
+            found = self._attempt(members)
+            if found is None:
+                self._shrink(members)
+                waiting = [batch for some in (members, *waiting) for batch in self._plan(some, shared)]
+                continue
+            self.input_tokens += sum(len(aligned.input_ids) for aligned in members)
+            yield members, found
+
+    def _attempt(self, members: list[Aligned]) -> PendingDistributions | None:
+        """The batch's results, or None where memory was too small, with nothing left that holds what there was."""
+        try:
+            return self.teacher.distributions([self._request(aligned) for aligned in members], self.settings)
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _plan(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
+        """Batches, the longest first: it fails first if one must. The others are mixed, so that their pace is even."""
+        full = [int(aligned.positions[-1]) for aligned in group]  # what stands behind is not read
+        lengths = [max(length - shared, -(-length // CACHED_A_TOKEN) if shared else 0) for length in full]
+        rows = [len(aligned.positions) for aligned in group]
+        batches = [[group[i] for i in batch] for batch in plan_batches(lengths, rows, self.budget)]
+        rest = batches[1:]
+        random.Random(0).shuffle(rest)
+        return batches[:1] + rest
+
+    def _request(self, aligned: Aligned) -> Request:
+        uniforms = logit_codec.draw_uniforms(self.seed, aligned.source_index, len(aligned.positions))
+        return Request(aligned.input_ids, aligned.positions, uniforms)
+
+    def _shrink(self, members: list[Aligned]) -> None:
+        if len(members) == 1 and self.budget.logit_rows == 1:
+            longest = len(members[0].input_ids)
+            raise ToolkitError(
+                f"out of memory with a single conversation of {longest} tokens (source row {members[0].source_index}). "
+                f"Skip such with --max_length {longest - 1}, or use a smaller dtype or another device."
+            )
+        self.budget = self.budget.halved()
+        self.teacher.logit_rows = self.budget.logit_rows
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        now = f"{self.budget.tokens} tokens and {self.budget.logit_rows} logit rows"
+        tqdm.write(f"Out of memory: going on with batches of {now}", file=sys.stderr)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory was too small: only CUDA has a type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -19,7 +19,7 @@ import os
 import torch
 
 from chat_logits.model.batching import Budget
-from chat_logits.model.devices import compute_devices, input_device, largest_fetch
+from chat_logits.model.loading import compute_devices, input_device, largest_fetch
 
 MIB = 2**20
 CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache

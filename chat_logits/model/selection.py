@@ -55,7 +55,7 @@ def select(
     }
 
 
-class OnTheWay:
+class PendingDistributions:
     """A batch's results crossing to the host: on a GPU through pinned memory, while the next batch is computed."""
 
     def __init__(self, pieces: list[dict[str, torch.Tensor]]):

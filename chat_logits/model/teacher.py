@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import explain_loading
-from chat_logits.model.devices import input_device, loading_options
-from chat_logits.model.selection import OnTheWay, SelectionSettings, select
+from chat_logits.errors import ToolkitError
+from chat_logits.model.loading import input_device
+from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
 LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
@@ -40,91 +39,6 @@ class Request:
         return self.input_ids[: self.positions[-1]]
 
 
-# --- loading ---
-
-
-def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"--device {name}: {reason}. Available: {', '.join(_devices())}.") from error
-    return device
-
-
-def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if accelerator else 0
-    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
-
-
-def load_config(
-    model_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
-):
-    """The model's configuration, without its weights."""
-    from transformers import AutoConfig
-
-    return _load(AutoConfig, model_id, revision, gguf_file, trust_remote_code=trust_remote_code)
-
-
-def load_teacher(
-    model_id: str,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    dtype: str = "auto",
-    device: torch.device | str = "cpu",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    device_map: str | None = None,
-    max_memory: dict | None = None,
-):
-    """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
-
-    A ``device_map`` spreads it under ``max_memory``, see ``model_devices``, whatever ``device`` says.
-    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
-    """
-    from transformers import AutoModelForCausalLM
-
-    options = loading_options(dtype, device, device_map, max_memory) | {"trust_remote_code": trust_remote_code}
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
-    model = _load(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
-    if model.get_output_embeddings() is None:
-        raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
-    return model.eval() if device_map else model.eval().to(device)
-
-
-def _load(auto_class, model_id: str, revision: str | None, gguf_file: str | None, **options):
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-    try:
-        return auto_class.from_pretrained(model_id, revision=revision, **options)
-    except ImportError as error:
-        needs = "requirements-dev.txt has gguf and accelerate, which GGUF files need" if gguf_file else str(error)
-        raise ToolkitError(f"model {model_id}: {needs}") from error
-    except Exception as error:
-        raise explain_loading(error, f"model {model_id}") from error
-
-
-@dataclass(frozen=True)
-class InputLimits:
-    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit named)."""
-
-    vocab_size: int
-    positions: int | None
-
-
-def input_limits(config) -> InputLimits:
-    """The limits that a model's configuration names."""
-    text = config.get_text_config()
-    return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
-
-
 def length_switch(config) -> int | None:
     """The length from which rotary frequencies follow the longest conversation of a batch, or None where they never do.
 
@@ -141,9 +55,6 @@ def length_switch(config) -> int | None:
         if kind.get("rope_type") in LENGTH_DEPENDENT
     ]
     return min(limits, default=None)
-
-
-# --- forward ---
 
 
 class Teacher:
@@ -168,7 +79,7 @@ class Teacher:
             with self._head_inputs(lambda hidden: hidden[:, -1:]):
                 self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
 
-    def distributions(self, requests: list[Request], settings: SelectionSettings) -> OnTheWay:
+    def distributions(self, requests: list[Request], settings: SelectionSettings) -> PendingDistributions:
         """What the model says at every extracted position of the requests, one after another.
 
         All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
@@ -183,7 +94,7 @@ class Teacher:
             pieces.append(select(logits, tokens[part], uniforms[part], settings))
             del logits  # or it would live on beside the next piece's
             start = part.stop
-        return OnTheWay(pieces)
+        return PendingDistributions(pieces)
 
     def row_logits(self, requests: list[Request]) -> Iterator[torch.Tensor]:
         """Float32 logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.

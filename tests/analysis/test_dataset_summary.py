@@ -381,7 +381,7 @@ def test_row_groups_of_any_size_are_read(copy, size):
 
 def test_the_hub_gives_the_same_summary(real_extraction, smollm2, tmp_path):
     code = """
-from chat_logits.data.alignment import load_tokenizer
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.analysis.summary import summarize
 from chat_logits.storage.dataset import open_dataset
 import sys; print(summarize(open_dataset("user/logits"), load_tokenizer(sys.argv[1])).to_json())

@@ -19,8 +19,9 @@ from rich.console import Console
 
 import extract_logits
 from chat_logits.analysis.verification import check_rows, load_recorded_model, spread, verify
-from chat_logits.data.alignment import align_row, load_tokenizer
+from chat_logits.data.alignment import align_row
 from chat_logits.data.hashing import hash_files
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage import shard
 from chat_logits.storage.dataset import EXTRACTION_FILE, SHARDS_FILE, open_dataset, shard_listing

@@ -5,9 +5,10 @@ import pytest
 from conftest import TEMPLATE
 
 from chat_logits.data import alignment as chat_alignment
-from chat_logits.data.alignment import Aligner, AlignmentError, skipped_token_ids
+from chat_logits.data.alignment import Aligner, AlignmentError
 from chat_logits.data.conversations import to_stored
 from chat_logits.data.templates import ChatTemplate
+from chat_logits.data.tokenizer import skipped_token_ids, token_text
 from chat_logits.errors import UsageError
 
 SHIPPED = TEMPLATE.read_text(encoding="utf-8")
@@ -32,7 +33,7 @@ def align(smollm2):
     def run(messages, template=SHIPPED, skip=(), keep=()):
         chat_template = ChatTemplate(template, tokenizer.special_tokens_map, {})
         found = Aligner(tokenizer, chat_template, skipped_token_ids(tokenizer, skip, keep)).align(messages)
-        texts = [chat_alignment.token_text(tokenizer, int(i)) for i in found.input_ids]
+        texts = [token_text(tokenizer, int(i)) for i in found.input_ids]
         return list(zip(texts, found.reasons, strict=True))
 
     return run

@@ -18,10 +18,9 @@ from chat_logits.data.alignment import (
     SPECIAL_REASON,
     THINK_TAG_REASON,
     Aligner,
-    skipped_token_ids,
-    token_text,
 )
 from chat_logits.data.templates import ChatTemplate
+from chat_logits.data.tokenizer import skipped_token_ids, token_text
 
 SPECIAL = ["<s>", "[UNK]", "<user>", "<bot>", "<end>"]
 THINK = ["<think>", "</think>"]

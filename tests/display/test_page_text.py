@@ -6,8 +6,9 @@ import pytest
 from conftest import REPO
 
 from chat_logits.analysis.tokens import SKIPPED, label_tokens
-from chat_logits.data.alignment import Aligner, skipped_token_ids
+from chat_logits.data.alignment import Aligner
 from chat_logits.data.templates import ChatTemplate
+from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.display.page_text import characters_of_parts, pieces_of, segments, token_characters
 
 

@@ -38,7 +38,7 @@ sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), max_s
 
 
 @given(sequences)
-def test_the_shared_beginning_saves_as_much_as_any_on_the_way(found):
+def test_the_shared_beginning_saves_as_much_as_any_pending(found):
     """Following the most common next token: no beginning along that path saves more."""
     arrays = [np.array(sequence, np.int64) for sequence in found]
     limits = [len(array) - 1 for array in arrays]

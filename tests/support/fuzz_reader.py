@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chat_logits.data.alignment import load_tokenizer
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.fingerprint import canonical, run_fingerprint

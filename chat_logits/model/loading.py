@@ -1,4 +1,4 @@
-"""Where the parts of a model are: all on one device, or spread by accelerate over several, with memory and disk behind.
+"""Loading a model: on one device, or spread by accelerate over several, with memory and disk behind.
 
 What does not fit on the accelerators stays in memory or on disk, and is brought to an accelerator (without one, into
 memory) for as long as its layer works. Meanwhile its parameters are on "meta", so ``model.device`` says nothing.
@@ -9,9 +9,57 @@ import importlib.util
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.limits import from_pretrained
 from chat_logits.scratch import make_scratch
 
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
+
+
+def choose_device(name: str | None) -> torch.device:
+    """``--device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: {reason}. Available: {', '.join(_devices())}.") from error
+    return device
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
+
+
+def load_model(
+    model_id: str,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    max_memory: dict | None = None,
+):
+    """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
+
+    A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says.
+    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = loading_options(dtype, device, device_map, max_memory) | {"trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    model = from_pretrained(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
+    if model.get_output_embeddings() is None:
+        raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
+    return model.eval() if device_map else model.eval().to(device)
 
 
 def loading_options(

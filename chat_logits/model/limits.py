@@ -1,0 +1,42 @@
+"""A model's configuration without its weights, and what the model can read. Nothing here needs torch."""
+
+from dataclasses import dataclass
+
+from chat_logits.errors import ToolkitError
+from chat_logits.hub import explain_loading
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit named)."""
+
+    vocab_size: int
+    positions: int | None
+
+
+def input_limits(config) -> InputLimits:
+    """The limits that a model's configuration names."""
+    text = config.get_text_config()
+    return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
+
+
+def load_config(
+    model_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+):
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, model_id, revision, gguf_file, trust_remote_code=trust_remote_code)
+
+
+def from_pretrained(auto_class, model_id: str, revision: str | None, gguf_file: str | None, **options):
+    """What the auto class loads. Raises ToolkitError, or UsageError where the model brings code that may not run."""
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        return auto_class.from_pretrained(model_id, revision=revision, **options)
+    except ImportError as error:
+        needs = "requirements-dev.txt has gguf and accelerate, which GGUF files need" if gguf_file else str(error)
+        raise ToolkitError(f"model {model_id}: {needs}") from error
+    except Exception as error:
+        raise explain_loading(error, f"model {model_id}") from error
