@@ -210,5 +210,10 @@ def chat_file(tmp_path):
 
 
 def pytest_configure():
-    """No test reaches the Hub by accident."""
+    """No test reaches the Hub by accident; this process and all that it starts compute with one thread each.
+
+    Files are compared byte for byte between processes, and another number of threads may change last bits.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

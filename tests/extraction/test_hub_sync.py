@@ -467,7 +467,7 @@ def test_no_token_is_in_any_file_of_the_run(calm_run, through_each_fault):
 @pytest.mark.usefixtures("through_each_fault")
 def test_one_row_is_fetched_and_not_the_dataset(hub, environment, calm_run):
     """Of a dataset of 60 shards: the files around, a footer and a row group."""
-    code = "from logit_dataset import open_dataset; import json; "
+    code = "from chat_logits.storage.dataset import open_dataset; "
     code += "row = open_dataset('user/none').read_row(77); print(row['source_index'])"
     begun = len(hub.requests)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPO)

@@ -246,6 +246,7 @@ def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, mo
     monkeypatch.setenv("DAMAGE", "1")
     bad = nodes.cluster.add_node(num_cpus=1)
     monkeypatch.delenv("DAMAGE")
+    nodes.settle()
     what, hurried = DAMAGES[damage]
     repo = damage.replace(" ", "-")
     try:
@@ -254,8 +255,10 @@ def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, mo
     finally:
         nodes.cluster.remove_node(bad, allow_graceful=False)
     told = re.findall(r"Worker (\d) \(.*\): (?:the disk of .*extract-logits-\w+ is full|it died)", run.said)
-    assert 1 <= len(told) <= 20 and len(set(told)) == 1
-    assert re.search(rf"Worker {told[0]} \(.*\): it is given no more, as it fails all", run.said)
+    (dismissed,) = re.findall(r"Worker (\d) \(.*\): it is given no more, as it fails all", run.said)
+    assert 1 <= told.count(dismissed) <= 20
+    # Workers are not machines: Ray may start one again elsewhere, and so another in its place on the bad machine.
+    assert len(told) - told.count(dismissed) <= 1, told
     assert "Given up" not in run.said and "source rows" in run.said
     assert on_hub(hub, repo) == undisturbed
 
@@ -346,7 +349,7 @@ def test_an_address_without_a_cluster_is_told_in_a_line_and_leaves_no_repository
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}" if address == "LISTENS" else address
         wanted = flags("wrong", "--ray_address", address, "--output_repo", "user/wrong")
-        quick = "import ray_address; ray_address.PATIENCE = 4.0"
+        quick = "from chat_logits.extraction import ray_address; ray_address.PATIENCE = 4.0"
         run = Command(wanted, tmp_path / "log", hub.environment(tmp_path / "home"), quick)
         assert run.wait(60) == status, run.said
     assert len(run.said.splitlines()) == 1 and run.said.startswith("error: --ray_address ") and told in run.said

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-MAKE = "import scratch, time; print(scratch.make_scratch(), flush=True); {}"
+MAKE = "import time; from chat_logits import scratch; print(scratch.make_scratch(), flush=True); {}"
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Models that accelerate spreads, against the same models on one device: here over memory and disk, bit for bit."""
+"""Models that accelerate spreads, against the same models on one device: here over memory and disk.
+
+Numbers are compared within last bits: weights that were brought from elsewhere lie otherwise in memory, and kernels
+that read them may then add in another order.
+"""
 
 import importlib.util
 import json
@@ -11,7 +15,7 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from pretended_devices import FIRST, SECOND, Placed, place, pretended_devices
-from runs import files_in, flags_for, without
+from runs import assert_alike, flags_for, rows_in, shards_in, without
 from test_teacher_model import random_model, random_requests, request, rows
 
 import extract_logits
@@ -22,8 +26,10 @@ from chat_logits.model import memory as memory_budget
 from chat_logits.model.batching import Budget
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
+from chat_logits.storage.dataset import open_dataset
 
 FAMILIES = {"llama": False, "qwen3": False, "gemma2": True, "gemma3_text": True}  # whether the embeddings are tied
+ROUNDINGS = 16  # that two orders of adding may make of the largest logit
 SETTINGS = SelectionSettings(top_k=8, top_p=0.98, num_sampled=4)
 
 
@@ -58,7 +64,13 @@ def assert_same_rows(found, plain) -> None:
     beginning = np.random.default_rng(4).integers(0, 1000, 9)
     for some, prefix in ((requests, ()), (with_beginning(requests, beginning), beginning)):
         for logit_rows in (1000, 7, 1):
-            assert torch.equal(rows(found, some, logit_rows, prefix), rows(plain, some, logit_rows, prefix))
+            assert_close(rows(found, some, logit_rows, prefix), rows(plain, some, logit_rows, prefix), plain.dtype)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype=torch.float32) -> None:
+    """Logits as equal as two ways of computing them in a dtype are."""
+    limit = ROUNDINGS * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
@@ -165,7 +177,7 @@ def test_gguf_can_be_spread():
     spread = loading.load_model(folder, gguf_file=name, device_map="auto", max_memory={"cpu": "200MiB"})
     assert offloaded(spread)
     requests = random_requests(49_152, [12, 7])
-    assert torch.equal(rows(spread, requests), rows(plain, requests))
+    assert_close(rows(spread, requests), rows(plain, requests))
 
 
 # --- budgets ---
@@ -223,10 +235,13 @@ def test_no_operation_mixes_devices(family, spread):
             for logit_rows in (1000, 7):
                 found = rows(model, some, logit_rows, prefix)
                 assert found.device == loading.input_device(model)
-                assert torch.equal(found.cpu(), rows(plain, some, logit_rows, prefix))
+                assert_close(found.cpu(), rows(plain, some, logit_rows, prefix))
         found, expected = (Teacher(some, 7).distributions(requests, SETTINGS).wait() for some in (model, plain))
-    for name, array in vars(found).items():
-        np.testing.assert_array_equal(array, getattr(expected, name))
+    for name in ("logsumexp", "token_log_probs"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5)
+    for name in ("top_ids", "sampled_ids"):  # but for ties
+        assert (getattr(found, name) != getattr(expected, name)).mean() < 0.02
+    np.testing.assert_allclose(found.top_probs, expected.top_probs, atol=2e-5)
 
 
 def test_mixed_devices_are_noticed():
@@ -288,14 +303,18 @@ def test_a_missing_accelerate_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["7MB", "20MB", None], ids=["head on disk", "in memory", "no limit"])
-def test_a_run_over_memory_and_disk_gives_the_files_of_one_device(
+def test_a_run_over_memory_and_disk_gives_the_rows_of_one_device(
     small_model, calm_source, calm_run, tmp_path, capsys, limit
 ):
     flags = without("--device", flags_for(small_model, calm_source, tmp_path / "out"))
     limits = ["--max_memory", json.dumps({"cpu": limit, "disk": "1GB"})] if limit else []
     assert extract_logits.main([*flags, "--device_map", "auto", *limits]) == 0
     assert "over all devices" in capsys.readouterr().err
-    assert files_in(tmp_path / "out") == files_in(calm_run)
+    names, others = ({path.name for path in shards_in(folder)} for folder in (tmp_path / "out", calm_run))
+    assert names == others
+    assert_alike(rows_in(tmp_path / "out"), rows_in(calm_run))
+    described, expected = (open_dataset(str(folder)).extraction for folder in (tmp_path / "out", calm_run))
+    assert described == expected
 
 
 @pytest.mark.parametrize(

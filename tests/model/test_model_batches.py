@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPO, make_tiny_model
+from runs import assert_alike, rows_in
 
 import extract_logits
 from chat_logits.errors import ToolkitError
@@ -32,22 +32,9 @@ def extract(small_model, tmp_path, chat_file):
         pairs = {"model_id": small_model, "dataset_id": chat_file(rows), "output_dir": tmp_path / out, **options}
         arguments = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
         assert extract_logits.main([*arguments, "--device", "cpu", *flags]) == 0
-        dataset = open_dataset(str(tmp_path / out))
-        return [dataset.read_row(i) for i in range(dataset.num_rows)]
+        return rows_in(tmp_path / out)
 
     return run
-
-
-def assert_alike(found: list[dict], expected: list[dict]) -> None:
-    """The same conversations, and numbers that differ in last bits at most."""
-    assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        for key in ("source_index", "num_tokens", "alignment_checksum", "messages"):
-            assert row[key] == other[key]
-        for key in ("token_log_probs", "logsumexp"):
-            np.testing.assert_allclose(row[key], other[key], atol=2e-5)
-        ids, others = np.array(row["top_indices_low"]), np.array(other["top_indices_low"])
-        assert (ids != others).mean() < 0.005
 
 
 def test_shared_beginnings_and_small_pieces_give_the_same_rows(extract):

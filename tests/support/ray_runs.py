@@ -91,3 +91,19 @@ class Nodes:
     def remove(self, node) -> None:
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def settle(self, seconds: float = 120) -> None:
+        """Wait until the cluster knows which nodes are left, and none of their CPUs is taken by a run before.
+
+        Otherwise Ray may give a worker's place to another one that was waiting for room.
+        """
+        until = time.monotonic() + seconds
+        while not self._is_at_rest():
+            assert time.monotonic() < until, self.cluster.global_state.node_table()
+            time.sleep(0.1)
+
+    def _is_at_rest(self) -> bool:
+        state, known = self.cluster.global_state, self.cluster.worker_nodes
+        alive = [node for node in state.node_table() if node["Alive"]]
+        whole = sum(node["Resources"].get("CPU", 0) for node in alive)
+        return len(alive) == len(known) + 1 and state.available_resources().get("CPU", 0) == whole

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from conftest import TEMPLATE
+
+from chat_logits.storage.dataset import open_dataset
 
 ROWS = [
     {"question": f"What is {i}?", "answer": " ".join(f"It is {word} of {i}." for word in range(i % 7 * 5 + 2))}
@@ -40,6 +43,28 @@ def files_in(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
+
+
+def rows_in(folder: Path) -> list[dict]:
+    """All stored rows of a run, in order."""
+    return list(open_dataset(str(folder)).rows())
+
+
+def assert_alike(found: list[dict], expected: list[dict]) -> None:
+    """The same conversations, and numbers that differ in last bits at most.
+
+    For rows that were computed in two ways: in other batches, after a prefix, or with weights elsewhere in memory. Then
+    sums run in another order, float32 logits of about 20 differ by up to 2e-5, and tokens that are as good as tied
+    change places.
+    """
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected, strict=True):
+        for key in ("source_index", "num_tokens", "alignment_checksum", "messages"):
+            assert row[key] == other[key]
+        for key in ("token_log_probs", "logsumexp"):
+            np.testing.assert_allclose(row[key], other[key], atol=2e-5)
+        ids, others = np.array(row["top_indices_low"]), np.array(other["top_indices_low"])
+        assert (ids != others).mean() < 0.005
 
 
 def shards_in(folder: Path) -> list[Path]:
