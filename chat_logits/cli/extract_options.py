@@ -179,13 +179,15 @@ def _add_compute(add: Callable) -> None:
         "--batch_tokens",
         type=int,
         metavar="TOKENS",
-        help="padded tokens a forward pass; less needs less memory (default: from free memory, 768 at most on a CPU)",
+        help="padded tokens a forward pass; less needs less memory (default: by the memory that the device has in all, "
+        "whatever is free of it; 768 at most on a CPU)",
     )
     add(
         "--logit_memory",
         type=int,
         metavar="MIB",
-        help="memory for logits at once; more rows go in pieces (default: from free memory, 256 at most on a CPU)",
+        help="memory for logits at once; more rows go in pieces (default: 1/16 of what the device has in all, "
+        "whatever is free of it; 256 at most on a CPU)",
     )
     add(
         "--no_prefix_cache",

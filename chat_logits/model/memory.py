@@ -1,4 +1,4 @@
-"""How much one forward pass may hold: what is free, what is taken by default, and what a run needs at most.
+"""How much one forward pass may hold: what a device has, what is taken by default, and what a run needs at most.
 
     peak over the model's own <=
         3 * logit_rows * vocabulary * 4                      logits, and what the model's own tail makes of them
@@ -15,6 +15,8 @@ For a model on several devices, each may need all of it: the decoder's part fall
 """
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -24,29 +26,56 @@ from chat_logits.model.loading import compute_devices, input_device, largest_fet
 MIB = 2**20
 CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache
 GPU_TOKENS = 16_384
-LOGIT_SHARE, TOKEN_SHARE = 1 / 16, 1 / 4  # of what is free
+LOGIT_SHARE, TOKEN_SHARE = 1 / 16, 1 / 4  # of what a device has beside the model's weights
 LOGIT_BYTES = {"cpu": 256 * MIB, "other": 1024 * MIB}  # at most, by default
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has, whoever uses them now: a CPU the machine's, or its control group's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.mps.recommended_max_memory()
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_group_limits()])
+
+
+def _group_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes that this process's control groups, and those above them, allow; none where there are no such groups.
+
+    A line of ``proc`` is "0::/path" for version 2, "number:memory:/path" for version 1. In a container the path may
+    be the host's, and the container's own group then lies at ``root``.
+    """
+    for line in proc.read_text().splitlines() if proc.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounted, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = mounted / path.strip("/")
+        for folder in (group, *group.parents[: len(group.relative_to(mounted).parts)]):
+            if (folder / name).is_file() and (limit := (folder / name).read_text().strip()) != "max":
+                yield int(limit)
 
 
 def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> Budget:
-    """The budget that the options give (``logit_memory`` in MiB), or the default for what is free where least is."""
+    """The budget that the options give (``logit_memory`` in MiB), or the default.
+
+    The default follows what the devices have in all, less the model, where that is least: what is free at the moment
+    would let two runs of one command differ.
+    """
     on_cpu = input_device(model).type == "cpu"
-    free = max(0, min(map(free_memory, compute_devices(model))) - 2 * largest_fetch(model))
+    room = max(0, min(_room(model, device) for device in compute_devices(model)))
     if batch_tokens is None:
-        affordable = int(free * TOKEN_SHARE / _bytes_a_token(model))
+        affordable = int(room * TOKEN_SHARE / _bytes_a_token(model))
         batch_tokens = max(64, min(CPU_TOKENS if on_cpu else GPU_TOKENS, affordable))
     most = LOGIT_BYTES["cpu" if on_cpu else "other"]
-    logit_bytes = logit_memory * MIB if logit_memory else min(most, int(free * LOGIT_SHARE))
+    logit_bytes = logit_memory * MIB if logit_memory else min(most, int(room * LOGIT_SHARE))
     return Budget(batch_tokens, max(1, logit_bytes // (_vocabulary(model) * 4)))
+
+
+def _room(model, device: torch.device) -> int:
+    """Bytes of the device beside the weights that lie there and those that are brought there."""
+    weights = sum(weights.nbytes for weights in model.parameters() if weights.device == device)
+    return total_memory(device) - weights - 2 * largest_fetch(model)
 
 
 def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> int:

@@ -191,21 +191,22 @@ def test_a_budget_leaves_room_for_what_is_fetched(tmp_path, monkeypatch):
     assert loading.largest_fetch(plain) == 0 and loading.largest_fetch(spread) == head
     found, expected = (memory_budget.peak_memory(model, Budget(64, 10), 64, 10, True) for model in (spread, plain))
     assert found - expected == 2 * head
-    monkeypatch.setattr(memory_budget, "free_memory", lambda device: {"cpu": 2**20 + 2 * head}[device.type])
+    monkeypatch.setattr(memory_budget, "total_memory", lambda device: {"cpu": 2**20 + 2 * head}[device.type])
     budget = memory_budget.choose_budget(spread, None, None)
-    monkeypatch.setattr(memory_budget, "free_memory", lambda device: {"cpu": 2**20}[device.type])
+    weights = sum(weights.nbytes for weights in plain.parameters())
+    monkeypatch.setattr(memory_budget, "total_memory", lambda device: {"cpu": 2**20 + weights}[device.type])
     assert budget == memory_budget.choose_budget(plain, None, None)
     assert budget.logit_rows == 2**16 // 4000
 
 
-def test_free_is_what_the_fullest_accelerator_has(monkeypatch):
+def test_the_smallest_accelerator_sets_the_budget(monkeypatch):
     """The map of a model on two GPUs with the rest in memory; there is no GPU here, so only the map is read."""
     model = random_model("llama")
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     model.hf_device_map = {"model.embed_tokens": first, "model.layers": second, "model.norm": "cpu", "lm_head": "disk"}
     assert sorted(loading.compute_devices(model), key=str) == [first, second]
-    free = {first: 2**30, second: 2**20, torch.device("cpu"): 2**10}
-    monkeypatch.setattr(memory_budget, "free_memory", free.__getitem__)
+    totals = {first: 2**30, second: 2**20, torch.device("cpu"): 2**10}
+    monkeypatch.setattr(memory_budget, "total_memory", totals.__getitem__)
     assert memory_budget.choose_budget(model, None, None).logit_rows == 2**16 // 4000
 
 

@@ -1,9 +1,11 @@
 """Shards through a real tiny model: shared beginnings, out-of-memory, errors beside the model, bounded memory."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,15 +215,46 @@ def test_memory_stays_below_its_formula_on_a_hard_case(tmp_path, chat_file):
     assert seen["peak"] - seen["before"] < whole / 4, seen
 
 
-def test_the_default_budget_follows_what_is_free(small_model, monkeypatch):
+def test_the_default_budget_follows_what_the_device_has(small_model, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(small_model)
-    budgets = []
-    for free in (2**20, 2**30, 2**40):
-        monkeypatch.setattr(memory_budget, "free_memory", lambda _device, free=free: free)
+    weights, budgets = sum(weights.nbytes for weights in model.parameters()), []
+    for beside in (2**20, 2**30, 2**40):
+        monkeypatch.setattr(memory_budget, "total_memory", lambda _device, beside=beside: weights + beside)
         budgets.append(memory_budget.choose_budget(model, None, None))
     assert budgets[0].tokens < budgets[1].tokens <= budgets[2].tokens == memory_budget.CPU_TOKENS
     assert budgets[0].logit_rows == 1 and budgets[1].logit_rows < budgets[2].logit_rows
     assert budgets[2].logit_rows * 49_152 * 4 <= 256 * 2**20
     assert memory_budget.choose_budget(model, 7, 1) == Budget(7, 5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/\n", {}, []),
+        (
+            "0::/jobs/7\n",
+            {"jobs/7/memory.max": "max\n", "jobs/memory.max": "1000\n", "memory.max": "2000"},
+            [1000, 2000],
+        ),
+        ("9:cpu:/a\n4:cpuset,memory:/jobs/7\n0::/\n", {"memory/memory.limit_in_bytes": "3000\n"}, [3000]),
+    ],
+)
+def test_limits_of_control_groups_are_read(tmp_path, groups, files, limits):
+    """Of version 2, and of version 1 in a container, where the path is the host's."""
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    assert list(memory_budget._group_limits(tmp_path / "cgroup", tmp_path / "root")) == limits
+    assert not list(memory_budget._group_limits(tmp_path / "none", tmp_path / "root"))
+
+
+def test_memory_in_all_does_not_depend_on_the_moment():
+    """What /proc/meminfo has for the machine, or less where a group limits this process; the same with some taken."""
+    before = memory_budget.total_memory(torch.device("cpu"))
+    held = torch.ones(2**26)
+    assert memory_budget.total_memory(torch.device("cpu")) == before and held.numel()
+    (total,) = re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert 2**28 < before <= int(total) * 1024
