@@ -1,11 +1,12 @@
 # make demo: extract 64 conversations with a real model, print the token table of one, and write its page.
+# make check: lint, types and the fast tests, in two minutes; before each commit.
 # make test: everything that CI runs; a process a core, each with one thread.
 # make bench: tables of what extraction and pages cost; half an hour on two cores. The pages need Chromium.
 PYTHON ?= python3
 IN := .venv/bin/python
 DEMO := outputs/demo
 
-.PHONY: demo test lint bench
+.PHONY: demo check test lint bench
 
 demo: .venv/ready
 	$(IN) demo/fetch.py
@@ -13,9 +14,16 @@ demo: .venv/ready
 	    --output_dir $(DEMO) --max_samples 64 --overwrite
 	$(IN) explore_logits.py --logit_dataset_id $(DEMO) --sample_index 0 --html $(DEMO).html
 
+# Files stay whole, since their tests share what they start, in the order that tests/conftest.py gives them.
+PYTEST := OMP_NUM_THREADS=1 $(IN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(IN) demo/fetch.py
+	$(PYTEST) -m "not slow"
+
 test: lint
 	$(IN) demo/fetch.py
-	OMP_NUM_THREADS=1 $(IN) -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 lint: .venv/ready
 	$(IN) -m ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parent.parent
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
@@ -23,6 +24,25 @@ def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.Compl
     """One of the commands in a process of its own, as a user types it."""
     command = [sys.executable, str(REPO / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """Makes a folder that all of pytest's processes share: the first that asks calls ``make(folder)``."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def get(name: str, make) -> Path:
+        made = root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(root / name, ignore_errors=True)  # of a process that failed
+                (root / name).mkdir()
+                make(root / name)
+                made.touch()
+        return root / name
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +61,19 @@ def source_rows() -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def real_extraction(tmp_path_factory) -> Path:
+def real_extraction(shared) -> Path:
     """The command's own output for the first 32 conversations, with its defaults."""
-    folder = tmp_path_factory.mktemp("real") / "outputs" / "demo"
-    done = run_command(
-        "extract_logits.py",
-        *("--model_id", MODEL, "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE),
-        *("--max_samples", 32, "--output_dir", folder),
-    )
-    assert done.returncode == 0, done.stderr
-    (folder.parent.parent / "summary.txt").write_text(done.stdout, encoding="utf-8")
-    return folder
+
+    def make(folder: Path) -> None:
+        done = run_command(
+            "extract_logits.py",
+            *("--model_id", MODEL, "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE),
+            *("--max_samples", 32, "--output_dir", folder / "outputs" / "demo"),
+        )
+        assert done.returncode == 0, done.stderr
+        (folder / "summary.txt").write_text(done.stdout, encoding="utf-8")
+
+    return shared("real", make) / "outputs" / "demo"
 
 
 @pytest.fixture(scope="session")
@@ -91,35 +113,36 @@ def make_tiny_model(folder: Path, vocab_size: int = WIDE_VOCABULARY, seed: int =
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
+def tiny_model(shared) -> Path:
     """A random model with ids beyond 17 bits."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return shared("tiny_model", make_tiny_model)
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory) -> Path:
+def small_model(shared) -> Path:
     """A random model with SmolLM2's vocabulary, for runs in which only the way matters."""
-    return make_tiny_model(tmp_path_factory.mktemp("small") / "model", vocab_size=49_152)
+    return shared("small_model", lambda folder: make_tiny_model(folder, vocab_size=49_152))
 
 
 @pytest.fixture(scope="session")
-def calm_source(tmp_path_factory) -> Path:
+def calm_source(shared) -> Path:
     """The source of the run of ``runs.py``."""
     import runs
 
-    return runs.write_source(tmp_path_factory.mktemp("source"))
+    return shared("calm_source", runs.write_source) / "chats.jsonl"
 
 
 @pytest.fixture(scope="session")
-def calm_run(small_model, calm_source, tmp_path_factory) -> Path:
+def calm_run(small_model, calm_source, shared) -> Path:
     """The folder of such a run that nothing disturbed."""
     import runs
 
     import extract_logits
 
-    out = tmp_path_factory.mktemp("calm") / "out"
-    assert extract_logits.main(runs.flags_for(small_model, calm_source, out)) == 0
-    return out
+    def make(folder: Path) -> None:
+        assert extract_logits.main(runs.flags_for(small_model, calm_source, folder / "out")) == 0
+
+    return shared("calm_run", make) / "out"
 
 
 @pytest.fixture(scope="session")
@@ -137,41 +160,47 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def other_checkpoint(tmp_path_factory):
-    """SmolLM2 with Gaussian noise on its matrices."""
+def other_checkpoint(shared):
+    """SmolLM2 with Gaussian noise on its matrices, and the folder that it was saved to."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() == 2:
-                weights.add_(torch.randn(weights.shape, generator=generator) * weights.std() * NOISE)
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(MODEL / name, folder / name)
-    return model, folder
+    def make(folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weights in model.parameters():
+                if weights.dim() == 2:
+                    weights.add_(torch.randn(weights.shape, generator=generator) * weights.std() * NOISE)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(MODEL / name, folder / name)
+
+    folder = shared("other_checkpoint", make)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(), folder
 
 
 @pytest.fixture(scope="session")
-def other_extraction(other_checkpoint, tmp_path_factory):
+def other_extraction(other_checkpoint, shared):
     """The same 32 conversations with the same options."""
     import extract_logits
 
-    folder = tmp_path_factory.mktemp("other") / "outputs" / "demo"
-    flags = ("--model_id", other_checkpoint[1], "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE)
-    assert extract_logits.main([*map(str, flags), "--max_samples", "32", "--output_dir", str(folder)]) == 0
-    return folder
+    def make(folder: Path) -> None:
+        flags = ("--model_id", other_checkpoint[1], "--dataset_id", CONVERSATIONS, "--chat_template", TEMPLATE)
+        assert extract_logits.main([*map(str, flags), "--max_samples", "32", "--output_dir", str(folder / "demo")]) == 0
+
+    return shared("other_extraction", make) / "demo"
 
 
 @pytest.fixture(scope="session")
-def hostile_extraction(tmp_path_factory) -> Path:
+def hostile_extraction(shared) -> Path:
     """A dataset whose tokens, texts and name would act in a page or a terminal if they could."""
     from hostile import HOSTILE, extracted
 
-    folder = tmp_path_factory.mktemp("hostile")
-    return extracted(folder, " ".join(HOSTILE), HOSTILE, question=HOSTILE[1], name="<b onclick=1>out")
+    name = "<b onclick=1>out"
+    return (
+        shared("hostile", lambda folder: extracted(folder, " ".join(HOSTILE), HOSTILE, question=HOSTILE[1], name=name))
+        / name
+    )
 
 
 @pytest.fixture
@@ -207,6 +236,27 @@ def chat_file(tmp_path):
         return path
 
     return write
+
+
+# What is slow by what it uses, and by where it is; in this order, longest first, so that no process ends alone.
+SLOW_FIXTURES = {
+    *("real_extraction", "other_extraction", "other_checkpoint", "smollm2", "hub", "browser", "hostile_extraction"),
+    *("calm_run", "tiny_model", "small_model"),
+}
+SLOW_FILES = (
+    *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_resume", "test_device_map", "test_teacher_model"),
+    *("test_model_batches", "test_extract_logits", "test_model_check", "test_dataset_summary", "test_hub"),
+    *("test_any_model_any_dataset", "test_dataset_comparison", "test_notebook", "test_install", "test_loopback_hub"),
+    *("test_real_extraction", "test_explore_logits", "test_fuzz", "test_source_dataset"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    for item in items:
+        if item.path.stem in places or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_configure():

