@@ -1,12 +1,12 @@
 """Look at a logit dataset: every token of an answer beside what the model predicted in its place.
 
-    python explore_logits.py --logit_dataset_id outputs/demo --sample_index 0
+    python explore_logits.py outputs/demo --sample_index 0
 
 From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``
 and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` decode a stored row by hand.
 """
 
-import argparse
+import sys
 
 from chat_logits.analysis.comparison import DatasetComparison, compare_datasets
 from chat_logits.analysis.conversation import Analysis, Choice
@@ -16,7 +16,7 @@ from chat_logits.analysis.row import row_numbers
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import TokenAnalysis, label_tokens, with_predictions
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
-from chat_logits.cli.explore_options import build_parser, check_options, given_options, mode_of
+from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
 from chat_logits.data.alignment import align_row
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
@@ -156,34 +156,34 @@ MODES = {
 }
 
 
-def _explore(arguments: argparse.Namespace) -> None:
-    check_options(arguments)
-    found = _analyze(arguments)
-    if arguments.html:
-        write_result(arguments.html, found.to_html())
-    if arguments.json and arguments.json != STDOUT:
-        write_result(arguments.json, found.to_json())
-    if arguments.json == STDOUT:
+def _explore(options: ExploreOptions, _given: dict) -> None:
+    check_options(options)
+    found = _analyze(options)
+    if options.html:
+        write_result(options.html, found.to_html())
+    if options.json and options.json != STDOUT:
+        write_result(options.json, found.to_json())
+    if options.json == STDOUT:
         print(found.to_json(), end="")
     else:
         found.print()
-    if arguments.verify is not None and not found.holds:
-        raise ToolkitError(f"{arguments.logit_dataset_id} does not hold up against the model")
+    if options.verify is not None and not found.holds:
+        raise ToolkitError(f"{options.logit_dataset_id} does not hold up against the model")
 
 
-def _analyze(arguments: argparse.Namespace):
+def _analyze(options: ExploreOptions):
     """What the options ask for: something that prints itself, and gives itself as JSON and as a page."""
-    given = given_options(arguments)
-    execute, names = MODES[mode_of(given)]
-    options = {name: given[name] for name in (*SOURCE_OPTIONS, *names) if name in given}
-    if "surprising" in names and "surprising" in given:
-        options["only"] = options.pop("surprising")
-    return execute(**options, quiet=True)
+    chosen = options.chosen()
+    execute, names = MODES[mode_of(chosen)]
+    chosen = {name: chosen[name] for name in (*SOURCE_OPTIONS, *names) if name in chosen}
+    if "surprising" in chosen:
+        chosen["only"] = chosen.pop("surprising")
+    return execute(**chosen, quiet=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(_explore, build_parser().parse_args(argv), closed_pipe=0)
+    return run_command(_explore, KINDS, build_parser(), sys.argv[1:] if argv is None else argv, closed_pipe=0)
 
 
 def command() -> None:

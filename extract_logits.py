@@ -6,51 +6,47 @@
 Data flows one way: source rows -> aligned conversations -> batches -> distributions -> columns -> shards.
 """
 
-import argparse
+import functools
+import logging
 import shlex
 import sys
-from pathlib import Path
 
 from chat_logits.cli.command_line import leave, run_command
-from chat_logits.cli.extract_options import build_parser, check_arguments, goes_straight
-from chat_logits.extraction.folder import RunFolder
-from chat_logits.storage.dataset import EXTRACTION_FILE
+from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, read_config
+from chat_logits.extraction.folder import is_being_replaced
+
+logger = logging.getLogger("chat_logits.extract_logits")
 
 
-def _extract(arguments: argparse.Namespace) -> None:
-    check_arguments(arguments)
-    if arguments.preview is not None:
-        # With torch, which takes seconds to import: help and wrong options don't wait for it.
-        from chat_logits.extraction import run as extraction_run
+def _extract(options: ExtractOptions, given: dict, command: list[str]) -> None:
+    config = read_config(options, given)
+    if options.preview is not None:
+        # With transformers, which takes seconds to import: help and wrong options don't wait for it.
+        from chat_logits.cli.preview import preview
 
-        extraction_run.preview(arguments)
+        preview(config, options.preview)
         return
-    path = Path(arguments.output_dir or Path("outputs") / arguments.output_repo.split("/")[-1])
-    with RunFolder(path, arguments.overwrite) as folder:
-        try:
-            from chat_logits.extraction import run as extraction_run
+    folder = config.folder
+    try:
+        from chat_logits.extraction.run import extract
 
-            extraction_run.extract(arguments, folder)
-        except KeyboardInterrupt:
-            _tell_stopped(arguments, folder)
-            raise
-
-
-def _tell_stopped(arguments: argparse.Namespace, folder: RunFolder) -> None:
-    begun = folder.is_replacing and (folder.path / EXTRACTION_FILE).exists()
-    command = [part for part in arguments.command if not (begun and part == "--overwrite")]
-    kept = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
-    count = folder.count_shards()
-    there = f"{count} finished shards are in {folder.path}." if count else "No shard is finished yet."
-    told = f"Stopped. {'What is pushed is kept.' if goes_straight(arguments) else there}{kept}"
-    print(f"{told} To go on:\n  {shlex.join(command)}", file=sys.stderr)
+        extract(config)
+    except KeyboardInterrupt:
+        begun = is_being_replaced(folder)
+        resuming = [word for word in command if not (begun and word == "--overwrite")]
+        logger.info("To resume:\n  %s", shlex.join(resuming))
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    arguments = build_parser().parse_args(argv)
-    arguments.command = ["python", "extract_logits.py", *argv] if argv is not None else sys.orig_argv
-    return run_command(_extract, arguments)
+    command = sys.orig_argv if argv is None else ["python", "extract_logits.py", *argv]
+    return run_command(
+        functools.partial(_extract, command=command),
+        KINDS,
+        build_parser(),
+        sys.argv[1:] if argv is None else argv,
+    )
 
 
 def command() -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-import extract_logits  # noqa: E402
 import logit_codec  # noqa: E402
 from chat_logits.extraction import run as extraction_run  # noqa: E402
 from chat_logits.extraction import run_description  # noqa: E402
+from chat_logits.extraction.config import ExtractConfig  # noqa: E402
 from chat_logits.extraction.folder import RunFolder  # noqa: E402
 from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
 from chat_logits.model import loading, teacher  # noqa: E402
@@ -44,10 +45,8 @@ SETTINGS = {"K=64 S=16 p=0.98": (64, 16, 0.98), "K=32 S=8 p=0.95": (32, 8, 0.95)
 
 def prepare(conversations: int, system_prompt: str | None = None):
     """The first conversations, opened as the command opens them."""
-    options = ["--model_id", str(MODEL), "--dataset_id", str(DATA), "--output_dir", "unused"]
-    options += ["--max_samples", str(conversations), *(["--system_prompt", system_prompt] if system_prompt else [])]
-    arguments = extract_logits.build_parser().parse_args(options)
-    return run_description.open_run(arguments)
+    named = {"model_id": MODEL, "dataset_id": DATA, "output_dir": "unused", "system_prompt": system_prompt}
+    return run_description.open_run(ExtractConfig(**named, max_samples=conversations))
 
 
 # --- ways to do it ---
@@ -221,8 +220,8 @@ def bench_codec(model, conversations: int) -> None:
     print("| settings | coding | bytes a token | mean KL, nats |\n| --- | --- | --- | --- |")
     for name, (top_k, num_sampled, top_p) in SETTINGS.items():
         changed = {"top_k": top_k, "num_sampled": num_sampled, "top_p": top_p}
-        vars(opened.arguments).update(changed)
-        opened.described.update(changed)
+        described = {**opened.described, **changed}
+        opened = replace(opened, config=replace(opened.config, **changed), described=described)
         stored_bytes = extraction(model, opened, True)
         top_ids = np.argsort(-truth, axis=1)[:, :top_k]
         kept_log_probs = np.take_along_axis(truth, top_ids, 1)

@@ -1,4 +1,4 @@
-"""What the process that gives out shards needs to begin a run of millions of rows, and to go on with it.
+"""What the process that gives out shards needs to begin a run of millions of rows, and to resume with it.
 
     python benchmarks/bench_resume.py [--rows 10000 10000000] [--shards 10000]
 
@@ -33,12 +33,11 @@ def make_model(folder: Path) -> None:
         shutil.copy(MODEL / name, folder / name)
 
 
-def options(place: Path, rows: int, *more: str):
-    from chat_logits.cli.extract_options import build_parser
+def config_for(place: Path, rows: int, **more):
+    from chat_logits.extraction.config import ExtractConfig
 
     named = {"model_id": place / "model", "dataset_id": place / str(rows), "output_dir": place / f"run-{rows}"}
-    flags = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
-    return build_parser().parse_args([*flags, "--streaming", "--device", "cpu", *more])
+    return ExtractConfig(**named, streaming=True, device="cpu", **more)
 
 
 # --- each in a process of its own ---
@@ -50,11 +49,11 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
     from chat_logits.extraction.folder import RunFolder
     from chat_logits.extraction.run_description import open_run
 
-    arguments = options(place, rows)
+    config = config_for(place, rows)
     books = 0.0
-    with RunFolder(Path(arguments.output_dir)) as folder:
-        opened = open_run(arguments)
-        with extraction_run.choose_workers(arguments)(opened, folder) as here:
+    with RunFolder(config.folder) as folder:
+        opened = open_run(config)
+        with extraction_run.choose_workers(config)(opened, folder) as here:
             folder.begin(here.describe())
             kept: list = []
             here.compute(iter([0]), folder.extraction, kept.append, extraction_run.tqdm)
@@ -82,9 +81,9 @@ def plan(place: Path, rows: int, *more: str) -> dict:
     from chat_logits.storage.disk import DiskWatch
 
     imported, memory = time.perf_counter(), resident("VmHWM")
-    arguments = options(place, rows, *more)
-    with RunFolder(Path(arguments.output_dir)) as folder:
-        opened, recorded = extraction_run.open_or_go_on(arguments, folder, None)
+    config = config_for(place, rows, check_shards="check_shards" in more)
+    with RunFolder(config.folder) as folder:
+        opened, recorded = extraction_run.open_or_resume(config, folder, None)
         run = extraction_run.Run(opened, folder, None, None, DiskWatch(folder.path, opened.reader.num_rows))
         if recorded:
             run.begin_or_resume(recorded)
@@ -121,8 +120,8 @@ def bench(place: Path, rows: int, shards: int) -> None:
     shards = min(shards, rows // ROWS_PER_SHARD - 1)
     books = in_own_process(place / "home", "write_shards", place, rows, shards)
     size = sum(file.stat().st_size for file in (place / f"run-{rows}").rglob("*.json")) / MIB
-    tell(f"go on with {shards:,} shards", rows, in_own_process(place / "home", "plan", place, rows))
-    checked = in_own_process(place / "home", "plan", place, rows, "--check_shards")
+    tell(f"resume with {shards:,} shards", rows, in_own_process(place / "home", "plan", place, rows))
+    checked = in_own_process(place / "home", "plan", place, rows, "check_shards")
     tell(
         f"the same, --check_shards ({size:.1f} MiB of lists; {books['books a shard, ms']:.2f} ms a shard)",
         rows,
@@ -139,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [10_000, 10_000_000]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes, help=f"rows of each source (default: {sizes})")
-    parser.add_argument("--shards", type=int, default=10_000, help="finished shards to go on with (default: 10000)")
+    parser.add_argument("--shards", type=int, default=10_000, help="finished shards to resume with (default: 10000)")
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help="one measurement, as JSON")
     given = parser.parse_args()
     if given.measure:

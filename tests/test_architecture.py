@@ -7,7 +7,14 @@ from pathlib import Path
 from conftest import REPO
 
 COMMANDS = ("extract_logits", "explore_logits")
-BASE = ("logit_codec", "chat_logits", "chat_logits.errors", "chat_logits.hub", "chat_logits.scratch")
+BASE = (
+    "logit_codec",
+    "chat_logits",
+    "chat_logits.errors",
+    "chat_logits.hub",
+    "chat_logits.options",
+    "chat_logits.scratch",
+)
 ROOMS = ("data", "model", "storage", "extraction", "analysis", "display", "cli")  # lowest first
 UNKNOWN_TO = {  # packages that a room does without
     "data": {"torch", "argparse", "rich"},
@@ -49,16 +56,6 @@ REMAINING = {
     ("chat_logits.analysis.verification", "chat_logits.display.text"),
     ("chat_logits.analysis.verification", "chat_logits.display.token_report"),
     ("chat_logits.analysis.verification", "rich"),
-    ("chat_logits.data.reader", "argparse"),
-    ("chat_logits.extraction.cluster", "argparse"),
-    ("chat_logits.extraction.run", "argparse"),
-    ("chat_logits.extraction.run", "chat_logits.analysis.tokens"),
-    ("chat_logits.extraction.run", "chat_logits.cli.extract_options"),
-    ("chat_logits.extraction.run", "chat_logits.display.token_report"),
-    ("chat_logits.extraction.run_description", "argparse"),
-    ("chat_logits.extraction.shard_worker", "argparse"),
-    ("chat_logits.extraction.shard_worker", "chat_logits.cli.extract_options"),
-    ("chat_logits.extraction.workers", "chat_logits.cli.extract_options"),
     ("logit_codec", "chat_logits.errors"),
 }
 

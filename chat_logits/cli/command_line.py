@@ -1,6 +1,6 @@
-"""How both commands end: exit status, errors in a line or two, and signals that lose nothing."""
+"""How both commands begin and end: what they tell on the way, exit status, errors in a line or two, signals."""
 
-import argparse
+import logging
 import os
 import signal
 import sys
@@ -9,12 +9,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+from tqdm import tqdm
+
+from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_options, refuse_missing
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import redact
+from chat_logits.options import Config
 
 STDOUT = "-"  # as the name of a file to write
 SIGNALLED = 128  # and the signal's number: what shells give
+Options = TypeVar("Options", bound=CommonOptions)
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,17 +38,28 @@ def called_as(script: str) -> str:
 
 
 def run_command(
-    command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, closed_pipe: int = 1
+    command: Callable[[Options, dict], None],
+    kinds: tuple[type[Config], ...],
+    parser: CommandParser,
+    argv: list[str],
+    closed_pipe: int = 1,
 ) -> int:
-    """Call ``command(arguments)`` and return the exit status; a traceback is printed only with ``--debug``.
+    """Parse ``argv``, call ``command(options, given)`` and return the exit status.
 
-    ``closed_pipe`` is the status where nobody reads what is printed any more: 0 for a command that only prints.
+    ``options`` are the last of ``kinds``, ``given`` all that are on the command line. A traceback is printed only with
+    ``--debug``. ``closed_pipe`` is the status where nobody reads what is printed any more: 0 for a command that only
+    prints.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal without the characters shows their codes
+    _show_all_characters()
+    debug = False
     try:
-        with stop_on_signals():
-            command(arguments)
+        given = parser.given(argv)
+        values = read_options(kinds[-1], given)
+        refuse_missing(kinds[-1], values)
+        options = kinds[-1](**values)
+        debug = options.debug
+        with stop_on_signals(), _told(options.log_level, kinds):
+            command(options, given)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has what it wanted
         for stream in (sys.stdout, sys.stderr):
@@ -51,17 +68,50 @@ def run_command(
     except KeyboardInterrupt as stopped:
         return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
     except Exception as error:
-        print(redact(_told(error, arguments.debug)), file=sys.stderr)
+        print(redact(as_typed(_explained(error, debug), kinds)), file=sys.stderr)
         return error.exit_status if isinstance(error, ToolkitError) else 1
     return 0
 
 
-def _told(error: Exception, debug: bool) -> str:
+def _show_all_characters() -> None:
+    """A terminal without a character shows its code. A notebook's streams take all, and need no change."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _explained(error: Exception, debug: bool) -> str:
     if debug:
         return "".join(traceback.format_exception(error)).rstrip()
     if isinstance(error, ToolkitError):
         return f"error: {error}"
     return f"error: {type(error).__name__}: {error}\nThis was not expected; --debug shows where it happened."
+
+
+class _BesideBars(logging.Handler):
+    """Prints what the package tells on standard error, as it is, without disturbing progress bars."""
+
+    def __init__(self, kinds: tuple[type[Config], ...]):
+        super().__init__()
+        self._kinds = kinds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(redact(as_typed(self.format(record), self._kinds)), file=sys.stderr)
+
+
+@contextmanager
+def _told(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
+    """Within, what the package logs from this level on is printed."""
+    package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds)
+    before = package.level, package.propagate
+    package.addHandler(handler)
+    package.setLevel(level.upper())
+    package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.level, package.propagate = before
 
 
 @contextmanager
@@ -106,14 +156,14 @@ def check_places(**files: str | None) -> None:
     """
     named = {option: file for option, file in files.items() if file is not None}
     if len(set(named.values())) < len(named):
-        raise UsageError(f"--{' and --'.join(named)}: both name {next(iter(named.values()))}, expected two files")
+        raise UsageError(f"`{'` and `'.join(named)}`: both name {next(iter(named.values()))}, expected two files")
     for option, file in named.items():
         path = Path(file)
         if option == "json" and file == STDOUT:
             continue
         if not file or file == STDOUT or path.is_dir() or not path.parent.is_dir():
             found = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
-            raise UsageError(f"--{option} {file}: {found}, expected a file to write")
+            raise UsageError(f"`{option}` {file}: {found}, expected a file to write")
 
 
 def write_result(file: str, text: str) -> None:

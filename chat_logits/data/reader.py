@@ -1,16 +1,16 @@
 """Source rows as aligned conversations: everything that decides what a row becomes, before any model runs."""
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from chat_logits.data import alignment as chat_alignment
+from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import ConversationError, choose_columns, to_conversation, to_stored
 from chat_logits.data.source import SourceDataset, open_source
 from chat_logits.data.templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
-from chat_logits.data.tokenizer import load_tokenizer, refuse_wide_vocabulary, skipped_token_ids
+from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.errors import ToolkitError
 
 FIRST_CONVERSATIONS = 32  # if none of these gives a token, the run is stopped before it starts
@@ -76,53 +76,43 @@ class Reader:
 
 
 def open_reader(
-    arguments: argparse.Namespace,
-    model_commit: str | None,
+    config: SourceConfig,
+    tokenizer,
     limits,
     template_date: str | None = None,
     footers: dict | None = None,
 ) -> Reader:
-    """Open dataset and tokenizer, and prove on the first conversations that there is something to extract.
+    """Open the dataset, and prove on the first conversations that there is something to extract.
 
     ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
     ``footers`` are those of another process's source.
     """
     source = open_source(
-        arguments.dataset_id,
-        arguments.dataset_config,
-        arguments.dataset_revision,
-        arguments.split,
-        arguments.streaming,
-        footers,
+        config.dataset_id, config.dataset_config, config.dataset_revision, config.split, config.streaming, footers
     )
-    columns = choose_columns(
-        source.column_names, arguments.messages_column, arguments.prompt_column, arguments.response_column
-    )
-    tokenizer = load_tokenizer(arguments.model_id, model_commit, arguments.gguf_file, arguments.trust_remote_code)
+    columns = choose_columns(source.column_names, config.messages_column, config.prompt_column, config.response_column)
     refuse_wide_vocabulary(tokenizer)
-    conversations = _first_conversations(source, columns, arguments)
-    choice = choose_template(
-        arguments.chat_template, tokenizer, arguments.template_kwargs, template_date, conversations
-    )
-    skipped = skipped_token_ids(tokenizer, arguments.skip_tokens, arguments.keep_tokens)
+    conversations = _first_conversations(source, columns, config)
+    choice = choose_template(config.chat_template, tokenizer, config.template_kwargs, template_date, conversations)
+    skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
     reader = Reader(
         source=source,
         columns=columns,
-        system_prompt=arguments.system_prompt,
+        system_prompt=config.system_prompt,
         choice=choice,
         aligner=chat_alignment.Aligner(tokenizer, choice.template, skipped),
-        max_length=min(filter(None, (arguments.max_length, limits.positions)), default=None),
+        max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
         vocab_size=limits.vocab_size,
-        num_rows=min((n for n in (source.num_rows, arguments.max_samples) if n is not None), default=None),
+        num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
     return replace(reader, tokens_a_row=_prove(reader, conversations))
 
 
-def _first_conversations(source: SourceDataset, columns: dict, arguments: argparse.Namespace) -> list[list[dict]]:
+def _first_conversations(source: SourceDataset, columns: dict, config: SourceConfig) -> list[list[dict]]:
     found = []
     for row in source.read(0, FIRST_CONVERSATIONS):
         try:
-            found.append(to_conversation(row, columns, arguments.system_prompt))
+            found.append(to_conversation(row, columns, config.system_prompt))
         except ConversationError:
             continue  # the run counts it
     return found

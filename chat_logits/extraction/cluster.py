@@ -1,6 +1,5 @@
 """The Ray that workers run on: started on this machine alone, or a cluster that is there; what each worker takes."""
 
-import argparse
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import ray
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.extraction.config import ExtractConfig
 
 HERE = Path(__file__).resolve().parents[2]
 CODE = (
@@ -40,7 +40,7 @@ class Share:
     head: str
 
 
-def connect(arguments: argparse.Namespace) -> Share:
+def connect(config: ExtractConfig) -> Share:
     """Start Ray on this machine, or connect to the cluster, which ``ray_address.reach`` has found.
 
     Raises UsageError where accelerators or room for workers are missing.
@@ -50,14 +50,14 @@ def connect(arguments: argparse.Namespace) -> Share:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of calls that ended with a lost worker
     common = {"logging_level": logging.ERROR, "log_to_driver": False}
     with _own_signals():
-        if arguments.ray_address:
-            _join(arguments.ray_address, common)
+        if config.ray_address:
+            _join(config.ray_address, common)
         else:
             path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
             runtime = {"env_vars": {"PYTHONPATH": path}}
             _start_here({"runtime_env": runtime, "object_store_memory": STORE, **common})
     try:
-        return _share(arguments, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        return _share(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except UsageError:
         ray.shutdown()
         raise
@@ -90,18 +90,18 @@ def copy_code(source: Path, target: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _share(arguments: argparse.Namespace, nodes: list[dict[str, float]]) -> Share:
+def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
     """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
 
     It is told of more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
     a machine is gone.
     """
     gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
-    workers = arguments.num_workers
-    _refuse_without_gpus(arguments, gpus, cpus)
-    wanted = arguments.gpus_per_worker if gpus and arguments.device != "cpu" else 0
+    workers = config.num_workers
+    _refuse_without_gpus(config, gpus, cpus)
+    wanted = config.gpus_per_worker if gpus and config.device != "cpu" else 0
     room = sum(int(node.get("GPU", 0)) // wanted for node in nodes) if wanted else cpus
-    if workers > room and not arguments.ray_address:
+    if workers > room and not config.ray_address:
         found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
         raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // workers))
@@ -114,17 +114,17 @@ def _share(arguments: argparse.Namespace, nodes: list[dict[str, float]]) -> Shar
     return Share(options, wanted, room, ray.get_runtime_context().gcs_address)
 
 
-def _refuse_without_gpus(arguments: argparse.Namespace, gpus: int, cpus: int) -> None:
+def _refuse_without_gpus(config: ExtractConfig, gpus: int, cpus: int) -> None:
     """A cluster's GPUs may be on their way, and a run that has begun on CPUs would stay there."""
-    if gpus or arguments.device == "cpu":
+    if gpus or config.device == "cpu":
         return
-    if arguments.ray_address:
+    if config.ray_address:
         raise UsageError(
-            f"--ray_address {arguments.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines "
+            f"--ray_address {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines "
             "with some, or give --device cpu."
         )
-    if arguments.gpus_per_worker > 1:
-        raise UsageError(f"--gpus_per_worker {arguments.gpus_per_worker}: this machine has no GPU")
+    if config.gpus_per_worker > 1:
+        raise UsageError(f"--gpus_per_worker {config.gpus_per_worker}: this machine has no GPU")
 
 
 def _endpoint() -> dict[str, str]:

@@ -255,6 +255,11 @@ class RunFolder:
             return None
 
 
+def is_being_replaced(folder: Path) -> bool:
+    """Whether the run in a folder is one that an unfinished ``overwrite`` has begun."""
+    return (folder / REPLACED).exists() and (folder / EXTRACTION_FILE).exists()
+
+
 def _check_place(folder: Path) -> None:
     nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):

@@ -3,10 +3,9 @@
 the record, if any -> source, template -> is it the same run? -> the missing shards through the model -> the Hub
 """
 
-import argparse
 import functools
+import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
@@ -14,10 +13,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from chat_logits.analysis.tokens import label_tokens
-from chat_logits.cli.extract_options import goes_straight, uses_ray
-from chat_logits.display.token_report import print_preview
 from chat_logits.errors import ToolkitError
+from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.pipeline import missing_shards
 from chat_logits.extraction.ray_address import reach, require_ray
@@ -30,31 +27,38 @@ from chat_logits.storage.fingerprint import another_run
 from chat_logits.storage.repository import Repository
 from chat_logits.storage.shard import ShardEntry
 
-
-def preview(arguments: argparse.Namespace) -> None:
-    """Print the first conversations as they would be extracted; runs no model and writes nothing."""
-    reader = open_run(arguments).reader
-    ready, skipped = reader.align(0, arguments.preview)
-    for aligned in ready:
-        tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
-        print_preview(f"Source row {aligned.source_index}", tokens)
-    for entry in skipped:
-        print(f"Source row {entry['row']} would be skipped: {entry['reason']}")
+logger = logging.getLogger(__name__)
 
 
-def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
-    """The command's work, from its checked arguments to the pushed dataset.
+def extract(config: ExtractConfig) -> None:
+    """Extract a dataset into its folder, and push it where it is to go.
 
-    The same call goes on with what an earlier one left unfinished. Raises UsageError where the folder or the
-    repository holds another run.
+    The same call resumes what an earlier one left unfinished. Raises UsageError where the folder or the repository
+    holds another run.
     """
-    workers_of = choose_workers(arguments)
-    sync = _connect(arguments, folder) if arguments.output_repo else None
+    with RunFolder(config.folder, config.overwrite) as folder:
+        try:
+            _extract_into(folder, config)
+        except KeyboardInterrupt:
+            _log_stopped(config, folder)
+            raise
+
+
+def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
+    count = folder.count_shards()
+    here = f"{count} finished shards are in {folder.path}." if count else "No shard is finished yet."
+    replaced = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
+    logger.info("Stopped. %s%s", "What is pushed is kept." if config.uploads_without_folder else here, replaced)
+
+
+def _extract_into(folder: RunFolder, config: ExtractConfig) -> None:
+    workers_of = choose_workers(config)
+    sync = _connect(config, folder) if config.output_repo else None
     try:
-        opened, recorded = open_or_go_on(arguments, folder, sync)
+        opened, recorded = open_or_resume(config, folder, sync)
         with workers_of(opened, folder) as workers:
             if sync:
-                sync.overwrite = _replaces(arguments, folder, recorded, sync.repository.at)
+                sync.overwrite = _replaces(config, folder, recorded, sync.repository.at)
                 sync.make()
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
@@ -69,49 +73,47 @@ def extract(arguments: argparse.Namespace, folder: RunFolder) -> None:
             sync.close()
 
 
-def choose_workers(arguments: argparse.Namespace) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
+def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
     """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
-    if uses_ray(arguments):
+    if config.uses_ray:
         require_ray()
-        if arguments.ray_address:
-            reach(arguments.ray_address)
+        if config.ray_address:
+            reach(config.ray_address)
         from chat_logits.extraction.workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder.path)
-    device = loading.choose_device(arguments.device)
+    device = loading.choose_device(config.device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
 
 
-def _connect(arguments: argparse.Namespace, folder: RunFolder) -> HubSync:
-    repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
-    sync = HubSync(repository, folder, arguments.push_every, goes_straight(arguments))
+def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
+    repository = Repository(config.output_repo, config.output_revision, config.private)
+    sync = HubSync(repository, folder, config.push_every, config.uploads_without_folder)
     sync.connect()
     return sync
 
 
-def _replaces(arguments: argparse.Namespace, folder: RunFolder, recorded: dict | None, repo: str) -> bool:
+def _replaces(config: ExtractConfig, folder: RunFolder, recorded: dict | None, repo: str) -> bool:
     """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
     is_done = recorded and folder.has_replaced(repo)
-    return folder.may_replace(repo) or (arguments.overwrite and not is_done)
+    return folder.may_replace(repo) or (config.overwrite and not is_done)
 
 
-def open_or_go_on(
-    arguments: argparse.Namespace, folder: RunFolder, sync: HubSync | None
-) -> tuple[OpenedRun, dict | None]:
+def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | None) -> tuple[OpenedRun, dict | None]:
     """What is read, and the record of the run to go on with: the folder's, else the repository's; None for a new run.
 
     Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
-    recorded, where = folder.recorded, f"--output_dir {folder.path}"
+    recorded, where = folder.recorded, f"`output_dir` {folder.path}"
     if not recorded and sync and sync.remote and not folder.is_replacing:
         recorded, where = sync.remote.extraction, sync.repository.what
-    if arguments.overwrite and not folder.is_replacing:
+    if config.overwrite and not folder.is_replacing:
         recorded = None
-    opened = open_run(arguments, recorded)
+    opened = open_run(config, recorded)
     different = what_differs(opened, recorded) if recorded else []
-    if different and not arguments.overwrite:
+    if different and not config.overwrite:
         raise another_run(where, "; ".join(different), "place")
-    return (open_run(arguments), None) if different else (opened, recorded)
+    return (open_run(config), None) if different else (opened, recorded)
 
 
 @dataclass
@@ -130,15 +132,13 @@ class Run:
 
     def begin_or_resume(self, recorded: dict | None) -> None:
         """Go on with the recorded run, or start a new one in the folder."""
-        arguments = self.opened.arguments
+        config = self.opened.config
         if recorded:
-            self.folder.resume(recorded, arguments.check_shards)
+            self.folder.resume(recorded, config.check_shards)
         else:
-            if not goes_straight(arguments):
-                self.watch.check_start(arguments.top_k + arguments.num_sampled, self.opened.reader.tokens_a_row)
-            self.folder.begin(
-                self.workers.describe(), arguments.overwrite, self.sync.repository.at if self.sync else ""
-            )
+            if not config.uploads_without_folder:
+                self.watch.check_start(config.top_k + config.num_sampled, self.opened.reader.tokens_a_row)
+            self.folder.begin(self.workers.describe(), config.overwrite, self.sync.repository.at if self.sync else "")
 
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""
@@ -173,10 +173,10 @@ class Run:
         """
         try:
             self.sync.finish()
-            if goes_straight(self.opened.arguments):
-                print(f"{len(self.finished)} finished shards are in {self.sync.repository.repo_id}.", file=sys.stderr)
+            if self.opened.config.uploads_without_folder:
+                logger.info("%d finished shards are in %s.", len(self.finished), self.sync.repository.repo_id)
         except ToolkitError as error:
-            print(error, file=sys.stderr)
+            logger.error(str(error))
 
     def _keep(self, entry: ShardEntry, upload=None) -> None:
         """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
@@ -192,7 +192,7 @@ class Run:
         apart = len(finished) - len(self.folder.entries)
         where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart else ""
         rows = sum(entry.source_rows for entry in finished.values())
-        print(f"Going on: {rows:,} rows are done, in {len(finished)} shards{where}", file=sys.stderr)
+        logger.info("Resuming: %s source rows are done, in %d shards%s", f"{rows:,}", len(finished), where)
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
 

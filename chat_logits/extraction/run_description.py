@@ -1,21 +1,23 @@
 """What a run is: source, template and model, as ``extraction.json`` records them; and whether two are the same."""
 
-import argparse
-import sys
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
-from chat_logits.data.tokenizer import tokenizer_fingerprint
+from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
+from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, resolve_commit
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.dataset import FORMAT_VERSION
 from chat_logits.storage.fingerprint import differences
 
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,57 +27,57 @@ class OpenedRun:
     ``model_commit`` is the model's Hub commit, None for a folder.
     """
 
-    arguments: argparse.Namespace
+    config: ExtractConfig
     reader: Reader
     model_commit: str | None
     described: dict
 
 
-def open_run(arguments: argparse.Namespace, recorded: dict | None = None, footers: dict | None = None) -> OpenedRun:
+def open_run(config: ExtractConfig, recorded: dict | None = None, footers: dict | None = None) -> OpenedRun:
     """Open the source and choose the template; no model is loaded.
 
     What the options leave open is as it was ``recorded``, where there is a record: revisions, dtype, the date.
     ``footers`` of the source are what another process knows of it.
     """
     if recorded:
-        arguments = _as_recorded(arguments, recorded)
-    is_local = Path(arguments.model_id).exists()
-    if is_local and arguments.model_revision:
-        raise UsageError(f"--model_revision: {arguments.model_id} is a local folder, which has no revisions")
-    commit = None if is_local else resolve_commit(arguments.model_id, "model", arguments.model_revision)
-    config = load_config(arguments.model_id, commit, arguments.gguf_file, arguments.trust_remote_code)
-    limits = input_limits(config)
-    if arguments.top_k > limits.vocab_size:
-        raise UsageError(f"--top_k {arguments.top_k}: the model has {limits.vocab_size} tokens, expected no more")
-    reader = open_reader(arguments, commit, limits, recorded and recorded["template_date"], footers)
-    print(f"Assistant tokens: {reader.choice.mask_source}", file=sys.stderr)
-    return OpenedRun(arguments, reader, commit, _describe(arguments, reader, commit))
+        config = _as_recorded(config, recorded)
+    is_local = Path(config.model_id).exists()
+    if is_local and config.model_revision:
+        raise UsageError(f"`model_revision`: {config.model_id} is a local folder, which has no revisions")
+    commit = None if is_local else resolve_commit(config.model_id, "model", config.model_revision)
+    limits = input_limits(load_config(config.model_id, commit, config.gguf_file, config.trust_remote_code))
+    if config.top_k > limits.vocab_size:
+        raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
+    tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
+    reader = open_reader(config, tokenizer, limits, recorded and recorded["template_date"], footers)
+    logger.info("Assistant tokens: %s", reader.choice.mask_source)
+    return OpenedRun(config, reader, commit, _describe(config, reader, commit))
 
 
-def _as_recorded(arguments: argparse.Namespace, recorded: dict) -> argparse.Namespace:
-    filled = dict(vars(arguments))
+def _as_recorded(config: ExtractConfig, recorded: dict) -> ExtractConfig:
+    """The config with what it leaves open as it was recorded: revisions of the Hub, dtype and attention."""
+    filled = {}
     for kind in ("model", "dataset"):
-        source, revision = filled[f"{kind}_id"], recorded[f"{kind}_revision"]
+        source, revision = getattr(config, f"{kind}_id"), recorded[f"{kind}_revision"]
         if recorded[f"{kind}_id"] == source and is_commit(revision) and not Path(source).exists():
-            filled[f"{kind}_revision"] = filled[f"{kind}_revision"] or revision
-    if filled["dtype"] == "auto":
+            filled[f"{kind}_revision"] = getattr(config, f"{kind}_revision") or revision
+    if config.dtype == "auto":
         filled["dtype"] = recorded["dtype"]
-    filled["attn_implementation"] = filled["attn_implementation"] or recorded["attn_implementation"]
-    return argparse.Namespace(**filled)
+    filled["attn_implementation"] = config.attn_implementation or recorded["attn_implementation"]
+    return replace(config, **filled)
 
 
-def _describe(arguments: argparse.Namespace, reader: Reader, commit: str | None) -> dict:
-    options = vars(arguments)
+def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> dict:
     return {
         "format_version": FORMAT_VERSION,
-        **{name: options[name] for name in ("top_k", "top_p", "num_sampled", "seed", "rows_per_shard")},
-        "model_id": arguments.model_id,
-        "model_revision": commit or hash_files(arguments.model_id),
-        "gguf_file": arguments.gguf_file,
+        **{name: getattr(config, name) for name in ("top_k", "top_p", "num_sampled", "seed", "rows_per_shard")},
+        "model_id": config.model_id,
+        "model_revision": commit or hash_files(config.model_id),
+        "gguf_file": config.gguf_file,
         "tokenizer_fingerprint": tokenizer_fingerprint(reader.aligner.tokenizer),
-        **{name: options[name] for name in ("dataset_id", "dataset_config", "split")},
+        **{name: getattr(config, name) for name in ("dataset_id", "dataset_config", "split")},
         "dataset_revision": reader.source.revision,
-        "max_samples": arguments.max_samples,
+        "max_samples": config.max_samples,
         "max_length": reader.max_length,
         "columns": reader.columns,
         "system_prompt": reader.system_prompt,
@@ -90,12 +92,12 @@ def _describe(arguments: argparse.Namespace, reader: Reader, commit: str | None)
 
 def describe_with_model(opened: OpenedRun, model) -> dict:
     """``extraction.json`` but for the budgets: what is needed to decode, align and repeat the run."""
-    arguments = opened.arguments
+    config = opened.config
     return {
         **opened.described,
         "licenses": {
-            "model": find_license(arguments.model_id, "model", opened.model_commit),
-            "dataset": find_license(arguments.dataset_id, "dataset", opened.reader.source.revision),
+            "model": find_license(config.model_id, "model", opened.model_commit),
+            "dataset": find_license(config.dataset_id, "dataset", opened.reader.source.revision),
         },
         "vocab_size": model.get_output_embeddings().weight.shape[0],
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -105,5 +107,5 @@ def describe_with_model(opened: OpenedRun, model) -> dict:
 
 def what_differs(opened: OpenedRun, recorded: dict) -> list[str]:
     """What tells a recorded run from the one that was opened, one text a key; empty where they are the same."""
-    asked = {name: vars(opened.arguments)[name] for name in ("dtype", "attn_implementation")}
+    asked = {name: getattr(opened.config, name) for name in ("dtype", "attn_implementation")}
     return differences(recorded, {**opened.described, **asked})

@@ -4,7 +4,7 @@ The plain run has one, and every worker of a run on several accelerators.
 """
 
 import itertools
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from chat_logits.model import loading, teacher
 from chat_logits.model.memory import choose_budget
 from chat_logits.scratch import remove_scratch
 from chat_logits.storage.shard import ShardEntry
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,32 +69,30 @@ class ShardComputer:
         """Load and check the model, if that is not done yet."""
         if self.model is not None:
             return
-        arguments = self.opened.arguments
-        where = "over all devices" if arguments.device_map else f"on {self.device}"
-        print(f"Loading {arguments.model_id} {where} …", file=sys.stderr)
+        config = self.opened.config
+        where = "over all devices" if config.device_map else f"on {self.device}"
+        logger.info("Loading %s %s …", config.model_id, where)
         self.model = loading.load_model(
-            arguments.model_id,
+            config.model_id,
             self.opened.model_commit,
-            arguments.gguf_file,
-            arguments.dtype,
+            config.gguf_file,
+            config.dtype,
             self.device,
-            arguments.attn_implementation,
-            arguments.trust_remote_code,
-            arguments.device_map,
-            arguments.max_memory,
+            config.attn_implementation,
+            config.trust_remote_code,
+            config.device_map,
+            config.max_memory,
         )
         self.cache_agrees = teacher.probe(self.model)
-        if not self.cache_agrees and arguments.prefix_cache:
-            print(
-                "Shared beginnings are not cached: this model's cache does not give the plain logits", file=sys.stderr
-            )
+        if not self.cache_agrees and config.prefix_cache:
+            logger.info("Shared prefixes are not cached: this model's cache does not give the plain logits")
 
     def _budget(self, recorded: dict) -> dict:
         """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
-        arguments = self.opened.arguments
-        budget = choose_budget(self.model, arguments.batch_tokens, arguments.logit_memory)
+        config = self.opened.config
+        budget = choose_budget(self.model, config.batch_tokens, config.logit_memory)
         chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
-        options = {"batch_tokens": arguments.batch_tokens, "batch_logit_rows": arguments.logit_memory}
+        options = {"batch_tokens": config.batch_tokens, "batch_logit_rows": config.logit_memory}
         kept = {name: recorded[name] for name, option in options.items() if option is None and name in recorded}
-        cached = arguments.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
+        cached = config.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
         return {**chosen, **kept, "prefix_cache": cached}

@@ -3,23 +3,22 @@
 It writes each finished shard itself and answers with its numbers; nothing else goes back to the process that gave it.
 """
 
-import argparse
 import functools
 import os
 import platform
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from chat_logits.cli.extract_options import goes_straight
 from chat_logits.data import hashing
 from chat_logits.data.templates import read_template
 from chat_logits.errors import ToolkitError
+from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
@@ -35,13 +34,13 @@ from chat_logits.storage.shard_writer import ShardWriter
 class Assignment:
     """What all workers of a run are told.
 
-    ``arguments`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
+    ``config`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
     keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must
     have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed. ``hashes`` and
     ``footers`` are what is known of local files and of the source, so that not every worker reads them all.
     """
 
-    arguments: argparse.Namespace
+    config: ExtractConfig
     pinned: dict
     folder: Path | None
     token: str
@@ -51,18 +50,15 @@ class Assignment:
 
 def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     """What the workers of this run are told: paths made absolute, and what the options leave open pinned."""
-    options = dict(vars(opened.arguments))
-    for name in ("model_id", "dataset_id"):
-        if Path(options[name]).exists():
-            options[name] = str(Path(options[name]).absolute())
-    if options["chat_template"]:
-        options["chat_template"] = read_template(options["chat_template"])
-    options["command"] = None
-    left_open = {name: options[name] for name in ("dtype", "attn_implementation")}
+    config = opened.config
+    places = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
+    places = {name: str(Path(place).absolute()) if Path(place).exists() else place for name, place in places.items()}
+    template = read_template(config.chat_template) if config.chat_template else None
+    left_open = {name: getattr(config, name) for name in ("dtype", "attn_implementation")}
     return Assignment(
-        arguments=argparse.Namespace(**options),
-        pinned={**opened.described, **left_open, "model_id": options["model_id"], "dataset_id": options["dataset_id"]},
-        folder=None if goes_straight(opened.arguments) else folder,
+        config=replace(config, chat_template=template, **places),
+        pinned={**opened.described, **left_open, **places},
+        folder=None if config.uploads_without_folder else folder,
         token=token,
         hashes=hashing.known_hashes(),
         footers=opened.reader.source.footers(),
@@ -97,8 +93,8 @@ class ShardWorker:
         """
         assignment = self._assignment
         hashing.remember_hashes(assignment.hashes)
-        opened = open_run(assignment.arguments, assignment.pinned, assignment.footers)
-        device = loading.choose_device(assignment.arguments.device)
+        opened = open_run(assignment.config, assignment.pinned, assignment.footers)
+        device = loading.choose_device(assignment.config.device)
         self._computer = ShardComputer(opened, device, self._write)
         self._described = self._computer.describe()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -110,11 +106,11 @@ class ShardWorker:
         if different:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
         self._check_place()
-        self._extraction, arguments = extraction, self._assignment.arguments
+        self._extraction, config = extraction, self._assignment.config
         self._folder = self._assignment.folder or make_scratch()
         self._writer = ShardWriter(self._folder, extraction, check_place=self._check_place)
-        if goes_straight(arguments):
-            self._repository = Repository(arguments.output_repo, arguments.output_revision, arguments.private)
+        if config.uploads_without_folder:
+            self._repository = Repository(config.output_repo, config.output_revision, config.private)
 
     def compute(self, shard: int) -> Answer:
         """One shard, once it is finished; what is given meanwhile is read ahead.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat_logits.cli.extract_options import goes_straight
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.cluster import connect, ray
 from chat_logits.extraction.folder import WORKERS
@@ -40,10 +39,10 @@ class RayWorkers:
     def __init__(self, opened: OpenedRun, folder: Path):
         if opened.reader.source.num_rows is None:
             raise UsageError(
-                f"--num_workers: {opened.arguments.dataset_id} is streamed and nobody knows its length. Leave out "
+                f"--num_workers: {opened.config.dataset_id} is streamed and nobody knows its length. Leave out "
                 "--streaming, or convert it to Parquet."
             )
-        self.arguments, self.folder = opened.arguments, folder.absolute()
+        self.config, self.folder = opened.config, folder.absolute()
         self._opened = opened
         self._seats: Seats | None = None
         self._plan = ShardPlan(iter(()), 1)
@@ -55,7 +54,7 @@ class RayWorkers:
         self._token = secrets.token_hex(8)
 
     def __enter__(self) -> "RayWorkers":
-        self._share = connect(self.arguments)
+        self._share = connect(self.config)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +82,7 @@ class RayWorkers:
 
         Raises ToolkitError at the end, after all others, where shards have failed for good.
         """
-        self._plan = ShardPlan(shards, self.arguments.num_workers)
+        self._plan = ShardPlan(shards, self.config.num_workers)
         if self._plan.is_empty:
             return
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
@@ -98,7 +97,7 @@ class RayWorkers:
 
     def _start(self) -> Seats:
         if self._seats is None:
-            workers, gpus, room = self.arguments.num_workers, self._share.gpus, self._share.room
+            workers, gpus, room = self.config.num_workers, self._share.gpus, self._share.room
             each = f"on {gpus} GPU{'s' * (gpus > 1)}" if gpus else "on CPUs"
             now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
             print(f"Starting {workers} worker{'s' * (workers > 1)} on Ray, each {each}{now} …", file=sys.stderr)
@@ -154,7 +153,7 @@ class RayWorkers:
         if isinstance(error, ray.exceptions.RayError):
             self._asked = 0.0
             self._refuse_dead_cluster()
-        if isinstance(error, DiskFull) and not goes_straight(self.arguments):
+        if isinstance(error, DiskFull) and not self.config.uploads_without_folder:
             raise error
         self._wrong += isinstance(error, UsageError) and not seat.is_ready
         if self._wrong > 1 and isinstance(error, UsageError) and not self._seats.at_work and not self._slowest:
@@ -165,11 +164,11 @@ class RayWorkers:
 
     def _refuse_dead_cluster(self) -> None:
         """Raise ToolkitError where the cluster's head is gone: a minute later Ray would just end this process."""
-        if self.arguments.ray_address and time.monotonic() > self._asked + ASKING:
+        if self.config.ray_address and time.monotonic() > self._asked + ASKING:
             self._is_cluster_gone, self._asked = not listens(self._share.head), time.monotonic()
         if self._is_cluster_gone:
             raise ToolkitError(
-                f"--ray_address {self.arguments.ray_address}: the cluster's head does not answer any more. What is "
+                f"--ray_address {self.config.ray_address}: the cluster's head does not answer any more. What is "
                 "finished is kept; the same command goes on, with the address of another cluster if need be."
             )
 
@@ -215,5 +214,5 @@ class RayWorkers:
         )
 
     def _rows_of(self, shards: list[int]) -> str:
-        size, end = self.arguments.rows_per_shard, self._opened.reader.num_rows
+        size, end = self.config.rows_per_shard, self._opened.reader.num_rows
         return "source rows " + ", ".join(f"{n * size} to {min((n + 1) * size, end) - 1}" for n in shards)

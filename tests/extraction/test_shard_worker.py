@@ -6,10 +6,10 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from runs import files_in, flags_for
+from runs import files_in, options_for
 
-from chat_logits.cli.extract_options import build_parser
 from chat_logits.errors import ToolkitError
+from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import open_run
 from chat_logits.extraction.shard_worker import ShardWorker, assign
@@ -21,8 +21,8 @@ from chat_logits.storage.shard import shard_path
 def assignment(small_model, calm_source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / WORKERS).write_text("ours")
-    arguments = build_parser().parse_args(flags_for(small_model, calm_source, tmp_path / "out"))
-    return assign(open_run(arguments), tmp_path / "out", "ours")
+    config = ExtractConfig(**options_for(small_model, calm_source, tmp_path / "out"))
+    return assign(open_run(config), tmp_path / "out", "ours")
 
 
 @pytest.fixture

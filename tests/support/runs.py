@@ -25,9 +25,14 @@ def write_source(folder: Path) -> Path:
 
 def flags_for(model: Path, source: Path, out: Path) -> list[str]:
     """The command's options."""
-    pairs = {"model_id": model, "dataset_id": source, "output_dir": out, "device": "cpu"}
-    flags = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
-    return [*flags, "--chat_template", str(TEMPLATE), "--rows_per_shard", str(ROWS_PER_SHARD)]
+    options = options_for(model, source, out)
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def options_for(model: Path, source: Path, out: Path) -> dict:
+    """The same, for an ``ExtractConfig``."""
+    places = {"model_id": model, "dataset_id": source, "output_dir": out}
+    return {**places, "device": "cpu", "chat_template": TEMPLATE, "rows_per_shard": ROWS_PER_SHARD}
 
 
 def without(option: str, flags: list[str]) -> list[str]:

@@ -1,0 +1,74 @@
+"""A run's options from a YAML file, under the same names; mistakes name the file, the line and what was expected."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chat_logits.errors import UsageError
+from chat_logits.options import Config, options_of
+
+
+@dataclass(frozen=True)
+class FileOption:
+    """A checked value, and the line of the file that it is in."""
+
+    value: Any
+    line: int
+
+
+def read_config_file(path: str, kind: type[Config]) -> dict[str, FileOption]:
+    """The options of a config that a file sets. Raises UsageError where it is no such file."""
+    root = _parse(path)
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}, line {_line(root)}: expected lines such as top_k: 64")
+    found: dict[str, FileOption] = {}
+    for key, value in root.value:
+        where, name = f"{path}, line {_line(key)}", str(key.value)
+        if name in found:
+            raise UsageError(f"{where}: {name} is in line {found[name].line} already; leave one of the two out")
+        found[name] = FileOption(_read(where, name, value, kind), _line(key))
+    return found
+
+
+def _parse(path: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(Path(path).expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
+    except OSError as error:
+        raise UsageError(f"`config` {path}: {error.strerror}; expected a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`config` {path}: expected UTF-8 text ({error})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UsageError(f"{path}, line {mark.line + 1 if mark else 1}: no YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"`config` {path}: no YAML ({error})") from error
+
+
+def _read(where: str, name: str, node: yaml.Node, kind: type[Config]) -> Any:
+    options = options_of(kind)
+    if name not in options:
+        near = difflib.get_close_matches(name.replace("-", "_"), options, 1)
+        raise UsageError(f"{where}: {name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        return options[name].check(_value(node))
+    except UsageError as error:
+        raise UsageError(f"{where}: {str(error).replace('`', '')}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: {name}: {getattr(error, 'problem', error)}") from error
+
+
+def _value(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1

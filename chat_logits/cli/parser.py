@@ -1,0 +1,113 @@
+"""Command lines from options: both spellings, ``--top_k`` and ``--top-k``, and mistakes told in a line or two."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from chat_logits.errors import UsageError
+from chat_logits.options import Config, Option, option, options_of
+
+NO = "no_"  # before the name of a switch: turned off, where a config file turns it on
+
+
+@dataclass(frozen=True, repr=False)
+class CommonOptions(Config):
+    """Options of every command."""
+
+    log_level: str = option(
+        "info", help="what is told on standard error beside the results", choices=("debug", "info", "warning", "error")
+    )
+    debug: bool = option(False, help="show the traceback of an error", unset="its message")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parses the ``options`` of a command into those that were given, as text. Raises UsageError.
+
+    ``groups`` are the headings of the help, in order. An argument without a name is that of ``positional``.
+    """
+
+    def __init__(self, options: Iterable[Option], groups: Iterable[str] = (), positional: str = "", **about: Any):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **about)
+        self._positional = positional
+        self._names = {"help"}
+        sections = {name: self.add_argument_group(name) for name in groups}
+        common = options_of(CommonOptions)
+        for one in sorted(options, key=lambda one: one.name in common):
+            self._add(sections.get(one.group, self), one)
+
+    def _add(self, section: argparse._ActionsContainer, one: Option) -> None:
+        add = section.add_argument
+        help_text = one.full_help.replace("%", "%%")
+        self._names.add(one.name)
+        if one.kind is bool:
+            self._names.add(NO + one.name)
+            on, off = (f"--{one.name}", f"--{NO}{one.name}")
+            helps = (argparse.SUPPRESS, f"do not {help_text}") if one.default else (help_text, argparse.SUPPRESS)
+            add(on, dest=one.name, action="store_const", const=True, help=helps[0])
+            add(off, dest=one.name, action="store_const", const=False, help=helps[1])
+            return
+        more = {"nargs": "+"} if one.kind is tuple else {}
+        metavar = one.metavar or (f"{{{','.join(one.choices)}}}" if one.choices else None)
+        add(f"--{one.name}", help=help_text, metavar=metavar, **more)
+
+    def given(self, argv: list[str]) -> dict[str, str | list[str] | bool]:
+        """The options that are on a command line, by name, as they are written there."""
+        argv = self._with_underscores(argv)
+        given, rest = self.parse_known_args(argv)
+        given = vars(given)
+        if rest and self._positional and self._positional not in given:
+            given[self._positional] = rest.pop(0)
+        if rest:
+            raise UsageError(f"{rest[0]}: unexpected; every value follows the name of its option")
+        return given
+
+    def _with_underscores(self, argv: list[str]) -> list[str]:
+        """Names as they are in the help. Raises UsageError for one that is not there, with the nearest that is."""
+        end = argv.index("--") if "--" in argv else len(argv)
+        return [self._with_underscore(word) for word in argv[:end]] + argv[end:]
+
+    def _with_underscore(self, word: str) -> str:
+        dashes, name, value = re.fullmatch(r"(-{0,2})([^=]*)(.*)", word, re.S).groups()
+        spelled = name.replace("-", "_")
+        if dashes == "--" and spelled in self._names:
+            return f"--{spelled}{value}"
+        if not dashes or not name or " " in word or word == "-h" or re.fullmatch(r"-\d*\.?\d+", word):
+            return word  # for argparse, a value
+        near = difflib.get_close_matches(spelled, self._names, 1)
+        meant = f"; did you mean --{near[0]}?" if near else "; --help lists them"
+        raise UsageError(f"{dashes}{name}: no such option{meant}")
+
+    def error(self, message: str) -> NoReturn:
+        """In place of argparse's page of usage."""
+        message = re.sub(r"^argument (-\S+): ", r"\1: ", message)
+        raise UsageError(re.sub(r"ignored explicit argument (.*)", r"expected no value, found \1", message))
+
+
+def read_options(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
+    """Of the options given, those of this config, with their values checked."""
+    return {name: one.read(given[name]) for name, one in options_of(kind).items() if name in given}
+
+
+def refuse_missing(kind: type[Config], values: dict[str, Any]) -> None:
+    """Raise UsageError where a required option of the config has no value."""
+    missing = [f"`{name}`" for name, one in options_of(kind).items() if one.is_required and name not in values]
+    if missing:
+        raise UsageError(f"required: {', '.join(missing)}")
+
+
+def as_typed(text: str, kinds: Iterable[type[Config]]) -> str:
+    """A message with its options, which are in backquotes, as they are typed on the command line.
+
+    >>> as_typed("`debug` or `nothing`", [CommonOptions])
+    '--debug or `nothing`'
+    """
+    options = {name: one for kind in kinds for name, one in options_of(kind).items()}
+
+    def typed(found: re.Match) -> str:
+        one = options.get(found[1])
+        return found[0] if one is None else f"--{NO * (one.kind is bool and one.default is True)}{one.name}"
+
+    return re.sub(r"`(\w+)`", typed, text)

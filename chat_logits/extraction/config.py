@@ -1,0 +1,127 @@
+"""What a run is asked for. The same options, under the same names, are the command's and a config file's."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from chat_logits.data.config import SourceConfig
+from chat_logits.errors import UsageError
+from chat_logits.extraction.ray_address import check_address
+from chat_logits.model.config import ModelConfig
+from chat_logits.options import EXTRACTED, SPREAD, WRITTEN, option
+
+DEFAULT_OUTPUTS = Path("outputs")
+
+
+def _check_repo(output_repo: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", output_repo):
+        raise UsageError(f"`output_repo` {output_repo}: expected USER/NAME")
+
+
+@dataclass(frozen=True, repr=False)
+class ExtractConfig(SourceConfig, ModelConfig):
+    """A run: model, source, what is kept of each distribution, and where it goes.
+
+        ExtractConfig(model_id="Qwen/Qwen2.5-0.5B-Instruct", dataset_id="chats.jsonl", output_dir="outputs/chats")
+
+    Raises UsageError, naming the option, its value and what was expected.
+    """
+
+    top_k: int = option(64, help="most probable tokens considered", group=EXTRACTED, metavar="K", least=1)
+    top_p: float = option(
+        0.98,
+        help="of those, keep up to this total probability, in (0, 1]",
+        group=EXTRACTED,
+        metavar="P",
+        above=0,
+        most=1,
+    )
+    num_sampled: int = option(
+        16, help="tokens sampled from outside the nucleus, a position", group=EXTRACTED, metavar="S", least=0
+    )
+    seed: int = option(0, help="seed of the sampling", group=EXTRACTED, metavar="N", least=0, most=2**63 - 1)
+    output_repo: str | None = option(
+        None,
+        help="Hub dataset to push to",
+        unset="none; the folder only",
+        group=WRITTEN,
+        metavar="USER/NAME",
+        check_value=_check_repo,
+    )
+    output_revision: str | None = option(
+        None, help="its branch, made if it is missing", unset="main", group=WRITTEN, metavar="BRANCH"
+    )
+    private: bool = option(False, help="make the Hub dataset private if it is new", unset="public", group=WRITTEN)
+    push_every: float = option(300.0, help="time between commits to the Hub", group=WRITTEN, metavar="SECONDS", least=0)
+    output_dir: str | None = option(
+        None, help="local folder", unset="outputs/NAME of the Hub dataset", group=WRITTEN, metavar="FOLDER"
+    )
+    overwrite: bool = option(
+        False,
+        help="replace the run that is in folder and Hub dataset; given again in the same folder, it resumes that",
+        unset="resume the run that is there, if it is this one",
+        group=WRITTEN,
+    )
+    rows_per_shard: int = option(
+        256,
+        help="source rows a file; a stopped run resumes with the first one missing",
+        group=WRITTEN,
+        metavar="N",
+        least=1,
+    )
+    check_shards: bool = option(
+        False,
+        help="resuming, read all finished shards against their checksums",
+        unset="those that changed since written",
+        group=WRITTEN,
+    )
+    num_workers: int = option(
+        1,
+        help="processes on Ray, each with a model on an accelerator of its own",
+        unset="1, without Ray",
+        group=SPREAD,
+        metavar="N",
+        least=1,
+    )
+    ray_address: str | None = option(
+        None,
+        help="the Ray cluster that they run on, or auto for the one this machine is part of; without a local folder, "
+        "their shards go straight to the Hub dataset",
+        unset="this machine alone",
+        group=SPREAD,
+        metavar="HOST:PORT",
+        check_value=check_address,
+    )
+    gpus_per_worker: int = option(
+        1,
+        help="GPUs that one worker's model is spread over, with a device map",
+        group=SPREAD,
+        metavar="N",
+        least=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.uses_ray and self.device not in (None, "cpu"):
+            raise UsageError(f"`device` {self.device}: each worker gets its own accelerator; leave it out, or give cpu")
+        if self.gpus_per_worker > 1 and not (self.uses_ray and self.device_map):
+            raise UsageError(f"`gpus_per_worker` {self.gpus_per_worker}: it goes with `num_workers` and `device_map`")
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether workers on Ray compute the shards."""
+        return self.num_workers > 1 or self.ray_address is not None
+
+    @property
+    def uploads_without_folder(self) -> bool:
+        """Whether workers upload each shard to the Hub themselves: they need share no folder with anybody."""
+        return bool(self.ray_address and not self.output_dir)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder of the run. Raises UsageError where neither folder nor Hub dataset is named."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        if not self.output_repo:
+            raise UsageError("nowhere to write: give `output_repo` USER/NAME, `output_dir` FOLDER, or both")
+        return DEFAULT_OUTPUTS / self.output_repo.split("/")[-1]

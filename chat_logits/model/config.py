@@ -1,0 +1,85 @@
+"""Which model computes, where, and in what portions: the options of this room."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from chat_logits.errors import UsageError
+from chat_logits.options import COMPUTED, READ, Config, option
+
+
+def _refuse_gguf_path(model_id: str) -> None:
+    if model_id.endswith(".gguf"):
+        name = Path(model_id).name
+        raise UsageError(f"`model_id` {model_id}: give the folder, and the file's name: `gguf_file` {name}")
+
+
+@dataclass(frozen=True, repr=False)
+class ModelConfig(Config):
+    """A chat model, and how its forward passes are computed."""
+
+    model_id: str = option(
+        help="the chat model: a Hub id or a folder", group=READ, metavar="ID", check_value=_refuse_gguf_path
+    )
+    model_revision: str | None = option(
+        None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"
+    )
+    gguf_file: str | None = option(
+        None, help="the GGUF file within the model's folder to load", unset="none", group=READ, metavar="NAME"
+    )
+    batch_tokens: int | None = option(
+        None,
+        help="padded tokens a forward pass; less needs less memory",
+        unset="by the memory that the device has in all, whatever is free of it; 768 at most on a CPU",
+        group=COMPUTED,
+        metavar="TOKENS",
+        least=1,
+    )
+    logit_memory: int | None = option(
+        None,
+        help="memory for logits at once; more logit rows go in pieces",
+        unset="1/16 of what the device has in all, whatever is free of it; 256 at most on a CPU",
+        group=COMPUTED,
+        metavar="MIB",
+        least=1,
+    )
+    prefix_cache: bool = option(
+        True, help="cache prefixes that conversations share, such as a system prompt", unset="cached", group=COMPUTED
+    )
+    dtype: str = option(
+        "auto",
+        help="the model's number format",
+        unset="auto: float32 on a CPU, else the model's own",
+        group=COMPUTED,
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str | None = option(
+        None, help="cpu, cuda, cuda:1, mps, …", unset="the first accelerator, else cpu", group=COMPUTED, metavar="NAME"
+    )
+    device_map: str | None = option(
+        None,
+        help="spread a model that is too large for one device over all there are, the CPU and the disk among them; "
+        "needs accelerate",
+        unset="one device",
+        group=COMPUTED,
+        choices=("auto", "balanced", "sequential"),
+    )
+    max_memory: dict | None = option(
+        None,
+        help='with a device map, memory for weights by device, such as \'{"0": "60GiB", "cpu": "200GiB"}\'',
+        unset="accelerate's choice",
+        group=COMPUTED,
+        metavar="JSON",
+    )
+    attn_implementation: str | None = option(
+        None, help="eager, sdpa, …", unset="transformers' choice", group=COMPUTED, metavar="NAME"
+    )
+    trust_remote_code: bool = option(
+        False, help="run Python code that model or tokenizer bring along, if they do", unset="refuse", group=COMPUTED
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device and self.device_map:
+            raise UsageError(f"`device` {self.device}: `device_map` chooses the devices; leave one of the two out")
+        if self.max_memory is not None and not self.device_map:
+            raise UsageError("`max_memory`: it goes with `device_map`; batches have `batch_tokens` and `logit_memory`")
