@@ -8,16 +8,20 @@ and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` d
 
 import sys
 
-from chat_logits.analysis.comparison import DatasetComparison, compare_datasets
-from chat_logits.analysis.conversation import Analysis, Choice
-from chat_logits.analysis.conversation_comparison import Comparison, compare_analyses
-from chat_logits.analysis.recorded_tokenizer import open_with_tokenizer
-from chat_logits.analysis.row import row_numbers
-from chat_logits.analysis.summary import DatasetSummary, summarize
-from chat_logits.analysis.tokens import TokenAnalysis, label_tokens, with_predictions
+from chat_logits.analysis.comparison import compare_analyses, compare_datasets
+from chat_logits.analysis.conversation import Selection, analyze_row, analyze_token_probabilities
+from chat_logits.analysis.opening import open_with_tokenizer
+from chat_logits.analysis.summary import summarize
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
 from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
-from chat_logits.data.alignment import align_row
+from chat_logits.display.results import (
+    ShownAnalysis,
+    ShownComparison,
+    ShownDatasetComparison,
+    ShownSummary,
+    ShownVerification,
+    shown,
+)
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
 from logit_codec import dequantize_all_logits, unpack_indices
@@ -41,10 +45,10 @@ def execute_analysis(
     revision: str | None = None,
     top_n: int = 5,
     show_prompt: bool | None = None,
-    only: Choice | None = None,
+    only: Selection | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> Analysis:
+) -> ShownAnalysis:
     """Print the token table of one stored row, unless ``quiet``, and return its analysis.
 
     ``logit_dataset_id`` is a folder or a Hub id (at ``revision``), ``sample_index`` counts stored rows, negative
@@ -53,31 +57,8 @@ def execute_analysis(
     ``top_n``, ``show_prompt`` and ``only`` are as in ``Analysis``. Raises ToolkitError, with what to do about it.
     """
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    row = dataset.read_row(sample_index)
-    analysis = Analysis(
-        tokens=analyze_token_probabilities(row, tokenizer, dataset.extraction, chat_template, top_n),
-        messages=row["messages"],
-        dataset_id=dataset.dataset_id,
-        model_id=dataset.extraction["model_id"],
-        sample_index=sample_index % dataset.num_rows,
-        top_n=top_n,
-        show_prompt=show_prompt,
-        only=only,
-    )
-    return _unless_quiet(analysis, quiet)
-
-
-def analyze_token_probabilities(
-    row: dict, tokenizer, extraction: dict, chat_template: str | None = None, top_n: int = 5
-) -> list[TokenAnalysis]:
-    """Every token of a stored row's conversation, the extracted ones with their predictions.
-
-    Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
-    extracted from; the remaining tokens then match the stored distributions one to one.
-    """
-    alignment = align_row(row, tokenizer, extraction, chat_template)
-    numbers = row_numbers(row, alignment.input_ids[alignment.positions])
-    return with_predictions(label_tokens(alignment, tokenizer), numbers, tokenizer, top_n)
+    options = {"show_prompt": show_prompt, "only": only}
+    return _printed(analyze_row(dataset, tokenizer, sample_index, chat_template, top_n, **options), quiet)
 
 
 def execute_summary(
@@ -87,10 +68,10 @@ def execute_summary(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> DatasetSummary:
+) -> ShownSummary:
     """Print a whole dataset in numbers, unless ``quiet``, and return them. Options are as in ``execute_analysis``."""
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    return _unless_quiet(summarize(dataset, tokenizer, chat_template), quiet)
+    return _printed(summarize(dataset, tokenizer, chat_template), quiet)
 
 
 def execute_comparison(
@@ -105,8 +86,8 @@ def execute_comparison(
     only: int | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> Comparison | DatasetComparison:
-    """Print two datasets beside each other, unless ``quiet``, and return what was found.
+) -> ShownComparison | ShownDatasetComparison:
+    """Print two datasets beside each other, unless ``quiet``, and return the comparison.
 
     ``compare`` is the other dataset, a folder or a Hub id (at ``compare_revision``), made with the same tokenizer. With
     a ``sample_index`` one conversation token by token, the ``only`` tokens furthest apart; without, all of them.
@@ -114,8 +95,8 @@ def execute_comparison(
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
     other = open_dataset(str(compare), compare_revision)
     if sample_index is None:
-        return _unless_quiet(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
-    return _unless_quiet(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
+        return _printed(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
+    return _printed(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
 
 
 def execute_verification(
@@ -127,21 +108,22 @@ def execute_verification(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-):
-    """Hold ``verify`` conversations against the model; print and return the ``model_check.Verification``.
+) -> ShownVerification:
+    """Hold ``verify`` conversations against the model; print the verification, unless ``quiet``, and return it.
 
     ``model_id`` says where the recorded model lies now, its tokenizer with it unless ``tokenizer_id`` says otherwise.
     """
     from chat_logits.analysis.verification import verify as verify_rows  # loads torch
 
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
-    return _unless_quiet(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
+    return _printed(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
 
 
-def _unless_quiet(found, quiet: bool):
+def _printed(result, quiet: bool):
+    result = shown(result)
     if not quiet:
-        found.print()
-    return found
+        result.print()
+    return result
 
 
 # --- the command ---
@@ -158,16 +140,16 @@ MODES = {
 
 def _explore(options: ExploreOptions, _given: dict) -> None:
     check_options(options)
-    found = _analyze(options)
+    result = _analyze(options)
     if options.html:
-        write_result(options.html, found.to_html())
+        write_result(options.html, result.to_html())
     if options.json and options.json != STDOUT:
-        write_result(options.json, found.to_json())
+        write_result(options.json, result.to_json())
     if options.json == STDOUT:
-        print(found.to_json(), end="")
+        print(result.to_json(), end="")
     else:
-        found.print()
-    if options.verify is not None and not found.holds:
+        result.print()
+    if options.verify is not None and not result.holds:
         raise ToolkitError(f"{options.logit_dataset_id} does not hold up against the model")
 
 

@@ -1,4 +1,4 @@
-"""The analysis of a real row against plain forwards, and the exploration command."""
+"""The analysis of a real row against reference forward passes, and the exploration command."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_every_token_of_the_conversation_is_there_once(analysis, smollm2, source
 
 
 def test_predictions_are_what_the_model_says_there(analysis, smollm2):
-    """Against a plain forward: the predictions beside a token are the model's before it has seen it."""
+    """Against a reference forward pass: the predictions beside a token are the model's before it has seen it."""
     model, tokenizer = smollm2
     with torch.inference_mode():
         logits = model(torch.tensor([[token.token_id for token in analysis]])).logits[0].double()

@@ -1,47 +1,196 @@
-"""Two logit datasets over the same conversations with the same tokenizer: how far apart their models are, and where."""
+"""Two logit datasets over the same conversations with the same tokenizer: how far apart their models are, and where.
 
+``compare_analyses`` is for one conversation, token by token; ``compare_datasets`` for all of them.
+"""
+
+import bisect
 import heapq
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
-from rich.console import Console
 from tqdm import tqdm
 
-from chat_logits.analysis.conversation_comparison import has_same_tokens, refuse_other_tokenizer, source_of
 from chat_logits.analysis.divergence import (
     KL_EDGES,
-    ApartConversation,
-    ApartToken,
     ComparisonTotals,
+    DivergentConversation,
+    DivergentToken,
     RowComparison,
     Source,
+    TokenComparison,
     compare_rows,
     comparison_sums,
     totals_of,
 )
-from chat_logits.analysis.histograms import Histogram, count_in_bins
-from chat_logits.analysis.tokens import first_prediction, text_and_before
-from chat_logits.data.alignment import Alignment, RowAligner
+from chat_logits.analysis.summary import Histogram, count_in_bins
+from chat_logits.analysis.tokens import (
+    count_text,
+    first_prediction,
+    label_tokens,
+    text_and_before,
+    with_predictions,
+)
+from chat_logits.data.alignment import Alignment, RowAligner, align_row
 from chat_logits.data.conversations import question_of
-from chat_logits.display.comparison_page import datasets_page
-from chat_logits.display.comparison_report import print_datasets
-from chat_logits.display.plain_json import json_text
-from chat_logits.display.shown_result import ShownResult
-from chat_logits.display.token_report import count_text, default_console
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
 
-APART_TOKENS, APART_CONVERSATIONS = 20, 5
+LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
+
+
+# --- one conversation ---
 
 
 @dataclass(frozen=True, repr=False)
-class DatasetComparison(ShownResult):
+class Comparison(Sequence):
+    """A conversation's tokens, all of them, in order, as both models see them; a sequence of ``TokenComparison``.
+
+    ``sample_index`` and ``other_sample_index`` are its rows. ``top_n`` predictions a token and model are shown, and
+    with ``only`` the n extracted tokens with the largest KL alone, the largest first.
+    """
+
+    tokens: list[TokenComparison]
+    totals: ComparisonTotals
+    messages: list[dict]
+    first: Source
+    other: Source
+    sample_index: int
+    other_sample_index: int
+    source_index: int
+    top_n: int = 5
+    only: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return self.tokens[index]
+
+    def __repr__(self) -> str:
+        ids = (self.first.logit_dataset_id, self.other.logit_dataset_id)
+        return f"<Comparison of row {self.sample_index} of {ids[0]} with {ids[1]}: {count_text(len(self), 'token')}>"
+
+    def showing(self, only: int | None = None) -> "Comparison":
+        """The same comparison with the ``only`` tokens furthest apart, or all of them."""
+        return replace(self, only=only)
+
+    @cached_property
+    def shown(self) -> list[TokenComparison]:
+        """The tokens that are shown."""
+        if self.only is None:
+            return self.tokens
+        return sorted((token for token in self.tokens if token.is_extracted), key=lambda token: -token.kl)[: self.only]
+
+    def to_dicts(self) -> list[dict]:
+        """A dict a shown token; what is not known is None."""
+        return [token.as_dict() for token in self.shown]
+
+    def as_dict(self) -> dict:
+        """Plain values: which rows of which datasets, the totals, and the tokens that are shown."""
+        names = ("first", "other", "sample_index", "other_sample_index", "source_index", "totals")
+        return {**{name: getattr(self, name) for name in names}, "tokens": self.to_dicts()}
+
+
+def compare_analyses(
+    first: StoredDataset,
+    other: StoredDataset,
+    tokenizer,
+    sample_index: int = 0,
+    chat_template: str | None = None,
+    top_n: int = 5,
+    only: int | None = None,
+) -> Comparison:
+    """Row ``sample_index`` of ``first`` (negative ones from the end) beside the other's row of the same source row.
+
+    ``tokenizer`` is the recorded one; ``chat_template`` is as for ``align_row``, ``top_n`` and ``only`` as in
+    ``Comparison``. Raises UsageError for datasets of two tokenizers, ToolkitError where the other has not got the
+    conversation, or has it with other tokens.
+    """
+    refuse_other_tokenizer(first, other)
+    row = first.read_row(sample_index)
+    other_index, other_row = _row_of(other, row["source_index"], sample_index % first.num_rows)
+    if not has_same_tokens(row, other_row):
+        raise ToolkitError(
+            f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
+            "expected the same conversation, template and skipped tokens"
+        )
+    alignment = align_row(row, tokenizer, first.extraction, chat_template)
+    compared = compare_rows(row, other_row, alignment.input_ids[alignment.positions])
+    return Comparison(
+        tokens=_compared_tokens(alignment, compared, tokenizer, top_n),
+        totals=totals_of(comparison_sums(compared)),
+        messages=row["messages"],
+        first=source_of(first),
+        other=source_of(other),
+        sample_index=sample_index % first.num_rows,
+        other_sample_index=other_index,
+        source_index=row["source_index"],
+        top_n=top_n,
+        only=only,
+    )
+
+
+def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
+    """Raise UsageError where two datasets' ids are not of one tokenizer."""
+    expected, found = (dataset.extraction["tokenizer_fingerprint"] for dataset in (first, other))
+    if found != expected:
+        raise UsageError(
+            f"{other.dataset_id}: made with another tokenizer ({found[:12]}) than {first.dataset_id} "
+            f"({expected[:12]}). Compare datasets whose models share a tokenizer."
+        )
+
+
+def _row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int, dict]:
+    """The stored row of a source row and its number, which is ``likely`` unless the datasets lack different rows.
+
+    Rows are in the order of their source rows.
+    """
+    row = dataset.read_row(likely) if likely < dataset.num_rows else None
+    if row is not None and row["source_index"] == source_index:
+        return likely, row
+    rows = range(dataset.num_rows)
+    index = bisect.bisect_left(rows, source_index, key=lambda i: dataset.read_row(i)["source_index"])
+    row = dataset.read_row(index) if index < dataset.num_rows else None
+    if row is None or row["source_index"] != source_index:
+        raise ToolkitError(
+            f"{dataset.dataset_id}: source row {source_index} is not in it (skipped, or not reached); "
+            "choose another conversation with --sample_index"
+        )
+    return index, row
+
+
+def has_same_tokens(row: dict, other_row: dict) -> bool:
+    """Whether two rows are about the same input ids and the same extracted tokens, by their checksums."""
+    return all(row[name] == other_row[name] for name in ("alignment_checksum", "num_tokens"))
+
+
+def source_of(dataset: StoredDataset) -> Source:
+    """The dataset and the model that it is of."""
+    return Source(dataset.dataset_id, dataset.extraction["model_id"])
+
+
+def _compared_tokens(alignment: Alignment, compared: RowComparison, tokenizer, top_n: int) -> list[TokenComparison]:
+    labels = label_tokens(alignment, tokenizer)
+    models = [with_predictions(labels, numbers, tokenizer, top_n) for numbers in (compared.first, compared.other)]
+    tokens = [TokenComparison(*pair) for pair in zip(*models, strict=True)]
+    columns = (compared.kl.tolist(), compared.agrees.tolist(), compared.log_prob_changes.tolist())
+    for position, *numbers in zip(alignment.positions, *columns, strict=True):
+        tokens[position] = TokenComparison(tokens[position].first, tokens[position].other, *numbers)
+    return tokens
+
+
+# --- two datasets ---
+
+
+@dataclass(frozen=True, repr=False)
+class DatasetComparison:
     """Two datasets over all the conversations that they share.
 
     ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
     ``num_different`` those of both whose tokens are not the same, which are left out. ``tokens`` and ``conversations``
-    are those where the models part most, by KL and by mean KL, the largest first.
+    are those with the largest KL and mean KL, the largest first.
     """
 
     first: Source
@@ -52,20 +201,12 @@ class DatasetComparison(ShownResult):
     only_in_other: int
     num_different: int
     histogram: Histogram
-    tokens: list[ApartToken]
-    conversations: list[ApartConversation]
+    tokens: list[DivergentToken]
+    conversations: list[DivergentConversation]
 
-    def print(self, console: Console | None = None) -> None:
-        """Print the counts, the tables and the totals. A terminal gets lines that fit it, a pipe whole ones."""
-        print_datasets(self, console or default_console())
-
-    def to_json(self) -> str:
-        """All of it as one JSON object."""
-        return json_text(self)
-
-    def to_html(self) -> str:
-        """The page: one file that needs nothing else."""
-        return datasets_page(self)
+    def as_dict(self) -> dict:
+        """All of it as plain values."""
+        return asdict(self)
 
     def __repr__(self) -> str:
         counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.totals.num_tokens, 'token')}"
@@ -78,25 +219,25 @@ def compare_datasets(
 ) -> DatasetComparison:
     """Compare every conversation of both datasets, in one pass and bounded memory.
 
-    ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are told
-    of are rebuilt. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
+    ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are
+    listed are rebuilt. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
     """
     refuse_other_tokenizer(first, other)
-    findings = _Findings(RowAligner(tokenizer, first.extraction, chat_template).align, tokenizer)
+    tally = _ComparisonTally(RowAligner(tokenizer, first.extraction, chat_template).align, tokenizer)
     num_different = 0
     with tqdm(first.rows(), "Comparing", first.num_rows, unit=" conversations", leave=False, delay=1) as rows:
         for sample_index, row, other_row in _paired(rows, other.rows()):
             if has_same_tokens(row, other_row):
-                findings.add(sample_index, row, compare_rows(row, other_row))
+                tally.add(sample_index, row, compare_rows(row, other_row))
             else:
                 num_different += 1
-    if not findings.num_conversations:
+    if not tally.num_conversations:
         raise ToolkitError(
             f"{first.dataset_id} and {other.dataset_id} share no conversation "
             f"({count_text(num_different, 'source row')} in both, with other tokens); expected datasets extracted "
             "from the same source with the same template"
         )
-    return findings.told(first, other, num_different)
+    return tally.comparison(first, other, num_different)
 
 
 def _paired(rows: Iterable[dict], other_rows: Iterator[dict]) -> Iterator[tuple[int, dict, dict]]:
@@ -111,17 +252,17 @@ def _paired(rows: Iterable[dict], other_rows: Iterator[dict]) -> Iterator[tuple[
             yield sample_index, row, other_row
 
 
-class _Findings:
-    """What is known so far; of tokens and conversations the ones furthest apart alone."""
+class _ComparisonTally:
+    """Sums and counts of the rows added so far, and the tokens and conversations furthest apart."""
 
     def __init__(self, align: Callable[[dict], Alignment], tokenizer):
         self.align, self.tokenizer = align, tokenizer
         self.num_conversations = 0
         self.sums = np.zeros(6)
         self.counts = np.zeros(len(KL_EDGES), np.int64)
-        # Heaps of (KL, −place in order, what is told): the least of those kept comes first.
-        self.tokens: list[tuple[float, int, ApartToken]] = []
-        self.conversations: list[tuple[float, int, ApartConversation]] = []
+        # Heaps of (KL, −place in order, record): the least of those kept comes first.
+        self.tokens: list[tuple[float, int, DivergentToken]] = []
+        self.conversations: list[tuple[float, int, DivergentConversation]] = []
 
     def add(self, sample_index: int, row: dict, compared: RowComparison) -> None:
         """Count a conversation in."""
@@ -130,21 +271,21 @@ class _Findings:
         sums = comparison_sums(compared)
         self.sums += sums
         self.counts += count_in_bins(compared.kl, KL_EDGES)
-        told = _apart_conversation(sample_index, row, totals_of(sums))
-        _keep(self.conversations, (told.mean_kl, -sample_index, told), APART_CONVERSATIONS)
+        record = _divergent_conversation(sample_index, row, totals_of(sums))
+        _keep(self.conversations, (record.mean_kl, -sample_index, record), LISTED_CONVERSATIONS)
 
     def _keep_tokens(self, sample_index: int, row: dict, compared: RowComparison) -> None:
-        largest = np.argsort(-compared.kl, kind="stable")[:APART_TOKENS]
-        if len(self.tokens) == APART_TOKENS:
+        largest = np.argsort(-compared.kl, kind="stable")[:LISTED_TOKENS]
+        if len(self.tokens) == LISTED_TOKENS:
             largest = largest[compared.kl[largest] > self.tokens[0][0]]
         if len(largest):  # rebuilding the tokens takes longer than all the rest
             alignment = self.align(row)
         for i in largest.tolist():
-            told = _apart_token(sample_index, row, compared, i, alignment, self.tokenizer)
-            _keep(self.tokens, (told.kl, -int(self.sums[0]) - i, told), APART_TOKENS)
+            record = _divergent_token(sample_index, row, compared, i, alignment, self.tokenizer)
+            _keep(self.tokens, (record.kl, -int(self.sums[0]) - i, record), LISTED_TOKENS)
 
-    def told(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
-        """All that was found in the two datasets, once every row has been added."""
+    def comparison(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
+        """The comparison of the two datasets, once every row has been added."""
         in_both = self.num_conversations + num_different
         return DatasetComparison(
             first=source_of(first),
@@ -166,16 +307,16 @@ def _keep(heap: list, entry: tuple, size: int) -> None:
 
 
 def _largest_first(heap: list) -> list:
-    return [told for *_, told in sorted(heap, reverse=True)]
+    return [record for *_, record in sorted(heap, reverse=True)]
 
 
-def _apart_token(
+def _divergent_token(
     sample_index: int, row: dict, compared: RowComparison, i: int, alignment: Alignment, tokenizer
-) -> ApartToken:
+) -> DivergentToken:
     """The row's extracted token number ``i``."""
     position = int(alignment.positions[i])
     text, before = text_and_before(alignment.input_ids, position, tokenizer)
-    return ApartToken(
+    return DivergentToken(
         sample_index=sample_index,
         source_index=row["source_index"],
         position=position,
@@ -189,8 +330,8 @@ def _apart_token(
     )
 
 
-def _apart_conversation(sample_index: int, row: dict, totals: ComparisonTotals) -> ApartConversation:
-    return ApartConversation(
+def _divergent_conversation(sample_index: int, row: dict, totals: ComparisonTotals) -> DivergentConversation:
+    return DivergentConversation(
         sample_index=sample_index,
         source_index=row["source_index"],
         num_tokens=totals.num_tokens,

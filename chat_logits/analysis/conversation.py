@@ -1,30 +1,29 @@
-"""One stored conversation, analysed: what ``execute_analysis`` gives, in every form that it can be looked at."""
+"""One stored conversation, analysed token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rich.console import Console
-
-from chat_logits.analysis.tokens import PROMPT, TokenAnalysis, Totals, near_answers, total
-from chat_logits.display.plain_json import json_text
-from chat_logits.display.shown_result import ShownTokens
-from chat_logits.display.token_page import conversation_page
-from chat_logits.display.token_report import (
-    default_console,
-    print_chosen_tokens,
-    print_parts,
-    print_token_table,
-    totals_parts,
+from chat_logits.analysis.row import row_numbers
+from chat_logits.analysis.tokens import (
+    PROMPT,
+    TokenAnalysis,
+    Totals,
+    label_tokens,
+    near_answers,
+    total,
+    with_predictions,
 )
+from chat_logits.data.alignment import align_row
 from chat_logits.errors import UsageError
+from chat_logits.storage.dataset import StoredDataset
 
-Choice = int | Callable[[TokenAnalysis], bool]
-KEEP = object()  # as it is
+Selection = int | Callable[[TokenAnalysis], bool]
+UNCHANGED = object()
 
 
 @dataclass(frozen=True, repr=False)
-class Analysis(ShownTokens, Sequence):
+class Analysis(Sequence):
     """A conversation's tokens, all of them, in order; a sequence of ``TokenAnalysis``.
 
     ``messages`` are the conversation as it is stored, ``sample_index`` its row. What is shown follows from ``top_n``
@@ -40,7 +39,7 @@ class Analysis(ShownTokens, Sequence):
     sample_index: int
     top_n: int = 5
     show_prompt: bool | None = None
-    only: Choice | None = None
+    only: Selection | None = None
 
     def __post_init__(self):
         for name in ("top_n", "only"):
@@ -57,15 +56,15 @@ class Analysis(ShownTokens, Sequence):
     def __repr__(self) -> str:
         return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {len(self)} tokens>"
 
-    def showing(self, only=KEEP, show_prompt=KEEP, top_n=KEEP) -> "Analysis":
-        """The same analysis with another choice of what is shown; ``top_n`` may only become smaller."""
+    def showing(self, only=UNCHANGED, show_prompt=UNCHANGED, top_n=UNCHANGED) -> "Analysis":
+        """The same analysis with other tokens or predictions shown; ``top_n`` may only become smaller."""
         given = {"only": only, "show_prompt": show_prompt, "top_n": top_n}
-        chosen = replace(self, **{name: value for name, value in given.items() if value is not KEEP})
-        if chosen.top_n > self.top_n:
+        changed = replace(self, **{name: value for name, value in given.items() if value is not UNCHANGED})
+        if changed.top_n > self.top_n:
             raise UsageError(f"top_n {top_n}: {self.top_n} predictions a token are at hand; analyse again for more")
-        if chosen.top_n == self.top_n:
-            return chosen
-        return replace(chosen, tokens=[replace(t, predictions=t.predictions[: chosen.top_n]) for t in self.tokens])
+        if changed.top_n == self.top_n:
+            return changed
+        return replace(changed, tokens=[replace(t, predictions=t.predictions[: changed.top_n]) for t in self.tokens])
 
     @cached_property
     def totals(self) -> Totals:
@@ -82,17 +81,9 @@ class Analysis(ShownTokens, Sequence):
             return [token for token in extracted if self.only(token)]
         return sorted(extracted, key=lambda token: token.log_prob)[: self.only]
 
-    def print(self, console: Console | None = None) -> None:
-        """Print "Detailed Token Analysis:" and the totals. A terminal gets lines that fit it, a pipe whole ones."""
-        console = console or default_console()
-        if self.only is None:
-            print_token_table(self._table, self.top_n, console)
-        else:
-            print_chosen_tokens(self.shown, self.tokens, self.top_n, console)
-        print_parts(totals_parts(self.totals), console)
-
     @property
-    def _table(self) -> list[TokenAnalysis]:
+    def table(self) -> list[TokenAnalysis]:
+        """The tokens of a table without ``only``: unless ``show_prompt`` says otherwise, the ends of prompts alone."""
         if self.show_prompt is not None:
             return self.shown
         near = near_answers([token.status for token in self.tokens])
@@ -102,17 +93,44 @@ class Analysis(ShownTokens, Sequence):
         """A dict a shown token; what is not known is None."""
         return [token.as_dict() for token in self.shown]
 
-    def to_json(self) -> str:
-        """What is shown, the totals, and which row of which dataset it is, as one JSON object."""
-        content = {
+    def as_dict(self) -> dict:
+        """Plain values: which row of which dataset it is, the totals, and the tokens that are shown."""
+        return {
             "logit_dataset_id": self.dataset_id,
             "sample_index": self.sample_index,
             "model_id": self.model_id,
             "totals": self.totals,
             "tokens": self.to_dicts(),
         }
-        return json_text(content)
 
-    def to_html(self) -> str:
-        """The page: one file that needs nothing else."""
-        return conversation_page(self)
+
+def analyze_token_probabilities(
+    row: dict, tokenizer, extraction: dict, chat_template: str | None = None, top_n: int = 5
+) -> list[TokenAnalysis]:
+    """Every token of a stored row's conversation, the extracted ones with their predictions.
+
+    Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
+    extracted from; the remaining tokens then match the stored distributions one to one.
+    """
+    alignment = align_row(row, tokenizer, extraction, chat_template)
+    numbers = row_numbers(row, alignment.input_ids[alignment.positions])
+    return with_predictions(label_tokens(alignment, tokenizer), numbers, tokenizer, top_n)
+
+
+def analyze_row(
+    dataset: StoredDataset, tokenizer, sample_index: int = 0, chat_template: str | None = None, top_n: int = 5, **shown
+) -> Analysis:
+    """The analysis of stored row ``sample_index``, negative ones from the end.
+
+    ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``; ``chat_template`` is as for ``align_row``.
+    """
+    row = dataset.read_row(sample_index)
+    return Analysis(
+        tokens=analyze_token_probabilities(row, tokenizer, dataset.extraction, chat_template, top_n),
+        messages=row["messages"],
+        dataset_id=dataset.dataset_id,
+        model_id=dataset.extraction["model_id"],
+        sample_index=sample_index % dataset.num_rows,
+        top_n=top_n,
+        **shown,
+    )

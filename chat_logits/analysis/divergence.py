@@ -1,4 +1,4 @@
-"""Two models over the same tokens: how far apart they are at each position, and what is worth telling of it."""
+"""Two models over the same tokens: their KL divergence per token, and the records that a comparison is made of."""
 
 from dataclasses import asdict, dataclass
 
@@ -13,9 +13,9 @@ KL_EDGES = np.array([0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10])  # nats; 
 
 @dataclass(frozen=True)
 class RowComparison:
-    """Two stored rows of one conversation, numbers a position.
+    """Two stored rows of one conversation, numbers per token.
 
-    ``first`` and ``other`` are what each row says of the same n tokens (the real ones' log-probabilities, the nuclei);
+    ``first`` and ``other`` are each row's numbers of the same n target tokens;
     ``kl`` float64 (n,) is ``kl_lower_bound``, in nats; ``agrees`` bool (n,) whether both store the same id first.
     """
 
@@ -26,7 +26,7 @@ class RowComparison:
 
     @property
     def log_prob_changes(self) -> np.ndarray:
-        """Δ log p of the real tokens, the other's minus the first's: float64 (n,), nats, 0 where both are −∞."""
+        """Δ log p of the target tokens, the other's minus the first's: float64 (n,), nats, 0 where both are −∞."""
         before, after = self.first.log_probs, self.other.log_probs
         with np.errstate(invalid="ignore"):
             return np.where(before == after, 0.0, after - before)
@@ -121,8 +121,8 @@ def _plogpq(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 class ComparisonTotals:
     """A conversation, or a dataset, in six numbers.
 
-    ``mean_kl`` of the lower bounds and ``mean_change``, of |Δ log p| of the real tokens, are in nats; ``agreement`` is
-    the share of tokens at which both models hold the same token the most probable.
+    ``mean_kl`` (of the lower bounds) and ``mean_change`` (of |Δ log p| of the target tokens) are in nats; ``agreement``
+    is the share of tokens at which both models hold the same token the most probable.
     """
 
     num_tokens: int
@@ -147,12 +147,12 @@ def totals_of(sums: np.ndarray) -> ComparisonTotals:
     )
 
 
-# --- what is told ---
+# --- records ---
 
 
 @dataclass(frozen=True)
 class Source:
-    """One side of a comparison."""
+    """One of the two datasets of a comparison, and the model that it is of."""
 
     logit_dataset_id: str
     model_id: str
@@ -177,23 +177,25 @@ class TokenComparison:
         return self.first.is_extracted
 
     def as_dict(self) -> dict:
-        """Plain values: the token, how far apart the models are, and under ``first`` and ``other`` what each says."""
+        """Plain values: the token, its KL divergence, and each model's numbers under ``first`` and ``other``."""
         token = {name: getattr(self.first, name) for name in ("position", "token_id", "text", "status", "reason")}
-        sides = {name: _said(getattr(self, name)) if self.is_extracted else None for name in ("first", "other")}
-        return {**token, "kl": self.kl, "agrees": self.agrees, "log_prob_change": self.log_prob_change, **sides}
+        models = {
+            name: _model_numbers(getattr(self, name)) if self.is_extracted else None for name in ("first", "other")
+        }
+        return {**token, "kl": self.kl, "agrees": self.agrees, "log_prob_change": self.log_prob_change, **models}
 
 
-def _said(token: TokenAnalysis) -> dict:
-    said = asdict(token)
+def _model_numbers(token: TokenAnalysis) -> dict:
+    values = asdict(token)
     return {
-        name: said[name]
+        name: values[name]
         for name in ("log_prob", "rank", "kept", "tail_mass", "entropy", "entropy_is_bound", "predictions")
     }
 
 
 @dataclass(frozen=True)
-class ApartToken:
-    """A token at which two datasets' models part: what stands before it, and what each thinks most probable there.
+class DivergentToken:
+    """A token with a large KL divergence: the text before it, and each model's most probable token there.
 
     ``sample_index`` is the first dataset's row, ``position`` counts the conversation's tokens; all logs are in nats.
     A prediction is None where that dataset has stored none.
@@ -212,8 +214,8 @@ class ApartToken:
 
 
 @dataclass(frozen=True)
-class ApartConversation:
-    """A conversation at which two datasets' models part; ``question`` is how its first user turn begins."""
+class DivergentConversation:
+    """A conversation with a large mean KL divergence; ``question`` is how its first user turn begins."""
 
     sample_index: int
     source_index: int

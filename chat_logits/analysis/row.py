@@ -1,4 +1,4 @@
-"""A stored row as numbers a position: how probable, how surprising, how sure. NumPy alone."""
+"""A stored row as numbers per token: probabilities, ranks, entropies. NumPy alone."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from logit_codec import decode_row
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """What a stored row says of its n extracted tokens, in nats; float64 (n,) unless said otherwise.
+    """The numbers of a stored row's n extracted tokens, in nats; float64 (n,) unless said otherwise.
 
-    ``log_probs`` are the real tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 where they are not
+    ``log_probs`` are the target tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 where they are not
     among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. Without draws
     ``entropy_is_bound``: the ``entropies`` are lower bounds. ``top_ids`` int32 and ``top_probs`` (n, K) are the nucleus
     in rank order, absent entries last with probability 0.
@@ -36,11 +36,11 @@ def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
     decoded = decode_row(row)
     present = np.isfinite(decoded.top_log_probs)
     top_probs = np.exp(decoded.top_log_probs)
-    is_real = (decoded.top_ids == token_ids[:, None]) & present
+    is_target = (decoded.top_ids == token_ids[:, None]) & present
     draws = decoded.sampled_log_probs.shape[1]
     return RowNumbers(
         log_probs=np.asarray(row["token_log_probs"], np.float64),
-        ranks=np.where(is_real.any(axis=1), is_real.argmax(axis=1) + 1, 0),
+        ranks=np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1, 0),
         kept=present.sum(axis=1),
         tail_mass=decoded.tail_mass,
         entropies=_plogp(top_probs, decoded.top_log_probs)

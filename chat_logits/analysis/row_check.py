@@ -1,4 +1,4 @@
-"""One stored conversation against the model's plain output: what differs, column by column, and the cause to name."""
+"""One stored conversation against a reference forward pass: differences, column by column, and the cause to name."""
 
 from dataclasses import dataclass
 
@@ -25,11 +25,11 @@ def dtype_name(model) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A column at whose positions ``wrong``, bool (n,), the model says otherwise; ``told`` is of the first."""
+    """A column at whose positions ``wrong``, bool (n,), the model differs; ``detail`` describes the first."""
 
     column: str
     wrong: np.ndarray
-    told: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class RowCheck:
 
     @property
     def cause(self) -> str:
-        """The line that says what is wrong with the row, which has faults."""
+        """A line about what is wrong with the row, which has faults."""
         if self.shift is not None:
             return self._shift_cause(self.shift)
         columns = list(dict.fromkeys(fault.column for fault in self.faults))
         also = f"; also wrong: {', '.join(columns[1:])}" if columns[1:] else ""
-        return f"row {self.row}, column {columns[0]}, {self.faults[0].told}{also}"
+        return f"row {self.row}, column {columns[0]}, {self.faults[0].detail}{also}"
 
     def _shift_cause(self, shift: int) -> str:
         columns = [f.column if f.column in self.errors else f"{f.column.split('_')[0]}_*" for f in self.faults]
@@ -79,7 +79,7 @@ class RowCheck:
 
 
 class _Output:
-    """The model's plain output for a conversation: ``logits`` (T, V) float32 on the host, ``logsumexp`` float64 (T,).
+    """A conversation's reference forward pass: ``logits`` float32 (T, V) on the host, ``logsumexp`` float64 (T,).
 
     ``tolerance`` is what a logit may differ by, in nats.
     """
@@ -111,11 +111,11 @@ class _Output:
 
 
 def check_row(index: int, row: dict, alignment: Alignment, model, extraction: dict) -> RowCheck:
-    """Hold stored row ``index``, aligned, against the plain forward of its conversation alone."""
+    """Hold stored row ``index``, aligned, against the reference forward pass of its conversation alone."""
     output, stored = _Output(model, alignment.input_ids), decode_row(row)
     tokens, before = alignment.input_ids[alignment.positions], alignment.positions - 1
     shifted = [_errors(row, stored, output, np.clip(before + s, 0, len(output.logits) - 1), tokens) for s in SHIFTS]
-    errors = {name: np.stack([found[name] for found in shifted]) for name in shifted[0]}
+    errors = {name: np.stack([each[name] for each in shifted]) for name in shifted[0]}
     faults, tolerance = [], output.tolerance
     for name, true in output.scalars(before, tokens).items():
         wrong = ~(errors[name][IN_PLACE] <= tolerance)
@@ -142,23 +142,23 @@ def _divergences(true: np.ndarray, stored: np.ndarray) -> np.ndarray:
     return (p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1))).sum(axis=1)
 
 
-def _distance(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _distance(stored: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of log-probabilities, which may both be -inf."""
     with np.errstate(invalid="ignore"):
-        return np.where(found == expected, 0.0, np.abs(found - expected))
+        return np.where(stored == expected, 0.0, np.abs(stored - expected))
 
 
-def _fault(column: str, wrong: np.ndarray, what: str, found, low, high=None) -> list[Fault]:
+def _fault(column: str, wrong: np.ndarray, noun: str, stored, low, high=None) -> list[Fault]:
     """A list of one fault, or of none; all arrays are (n,) or (n, m), ``low`` to ``high`` is what was expected."""
     if not wrong.any():
         return []
     first, positions = tuple(np.argwhere(wrong)[0].tolist()), wrong.reshape(len(wrong), -1).any(axis=1)
     place = f"position {first[0]}" + (f", entry {first[1]}" if len(first) > 1 else "")
     expected = " to ".join(dict.fromkeys(f"{bound[first]:.6g}" for bound in (low, high) if bound is not None))
-    told = (
-        f"{place}: found {what} {found[first]:.6g}, expected {expected} ({positions.sum()} of {len(wrong)} positions)"
+    detail = (
+        f"{place}: found {noun} {stored[first]:.6g}, expected {expected} ({positions.sum()} of {len(wrong)} positions)"
     )
-    return [Fault(column, positions, told)]
+    return [Fault(column, positions, detail)]
 
 
 def _codes(row: dict, kind: str) -> np.ndarray:
@@ -230,28 +230,28 @@ def _draw_faults(
 ) -> list[Fault]:
     """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
     codes, ids = _codes(row, "sampled"), stored.sampled_ids
-    found = np.where(codes > 0, ids, ABSENT)
+    drawn = np.where(codes > 0, ids, ABSENT)
     uniforms = draw_uniforms(extraction["seed"], row["source_index"], len(before))
     expected, wrong = np.zeros(ids.shape, int), np.zeros(ids.shape, bool)
     for i, at in enumerate(before):
-        expected[i], wrong[i] = _draws(output.storable(at), kept[i], uniforms[i], found[i], output.tolerance)
+        expected[i], wrong[i] = _draws(output.storable(at), kept[i], uniforms[i], drawn[i], output.tolerance)
     low, high = _code_range(output.log_probs(before, ids), output.tolerance)
     outside = (codes > 0) & ~wrong.any(axis=1, keepdims=True) & ((codes < low) | (codes > high))
     return [
-        *_fault("sampled_indices_low/high", wrong, "id", found, expected),
+        *_fault("sampled_indices_low/high", wrong, "id", drawn, expected),
         *_fault("sampled_logits_quantized", outside, "code", codes, low, high),
     ]
 
 
 def _draws(
-    log_probs: np.ndarray, kept: np.ndarray, uniform: float, found: np.ndarray, tolerance: float
+    log_probs: np.ndarray, kept: np.ndarray, uniform: float, stored: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The draws at one position, (S,), and which of those ``found`` no threshold within tolerance gives."""
+    """The draws at one position, (S,), and which of those ``stored`` no threshold within tolerance gives."""
     tail = np.exp(log_probs)
     tail[kept] = 0
     running = np.cumsum(tail)
-    thresholds = (uniform + np.arange(len(found))) / max(1, len(found)) * running[-1]
+    thresholds = (uniform + np.arange(len(stored))) / max(1, len(stored)) * running[-1]
     drawn = np.minimum(np.searchsorted(running, thresholds, side="right"), len(tail) - 1)
     slack = np.exp(2 * tolerance)  # a total over another
-    fits = (running[found] - tail[found] <= thresholds * slack) & (running[found] >= thresholds / slack)
-    return drawn, ~(fits & (tail[found] > 0) & (found != ABSENT)) & (running[-1] > NO_TAIL)
+    fits = (running[stored] - tail[stored] <= thresholds * slack) & (running[stored] >= thresholds / slack)
+    return drawn, ~(fits & (tail[stored] > 0) & (stored != ABSENT)) & (running[-1] > NO_TAIL)

@@ -9,20 +9,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
-from rich.console import Console
 from tqdm import tqdm
 
-from chat_logits.analysis.histograms import Histogram, count_in_bins
 from chat_logits.analysis.row import RowNumbers, row_numbers
-from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
+from chat_logits.analysis.tokens import Prediction, count_text, first_prediction, text_and_before
 from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.data.conversations import question_of
 from chat_logits.data.tokenizer import token_text
-from chat_logits.display import summary_report
-from chat_logits.display.plain_json import json_text
-from chat_logits.display.shown_result import ShownResult
-from chat_logits.display.summary_page import summary_page
-from chat_logits.display.token_report import count_text, default_console, short_perplexity
 from chat_logits.storage.dataset import StoredDataset
 
 BINS = 10  # of calibration
@@ -32,10 +25,33 @@ TOP = 5  # of top5_rate
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many values are in each bin, those from ``edges[i]`` up to, and without, ``edges[i + 1]``.
+
+    One that ``is_open_ended`` has no edge behind its last bin.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    is_open_ended: bool
+
+    @property
+    def bins(self) -> list[tuple[float, float | None, int]]:
+        """Each bin's lower edge, upper edge (None where it is open) and count."""
+        highs = [*self.edges[1:], None] if self.is_open_ended else self.edges[1:]
+        return list(zip(self.edges[: len(self.counts)], highs, self.counts, strict=True))
+
+
+def count_in_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Counts by open-ended bins, int64 like ``edges``, whose last is their lower end; what is below is in the first."""
+    return np.bincount(np.maximum(np.searchsorted(edges, values, side="right") - 1, 0), minlength=len(edges))
+
+
+@dataclass(frozen=True)
 class ReliabilityBin:
     """The positions whose most probable token has a probability from ``low`` to ``high``, ``confidence`` in the mean.
 
-    ``accuracy`` is how often it is the real one; both are None where ``count`` is 0.
+    ``accuracy`` is how often it is the target token; both are None where ``count`` is 0.
     """
 
     low: float
@@ -58,7 +74,7 @@ class ConversationSummary:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A real token of row ``sample_index``, at ``position`` in the conversation, and the text ``before`` it.
+    """A target token of row ``sample_index``, at ``position`` in the conversation, and the text ``before`` it.
 
     ``log_prob`` is its own, in nats; ``prediction`` the nucleus' first entry, None where the nucleus is empty. Texts
     have a character's lone bytes as surrogate escapes (PEP 383).
@@ -74,7 +90,7 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class VocabularyLoss:
-    """A token of the vocabulary wherever it is the real one: nats in all, as ``share`` of all loss, and each time."""
+    """A token of the vocabulary wherever it is the target: nats in all, as ``share`` of all loss, and each time."""
 
     token_id: int
     text: str
@@ -86,7 +102,7 @@ class VocabularyLoss:
 
 @dataclass(frozen=True)
 class ColumnSize:
-    """Compressed bytes of a column, or of the shards' footers, all told and for each extracted token."""
+    """Compressed bytes of a column, or of the shards' footers, in all and per extracted token."""
 
     column: str
     num_bytes: int
@@ -94,11 +110,11 @@ class ColumnSize:
 
 
 @dataclass(frozen=True, repr=False)
-class DatasetSummary(ShownResult):
+class DatasetSummary:
     """What a logit dataset holds and how well the model knew it.
 
     Means are over the extracted tokens, in nats; rates and ``stored`` (the probability within the nucleus) are shares
-    of 1. A real token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, though it may be
+    of 1. A target token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, though it may be
     among the first five: with any, ``top5_is_bound``, and the rate is at least so much. Where nothing was drawn from
     the tails, ``entropy_is_bound``, and each entropy is at least so much. Calibration is the most probable token's
     against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
@@ -132,26 +148,18 @@ class DatasetSummary(ShownResult):
     bytes_per_token: float
     columns: list[ColumnSize]
 
-    def print(self, console: Console | None = None) -> None:
-        """Print all of it, in lines that fit the terminal; a pipe gets wide ones."""
-        summary_report.print_summary(self, console or default_console())
-
-    def to_json(self) -> str:
-        """All of it as one JSON object; infinite numbers are null."""
+    def as_dict(self) -> dict:
+        """All of it as plain values."""
         content = asdict(self)
-        return json_text({"logit_dataset_id": content.pop("dataset_id"), **content})
-
-    def to_html(self) -> str:
-        """The page: one file that needs nothing else."""
-        return summary_page(self)
+        return {"logit_dataset_id": content.pop("dataset_id"), **content}
 
     def __repr__(self) -> str:
         counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.num_tokens, 'token')}"
-        return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {short_perplexity(self.perplexity)}>"
+        return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {self.perplexity:,.2f}>"
 
 
 def summarize(dataset: StoredDataset, tokenizer, chat_template: str | None = None) -> DatasetSummary:
-    """The summary of a dataset, whose real tokens are rebuilt with ``tokenizer`` as by ``RowAligner``.
+    """The summary of a dataset, whose tokens are rebuilt with ``tokenizer`` as by ``RowAligner``.
 
     ``chat_template`` (a path or text) replaces the recorded one. Raises ToolkitError where the dataset has no rows,
     and what reading and aligning raise, with the row.
@@ -173,7 +181,7 @@ class _Tally:
     def __init__(self, tokenizer):
         self.tokenizer, self.text = tokenizer, partial(token_text, tokenizer)
         self.sums: Counter = Counter()  # by the names of the means that they become
-        self.reliability = np.zeros((3, BINS))  # positions, probabilities, real tokens
+        self.reliability = np.zeros((3, BINS))  # positions, probabilities, target tokens
         self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
         self.kept = 0  # becomes (K + 1,) int64
         self.top5_is_bound = self.entropy_is_bound = False
@@ -214,20 +222,20 @@ class _Tally:
 
     def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
         perplexity, question = _perplexity(losses.mean()), question_of(row["messages"])
-        found = ConversationSummary(sample_index, row["source_index"], len(losses), perplexity, question)
-        self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, found], lambda one: one.perplexity)
-        self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, found], lambda one: one.perplexity)
+        summary = ConversationSummary(sample_index, row["source_index"], len(losses), perplexity, question)
+        self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, summary], lambda one: one.perplexity)
+        self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, summary], lambda one: one.perplexity)
 
     def _add_losses(self, sample_index: int, alignment: Alignment, numbers: RowNumbers) -> None:
         positions, log_probs = alignment.positions, numbers.log_probs
         least = self.largest_losses[-1].log_prob if len(self.largest_losses) == LOSSES else np.inf
-        found = []
+        candidates = []
         for i in np.argsort(log_probs, kind="stable")[:LOSSES]:
             if log_probs[i] < least:
                 place, first = int(positions[i]), first_prediction(numbers, i, self.tokenizer)
                 text, before = text_and_before(alignment.input_ids, place, self.tokenizer)
-                found.append(TokenLoss(sample_index, place, text, before, float(log_probs[i]), first))
-        self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *found], lambda one: one.log_prob)
+                candidates.append(TokenLoss(sample_index, place, text, before, float(log_probs[i]), first))
+        self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *candidates], lambda one: one.log_prob)
 
     def summary(self, dataset: StoredDataset) -> DatasetSummary:
         """What was added, of which there is at least one row."""
@@ -259,13 +267,13 @@ class _Tally:
 
     def _vocabulary_losses(self) -> list[VocabularyLoss]:
         total = float(self.token_losses.sum())
-        found = []
+        entries = []
         for token_id in np.argsort(-self.token_losses, kind="stable")[:LOSSES].tolist():
             count, loss = int(self.token_counts[token_id]), float(self.token_losses[token_id])
             if count:
                 share = loss / total if total else 0.0
-                found.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
-        return found
+                entries.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
+        return entries
 
 
 def _perplexity(mean_nll: float) -> float:

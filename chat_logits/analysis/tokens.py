@@ -1,4 +1,4 @@
-"""What is known of each token of a conversation, before and after the model has spoken."""
+"""A conversation's tokens: which were extracted, and what the model predicted in the place of each."""
 
 import math
 from collections.abc import Iterable
@@ -9,11 +9,10 @@ import numpy as np
 from chat_logits.analysis.row import RowNumbers
 from chat_logits.data import alignment as chat_alignment
 from chat_logits.data.tokenizer import token_text
-from chat_logits.display.text import whole_characters
 
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
 PROMPT_END = 4  # prompt tokens that a table shows before each answer
-CONTEXT_TOKENS = 12  # whose text is told before a token
+CONTEXT_TOKENS = 12  # tokens before a token whose text says where it stands
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TokenAnalysis:
-    """A token of the conversation and, where it was extracted, what the model said in its place.
+    """A token of the conversation and, where it was extracted, the distribution that predicts it (the target token).
 
-    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the real token's, exact,
+    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the target token's, exact,
     in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
     ``tail_mass`` the probability outside the nucleus; ``entropy`` in nats, nucleus plus unbiased tail, or a lower
     bound where no tail was drawn (``entropy_is_bound``). ``text`` has a character's lone bytes as surrogate escapes
@@ -55,12 +54,12 @@ class TokenAnalysis:
 
     @property
     def surprisal(self) -> float | None:
-        """−log p of the real token, in nats."""
+        """−log p of the target token, in nats."""
         return None if self.log_prob is None else -self.log_prob
 
     @property
     def probability(self) -> float | None:
-        """The real token's, exact."""
+        """The target token's, exact."""
         return None if self.log_prob is None else math.exp(self.log_prob)
 
     def as_dict(self) -> dict:
@@ -81,6 +80,11 @@ class Totals:
     entropy_is_bound: bool
 
 
+def count_text(count: int, noun: str) -> str:
+    """A count with its noun, such as "1 token" or "1,024 tokens"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | None:
     """The most probable stored token at an extracted position, None where none is stored."""
     token_id = int(numbers.top_ids[i, 0])
@@ -90,7 +94,7 @@ def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | Non
 
 
 def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[str, str]:
-    """A token's text, and the end of the text before it; ``input_ids`` (T,) are the conversation's."""
+    """A token's text, and the end of the text before it; ``input_ids`` int (T,) are the conversation's."""
     near = input_ids[max(0, position - CONTEXT_TOKENS) : position + 1].tolist()
     *before, text = (token_text(tokenizer, token_id) for token_id in near)
     return text, whole_characters(before)
@@ -101,6 +105,11 @@ def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
     return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
 
 
+def whole_characters(texts: list[str]) -> str:
+    """Consecutive tokens' texts joined, with characters whole that are spread over several of them."""
+    return "".join(texts).encode(errors="surrogateescape").decode(errors="surrogateescape")
+
+
 def near_answers(statuses: list[str]) -> list[bool]:
     """For every token of a conversation, whether a table shows it: all but prompts, of which it shows the ends."""
     return [any(status != PROMPT for status in statuses[i : i + PROMPT_END + 1]) for i in range(len(statuses))]
@@ -108,20 +117,23 @@ def near_answers(statuses: list[str]) -> list[bool]:
 
 def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAnalysis]:
     """Every token with its text and whether it is extracted; predictions are not known yet."""
-    found = []
+    tokens = []
     for position, (token_id, reason) in enumerate(zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)):
         status = EXTRACTED if reason is None else PROMPT if reason == chat_alignment.PROMPT else SKIPPED
-        found.append(TokenAnalysis(position, token_id, token_text(tokenizer, token_id), status, reason))
-    return found
+        tokens.append(TokenAnalysis(position, token_id, token_text(tokenizer, token_id), status, reason))
+    return tokens
 
 
 def with_predictions(tokens: list[TokenAnalysis], numbers: RowNumbers, tokenizer, top_n: int) -> list[TokenAnalysis]:
-    """The tokens, the extracted ones with what the row's ``numbers`` say of them, one to one."""
+    """The tokens, the extracted ones with the row's ``numbers``, one to one."""
     index = iter(range(len(numbers.log_probs)))
-    return [_told(token, numbers, next(index), tokenizer, top_n) if token.is_extracted else token for token in tokens]
+    return [
+        _with_numbers(token, numbers, next(index), tokenizer, top_n) if token.is_extracted else token
+        for token in tokens
+    ]
 
 
-def _told(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: int) -> TokenAnalysis:
+def _with_numbers(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: int) -> TokenAnalysis:
     shown = min(top_n, int(numbers.kept[i]))
     return replace(
         token,

@@ -1,6 +1,6 @@
-"""Does a stored logit dataset hold up against the live model? Plain forwards, one conversation at a time.
+"""Does a stored logit dataset hold up against the live model? Reference forward passes, one conversation at a time.
 
-row -> its tokens -> the model's plain output -> what differs, column by column -> the one cause to name
+row -> its tokens -> the model's output -> differences, column by column -> the one cause to name
 """
 
 import math
@@ -10,18 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from tqdm import tqdm
 
-from chat_logits.analysis.recorded_tokenizer import recorded_place
+from chat_logits.analysis.opening import recorded_place
 from chat_logits.analysis.row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
+from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import AlignmentError, RowAligner
 from chat_logits.data.hashing import hash_files
-from chat_logits.display.fitted_table import Part, numbers, print_fitting, print_line
-from chat_logits.display.plain_json import json_text
-from chat_logits.display.shown_result import ShownResult
-from chat_logits.display.text import code_of
-from chat_logits.display.token_report import count_text, default_console
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
 from chat_logits.storage.dataset import StoredDataset
@@ -30,20 +25,12 @@ from logit_codec import RowError
 
 CLEARLY = 2  # errors in place must be smaller by this factor than one position off
 NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
-SHOWN_CAUSES = 5
-MEASURES = {
-    "kl_mean": "KL(true || stored), mean",
-    "kl_row": "KL, largest mean of a row",
-    "kl_position": "KL, largest of a position",
-    "logsumexp": "logsumexp, largest error",
-    "token_log_probs": "token_log_probs, largest error",
-    "in_order": "nucleus ids equal in order, share",
-}
+FIGURES = ("kl_mean", "kl_row", "kl_position", "logsumexp", "token_log_probs", "in_order")
 
 
 @dataclass(frozen=True, repr=False)
-class Verification(ShownResult):
-    """What was held against which model, and what came of it.
+class Verification:
+    """The stored numbers of ``num_rows`` rows against a model's own.
 
     ``figures`` are in nats but for ``in_order``, a share of the positions: ``kl_mean`` over all of them, ``kl_row`` the
     largest mean of a row, ``kl_position`` the largest; ``logsumexp`` and ``token_log_probs`` are the differences
@@ -71,53 +58,10 @@ class Verification(ShownResult):
         counts = f"{count_text(self.num_rows, 'conversation')}, {count_text(self.num_tokens, 'token')}"
         return f"<Verification of {self.dataset_id}: {counts}, {'holds up' if self.holds else 'does not hold up'}>"
 
-    _repr_html_ = None  # it has no page: a notebook is to show it as text
-
-    def print(self, console: Console | None = None) -> None:
-        """Print a line a measure with its limit, the shift test, then that it holds up, or the causes."""
-        console = console or default_console()
-        what = f"{count_text(self.num_rows, 'row')}, {count_text(self.num_tokens, 'token')}"
-        title = f"Checked {what} against {self.model_id} ({self.dtype}, {self.device})"
-        print_line(_visible(title), console, "bold")
-        self._print_figures(console)
-        self._print_shifts(console)
-        more = len(self.causes) - SHOWN_CAUSES
-        causes = ["Does not hold up:", *self.causes[:SHOWN_CAUSES], *([f"… and {more} more"] if more > 0 else [])]
-        for line in ["Holds up: the stored numbers are the model's."] if self.holds else causes:
-            print_line(_visible(line), console, "green" if self.holds else "red")
-
-    def _print_figures(self, console: Console) -> None:
-        parts = [
-            Part("Measure, nats", [MEASURES[key] for key in self.figures], 16, 33),
-            numbers("Found", map(_short, self.figures.values())),
-            numbers("Limit", [_short(self.limits.get(key)) for key in self.figures]),
-        ]
-        print_fitting(parts, [], console)
-
-    def _print_shifts(self, console: Console) -> None:
-        names = ["KL" if key == "kl" else key for key in self.shifts]
-        means = zip(*self.shifts.values(), strict=True)
-        found = [
-            numbers(f"at {shift:+}" if shift else "at 0", map(_short, at))
-            for shift, at in zip(SHIFTS, means, strict=True)
-        ]
-        print_fitting([Part("Mean error, least at 0", names, 10, 22), *found], [], console)
-
-    def to_json(self) -> str:
-        """All of it, and whether it holds, as one JSON object."""
+    def as_dict(self) -> dict:
+        """All of it as plain values, and whether it holds."""
         content = asdict(self)
-        return json_text({"logit_dataset_id": content.pop("dataset_id"), **content, "holds": self.holds})
-
-
-def _short(figure: float | None) -> str:
-    if figure is None or math.isnan(figure):
-        return "-"
-    return f"{figure:.3f}" if 0.1 <= figure < 999.5 else f"{figure:.1e}"
-
-
-def _visible(text: str) -> str:
-    """A line that may have parts of files in it, fit for a terminal."""
-    return "".join(character if character.isprintable() else code_of(character) for character in text)
+        return {"logit_dataset_id": content.pop("dataset_id"), **content, "holds": self.holds}
 
 
 def verify(
@@ -161,12 +105,13 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
     if dtype not in KL_LIMITS:
         raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
     device = loading.choose_device(None)
-    print(f"Loading {_visible(source)} on {device} …", file=sys.stderr)
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
+    print(f"Loading {shown} on {device} …", file=sys.stderr)
     model = loading.load_model(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
-    found = model.get_output_embeddings().weight.shape[0]
-    if found != extraction["vocab_size"]:
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    if vocab_size != extraction["vocab_size"]:
         raise ToolkitError(
-            f"model {source}: a vocabulary of {found}, expected {extraction['vocab_size']}; it is not the model "
+            f"model {source}: a vocabulary of {vocab_size}, expected {extraction['vocab_size']}; it is not the model "
             f"extracted from, which was {extraction['model_id']} at {extraction['model_revision'][:12]}."
         )
     return model
@@ -213,7 +158,7 @@ def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
     """Figures, their limits, and the mean errors at SHIFTS, as ``Verification`` has them."""
     names = ("kl", "logsumexp", "token_log_probs")
     if not checks:
-        return dict.fromkeys(MEASURES, math.nan), {}, dict.fromkeys(names, [math.nan] * len(SHIFTS))
+        return dict.fromkeys(FIGURES, math.nan), {}, dict.fromkeys(names, [math.nan] * len(SHIFTS))
     errors = {name: np.concatenate([check.errors[name] for check in checks], axis=1) for name in names}
     limit = checks[0].kl_limit
     figures = {
@@ -226,8 +171,8 @@ def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
         largest = [(check.errors[name][IN_PLACE].max(), check.tolerance) for check in checks]
         figures[name], limits[name] = max(largest, key=lambda pair: pair[0] / pair[1])
     figures["in_order"], limits["in_order"] = np.concatenate([check.in_order for check in checks]).mean(), 1.0
-    shifts = {name: found.mean(axis=1).tolist() for name, found in errors.items()}
-    return {name: float(found) for name, found in figures.items()}, limits, shifts
+    shifts = {name: each.mean(axis=1).tolist() for name, each in errors.items()}
+    return {name: float(figure) for name, figure in figures.items()}, limits, shifts
 
 
 def _causes(checks: list[RowCheck], extraction: dict, source: str) -> list[str]:
@@ -246,10 +191,10 @@ def _other_model(extraction: dict, source: str) -> str:
     was = f"the model is probably not the one extracted from, {extraction['model_id']} at {recorded[:12]}"
     if is_commit(recorded) or not Path(source).exists():
         return was
-    found = hash_files(source)
-    if found == recorded:
+    files = hash_files(source)
+    if files == recorded:
         return f"{was}, though its files are: compare the versions with extraction.json's"
-    return f"{was}; the files of {source} are others ({found[:12]})"
+    return f"{was}; the files of {source} are others ({files[:12]})"
 
 
 def _undecided(shifts: dict[str, list[float]]) -> list[str]:

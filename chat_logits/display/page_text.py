@@ -50,7 +50,7 @@ def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
     pieces: list[str] = []
     for text in texts:
-        if pieces and text and not 0x80 <= text[0] < 0xC0:  # what is begun is not gone on with
+        if pieces and text and not 0x80 <= text[0] < 0xC0:  # no continuation byte: the character before stays partial
             pieces[-1] += decoder.decode(b"", final=True)
         pieces.append(decoder.decode(text))
     if pieces:
@@ -60,16 +60,16 @@ def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
 
 def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> dict[int, str]:
     """By position, for tokens that are bytes of a character alone: that character, as ``token_characters`` has it."""
-    found, following = {}, ""
+    parts, following = {}, ""
     for token, placed in zip(reversed(tokens), reversed(characters), strict=True):
         following = regex.match(r"\X", placed)[0] if placed else following
         if token.text and all(map(is_lone_byte, token.text)) and all(map(is_plain, following)):
-            found[token.position] = following
-    return found
+            parts[token.position] = following
+    return parts
 
 
 def pieces_of(characters: str) -> list[tuple[str, str]]:
-    """A token's characters as ("plain", text), ("line", end of line), ("code", what may not act) or ("part", "").
+    """A token's characters as ("plain", text), ("line", end of line), ("code", codes of controls) or ("part", "").
 
     "part" stands for a token that has no character of its own, as a character goes on in the next one.
     """
@@ -96,7 +96,7 @@ def _pieces(kind: str, run: str) -> list[tuple[str, str]]:
 
 
 def segments(tokens: list[TokenAnalysis], messages: list[dict]) -> list[Segment]:
-    """The conversation in turns. What the assistant said is known from the mask, other turns by their text.
+    """The conversation in turns. The mask gives the assistant's turns, their text the others.
 
     A prompt's message that is not found, as the template has changed it, stands with the template's own text.
     """

@@ -1,6 +1,11 @@
-"""Text of tokens made fit to be looked at: nothing in it acts on a terminal or a page, every character can be told."""
+"""Text of tokens made fit for terminals, pages and JSON: nothing in it acts there, and escapes show what it was."""
 
+import json
+import math
 import unicodedata
+from dataclasses import asdict, is_dataclass
+
+import numpy as np
 
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 JOINERS = "\u200c\u200d"  # what emoji and some scripts need between their characters
@@ -24,6 +29,16 @@ def _visible(character: str) -> str:
     return character if character.isprintable() else code_of(character)
 
 
+def line_of(text: str) -> str:
+    """The text on one line without quotes, its spaces as they are; for names that come from a dataset."""
+    return quoted(text, space=" ")[1:-1]
+
+
+def visible(text: str) -> str:
+    """The text with the codes of characters that would act in a terminal; quotes and backslashes as they are."""
+    return "".join(character if character.isprintable() else code_of(character) for character in text)
+
+
 def code_of(character: str) -> str:
     r"""A character by its code, such as ``\x1b`` or ``\u202e``; a byte of a partial character (PEP 383) as a byte."""
     code = ord(character)
@@ -42,6 +57,24 @@ def is_plain(character: str) -> bool:
     return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
 
 
-def whole_characters(texts: list[str]) -> str:
-    """Consecutive tokens' texts joined, with characters whole that are spread over several of them."""
-    return "".join(texts).encode(errors="surrogateescape").decode(errors="surrogateescape")
+# --- JSON ---
+
+
+def plain(value):
+    """The value as dicts, lists, strings, numbers, booleans and None. Infinite numbers are None."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value.encode(errors="surrogateescape").decode(errors="replace")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value) -> str:
+    """JSON for people to read."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"

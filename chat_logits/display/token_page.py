@@ -1,24 +1,28 @@
-"""A conversation token by token as a page: every token shaded by a number, with what is known of it beside it."""
+"""A conversation token by token as a page, of one model or of two: tokens shaded by a number, details beside them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from chat_logits.analysis.comparison import Comparison
+from chat_logits.analysis.conversation import Analysis
+from chat_logits.analysis.divergence import ComparisonTotals, TokenComparison
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals, text_before
-from chat_logits.display.html_page import render_page
+from chat_logits.display.formats import entropy_text, rank_text, short_perplexity, short_probability
+from chat_logits.display.page import render_page
 from chat_logits.display.page_text import characters_of_parts, pieces_of, segments, token_characters
-from chat_logits.display.text import quoted
-from chat_logits.display.token_report import entropy_text, rank_text, short_perplexity, short_probability
+from chat_logits.display.text import line_of, quoted
 
+KL_SHADES = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 SURPRISAL_SHADES = (0.1, 0.5, 1, 2, 3, 5, 8)
 LISTED = 12
-OTHER_BARS = 3  # beside the predictions: the real token's, other stored ones, the tail
+OTHER_BARS = 3  # beside the predictions: the target token's, other stored ones, the tail
 STRIP_BARS = 800
 PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
 
 
 class Bar(NamedTuple):
-    """A prediction's bar: ``share`` of 1 that is filled; ``kind`` is "", "real" for the real token, or "rest"."""
+    """A prediction's bar: ``share`` of 1 that is filled; ``kind`` is "", "target" for the target token, or "rest"."""
 
     label: str
     share: float
@@ -44,26 +48,26 @@ class Measure:
         return sum(value >= bound for bound in self.shades)
 
 
-def conversation_page(analysis) -> str:
-    """The page of a ``conversation_analysis.Analysis``."""
-    chosen = analysis.shown if analysis.only is not None else analysis.showing(only=LISTED).shown
+def analysis_page(analysis: Analysis) -> str:
+    """The page of a conversation, each token shaded by its surprisal."""
+    listed = analysis.shown if analysis.only is not None else analysis.showing(only=LISTED).shown
     return token_page(
         title=f"Row {analysis.sample_index} of {analysis.dataset_id}",
         subtitle=f"What {analysis.model_id} predicted in the place of each token of the answer",
-        tiles=total_tiles(analysis.totals),
+        tiles=_total_tiles(analysis.totals),
         tokens=[token for token in analysis.tokens if analysis.show_prompt is not False or token.status != PROMPT],
         messages=analysis.messages,
         measure=Measure("Surprisal", lambda token: token.surprisal, SURPRISAL_SHADES, _mark),
         detail=_detail,
         rows=analysis.top_n + OTHER_BARS,
-        listed=chosen,
+        listed=listed,
         listed_title="Most surprising" if not callable(analysis.only) else "Chosen",
         second_means="the model expected another token",
         absent_means="not even among the stored ones",
     )
 
 
-def total_tiles(totals: Totals) -> list[tuple[str, str]]:
+def _total_tiles(totals: Totals) -> list[tuple[str, str]]:
     """An answer's numbers for the head of a page."""
     return [
         ("Tokens", f"{totals.num_tokens:,}"),
@@ -83,7 +87,7 @@ def token_page(
     rows: int,
     **content,
 ) -> str:
-    """A page of tokens. ``detail`` gives what is told of one: ``told``, ``facts``, and ``groups`` of bars.
+    """A page of tokens. ``detail`` gives what the panel shows of one: ``place``, ``facts``, and ``groups`` of bars.
 
     ``rows`` is how many bars and titles of groups a token has at most.
     """
@@ -95,7 +99,7 @@ def token_page(
         "tokens.html.jinja",
         script="tokens.js",
         data={
-            "details": {token.position: _told(token, parts, detail) for token in tokens},
+            "details": {token.position: _with_parts(token, parts, detail) for token in tokens},
             "answer": [token.position for token in tokens if token.status != PROMPT],
             "strip": [token.position for token in measured],
         },
@@ -112,8 +116,8 @@ def token_page(
 
 def _turns(tokens: list[TokenAnalysis], characters: list[str], messages: list[dict], measure: Measure) -> list[dict]:
     spans = {
-        token.position: _span(token, found, part, measure)
-        for token, found, part in zip(tokens, characters, _part_numbers(characters), strict=True)
+        token.position: _span(token, placed, part, measure)
+        for token, placed, part in zip(tokens, characters, _part_numbers(characters), strict=True)
     }
     return [
         {"role": turn.role, "kind": turn.kind, "tokens": [spans[token.position] for token in turn.tokens]}
@@ -121,18 +125,18 @@ def _turns(tokens: list[TokenAnalysis], characters: list[str], messages: list[di
     ]
 
 
-def _told(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
-    told = {"token": quoted(token.text), **detail(token)}
+def _with_parts(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
+    shown = {"token": quoted(token.text), **detail(token)}
     if token.position in parts:
-        told["told"] += f" · bytes of {parts[token.position]}"
-    return told
+        shown["place"] += f" · bytes of {parts[token.position]}"
+    return shown
 
 
 def _part_numbers(characters: list[str]) -> list[int]:
     """Of tokens without a character of their own, which of a row of them each is; -1 for other tokens."""
     numbers, run = [], -1
-    for found in characters:
-        run = -1 if found else run + 1
+    for placed in characters:
+        run = -1 if placed else run + 1
         numbers.append(run)
     return numbers
 
@@ -165,13 +169,13 @@ def _strip(values: list[float], measure: Measure) -> dict:
 def _entry(token: TokenAnalysis, before: str, measure: Measure) -> dict:
     return {
         "position": token.position,
-        "before": quoted(before, space=" ")[1:-1],
+        "before": line_of(before),
         "text": quoted(token.text)[1:-1],
         "value": f"{measure.of(token):.2f}",
     }
 
 
-# --- what is told of a token ---
+# --- details of a token ---
 
 
 def _mark(token: TokenAnalysis) -> str:
@@ -180,32 +184,32 @@ def _mark(token: TokenAnalysis) -> str:
 
 def _detail(token: TokenAnalysis) -> dict:
     if not token.is_extracted:
-        return {"told": place_of(token)}
+        return {"place": _place_of(token)}
     facts = [
         ("probability", short_probability(token.probability)),
         ("rank", rank_text(token)),
         ("surprisal", f"{token.surprisal:.2f} nats"),
         ("entropy", entropy_text(token.entropy, token.entropy_is_bound)),
     ]
-    return {"told": place_of(token), "facts": facts, "groups": [{"bars": prediction_bars(token)}]}
+    return {"place": _place_of(token), "facts": facts, "groups": [{"bars": _prediction_bars(token)}]}
 
 
-def place_of(token: TokenAnalysis) -> str:
+def _place_of(token: TokenAnalysis) -> str:
     """Which token it is and, where it was not extracted, why not."""
     why = {EXTRACTED: "", PROMPT: " · part of the prompt", SKIPPED: f" · skipped: {token.reason}"}[token.status]
     return f"Token {token.position}, id {token.token_id}{why}"
 
 
-def prediction_bars(token: TokenAnalysis) -> list[Bar]:
-    """The predictions, the real token among or below them, and what is left: other stored ones, and the tail."""
+def _prediction_bars(token: TokenAnalysis) -> list[Bar]:
+    """The predictions, the target token among or below them, then the other stored ones together, and the tail."""
     bars = [
-        Bar(quoted(found.text), found.probability, short_probability(found.probability), _kind(rank, token))
-        for rank, found in enumerate(token.predictions, start=1)
+        Bar(quoted(each.text), each.probability, short_probability(each.probability), _kind(rank, token))
+        for rank, each in enumerate(token.predictions, start=1)
     ]
     if not token.rank or token.rank > len(bars):
         share = min(1.0, token.probability)
-        bars.append(Bar(quoted(token.text), share, short_probability(token.probability), "real"))
-    others = max(0.0, 1 - token.tail_mass - sum(found.probability for found in token.predictions))
+        bars.append(Bar(quoted(token.text), share, short_probability(token.probability), "target"))
+    others = max(0.0, 1 - token.tail_mass - sum(each.probability for each in token.predictions))
     more = token.kept - len(token.predictions)
     if more > 0:
         bars.append(Bar(f"{more} more stored", others, short_probability(others), "rest"))
@@ -213,4 +217,62 @@ def prediction_bars(token: TokenAnalysis) -> list[Bar]:
 
 
 def _kind(rank: int, token: TokenAnalysis) -> str:
-    return "real" if rank == token.rank else ""
+    return "target" if rank == token.rank else ""
+
+
+# --- two models ---
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page of a conversation in two datasets, each token shaded by its KL divergence."""
+    pairs = {pair.first.position: pair for pair in comparison.tokens}
+    extracted = sorted((pair for pair in comparison if pair.is_extracted), key=lambda pair: -pair.kl)
+    names = (comparison.first.model_id, comparison.other.model_id)
+    return token_page(
+        title=f"Source row {comparison.source_index} in {comparison.first.logit_dataset_id} and "
+        f"{comparison.other.logit_dataset_id}",
+        subtitle=f"How far {names[0]} and {names[1]} are apart at each token of the answer",
+        tiles=comparison_tiles(comparison.totals),
+        tokens=[pair.first for pair in comparison.tokens],
+        messages=comparison.messages,
+        measure=Measure(
+            "KL divergence",
+            lambda token: pairs[token.position].kl,
+            KL_SHADES,
+            lambda token: "" if pairs[token.position].agrees else "second",
+        ),
+        detail=lambda token: _pair_detail(pairs[token.position], names),
+        rows=2 * (comparison.top_n + OTHER_BARS + 1),
+        listed=[pair.first for pair in extracted[: comparison.only or LISTED]],
+        listed_title="Furthest apart",
+        second_means="the models expected different tokens",
+        absent_means=None,
+    )
+
+
+def comparison_tiles(totals: ComparisonTotals) -> list[tuple[str, str]]:
+    """A comparison's numbers for the head of a page."""
+    return [
+        ("Tokens", f"{totals.num_tokens:,}"),
+        ("Mean KL, at least", f"{totals.mean_kl:.4f} nats"),
+        ("Top-1 agreement", f"{totals.agreement:.1%}"),
+        ("Perplexities", f"{short_perplexity(totals.perplexity)} and {short_perplexity(totals.other_perplexity)}"),
+        ("Mean |Δ log p|", f"{totals.mean_change:.3f} nats"),
+    ]
+
+
+def _pair_detail(pair: TokenComparison, names: tuple[str, str]) -> dict:
+    if not pair.is_extracted:
+        return {"place": _place_of(pair.first)}
+    facts = [
+        ("KL, at least", f"{pair.kl:.4f} nats"),
+        ("log p", f"{pair.first.log_prob:.2f} and {pair.other.log_prob:.2f}"),
+        ("ranks", f"{rank_text(pair.first)} and {rank_text(pair.other)}"),
+        (
+            "entropies",
+            " and ".join(f"{'≥ ' * each.entropy_is_bound}{each.entropy:.2f}" for each in (pair.first, pair.other)),
+        ),
+    ]
+    models = zip(names, (pair.first, pair.other), strict=True)
+    groups = [{"title": name, "bars": _prediction_bars(token)} for name, token in models]
+    return {"place": _place_of(pair.first), "facts": facts, "groups": groups}

@@ -1,5 +1,5 @@
 "use strict";
-// One panel shows what is known of a token: of the one under the pointer, or of the one that a click has opened.
+// One panel shows the details of a token: of the one under the pointer, or of the one that a click has opened.
 // Whatever comes from the dataset is set as text, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -51,7 +51,7 @@
     close.title = "Close (Esc)";
     close.setAttribute("aria-label", "Close");
     close.addEventListener("click", release);
-    panel.replaceChildren(close, element("h3", "", detail.token), element("p", "quiet", detail.told));
+    panel.replaceChildren(close, element("h3", "", detail.token), element("p", "quiet", detail.place));
     if (detail.facts) panel.append(facts(detail.facts));
     for (const group of detail.groups ?? []) {
       if (group.title) panel.append(element("h4", "", group.title));

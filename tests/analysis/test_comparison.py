@@ -1,4 +1,4 @@
-"""Two checkpoints over the same conversations: against plain forwards of both, brute force, and worked numbers."""
+"""Two checkpoints over the same conversations: against reference forward passes, brute force, worked numbers."""
 
 import itertools
 import json
@@ -10,8 +10,7 @@ import pytest
 import torch
 from plain_decoder import decode_position
 
-from chat_logits.analysis.comparison import compare_datasets
-from chat_logits.analysis.conversation_comparison import compare_analyses
+from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
 from chat_logits.analysis.row import RowNumbers
 from chat_logits.data.alignment import align_row
@@ -82,7 +81,7 @@ def joined(parts, name: str) -> np.ndarray:
     return np.concatenate([part[name] if isinstance(part, dict) else getattr(part, name) for part in parts])
 
 
-# --- against plain forwards of both models ---
+# --- against reference forward passes of both models ---
 
 
 def test_no_position_is_above_the_true_divergence(compared, plain):

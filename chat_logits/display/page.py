@@ -10,7 +10,7 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from chat_logits.display.plain_json import plain
+from chat_logits.display.text import plain
 
 PAGES = Path(__file__).resolve().parent / "pages"
 

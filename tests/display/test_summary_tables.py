@@ -9,14 +9,16 @@ from rich.console import Console
 
 from chat_logits.analysis.summary import Histogram, summarize
 from chat_logits.analysis.tokens import Prediction
-from chat_logits.display.fitted_table import bar, short_nats
-from chat_logits.display.summary_report import kept_groups
+from chat_logits.display.dataset_tables import kept_groups
+from chat_logits.display.formats import short_nats
+from chat_logits.display.results import shown
+from chat_logits.display.tables import bar
 from chat_logits.storage.dataset import open_dataset
 
 
 @pytest.fixture(scope="module")
 def summary(real_extraction, smollm2):
-    return replace(summarize(open_dataset(str(real_extraction)), smollm2[1]), dataset_id="outputs/demo")
+    return shown(replace(summarize(open_dataset(str(real_extraction)), smollm2[1]), dataset_id="outputs/demo"))
 
 
 def printed(summary, width: int | None = None, **options) -> list[str]:
@@ -93,7 +95,7 @@ def test_a_narrow_terminal_has_fewer_columns(summary):
         ["Entries", "Tokens", "Share"],
         ["Row", "Tokens", "Perplexity", "Question"],
         ["Row", "Token", "Log p", "Predicted f…"],
-        ["Column", "A token"],
+        ["Column", "Per token"],
     ):
         assert expected in titles
 
@@ -106,7 +108,7 @@ def test_a_pipe_gets_plain_text(summary):
         "Model",
         "Conversations",
         "Tokens",
-        "Real tokens",
+        "Target tokens",
         "",
         "Predictions",
         "Disk",

@@ -7,11 +7,17 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from chat_logits.analysis.comparison import DatasetComparison
-from chat_logits.analysis.conversation_comparison import Comparison
-from chat_logits.analysis.divergence import ApartConversation, ApartToken, ComparisonTotals, Source, TokenComparison
-from chat_logits.analysis.histograms import Histogram
+from chat_logits.analysis.comparison import Comparison, DatasetComparison
+from chat_logits.analysis.divergence import (
+    ComparisonTotals,
+    DivergentConversation,
+    DivergentToken,
+    Source,
+    TokenComparison,
+)
+from chat_logits.analysis.summary import Histogram
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis
+from chat_logits.display.results import shown
 
 FIRST = Source("outputs/first", "HuggingFaceTB/SmolLM2-135M-Instruct")
 OTHER = Source("/a/very/long/path/that/no/narrow/terminal/has/room/for/outputs/other", "evil\x1b[31m/model:smile:")
@@ -19,7 +25,7 @@ TOTALS = ComparisonTotals(1234, 0.15477, 0.7333, 38.587, 44.618, 0.5008)
 
 
 def pair(position: int, text: str, *sides, kl=0.25, agrees=True, change=-0.31) -> TokenComparison:
-    """Each side is the rank of the real token and the predictions."""
+    """Each side is the rank of the target token and the predictions."""
     told = []
     for rank, predictions in sides:
         found = [Prediction(i, text, p) for i, (text, p) in enumerate(predictions)]
@@ -43,16 +49,16 @@ TOKENS = [
     unsaid(11, "<|im_end|>", SKIPPED, "special token"),
 ]
 MESSAGES = [{"role": "user", "content": "Q", "extra": None}]
-CONVERSATION = Comparison(TOKENS, TOTALS, MESSAGES, FIRST, OTHER, 3, 3, 3, top_n=2)
+CONVERSATION = shown(Comparison(TOKENS, TOTALS, MESSAGES, FIRST, OTHER, 3, 3, 3, top_n=2))
 
 
-def apart(text: str, before: str, first: str, other: str) -> ApartToken:
-    return ApartToken(
+def apart(text: str, before: str, first: str, other: str) -> DivergentToken:
+    return DivergentToken(
         12, 12, 3456, text, before, 10.25, -0.03, -123.4, *(Prediction(1, t, 0.56) for t in (first, other))
     )
 
 
-DATASETS = DatasetComparison(
+COMPARED = DatasetComparison(
     first=FIRST,
     other=OTHER,
     totals=TOTALS,
@@ -72,10 +78,11 @@ DATASETS = DatasetComparison(
         apart("\x1b[2J", "\x1b]0;evil\x07", "[bold]", "\u202e"),
     ],
     conversations=[
-        ApartConversation(12, 12, 53, 0.289, 70.42, 1111.24, "Can I appeal?\n" + "建築許可" * 20),
-        ApartConversation(3, 3, 1, 2.5, 1.0, 12345.6, ""),
+        DivergentConversation(12, 12, 53, 0.289, 70.42, 1111.24, "Can I appeal?\n" + "建築許可" * 20),
+        DivergentConversation(3, 3, 1, 2.5, 1.0, 12345.6, ""),
     ],
 )
+DATASETS = shown(COMPARED)
 VAST = replace(
     DATASETS,
     totals=replace(TOTALS, num_tokens=10**9, perplexity=135_405.0, other_perplexity=1e9),
@@ -83,7 +90,7 @@ VAST = replace(
         replace(DATASETS.tokens[1], log_prob=-3.4e38, other_log_prob=-1e4),
         replace(DATASETS.tokens[0], prediction=None),
     ],
-    conversations=[ApartConversation(10**8, 10**8, 10**5, 30.5381, 135_405.0, 1e9, "建築許可" * 20)],
+    conversations=[DivergentConversation(10**8, 10**8, 10**5, 30.5381, 135_405.0, 1e9, "建築許可" * 20)],
 )
 
 
@@ -131,7 +138,7 @@ def test_a_line_a_token_with_both_models_predictions():
     (smile,) = [line for line in lines if line.startswith('"🙂')]
     assert smile.endswith("   30.538  -200.00")
     titles = [part.strip() for part in tables(lines)[0][0].split(" | ")]
-    assert titles == ["Real Token", "First (Top 2)", "Other (Top 2)", "KL  Δ log p"]
+    assert titles == ["Target Token", "First (Top 2)", "Other (Top 2)", "KL  Δ log p"]
     assert not any('"far0"' in line or '"far1"' in line for line in lines) and any('"far5"' in line for line in lines)
     wide = printed(CONVERSATION, 200)
     assert any('"The"(0.85)*, "A"(0.10)' in line and '"A"(0.60), "The"(0.30)*' in line for line in wide)

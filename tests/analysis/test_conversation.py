@@ -1,4 +1,4 @@
-"""The analysis object against plain forwards and worked numbers, and each form that it takes."""
+"""The analysis object against reference forward passes and worked numbers, and each form that it takes."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def analyses(real_extraction):
 
 @pytest.fixture(scope="module")
 def true_entropies(analyses, smollm2):
-    """Of every extracted token's predicting distribution, by plain forwards over the whole vocabulary."""
+    """Of every extracted token's predicting distribution, by reference forward passes over the whole vocabulary."""
     found = []
     for analysis in analyses:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A logit dataset with the tokenizer that it was extracted with, from its recorded place or from another."""
+"""Opening a logit dataset with the tokenizer that it was extracted with, from its recorded place or from another."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ def open_with_tokenizer(
     source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
     gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
     tokenizer = load_tokenizer(source, commit, gguf_file, trust_remote_code)
-    found, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
-    if found != expected:
+    fingerprint, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
+    if fingerprint != expected:
         raise ToolkitError(
-            f"tokenizer of {source}: fingerprint {found[:12]}, expected {expected[:12]}; "
+            f"tokenizer of {source}: fingerprint {fingerprint[:12]}, expected {expected[:12]}; "
             "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
         )
     return dataset, tokenizer

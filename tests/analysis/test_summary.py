@@ -22,6 +22,7 @@ from runs import shards_in
 import extract_logits
 from chat_logits.analysis.summary import summarize
 from chat_logits.data.alignment import AlignmentError
+from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
@@ -57,7 +58,7 @@ def naive_position(row, index, token_id) -> SimpleNamespace:
 
 
 def naive_reading(folder, tokenizer, source_rows) -> SimpleNamespace:
-    """Every position of every row, with real tokens by transformers' own template and a search for the answer."""
+    """Every position of every row, with target tokens by transformers' own template and a search for the answer."""
     rows, positions = [row for path in shards_in(folder) for row in pq.read_table(path).to_pylist()], []
     for number, row in enumerate(rows):
         question, answer = (turn["value"] for turn in source_rows[row["source_index"]]["conversations"])
@@ -231,7 +232,7 @@ def test_bytes_by_column(both):
 
 def test_json_has_every_number(both):
     summary, _, _ = both
-    found = json.loads(summary.to_json())
+    found = json.loads(shown(summary).to_json())
     assert found["logit_dataset_id"] == summary.dataset_id and found["perplexity"] == summary.perplexity
     assert found["kept"]["counts"] == summary.kept.counts and found["entropies"]["is_open_ended"]
     assert found["entropy_is_bound"] is False and found["top5_is_bound"] is summary.top5_is_bound
@@ -257,7 +258,7 @@ def test_without_draws_entropies_are_lower_bounds(real_extraction, smollm2, tmp_
     flags = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
     assert extract_logits.main([*flags, "--num_sampled", "0", "--max_samples", "32"]) == 0
     found = summarize(open_dataset(str(tmp_path / "out")), smollm2[1])
-    assert found.entropy_is_bound and json.loads(found.to_json())["entropy_is_bound"] is True
+    assert found.entropy_is_bound and json.loads(shown(found).to_json())["entropy_is_bound"] is True
     expected = []
     for row in pq.read_table(shards_in(tmp_path / "out")[0]).to_pylist():
         for i in range(row["num_tokens"]):
@@ -269,13 +270,13 @@ def test_without_draws_entropies_are_lower_bounds(real_extraction, smollm2, tmp_
     assert found.mean_entropy < whole.mean_entropy and found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-5)
     buffer = io.StringIO()
     with redirect_stdout(buffer):
-        found.print()
+        shown(found).print()
     assert f"mean entropy ≥ {found.mean_entropy:.2f} nats" in buffer.getvalue() and "| Entropy ≥ " in buffer.getvalue()
 
 
 @pytest.mark.parametrize(("kept", "is_bound"), [(64, False), (5, False), (4, True), (1, True)])
 def test_top5_is_a_bound_where_a_nucleus_ends_before_the_fifth(copy, smollm2, kept, is_bound):
-    """Whole nuclei first; then that of one position, whose real token is in none, is cut to so many entries."""
+    """Whole nuclei first; then that of one position, whose target token is in none, is cut to so many entries."""
     row = pq.read_table(shards_in(copy)[0]).to_pylist()[0]
     n, place = row["num_tokens"], 7
     ids = [1000 + rank for _ in range(n) for rank in range(TOP_K)]  # far from all tokens of the answer
@@ -383,8 +384,9 @@ def test_the_hub_gives_the_same_summary(real_extraction, smollm2, tmp_path):
     code = """
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.analysis.summary import summarize
+from chat_logits.display.results import shown
 from chat_logits.storage.dataset import open_dataset
-import sys; print(summarize(open_dataset("user/logits"), load_tokenizer(sys.argv[1])).to_json())
+import sys; print(shown(summarize(open_dataset("user/logits"), load_tokenizer(sys.argv[1]))).to_json())
 """
     paths = [path for path in real_extraction.rglob("*") if path.is_file() and not path.name.startswith(".")]
     files = {path.relative_to(real_extraction).as_posix(): path.read_bytes() for path in paths}
@@ -421,11 +423,11 @@ def test_impossible_tokens(copy, smollm2):
     assert [one.sample_index for one in summary.least_confident[:2]] == [3, 7]
     assert [(one.sample_index, one.log_prob) for one in summary.largest_losses[:2]] == [(3, -math.inf), (7, -math.inf)]
     assert summary.surprisals.counts[-1] >= 2 and sum(summary.surprisals.counts) == summary.num_tokens
-    found = json.loads(summary.to_json(), parse_constant=pytest.fail)
+    found = json.loads(shown(summary).to_json(), parse_constant=pytest.fail)
     assert found["perplexity"] is None and found["vocabulary_losses"][0]["share"] is None
     buffer = io.StringIO()
     with redirect_stdout(buffer):
-        summary.print()
+        shown(summary).print()
     assert "mean NLL inf nats, perplexity inf" in buffer.getvalue()
 
 
@@ -441,7 +443,7 @@ def test_certain_tokens_and_an_empty_nucleus(copy, smollm2):
     assert summary.kept.counts[0] == summary.surprisals.counts[0] == summary.calibration[0].count == n
     assert summary.most_confident == summary.least_confident and len(summary.most_confident) == 1
     assert all(one.prediction is None for one in summary.largest_losses)
-    summary.print()
+    shown(summary).print()
 
 
 def test_an_unfinished_extraction_is_refused(copy, smollm2):

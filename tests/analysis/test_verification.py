@@ -22,6 +22,7 @@ from chat_logits.analysis.verification import check_rows, load_recorded_model, s
 from chat_logits.data.alignment import align_row
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.tokenizer import load_tokenizer
+from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage import shard
 from chat_logits.storage.dataset import EXTRACTION_FILE, SHARDS_FILE, open_dataset, shard_listing
@@ -41,7 +42,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def undamaged(real_extraction, tokenizer):
     """Every second row through ``verify`` itself, with the model that it loads."""
-    return verify(open_dataset(str(real_extraction)), tokenizer, len(SPREAD))
+    return shown(verify(open_dataset(str(real_extraction)), tokenizer, len(SPREAD)))
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def test_bfloat16_holds_up_and_a_shift_in_it_is_found(rewritten, tmp_path, token
     dataset = open_dataset(str(folder))
     model = load_recorded_model(dataset)
     found = check_rows(dataset, model, tokenizer, ROWS)
-    found.print()
+    shown(found).print()
     assert found.holds and found.dtype == "bfloat16"
     (cause,) = check_rows(rewritten(folder, rolled(1, numbers=NUMBERS)), model, tokenizer, ROWS).causes
     print(cause)
@@ -321,7 +322,7 @@ def test_the_tables_have_all_figures_and_end_with_the_verdict(undamaged):
     lines = printed(undamaged)
     assert lines[0].startswith(f"Checked 16 rows, {undamaged.num_tokens} tokens against ")
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
-    assert cells[0] == ["Measure, nats", "Found", "Limit"] and cells[7] == [
+    assert cells[0] == ["Measure, nats", "Measured", "Limit"] and cells[7] == [
         "Mean error, least at 0",
         "at -1",
         "at 0",

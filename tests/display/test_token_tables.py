@@ -10,8 +10,9 @@ from rich.console import Console
 
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis
+from chat_logits.display.results import print_result
 from chat_logits.display.text import quoted
-from chat_logits.display.token_report import print_preview
+from chat_logits.display.token_tables import print_preview
 
 
 def extracted(text: str, rank: int | None, predictions: list[tuple[str, float]], log_prob=-0.5) -> TokenAnalysis:
@@ -41,7 +42,7 @@ def table(width: int | None = None, only=None, show_prompt=None, **options) -> l
     buffer = io.StringIO()
     terminal = {"width": width, "force_terminal": True, "legacy_windows": False} if width else {}
     analysis = Analysis(TOKENS, [], "dataset", "model", 0, 2, show_prompt, only)
-    analysis.print(Console(file=buffer, highlight=False, **terminal, **options))
+    print_result(analysis, Console(file=buffer, highlight=False, **terminal, **options))
     return buffer.getvalue().splitlines()
 
 

@@ -1,0 +1,172 @@
+"""A whole dataset, or two beside each other, as a page of figures and tables; the tables are the terminal's."""
+
+from chat_logits.analysis.comparison import DatasetComparison
+from chat_logits.analysis.summary import DatasetSummary, Histogram
+from chat_logits.display.dataset_tables import (
+    conversation_tables,
+    divergent_conversations_table,
+    divergent_tokens_table,
+    kept_groups,
+    losses_table,
+    vocabulary_table,
+)
+from chat_logits.display.formats import entropy_text, short_perplexity
+from chat_logits.display.page import render_page
+from chat_logits.display.tables import Table
+from chat_logits.display.token_page import comparison_tiles
+
+LABELLED, TICKS = 12, 5  # up to so many bins are all labelled; of more, about so many
+
+
+def summary_page(summary: DatasetSummary) -> str:
+    """The page of a dataset's summary."""
+    return render_page(
+        "summary.html.jinja",
+        title=f"Summary of {summary.dataset_id}",
+        subtitle=f"What {summary.model_id} predicted in the place of every extracted token",
+        tiles=_tiles(summary),
+        figures=[
+            _reliability(summary),
+            _histogram("Surprisal of the target tokens, nats", summary.surprisals),
+            _histogram(f"Entropy of the predictions, nats{', at least' * summary.entropy_is_bound}", summary.entropies),
+            _kept(summary.kept),
+            _sizes(summary),
+            *(_table(table, span=6) for table in conversation_tables(summary)),
+            _table(losses_table(summary.largest_losses)),
+            _table(vocabulary_table(summary.vocabulary_losses)),
+        ],
+    )
+
+
+def _tiles(summary) -> list[tuple[str, str]]:
+    return [
+        ("Conversations", f"{summary.num_conversations:,}"),
+        ("Tokens", f"{summary.num_tokens:,}"),
+        ("Perplexity", short_perplexity(summary.perplexity)),
+        ("Top-1", f"{summary.top1_rate:.1%}"),
+        ("Top-5, at least" if summary.top5_is_bound else "Top-5", f"{summary.top5_rate:.1%}"),
+        ("In the nucleus", f"{summary.in_nucleus_rate:.1%}"),
+        ("Mean entropy", entropy_text(summary.mean_entropy, summary.entropy_is_bound)),
+        ("Probability stored", f"{summary.stored:.1%}"),
+        ("Calibration error", f"{summary.calibration_error:.3f}"),
+        ("Bytes per token", f"{summary.bytes_per_token:.1f}"),
+    ]
+
+
+# --- figures ---
+
+
+def _histogram(title: str, counted: Histogram, note: str = "", span: int = 4) -> dict:
+    """A figure of a ``Histogram``; ``span`` is its width in twelfths of the page's."""
+    total, largest = max(1, sum(counted.counts)), max(1, *counted.counts)
+    step = 1 if len(counted.counts) <= LABELLED else -(-len(counted.counts) // TICKS)
+    return {
+        "kind": "histogram",
+        "span": span,
+        "title": title,
+        "note": note,
+        "bins": [
+            {
+                "percent": round(100 * count / largest, 2),
+                "title": f"{_span(low, high)}: {count:,} ({count / total:.1%})",
+            }
+            for low, high, count in counted.bins
+        ],
+        "ticks": [_tick(low, high) if i % step == 0 else "" for i, (low, high, _) in enumerate(counted.bins)],
+        "summary": "; ".join(f"{_span(low, high)}: {count / total:.1%}" for low, high, count in counted.bins if count),
+    }
+
+
+def _tick(low: float, high: float | None) -> str:
+    return f"{low:g}+" if high is None else f"{low:g}"
+
+
+def _span(low: float, high: float | None) -> str:
+    return f"{low:g} and more" if high is None else f"{low:g} – {high:g}"
+
+
+def _reliability(summary) -> dict:
+    present = [each for each in summary.calibration if each.count]
+    largest = max(each.count for each in present)
+    return {
+        "kind": "reliability",
+        "span": 4,
+        "title": "Calibration",
+        "note": f"Below the diagonal the model is surer than right. Expected error {summary.calibration_error:.3f}.",
+        "bins": [
+            {
+                "x": round(100 * each.low, 2),
+                "width": round(100 * (each.high - each.low), 2),
+                "y": round(100 - 100 * each.accuracy, 2),
+                "height": round(100 * each.accuracy, 2),
+                "confidence": round(100 * each.confidence, 2),
+                "radius": round(0.8 + 1.8 * (each.count / largest) ** 0.5, 2),
+                "title": f"{each.count:,} tokens: probability {each.confidence:.3f}, right {each.accuracy:.3f}",
+            }
+            for each in present
+        ],
+    }
+
+
+def _bars(title: str, rows: list[tuple[str, float, str]], note: str = "") -> dict:
+    """A figure of horizontal bars: label, value, and the value in words."""
+    largest = max((value for _, value, _ in rows), default=0) or 1
+    return {
+        "kind": "bars",
+        "span": 6,
+        "title": title,
+        "note": note,
+        "rows": [
+            {"label": label, "percent": round(100 * value / largest, 2), "number": number}
+            for label, value, number in rows
+        ],
+    }
+
+
+def _kept(kept: Histogram) -> dict:
+    groups, total = kept_groups(kept), max(1, sum(kept.counts))
+    rows = [(name, count, f"{count / total:.1%}") for name, count in groups]
+    return _bars("Nucleus entries kept per position", rows, f"{len(kept.counts) - 1} at most")
+
+
+def _sizes(summary) -> dict:
+    rows = [(each.column, each.num_bytes, f"{each.bytes_per_token:.2f}") for each in summary.columns]
+    return _bars("Bytes per token by column, compressed", rows, f"{summary.num_bytes:,} bytes in all")
+
+
+# --- tables ---
+
+
+def _table(table: Table, span: int = 12) -> dict:
+    return {
+        "kind": "table",
+        "span": span,
+        "title": table.title,
+        "note": "",
+        "columns": [(column.title, column.is_number) for column in table.columns],
+        "rows": table.rows,
+    }
+
+
+# --- two datasets ---
+
+
+def datasets_page(comparison: DatasetComparison) -> str:
+    """The page of two datasets beside each other."""
+    left_out = comparison.only_in_first + comparison.only_in_other + comparison.num_different
+    tiles = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", f"{left_out:,}")]
+    note = (
+        f"Left out: {comparison.only_in_first:,} only in the first, {comparison.only_in_other:,} only in the other, "
+        f"{comparison.num_different:,} with other tokens."
+    )
+    return render_page(
+        "summary.html.jinja",
+        title=f"{comparison.first.logit_dataset_id} and {comparison.other.logit_dataset_id}",
+        subtitle=f"How far {comparison.first.model_id} and {comparison.other.model_id} are apart",
+        tiles=[*tiles, *comparison_tiles(comparison.totals)],
+        figures=[
+            _histogram("KL divergence of the tokens, nats, at least", comparison.histogram, note, span=12),
+            _table(divergent_conversations_table(comparison.conversations)),
+            _table(divergent_tokens_table(comparison.tokens)),
+        ],
+    )

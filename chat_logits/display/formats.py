@@ -1,0 +1,42 @@
+"""Numbers in words, the same in terminals and on pages."""
+
+from chat_logits.analysis.tokens import Prediction, TokenAnalysis
+from chat_logits.display.text import quoted
+
+
+def short_probability(probability: float) -> str:
+    """Two digits of a probability.
+
+    >>> short_probability(0.854), short_probability(0.00042)
+    ('0.85', '4e-04')
+    """
+    return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
+
+
+def short_perplexity(perplexity: float) -> str:
+    """A perplexity in at most ten characters."""
+    return f"{perplexity:,.2f}" if perplexity < 999_999.995 else f"{perplexity:.1e}"
+
+
+def short_nats(nats: float, sign: str = "") -> str:
+    """A logarithm in at most seven characters; that of a masked token can be −10³⁸.
+
+    >>> short_nats(-12.345), short_nats(-3.4e38), short_nats(0.5, "+")
+    ('-12.35', '-3e+38', '+0.50')
+    """
+    return f"{nats:{sign}.2f}" if abs(nats) < 999.5 else f"{nats:{sign}.0e}"
+
+
+def entropy_text(nats: float, is_bound: bool) -> str:
+    """An entropy in nats, with ≥ where it is a lower bound."""
+    return f"{'≥ ' if is_bound else ''}{nats:.2f} nats"
+
+
+def rank_text(token: TokenAnalysis) -> str:
+    """The target token's rank, or ``>k`` where it is not among the k stored ones."""
+    return str(token.rank) if token.rank else f">{token.kept}"
+
+
+def prediction_text(prediction: Prediction | None) -> str:
+    """A prediction as text, ``"The"(0.85)``; "" for None."""
+    return f"{quoted(prediction.text)}({short_probability(prediction.probability)})" if prediction else ""

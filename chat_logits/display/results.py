@@ -1,0 +1,114 @@
+"""Results that show themselves: any result of ``analysis`` as a terminal's tables, as JSON, or as a page.
+
+``shown(result)`` is the same result with methods for that, as ``explore_logits.execute_analysis`` and the like give it.
+"""
+
+import io
+from dataclasses import fields
+from functools import singledispatch
+
+from rich.console import Console
+
+from chat_logits.analysis.comparison import Comparison, DatasetComparison
+from chat_logits.analysis.conversation import Analysis
+from chat_logits.analysis.summary import DatasetSummary
+from chat_logits.analysis.verification import Verification
+from chat_logits.display.dataset_page import datasets_page, summary_page
+from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
+from chat_logits.display.page import framed
+from chat_logits.display.tables import default_console
+from chat_logits.display.text import json_text
+from chat_logits.display.token_page import analysis_page, comparison_page
+from chat_logits.display.token_tables import print_analysis, print_comparison
+
+TEXT_WIDTH = 160  # cells of what str() gives
+
+
+@singledispatch
+def print_result(result, console: Console) -> None:  # noqa: ARG001
+    """Print a result of ``analysis``. A terminal gets lines that fit it, a pipe wide ones."""
+    raise TypeError(f"{type(result).__name__} is no result of an analysis")
+
+
+@singledispatch
+def page_of(result) -> str:
+    """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification`` has none."""
+    raise TypeError(f"{type(result).__name__} has no page")
+
+
+print_result.register(Analysis, print_analysis)
+print_result.register(Comparison, print_comparison)
+print_result.register(DatasetComparison, print_datasets)
+print_result.register(DatasetSummary, print_summary)
+print_result.register(Verification, print_verification)
+page_of.register(Analysis, analysis_page)
+page_of.register(Comparison, comparison_page)
+page_of.register(DatasetComparison, datasets_page)
+page_of.register(DatasetSummary, summary_page)
+
+
+class Shown:
+    """A result that prints itself, and gives itself as text and as JSON."""
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it, on standard output unless there is a ``console``."""
+        print_result(self, console or default_console())
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        self.print(Console(file=buffer, highlight=False, width=TEXT_WIDTH, force_terminal=False))
+        return buffer.getvalue().rstrip("\n")
+
+    def to_json(self) -> str:
+        """It as one JSON object; infinite numbers are null."""
+        return json_text(self.as_dict())
+
+
+class ShownPage(Shown):
+    """A result that also has a page, which a notebook shows."""
+
+    def to_html(self) -> str:
+        """The page: one file that needs nothing else."""
+        return page_of(self)
+
+    def _repr_html_(self) -> str:
+        return framed(self.to_html())
+
+
+class ShownTokens(ShownPage):
+    """A result that is also a list of tokens."""
+
+    def to_frame(self):
+        """A pandas DataFrame, a row per shown token. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.to_dicts())
+
+
+class ShownAnalysis(ShownTokens, Analysis):
+    """An ``Analysis`` that shows itself."""
+
+
+class ShownComparison(ShownTokens, Comparison):
+    """A ``Comparison`` that shows itself."""
+
+
+class ShownDatasetComparison(ShownPage, DatasetComparison):
+    """A ``DatasetComparison`` that shows itself."""
+
+
+class ShownSummary(ShownPage, DatasetSummary):
+    """A ``DatasetSummary`` that shows itself."""
+
+
+class ShownVerification(Shown, Verification):
+    """A ``Verification`` that shows itself."""
+
+
+KINDS = (ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification)
+
+
+def shown(result):
+    """A result of ``analysis`` as one that shows itself."""
+    kind = next(kind for kind in KINDS if issubclass(kind, type(result)))
+    return kind(**{field.name: getattr(result, field.name) for field in fields(result)})

@@ -1,0 +1,215 @@
+"""Tables, described once and drawn twice: by rich in the terminal, as wide as it is, and as rows of a page."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import rich.table
+from rich.box import Box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from chat_logits.display.text import quoted
+
+PIPE_WIDTH = 160  # cells, where there is no terminal to fit
+NOTEBOOK_WIDTH = 110  # cells
+BAR, LEAST_BAR = 50, 9  # cells of a share and its bar
+EIGHTHS = " ▏▎▍▌▋▊▉"
+GAP = 3  # cells between two columns
+LINES = Box("    \n  | \n----\n  | \n    \n    \n  | \n    \n")  # as the README shows them
+
+
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command, instead of ending the process itself."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def default_console() -> Console:
+    """Standard output. A notebook is taken for a terminal: it shows colours, and a table stays one text."""
+    if Console().is_jupyter:
+        as_terminal = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
+        return PipeConsole(highlight=False, width=NOTEBOOK_WIDTH, **as_terminal)
+    return PipeConsole(highlight=False)
+
+
+# --- descriptions ---
+
+Cells = Sequence[str | Text]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table's column: ``least`` cells wide, or as many up to ``most`` as its place has.
+
+    ``cells`` are its texts, or a function that gives them for a width. Numbers stand at the right end. One that
+    ``is_joined`` shares a column with the one before it in the terminal, two spaces apart.
+    """
+
+    title: str
+    cells: Cells | Callable[[int], Cells]
+    least: int
+    most: int
+    is_number: bool = False
+    is_joined: bool = False
+
+    def cells_at(self, width: int) -> Cells:
+        """The texts for a width in cells."""
+        return self.cells(width) if callable(self.cells) else self.cells
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under its title. A narrow terminal shows it without the columns named ``spare``, in this order."""
+
+    title: str
+    columns: list[Column]
+    spare: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str | Text, ...]]:
+        """Its cells at their widest, row by row."""
+        return list(zip(*(column.cells_at(column.most) for column in self.columns), strict=True))
+
+
+def numbers(title: str, cells: Iterable[str], least: int = 0, is_joined: bool = False) -> Column:
+    """A column of numbers, which are never cut."""
+    cells = list(cells)
+    width = max(least, *map(cell_len, [title, *cells]))
+    return Column(title, cells, width, width, is_number=True, is_joined=is_joined)
+
+
+def labels(title: str, cells: Iterable[str]) -> Column:
+    """A column of short texts, which are never cut."""
+    cells = list(cells)
+    width = max(map(cell_len, [title, *cells]))
+    return Column(title, cells, width, width)
+
+
+def shares(title: str, counts: Sequence[int]) -> Column:
+    """A column of each count's share of all, with a bar as long as the count is beside the largest one."""
+    total, largest = max(1, sum(counts)), max(1, *counts)
+
+    def cells(width: int) -> list[str]:
+        return [f"{count / total:>6.1%} {bar(count / largest, width - 7)}".rstrip() for count in counts]
+
+    return Column(title, cells, max(LEAST_BAR, len(title)), BAR)
+
+
+def bar(share: float, width: int) -> str:
+    """A share of 1 as a bar of at most ``width`` cells, in eighths of a cell.
+
+    >>> bar(0.5, 4), bar(0.4, 4)
+    ('██', '█▋')
+    """
+    full, eighths = divmod(round(share * width * 8), 8)
+    return ("█" * full + EIGHTHS[eighths]).rstrip()
+
+
+def where(position: int, before: str, width: int) -> str:
+    """A token's place and the end of the text before it, ``#41 …the end``, in ``width`` cells, or the place alone."""
+    number = f"#{position} …"
+    end = text_end(before, width - cell_len(number))
+    return number + end if end else number[:-2]
+
+
+def text_end(text: str, width: int) -> str:
+    """As much of a text's end, escaped, as ``width`` cells hold."""
+    text = text[-width:] if width > 0 else ""
+    while text and cell_len(quoted(text, space=" ")[1:-1]) > width:
+        text = text[1:]
+    return quoted(text, space=" ")[1:-1]
+
+
+# --- in the terminal ---
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table as wide as its place."""
+    width, columns = fitting_width(console), table.columns
+    for title in table.spare:
+        if _least(columns) > width:
+            columns = [column for column in columns if column.title != title]
+    columns = _joined(columns)
+    left, fitted = max(0, width - _least(columns)), []
+    for i, column in enumerate(columns):
+        growing = sum(other.most > other.least for other in columns[i:])
+        more = min(column.most - column.least, left // max(1, growing))
+        left -= more
+        fitted.append((column, column.least + more))
+    draw(fitted, console)
+
+
+def _least(columns: list[Column]) -> int:
+    columns = _joined(columns)
+    return sum(column.least for column in columns) + GAP * (len(columns) - 1)
+
+
+def _joined(columns: list[Column]) -> list[Column]:
+    joined: list[Column] = []
+    for column in columns:
+        if column.is_joined and joined:
+            pairs = zip(_padded(joined.pop()), _padded(column), strict=True)
+            title, *cells = (f"{left}  {right}" for left, right in pairs)
+            column = numbers(title, cells)
+        joined.append(column)
+    return joined
+
+
+def _padded(column: Column) -> list[str]:
+    return [f"{cell:>{column.least}}" for cell in (column.title, *column.cells_at(column.least))]
+
+
+def draw(columns: Sequence[tuple[Column, int]], console: Console) -> None:
+    """Print columns at these widths in cells, each cell cut to its column's, without spaces at the ends of lines."""
+    rule = sum(width for _, width in columns) + GAP * (len(columns) - 1)
+    table = rich.table.Table(box=LINES, show_edge=False, pad_edge=False, header_style="", width=rule)
+    for column, width in columns:
+        justify = "right" if column.is_number else "left"
+        table.add_column(Text(column.title), width=width, justify=justify, no_wrap=True, overflow="ellipsis")
+    for row in zip(*(column.cells_at(width) for column, width in columns), strict=True):
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console.print("=" * rule, markup=False, soft_wrap=True)
+    for segments in console.render_lines(table, console.options.update(width=rule), pad=False):
+        line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+
+
+def fit(text: str | Text, width: int) -> Text:
+    """The text in at most ``width`` cells, cut with an ellipsis where it is longer."""
+    fitted = Text(text) if isinstance(text, str) else text.copy()
+    fitted.truncate(width, overflow="ellipsis")
+    return fitted
+
+
+def table_width(console: Console) -> float:
+    """The terminal's width in cells; a pipe has no end."""
+    return console.width if console.is_terminal else math.inf
+
+
+def fitting_width(console: Console) -> int:
+    """The cells that a table may take."""
+    return console.width if console.is_terminal else PIPE_WIDTH
+
+
+def print_title(title: str, console: Console) -> None:
+    """Print a table's title, whole."""
+    console.print(title, markup=False, style="bold", soft_wrap=True)
+
+
+def print_line(text: str, console: Console, style: str = "") -> None:
+    """Print a line, or in a terminal the several that it needs there."""
+    console.print(Text(text, style), soft_wrap=not console.is_terminal)
+
+
+def print_parts(parts: list[str], console: Console) -> None:
+    """Print totals: a line, or several where the terminal is narrow."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        joined = f"{lines[-1]} · {part}"
+        lines[-1:] = [joined] if cell_len(joined) <= table_width(console) else [lines[-1], part]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
