@@ -14,6 +14,7 @@ from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
 from chat_logits.analysis.row import RowNumbers
 from chat_logits.data.alignment import align_row
+from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset, shard_listing
 from chat_logits.storage.fingerprint import run_fingerprint
@@ -226,7 +227,7 @@ def test_another_tokenizer_is_refused(both, smollm2):
 
 def test_a_dataset_comparison_as_json(both, smollm2):
     found = compare_datasets(*both, smollm2[1])
-    content = json.loads(found.to_json(), parse_constant=pytest.fail)
+    content = json.loads(shown(found).to_json(), parse_constant=pytest.fail)
     assert content["totals"]["mean_kl"] == found.totals.mean_kl and content["histogram"]["is_open_ended"]
     assert content["other"] == {
         "logit_dataset_id": both[1].dataset_id,
@@ -262,7 +263,7 @@ def test_a_conversations_tokens(both, rows, compared, alignments, smollm2):
 def test_only_the_tokens_furthest_apart(both, compared, smollm2):
     found = compare_analyses(*both, smollm2[1], 3, only=4)
     assert [pair.kl for pair in found.shown] == sorted(compared[3].kl.tolist(), reverse=True)[:4]
-    content = json.loads(found.to_json(), parse_constant=pytest.fail)
+    content = json.loads(shown(found).to_json(), parse_constant=pytest.fail)
     assert [token["kl"] for token in content["tokens"]] == [pair.kl for pair in found.shown]
     assert content["tokens"][0]["other"]["predictions"] and content["totals"]["num_tokens"] == len(compared[3].kl)
 
@@ -297,7 +298,7 @@ def test_an_empty_nucleus_predicts_nothing(real_extraction, both, rows, smollm2,
     assert all(token.other_prediction is None and token.prediction for token in found.tokens)
     assert found.totals.agreement == 0 and found.totals.perplexity == found.totals.other_perplexity
     assert compare_datasets(empty, empty, smollm2[1]).totals.agreement == 0
-    found.print()
+    shown(found).print()
 
 
 @pytest.mark.parametrize(("sample_index", "message"), [(8, "source row 10 is not in it"), (18, "has other tokens")])
