@@ -67,6 +67,37 @@ def test_the_command_prints_the_table(real_extraction, source_rows):
     assert all(1 <= line.count("(0.") + line.count("(1.") <= 3 for line in rows)
 
 
+HEAVY = ("torch", "pandas", "transformers", "datasets", "huggingface_hub")
+
+
+def test_one_row_of_a_local_dataset_is_shown_without_what_is_heavy(real_extraction):
+    """Neither in time nor in memory: 250 MB at most."""
+    code = (
+        "import resource, sys, explore_logits\n"
+        "status = explore_logits.main(['--logit_dataset_id', sys.argv[1], '--sample_index', '2'])\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "print(status, heavy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, real_extraction], capture_output=True, text=True, cwd=REPO)
+    *result, megabytes = done.stderr.split()
+    assert result == ["0", "[]"] and int(megabytes) < 250
+    assert done.stdout.startswith("Detailed Token Analysis:")
+
+
+@pytest.mark.parametrize(
+    "given", [["/no/such/folder"], ["{}", "--tokenizer_id", "/no/such/model"], ["{}", "--compare", "/no"]]
+)
+def test_what_is_missing_is_noticed_before_anything_heavy_is_imported(real_extraction, given):
+    code = (
+        "import sys, explore_logits\n"
+        "status = explore_logits.main(['--logit_dataset_id', *sys.argv[1:]])\n"
+        "print(status, [name for name in ('torch', 'pandas') if name in sys.modules])"
+    )
+    options = [part.format(real_extraction) for part in given]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout == "2 []\n" and "no such file or folder" in done.stderr
+
+
 @pytest.mark.parametrize("given", [str(TEMPLATE), TEMPLATE.read_text(encoding="utf-8")])
 def test_the_template_may_be_given_again(real_extraction, given):
     assert len(execute_analysis(str(real_extraction), 0, chat_template=given)) > 50

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from chat_logits.data.tokenizer_files import read_tokenizer
 from chat_logits.errors import ToolkitError
-from chat_logits.hub import is_commit
+from chat_logits.hub import is_commit, resolve_commit
 from chat_logits.storage.dataset import StoredDataset, open_dataset
 
 
@@ -22,15 +23,26 @@ def open_with_tokenizer(
     """
     dataset = open_dataset(str(dataset_id), revision)
     source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
+    if commit is None and not Path(source).exists():  # noticed before transformers is imported
+        commit = resolve_commit(source, "model", None)
     gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
+    expected = dataset.extraction["tokenizer_fingerprint"]
+    return dataset, _tokenizer_of(expected, source, commit, gguf_file, trust_remote_code)
+
+
+def _tokenizer_of(expected: str, source: str, commit: str | None, gguf_file: str | None, trust_remote_code: bool):
+    """The tokenizer with this fingerprint: from its files alone where they have it, in a tenth of the time."""
+    tokenizer = None if gguf_file else read_tokenizer(source, commit)
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) == expected:
+        return tokenizer
     tokenizer = load_tokenizer(source, commit, gguf_file, trust_remote_code)
-    fingerprint, expected = tokenizer_fingerprint(tokenizer), dataset.extraction["tokenizer_fingerprint"]
+    fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != expected:
         raise ToolkitError(
             f"tokenizer of {source}: fingerprint {fingerprint[:12]}, expected {expected[:12]}; "
             "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
         )
-    return dataset, tokenizer
+    return tokenizer
 
 
 def recorded_place(dataset: StoredDataset, given: str | None, option: str) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from functools import cache
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import explain_loading
@@ -62,12 +63,18 @@ def token_text(tokenizer, token_id: int) -> str:
 
 def _token_bytes(piece: str) -> bytes:
     """The bytes of a byte-fallback piece such as ``<0xF0>``, or of a byte-level BPE piece."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     if fallback := BYTE_FALLBACK.fullmatch(piece):
         return bytes([int(fallback[1], 16)])
-    table = {character: byte for byte, character in bytes_to_unicode().items()}
+    table = _byte_characters()
     return bytes(table[character] for character in piece if character in table)
+
+
+@cache
+def _byte_characters() -> dict[str, int]:
+    """The byte of each character of byte-level BPE: printable ones are themselves, the others follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def special_token_ids(tokenizer) -> set[int]:

@@ -167,7 +167,7 @@ def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
         return [
             canonical([[message[name] for name in ("role", "content", "extra")] for message in row]) for row in rows
         ]
-    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    values, offsets = np.from_dlpack(column.values), np.from_dlpack(column.offsets)  # to_numpy imports pandas
     return [np.ascontiguousarray(values[a:b]).view(np.uint8) for a, b in itertools.pairwise(offsets)]
 
 

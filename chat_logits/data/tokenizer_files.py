@@ -1,0 +1,91 @@
+"""A tokenizer read from its files by ``tokenizers`` alone, without transformers, where its fingerprint is known.
+
+``AutoTokenizer`` may change what the files say. Where the fingerprint of the files is the recorded one, it has not, and
+ids, offsets and texts are the same; elsewhere ``load_tokenizer`` is needed.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class FileTokenizer:
+    """What alignment and analysis need of a transformers tokenizer, under the same names."""
+
+    def __init__(self, backend: Tokenizer, config: dict):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend_tokenizer = backend
+        self.special_tokens_map = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = [
+            *self.special_tokens_map.values(),
+            *map(_content, extra if isinstance(extra, list) else extra.values()),
+        ]
+        self.all_special_ids = [i for i in map(backend.token_to_id, dict.fromkeys(named)) if i is not None]
+
+    @property
+    def added_tokens_decoder(self) -> dict:
+        """Added tokens by id, each with its ``special``."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token's id."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str | None] | None:
+        """The tokens as the vocabulary spells them, None for ids without one."""
+        token = self.backend_tokenizer.id_to_token
+        return token(ids) if isinstance(ids, int) else [token(each) for each in ids]
+
+    def decode(self, ids: list[int], **_options) -> str:
+        """The text of some ids, special tokens among it, nothing cleaned up."""
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+    def __call__(self, text: str | list[str], **_options) -> dict[str, list]:
+        """``input_ids`` and ``offset_mapping`` of a text, or lists of those for several, without added specials."""
+        if isinstance(text, str):
+            encoding = self.backend_tokenizer.encode(text, add_special_tokens=False)
+            return {"input_ids": encoding.ids, "offset_mapping": encoding.offsets}
+        encodings = self.backend_tokenizer.encode_batch(text, add_special_tokens=False)
+        return {
+            "input_ids": [encoding.ids for encoding in encodings],
+            "offset_mapping": [encoding.offsets for encoding in encodings],
+        }
+
+
+def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | None:
+    """The tokenizer of a local folder, or of a Hub model at a commit that is in the cache.
+
+    None where its files are not at hand, or leave something to Python code, or to options that only that knows.
+    """
+    files = [_file(source, commit, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    if None in files:
+        return None
+    try:
+        config = json.loads(files[1].read_text(encoding="utf-8"))
+        if config.get("auto_map") or config.get("split_special_tokens"):
+            return None
+        return FileTokenizer(Tokenizer.from_file(str(files[0])), config)
+    except Exception:  # files of another form: load_tokenizer says what is wrong with them
+        return None
+
+
+def _file(source: str, commit: str | None, name: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    if commit is None:
+        return None
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(source, name, revision=commit)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _content(token: str | dict) -> str:
+    """A token's text; files have it alone, or with its properties."""
+    return token["content"] if isinstance(token, dict) else token
