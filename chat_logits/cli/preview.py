@@ -1,7 +1,7 @@
 """Conversations as they would be extracted, before any model runs."""
 
 from chat_logits.analysis.tokens import label_tokens
-from chat_logits.display.token_report import print_preview
+from chat_logits.display.token_tables import print_preview
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run_description import open_run
 
