@@ -220,7 +220,7 @@ def bench_codec(model, conversations: int) -> None:
     print("| settings | coding | bytes a token | mean KL, nats |\n| --- | --- | --- | --- |")
     for name, (top_k, num_sampled, top_p) in SETTINGS.items():
         changed = {"top_k": top_k, "num_sampled": num_sampled, "top_p": top_p}
-        described = {**opened.described, **changed}
+        described = replace(opened.described, **changed)
         opened = replace(opened, config=replace(opened.config, **changed), described=described)
         stored_bytes = extraction(model, opened, True)
         top_ids = np.argsort(-truth, axis=1)[:, :top_k]

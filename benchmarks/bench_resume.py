@@ -56,7 +56,7 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
         with extraction_run.choose_workers(config)(opened, folder) as here:
             folder.begin(here.describe())
             kept: list = []
-            here.compute(iter([0]), folder.extraction, kept.append, extraction_run.tqdm)
+            here.compute(iter([0]), folder.manifest, kept.append, extraction_run.tqdm)
         row = next(stored_rows(folder, kept[0]))
         for shard in range(count):
             first = shard * ROWS_PER_SHARD

@@ -38,7 +38,7 @@ def test_smollm2_needs_no_template(extract, tmp_path, capsys):
     assert "Assistant tokens: shipped template smollm2.jinja" in capsys.readouterr().err
     own, shipped = (next((tmp_path / out).glob("data/*/*.parquet")).read_bytes() for out in ("own", "shipped"))
     assert own == shipped
-    assert open_dataset(str(tmp_path / "own")).extraction["mask_source"] == "shipped template smollm2.jinja"
+    assert open_dataset(str(tmp_path / "own")).manifest.mask_source == "shipped template smollm2.jinja"
 
 
 def test_prefixes_give_the_same_rows_too(extract, tmp_path, chat_file, capsys):
@@ -153,7 +153,7 @@ def test_a_dated_template_is_rebuilt_with_the_recorded_date(extract, chat_file, 
 def test_a_system_prompt_is_put_before_and_recorded(extract, chat_file, tmp_path):
     assert extract(chat_file([{"question": "Hi", "answer": "Hello"}]), system_prompt="Be a pirate.") == 0
     assert rows_in(tmp_path / "out")[0]["messages"][0] == {"role": "system", "content": "Be a pirate.", "extra": None}
-    assert open_dataset(str(tmp_path / "out")).extraction["system_prompt"] == "Be a pirate."
+    assert open_dataset(str(tmp_path / "out")).manifest.system_prompt == "Be a pirate."
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_row_that_was_changed_is_refused(real_extraction, smollm2):
     row = dataset.read_row(0)
     for change in ({"alignment_checksum": 1}, {"messages": dataset.read_row(1)["messages"]}):
         with pytest.raises(AlignmentError, match="column alignment_checksum"):
-            analyze_token_probabilities({**row, **change}, smollm2[1], dataset.extraction)
+            analyze_token_probabilities({**row, **change}, smollm2[1], dataset.manifest)
 
 
 def test_a_model_that_has_moved_is_found_by_tokenizer_id(real_extraction, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
     from chat_logits.data.alignment import align_row
     from chat_logits.data.tokenizer import load_tokenizer
 
-    aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.extraction)
+    aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.manifest)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.inference_mode():
         log_probs = model(torch.from_numpy(aligned.input_ids)[None]).logits[0].double().log_softmax(-1).numpy()
@@ -127,7 +127,7 @@ def test_a_folder_and_another_split_are_read(extract, tmp_path):
 def test_a_template_may_be_given_as_text(extract, chat_file, tmp_path):
     text = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
     assert extract(chat_file([GOOD]), chat_template=text) == 0
-    assert open_dataset(str(tmp_path / "out")).extraction["chat_template"] == text
+    assert open_dataset(str(tmp_path / "out")).manifest.chat_template == text
 
 
 def test_the_seed_changes_the_draws_alone(extract, chat_file, tmp_path):
@@ -223,7 +223,7 @@ def test_a_folder_that_holds_another_run_is_kept(extract, chat_file, tmp_path, c
     assert "holds another run (top_k: 64 there, 8 here)" in refused(capsys)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
-    assert open_dataset(str(tmp_path / "out")).extraction["top_k"] == 8
+    assert open_dataset(str(tmp_path / "out")).manifest.top_k == 8
 
 
 def test_a_run_that_is_being_replaced_is_kept_until_the_new_one_is_whole(extract, chat_file, tmp_path, small_model):
@@ -239,7 +239,7 @@ def test_a_run_that_is_being_replaced_is_kept_until_the_new_one_is_whole(extract
         kept = out / ".replaced"
         assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("[!.]*") if path.is_file()} == first
     assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
-    assert open_dataset(str(out)).extraction["top_k"] == 8 and not (out / ".replaced").exists()
+    assert open_dataset(str(out)).manifest.top_k == 8 and not (out / ".replaced").exists()
 
 
 def interrupt_when(path, model, source, out) -> tuple[int, str]:

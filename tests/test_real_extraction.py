@@ -42,7 +42,7 @@ def positions(stored, smollm2, plain):
     dataset, rows = stored
     found = []
     for row, (ids, _, _) in zip(rows, plain, strict=True):
-        aligned = align_row(row, smollm2[1], dataset.extraction)
+        aligned = align_row(row, smollm2[1], dataset.manifest)
         start = np.flatnonzero(ids == smollm2[1].convert_tokens_to_ids("<|im_start|>"))[-1] + 4
         assert smollm2[1].decode(ids[start - 3 : start]) == "assistant\n"
         assert aligned.positions.tolist() == list(range(start, len(ids) - 2))
@@ -152,8 +152,8 @@ def test_parquet_is_written_as_the_format_says(real_extraction):
 
 
 def test_the_recorded_template_is_the_options(stored):
-    assert stored[0].extraction["chat_template"] == TEMPLATE.read_text(encoding="utf-8")
-    assert stored[0].extraction["mask_source"] == "generation blocks of --chat_template"
+    assert stored[0].manifest.chat_template == TEMPLATE.read_text(encoding="utf-8")
+    assert stored[0].manifest.mask_source == "generation blocks of --chat_template"
 
 
 def test_the_summary_is_true(real_extraction, stored):

@@ -116,7 +116,7 @@ def compare_analyses(
             f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
             "expected the same conversation, template and skipped tokens"
         )
-    alignment = align_row(row, tokenizer, first.extraction, chat_template)
+    alignment = align_row(row, tokenizer, first.manifest, chat_template)
     compared = compare_rows(row, other_row, alignment.input_ids[alignment.positions])
     return Comparison(
         tokens=_compared_tokens(alignment, compared, tokenizer, top_n),
@@ -134,7 +134,7 @@ def compare_analyses(
 
 def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
     """Raise UsageError where two datasets' ids are not of one tokenizer."""
-    expected, found = (dataset.extraction["tokenizer_fingerprint"] for dataset in (first, other))
+    expected, found = (dataset.manifest.tokenizer_fingerprint for dataset in (first, other))
     if found != expected:
         raise UsageError(
             f"{other.dataset_id}: made with another tokenizer ({found[:12]}) than {first.dataset_id} "
@@ -168,7 +168,7 @@ def has_same_tokens(row: dict, other_row: dict) -> bool:
 
 def source_of(dataset: StoredDataset) -> Source:
     """The dataset and the model that it is of."""
-    return Source(dataset.dataset_id, dataset.extraction["model_id"])
+    return Source(dataset.dataset_id, dataset.manifest.model_id)
 
 
 def _compared_tokens(alignment: Alignment, compared: RowComparison, tokenizer, top_n: int) -> list[TokenComparison]:
@@ -223,7 +223,7 @@ def compare_datasets(
     listed are rebuilt. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
     """
     refuse_other_tokenizer(first, other)
-    tally = _ComparisonTally(RowAligner(tokenizer, first.extraction, chat_template).align, tokenizer)
+    tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
     num_different = 0
     with tqdm(first.rows(), "Comparing", first.num_rows, unit=" conversations", leave=False, delay=1) as rows:
         for sample_index, row, other_row in _paired(rows, other.rows()):

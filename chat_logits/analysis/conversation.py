@@ -1,6 +1,6 @@
 """One stored conversation, analysed token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from chat_logits.analysis.tokens import (
 from chat_logits.data.alignment import align_row
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.manifest import Manifest
 
 Selection = int | Callable[[TokenAnalysis], bool]
 UNCHANGED = object()
@@ -105,9 +106,11 @@ class Analysis(Sequence):
 
 
 def analyze_token_probabilities(
-    row: dict, tokenizer, extraction: dict, chat_template: str | None = None, top_n: int = 5
+    row: dict, tokenizer, extraction: Manifest | Mapping, chat_template: str | None = None, top_n: int = 5
 ) -> list[TokenAnalysis]:
     """Every token of a stored row's conversation, the extracted ones with their predictions.
+
+    ``extraction`` is a dataset's ``manifest``, or the content of its ``extraction.json``.
 
     Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
     extracted from; the remaining tokens then match the stored distributions one to one.
@@ -126,10 +129,10 @@ def analyze_row(
     """
     row = dataset.read_row(sample_index)
     return Analysis(
-        tokens=analyze_token_probabilities(row, tokenizer, dataset.extraction, chat_template, top_n),
+        tokens=analyze_token_probabilities(row, tokenizer, dataset.manifest, chat_template, top_n),
         messages=row["messages"],
         dataset_id=dataset.dataset_id,
-        model_id=dataset.extraction["model_id"],
+        model_id=dataset.manifest.model_id,
         sample_index=sample_index % dataset.num_rows,
         top_n=top_n,
         **shown,

@@ -25,8 +25,8 @@ def open_with_tokenizer(
     source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
     if commit is None and not Path(source).exists():  # noticed before transformers is imported
         commit = resolve_commit(source, "model", None)
-    gguf_file = None if tokenizer_id else dataset.extraction.get("gguf_file")
-    expected = dataset.extraction["tokenizer_fingerprint"]
+    gguf_file = None if tokenizer_id else dataset.manifest.gguf_file
+    expected = dataset.manifest.tokenizer_fingerprint
     return dataset, _tokenizer_of(expected, source, commit, gguf_file, trust_remote_code)
 
 
@@ -51,7 +51,7 @@ def recorded_place(dataset: StoredDataset, given: str | None, option: str) -> tu
     A folder that was recorded relative to where the extraction ran is looked for from here, and from the dataset's
     folder upwards. Raises ToolkitError where it is not there; ``option`` is what could say where it lies.
     """
-    source, revision = dataset.extraction["model_id"], dataset.extraction["model_revision"]
+    source, revision = dataset.manifest.model_id, dataset.manifest.model_revision
     if given is not None:
         return given, None
     if is_commit(revision):

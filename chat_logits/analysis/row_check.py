@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chat_logits.data.alignment import Alignment
+from chat_logits.storage.manifest import Manifest
 from logit_codec import ABSENT, MAX_TOKEN_ID, DecodedRow, decode_row, draw_uniforms, nearest_codes, nucleus_cut
 
 SHIFTS = (-1, 0, 1)  # the model's output one position earlier, in place, one position later
@@ -110,7 +111,7 @@ class _Output:
         return {"logsumexp": self.logsumexp[at], "token_log_probs": self.log_probs(at, tokens[:, None])[:, 0]}
 
 
-def check_row(index: int, row: dict, alignment: Alignment, model, extraction: dict) -> RowCheck:
+def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Manifest) -> RowCheck:
     """Hold stored row ``index``, aligned, against the reference forward pass of its conversation alone."""
     output, stored = _Output(model, alignment.input_ids), decode_row(row)
     tokens, before = alignment.input_ids[alignment.positions], alignment.positions - 1
@@ -120,10 +121,10 @@ def check_row(index: int, row: dict, alignment: Alignment, model, extraction: di
     for name, true in output.scalars(before, tokens).items():
         wrong = ~(errors[name][IN_PLACE] <= tolerance)
         faults += _fault(name, wrong, "nats", np.array(row[name]), true - tolerance, true + tolerance)
-    nucleus = _Nucleus(row, stored, output, before, extraction)
+    nucleus = _Nucleus(row, stored, output, before, manifest)
     limit = KL_LIMITS[dtype_name(model)]
     faults += nucleus.faults(errors["kl"][IN_PLACE], limit)
-    faults += _draw_faults(row, stored, output, before, extraction, nucleus.right_ids)
+    faults += _draw_faults(row, stored, output, before, manifest, nucleus.right_ids)
     return RowCheck(index, tolerance, limit, errors, nucleus.in_order, faults)
 
 
@@ -177,7 +178,7 @@ class _Nucleus:
     At each rank the two ids need only be as probable as each other: ties have no order.
     """
 
-    def __init__(self, row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, extraction: dict):
+    def __init__(self, row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, manifest: Manifest):
         self.codes, self.ids = _codes(row, "top"), stored.top_ids
         self.ranked = np.stack([_ranked(output.storable(at), self.codes.shape[1]) for at in before])
         best, true = output.log_probs(before, self.ranked), output.log_probs(before, self.ids)
@@ -186,7 +187,7 @@ class _Nucleus:
         self.lowest, self.highest = _code_range(true, output.tolerance)
         self.sizes = (self.codes > 0).sum(axis=1)
         errors = (output.tolerance, 0, -output.tolerance)
-        self.fewest, self.size, self.most = (_size(best + error, extraction["top_p"]) for error in errors)
+        self.fewest, self.size, self.most = (_size(best + error, manifest.top_p) for error in errors)
         is_first = np.arange(self.codes.shape[1]) < self.sizes[:, None]
         self.is_cut = (
             (self.fewest <= self.sizes) & (self.sizes <= self.most) & (is_first == (self.codes > 0)).all(axis=1)
@@ -226,12 +227,12 @@ def _size(log_probs: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _draw_faults(
-    row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, extraction: dict, kept: list[np.ndarray]
+    row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, manifest: Manifest, kept: list[np.ndarray]
 ) -> list[Fault]:
     """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
     codes, ids = _codes(row, "sampled"), stored.sampled_ids
     drawn = np.where(codes > 0, ids, ABSENT)
-    uniforms = draw_uniforms(extraction["seed"], row["source_index"], len(before))
+    uniforms = draw_uniforms(manifest.seed, row["source_index"], len(before))
     expected, wrong = np.zeros(ids.shape, int), np.zeros(ids.shape, bool)
     for i, at in enumerate(before):
         expected[i], wrong[i] = _draws(output.storable(at), kept[i], uniforms[i], drawn[i], output.tolerance)

@@ -164,7 +164,7 @@ def summarize(dataset: StoredDataset, tokenizer, chat_template: str | None = Non
     ``chat_template`` (a path or text) replaces the recorded one. Raises ToolkitError where the dataset has no rows,
     and what reading and aligning raise, with the row.
     """
-    aligner, tally = RowAligner(tokenizer, dataset.extraction, chat_template), _Tally(tokenizer)
+    aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
     rows = tqdm(dataset.rows(), total=dataset.num_rows, dynamic_ncols=True, unit=" conversations")
     for sample_index, row in enumerate(rows):
         try:
@@ -244,7 +244,7 @@ class _Tally:
         _, confidence, right = self.reliability
         return DatasetSummary(
             dataset_id=dataset.dataset_id,
-            model_id=dataset.extraction["model_id"],
+            model_id=dataset.manifest.model_id,
             num_conversations=dataset.num_rows,
             num_tokens=tokens,
             perplexity=_perplexity(means["mean_nll"]),

@@ -20,6 +20,7 @@ from chat_logits.data.hashing import hash_files
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
 from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import DamagedShard
 from logit_codec import RowError
 
@@ -100,19 +101,19 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
     from chat_logits.model import loading
 
     source, revision = recorded_place(dataset, model_id, "model_id")
-    extraction = dataset.extraction
-    gguf_file, dtype, attention = (extraction[name] for name in ("gguf_file", "dtype", "attn_implementation"))
+    manifest = dataset.manifest
+    gguf_file, dtype, attention = manifest.gguf_file, manifest.dtype, manifest.attn_implementation
     if dtype not in KL_LIMITS:
-        raise ToolkitError(f"extraction.json has dtype {str(dtype)[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
+        raise ToolkitError(f"extraction.json has dtype {dtype[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
     device = loading.choose_device(None)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
     print(f"Loading {shown} on {device} …", file=sys.stderr)
     model = loading.load_model(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    if vocab_size != extraction["vocab_size"]:
+    if vocab_size != manifest.vocab_size:
         raise ToolkitError(
-            f"model {source}: a vocabulary of {vocab_size}, expected {extraction['vocab_size']}; it is not the model "
-            f"extracted from, which was {extraction['model_id']} at {extraction['model_revision'][:12]}."
+            f"model {source}: a vocabulary of {vocab_size}, expected {manifest.vocab_size}; it is not the model "
+            f"extracted from, which was {manifest.model_id} at {manifest.model_revision[:12]}."
         )
     return model
 
@@ -123,7 +124,7 @@ def check_rows(
     """Hold these rows against a loaded model, with a progress bar on stderr."""
     from chat_logits.model.loading import input_device
 
-    aligner = RowAligner(tokenizer, dataset.extraction, chat_template)
+    aligner = RowAligner(tokenizer, dataset.manifest, chat_template)
     checks, causes = [], []
     for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
         try:
@@ -134,9 +135,9 @@ def check_rows(
         except (DamagedShard, AlignmentError) as error:
             causes.append(f"row {index}: {error}")
         else:
-            checks.append(check_row(index, row, alignment, model, dataset.extraction))
+            checks.append(check_row(index, row, alignment, model, dataset.manifest))
     figures, limits, shifts = _figures(checks)
-    causes += _causes(checks, dataset.extraction, model.name_or_path)
+    causes += _causes(checks, dataset.manifest, model.name_or_path)
     return Verification(
         dataset_id=dataset.dataset_id,
         model_id=model.name_or_path,
@@ -175,20 +176,20 @@ def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
     return {name: float(figure) for name, figure in figures.items()}, limits, shifts
 
 
-def _causes(checks: list[RowCheck], extraction: dict, source: str) -> list[str]:
+def _causes(checks: list[RowCheck], manifest: Manifest, source: str) -> list[str]:
     """A line a row with faults; but one line for all of them where the model is another one."""
     faulty = [check for check in checks if check.faults]
     strangers = [check for check in faulty if check.is_all_wrong]
     if not strangers or len(strangers) < NEARLY_ALL * len(checks):
         return [check.cause for check in faulty]
     rows = f"{len(strangers)} of {count_text(len(checks), 'row')}"
-    cause = f"wrong throughout, {rows}: {_other_model(extraction, source)}"
+    cause = f"wrong throughout, {rows}: {_other_model(manifest, source)}"
     return [cause, *(check.cause for check in faulty if not check.is_all_wrong)]
 
 
-def _other_model(extraction: dict, source: str) -> str:
-    recorded = extraction["model_revision"]
-    was = f"the model is probably not the one extracted from, {extraction['model_id']} at {recorded[:12]}"
+def _other_model(manifest: Manifest, source: str) -> str:
+    recorded = manifest.model_revision
+    was = f"the model is probably not the one extracted from, {manifest.model_id} at {recorded[:12]}"
     if is_commit(recorded) or not Path(source).exists():
         return was
     files = hash_files(source)

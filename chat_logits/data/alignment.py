@@ -8,7 +8,10 @@ What is left are the *extracted positions*: the tokens whose predicting distribu
 
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 
@@ -56,6 +59,15 @@ class Alignment:
         return zlib.crc32(ids + positions)
 
 
+class RecordedAlignment(Protocol):
+    """How an extraction has aligned; attributes are named as keys of ``extraction.json``, and a manifest has them."""
+
+    chat_template: str
+    template_kwargs: dict
+    template_date: str | None
+    skipped_token_ids: list[int]
+
+
 class Aligner:
     """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids."""
 
@@ -68,15 +80,12 @@ class Aligner:
         self.written_tag = re.compile("|".join(written_out)) if written_out else None
 
     @classmethod
-    def from_extraction(cls, tokenizer, extraction: dict) -> "Aligner":
-        """As the extraction that wrote ``extraction.json`` aligned."""
+    def from_recorded(cls, tokenizer, recorded: RecordedAlignment) -> "Aligner":
+        """As the extraction that has recorded this aligned."""
         template = ChatTemplate(
-            extraction["chat_template"],
-            tokenizer.special_tokens_map,
-            extraction["template_kwargs"],
-            extraction.get("template_date"),
+            recorded.chat_template, tokenizer.special_tokens_map, recorded.template_kwargs, recorded.template_date
         )
-        return cls(tokenizer, template, frozenset(extraction["skipped_token_ids"]))
+        return cls(tokenizer, template, frozenset(recorded.skipped_token_ids))
 
     def align(self, conversation: list[dict]) -> Alignment:
         """Render, tokenize, mask and skip. Raises TemplateError where the template refuses the conversation."""
@@ -140,13 +149,13 @@ def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarr
 class RowAligner:
     """Aligns stored rows of one dataset.
 
-    ``extraction`` is the dataset's ``extraction.json``; ``chat_template`` (a path or text) replaces the recorded one.
+    ``recorded`` is the dataset's manifest; ``chat_template`` (a path or text) replaces the recorded one.
     """
 
-    def __init__(self, tokenizer, extraction: dict, chat_template: str | None = None):
-        self._recorded = Aligner.from_extraction(tokenizer, extraction)
+    def __init__(self, tokenizer, recorded: RecordedAlignment, chat_template: str | None = None):
+        self._recorded = Aligner.from_recorded(tokenizer, recorded)
         self._aligner = self._recorded if chat_template is None else None
-        self._chat_template, self._extraction = chat_template, extraction
+        self._chat_template = chat_template
 
     def align(self, row: dict) -> Alignment:
         """A row's input ids and extracted positions, proven by its checksum.
@@ -165,14 +174,20 @@ class RowAligner:
         return alignment
 
     def _choose(self, conversation: list[dict]) -> Aligner:
-        kwargs, date = self._extraction["template_kwargs"], self._extraction.get("template_date")
-        tokenizer = self._recorded.tokenizer
-        choice = choose_template(self._chat_template, tokenizer, kwargs, date, [conversation])
+        tokenizer, recorded = self._recorded.tokenizer, self._recorded.template
+        choice = choose_template(self._chat_template, tokenizer, recorded.kwargs, recorded.date, [conversation])
         return Aligner(tokenizer, choice.template, self._recorded.skipped_ids)
 
 
-def align_row(row: dict, tokenizer, extraction: dict, chat_template: str | None = None) -> Alignment:
-    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time."""
+def align_row(
+    row: dict, tokenizer, extraction: RecordedAlignment | Mapping, chat_template: str | None = None
+) -> Alignment:
+    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time.
+
+    ``extraction`` is a dataset's manifest, or the content of its ``extraction.json``.
+    """
+    if isinstance(extraction, Mapping):
+        extraction = SimpleNamespace(**extraction)
     return RowAligner(tokenizer, extraction, chat_template).align(row)
 
 

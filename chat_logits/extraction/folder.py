@@ -4,7 +4,6 @@ The finished shards are the state of a run. Whatever else is in the folder can b
 ``extraction.json``.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -19,17 +18,9 @@ from tqdm import tqdm
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.shard_record import RECORD, ShardRecord
 from chat_logits.storage import card as dataset_card
-from chat_logits.storage.dataset import (
-    CARD_FILE,
-    EXTRACTION_FILE,
-    SHARDS_FILE,
-    check_extraction,
-    read_json,
-    shard_listing,
-)
 from chat_logits.storage.disk import make_room_or_stop, nearest_existing
-from chat_logits.storage.fingerprint import run_fingerprint
-from chat_logits.storage.shard import DamagedShard, ShardEntry, check_shard, flush_and_rename
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, shards_text
+from chat_logits.storage.shard import DamagedShard, check_shard, flush_and_rename
 from chat_logits.storage.shard_writer import ShardWriter
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
@@ -41,8 +32,8 @@ PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
 
 
 class RunFolder:
-    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the ``extraction.json`` found in it,
-    ``recomputed`` the shards that were found damaged, now or earlier.
+    """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the manifest that was in it,
+    ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun.
 
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
     """
@@ -50,8 +41,7 @@ class RunFolder:
     def __init__(self, path: Path, overwrite: bool = False):
         self.path = path
         self.entries: dict[int, ShardEntry] = {}
-        self.extraction: dict = {}
-        self.fingerprint = ""
+        self.manifest: Manifest
         self.recomputed: set[int] = set()
         self._is_described, self._due = True, 0.0
         self._lock = filelock.FileLock(path / LOCK)
@@ -59,7 +49,7 @@ class RunFolder:
         if path.is_dir():
             self._acquire()
         try:
-            self.recorded = self._read_extraction()
+            self.recorded = self._read_manifest()
         except ToolkitError as error:
             if not overwrite:
                 self.close()
@@ -115,36 +105,36 @@ class RunFolder:
         """Shards that are in the folder, checked or not."""
         return sum(not path.name.startswith(".") for path in self.path.glob("data/*/*.parquet"))
 
-    def begin(self, extraction: dict, overwrite: bool = False, repo: str = "") -> None:
+    def begin(self, manifest: Manifest, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
 
         A run that was set aside before, by an ``--overwrite`` that never finished, is kept, and the unfinished one not.
         ``repo`` is the repository whose run is replaced with it.
         """
         self._enter()
-        self._set_extraction(extraction)
+        self._set_manifest(manifest)
         self.entries = {}
-        self._writer = ShardWriter(self.path, extraction)
+        self._writer = ShardWriter(self.path, manifest)
         with make_room_or_stop(self.path):
             if overwrite:
                 self._mark_replaced([repo])
             if self.is_replacing:
                 self._set_aside()
-            write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+            write_text(self.path / EXTRACTION_FILE, manifest.text)
             self.describe_shards()
 
-    def resume(self, extraction: dict, check_all: bool = False) -> None:
+    def resume(self, manifest: Manifest, check_all: bool = False) -> None:
         """Go on with the run: find its finished shards, and set damaged ones aside under a name with a dot.
 
         Read are those that have changed since they were written, or all with ``check_all``.
         """
         self._enter()
-        self._set_extraction(extraction)
+        self._set_manifest(manifest)
         if not check_all:
             self._record.load()
         with make_room_or_stop(self.path):
             if not (self.path / EXTRACTION_FILE).exists():
-                write_text(self.path / EXTRACTION_FILE, as_json(extraction))
+                write_text(self.path / EXTRACTION_FILE, manifest.text)
             for leftover in self.path.glob("data/*/.*.tmp"):
                 leftover.unlink(missing_ok=True)
             self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
@@ -153,11 +143,10 @@ class RunFolder:
             aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
             self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
-        self._writer = ShardWriter(self.path, extraction, max((e.num_bytes for e in self.entries.values()), default=0))
+        self._writer = ShardWriter(self.path, manifest, max((e.num_bytes for e in self.entries.values()), default=0))
 
-    def _set_extraction(self, extraction: dict) -> None:
-        self.extraction, self.fingerprint = extraction, run_fingerprint(extraction)
-        self._record = ShardRecord(self.path, self.fingerprint)
+    def _set_manifest(self, manifest: Manifest) -> None:
+        self.manifest, self._record = manifest, ShardRecord(self.path, manifest.fingerprint)
 
     def write_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
         """Write one finished shard, of which ``add`` is to be told."""
@@ -189,8 +178,8 @@ class RunFolder:
         """The text of ``shards.json`` and of the card where these are the shards there are."""
         entries = sorted(entries, key=lambda entry: entry.shard)
         return {
-            SHARDS_FILE: as_json(shard_listing(entries)),
-            CARD_FILE: dataset_card.render_card(self.extraction, self.fingerprint, entries),
+            SHARDS_FILE: shards_text(entries),
+            CARD_FILE: dataset_card.render_card(self.manifest, entries),
         }
 
     def finish(self) -> None:
@@ -216,13 +205,9 @@ class RunFolder:
             ) from error
         (self.path / WORKERS).unlink(missing_ok=True)  # of a process that was killed: its workers may live on a while
 
-    def _read_extraction(self) -> dict | None:
-        path, what = self.path / EXTRACTION_FILE, f"--output_dir {self.path}"
-        if not path.is_file():
-            return None
-        found = read_json(path, f"{what}: {EXTRACTION_FILE}")
-        check_extraction(found, what)
-        return found
+    def _read_manifest(self) -> Manifest | None:
+        path = self.path / EXTRACTION_FILE
+        return Manifest.read(path, f"--output_dir {self.path}") if path.is_file() else None
 
     def _set_aside(self) -> None:
         """Move one part after another; what a run that was stopped here has left is moved by the next."""
@@ -238,7 +223,7 @@ class RunFolder:
                 here.unlink(missing_ok=True)
 
     def _check_shards(self) -> list[ShardEntry | None]:
-        paths = sorted(self.path.glob(f"data/*/{self.extraction['split']}-*.parquet"))
+        paths = sorted(self.path.glob(f"data/*/{self.manifest.split}-*.parquet"))
         with ThreadPoolExecutor(CHECKING) as pool:
             checked = pool.map(self._checked, paths)
             return list(tqdm(checked, "Checking shards", len(paths), unit=" shards", leave=False, delay=1))
@@ -247,7 +232,7 @@ class RunFolder:
         relative = path.relative_to(self.path).as_posix()
         try:
             known = self._record.unchanged(relative)
-            return known or check_shard(self.path, relative, self.fingerprint, self.extraction["rows_per_shard"])
+            return known or check_shard(self.path, relative, self.manifest.fingerprint, self.manifest.rows_per_shard)
         except DamagedShard as error:
             aside = path.with_name(DAMAGED + path.name)
             path.rename(aside)
@@ -268,11 +253,6 @@ def _check_place(folder: Path) -> None:
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
         raise UsageError(f"--output_dir {folder}: the folder holds other files, such as {present[0].name}")
-
-
-def as_json(content: dict) -> str:
-    """JSON for people to read."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, content: str) -> None:

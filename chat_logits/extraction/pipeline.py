@@ -11,6 +11,7 @@ import logit_codec
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.model.batching import Batches
 from chat_logits.model.selection import PendingDistributions
+from chat_logits.storage.manifest import Manifest
 
 BACKLOG = 2  # batches whose results wait to be encoded and written
 
@@ -34,11 +35,11 @@ def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int 
         shard += 1
 
 
-def run_shards(model, settings: dict, shards: Iterator[Shard], side: "Side", write: Callable, bar: tqdm) -> None:
+def run_shards(model, settings: Manifest, shards: Iterator[Shard], side: "Side", write: Callable, bar: tqdm) -> None:
     """Compute the shards that ``side`` reads and give each, finished, to ``write(shard, rows, skipped)``.
 
-    ``settings`` are those of ``extraction.json``. While the model computes, one thread reads and aligns the next shard,
-    and one encodes and writes the last batches.
+    ``settings`` say what is kept, and how batches are formed. While the model computes, one thread reads and aligns the
+    next shard, and one encodes and writes the last batches.
     """
     batches, started = Batches(model, settings), time.monotonic()
     for shard, ready, skipped in shards:

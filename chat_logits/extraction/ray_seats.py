@@ -14,6 +14,7 @@ from chat_logits.extraction.cluster import Share, first_line, ray
 from chat_logits.extraction.shard_plan import AHEAD
 from chat_logits.extraction.shard_worker import Assignment, ShardWorker
 from chat_logits.hub import redact
+from chat_logits.storage.manifest import Manifest
 
 STARTS = 4  # in a row that a worker may fail to begin
 RESTART = 5.0  # seconds before it is started again, then 50, then 500: a thousand may have asked the Hub at once
@@ -31,7 +32,7 @@ class Seat:
 
     number: int
     actor: object = None
-    described: dict | None = None
+    described: Manifest | None = None
     place: str = ""
     is_ready: bool = False
     failures: int = 0
@@ -62,7 +63,7 @@ class Seats:
         self._seats = [Seat(number) for number in range(1, workers + 1)]
         self._calls: dict[object, Call] = {}  # under way
         self._lost, self._failed = lost, failed
-        self._extraction: dict | None = None
+        self._manifest: Manifest | None = None
         self._told: list[int] = []
         self._heard = time.monotonic()
 
@@ -75,9 +76,9 @@ class Seats:
         """The numbers of those that take shards."""
         return {seat.number for seat in self._seats if seat.is_ready}
 
-    def begin(self, extraction: dict) -> None:
-        """Let all begin the run of ``extraction.json`` as soon as they have their model."""
-        self._extraction = extraction
+    def begin(self, manifest: Manifest) -> None:
+        """Let all begin the run of ``manifest`` as soon as they have their model."""
+        self._manifest = manifest
         for seat in self._seats:
             self._begin(seat)
 
@@ -141,14 +142,14 @@ class Seats:
                 seat.actor = self._actors.remote(self._assignment, huggingface_hub.get_token())
                 self._call(seat.actor.describe, Call(seat, self._described))
 
-    def _described(self, seat: Seat, answer: tuple[dict, str]) -> None:
+    def _described(self, seat: Seat, answer: tuple[Manifest, str]) -> None:
         seat.described, seat.place = answer
         say(f"Worker {seat.number} has its model: {seat.place}")
         self._begin(seat)
 
     def _begin(self, seat: Seat) -> None:
-        if seat.described and self._extraction:
-            self._call(seat.actor.begin, Call(seat, self._begun), self._extraction)
+        if seat.described and self._manifest:
+            self._call(seat.actor.begin, Call(seat, self._begun), self._manifest)
 
     def _begun(self, seat: Seat, _answer: None) -> None:
         seat.is_ready, seat.failures = True, 0

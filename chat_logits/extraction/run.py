@@ -23,9 +23,8 @@ from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.extraction.upload import HubSync
 from chat_logits.model import loading
 from chat_logits.storage.disk import DiskWatch
-from chat_logits.storage.fingerprint import another_run
+from chat_logits.storage.manifest import Manifest, ShardEntry, another_run
 from chat_logits.storage.repository import Repository
-from chat_logits.storage.shard import ShardEntry
 
 logger = logging.getLogger(__name__)
 
@@ -93,26 +92,26 @@ def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
     return sync
 
 
-def _replaces(config: ExtractConfig, folder: RunFolder, recorded: dict | None, repo: str) -> bool:
+def _replaces(config: ExtractConfig, folder: RunFolder, recorded: Manifest | None, repo: str) -> bool:
     """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
     is_done = recorded and folder.has_replaced(repo)
     return folder.may_replace(repo) or (config.overwrite and not is_done)
 
 
-def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | None) -> tuple[OpenedRun, dict | None]:
+def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | None) -> tuple[OpenedRun, Manifest | None]:
     """What is read, and the record of the run to go on with: the folder's, else the repository's; None for a new run.
 
     Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
     recorded, where = folder.recorded, f"`output_dir` {folder.path}"
     if not recorded and sync and sync.remote and not folder.is_replacing:
-        recorded, where = sync.remote.extraction, sync.repository.what
+        recorded, where = sync.remote.manifest, sync.repository.what
     if config.overwrite and not folder.is_replacing:
         recorded = None
     opened = open_run(config, recorded)
     different = what_differs(opened, recorded) if recorded else []
     if different and not config.overwrite:
-        raise another_run(where, "; ".join(different), "place")
+        raise another_run(where, different, "place")
     return (open_run(config), None) if different else (opened, recorded)
 
 
@@ -130,7 +129,7 @@ class Run:
     def finished(self) -> dict[int, ShardEntry]:
         return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
 
-    def begin_or_resume(self, recorded: dict | None) -> None:
+    def begin_or_resume(self, recorded: Manifest | None) -> None:
         """Go on with the recorded run, or start a new one in the folder."""
         config = self.opened.config
         if recorded:
@@ -154,8 +153,8 @@ class Run:
             raise
 
     def _compute(self, covered: dict[int, int]) -> None:
-        num_rows, extraction = self.opened.reader.num_rows, self.folder.extraction
-        missing = missing_shards(covered, extraction["rows_per_shard"], num_rows)
+        num_rows, manifest = self.opened.reader.num_rows, self.folder.manifest
+        missing = missing_shards(covered, manifest.rows_per_shard, num_rows)
         progress = functools.partial(
             tqdm,
             total=num_rows,
@@ -164,7 +163,7 @@ class Run:
             dynamic_ncols=True,
             smoothing=0,
         )
-        self.workers.compute(missing, extraction, self._keep, progress)
+        self.workers.compute(missing, manifest, self._keep, progress)
 
     def _push_what_there_is(self) -> None:
         """Before a failure ends the run: what is finished may be all that is left of this machine.

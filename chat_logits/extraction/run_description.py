@@ -12,8 +12,7 @@ from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, resolve_commit
 from chat_logits.model.limits import input_limits, load_config
-from chat_logits.storage.dataset import FORMAT_VERSION
-from chat_logits.storage.fingerprint import differences
+from chat_logits.storage.manifest import Manifest, RunInputs
 
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What a run reads, with its options as they are carried out, and all of ``extraction.json`` but the model's part.
+    """What a run reads, with its options as they are carried out, and what is recorded of both.
 
     ``model_commit`` is the model's Hub commit, None for a folder.
     """
@@ -30,10 +29,10 @@ class OpenedRun:
     config: ExtractConfig
     reader: Reader
     model_commit: str | None
-    described: dict
+    described: RunInputs
 
 
-def open_run(config: ExtractConfig, recorded: dict | None = None, footers: dict | None = None) -> OpenedRun:
+def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: dict | None = None) -> OpenedRun:
     """Open the source and choose the template; no model is loaded.
 
     What the options leave open is as it was ``recorded``, where there is a record: revisions, dtype, the date.
@@ -49,63 +48,69 @@ def open_run(config: ExtractConfig, recorded: dict | None = None, footers: dict 
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
-    reader = open_reader(config, tokenizer, limits, recorded and recorded["template_date"], footers)
+    reader = open_reader(config, tokenizer, limits, recorded and recorded.template_date, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     return OpenedRun(config, reader, commit, _describe(config, reader, commit))
 
 
-def _as_recorded(config: ExtractConfig, recorded: dict) -> ExtractConfig:
+def _as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
     """The config with what it leaves open as it was recorded: revisions of the Hub, dtype and attention."""
     filled = {}
     for kind in ("model", "dataset"):
-        source, revision = getattr(config, f"{kind}_id"), recorded[f"{kind}_revision"]
-        if recorded[f"{kind}_id"] == source and is_commit(revision) and not Path(source).exists():
+        source, revision = getattr(config, f"{kind}_id"), getattr(recorded, f"{kind}_revision")
+        if getattr(recorded, f"{kind}_id") == source and is_commit(revision) and not Path(source).exists():
             filled[f"{kind}_revision"] = getattr(config, f"{kind}_revision") or revision
-    if config.dtype == "auto":
-        filled["dtype"] = recorded["dtype"]
-    filled["attn_implementation"] = config.attn_implementation or recorded["attn_implementation"]
+    if isinstance(recorded, Manifest):
+        filled["dtype"] = recorded.dtype if config.dtype == "auto" else config.dtype
+        filled["attn_implementation"] = config.attn_implementation or recorded.attn_implementation
     return replace(config, **filled)
 
 
-def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> dict:
-    return {
-        "format_version": FORMAT_VERSION,
-        **{name: getattr(config, name) for name in ("top_k", "top_p", "num_sampled", "seed", "rows_per_shard")},
-        "model_id": config.model_id,
-        "model_revision": commit or hash_files(config.model_id),
-        "gguf_file": config.gguf_file,
-        "tokenizer_fingerprint": tokenizer_fingerprint(reader.aligner.tokenizer),
-        **{name: getattr(config, name) for name in ("dataset_id", "dataset_config", "split")},
-        "dataset_revision": reader.source.revision,
-        "max_samples": config.max_samples,
-        "max_length": reader.max_length,
-        "columns": reader.columns,
-        "system_prompt": reader.system_prompt,
-        "chat_template": reader.choice.template.text,
-        "template_kwargs": reader.choice.template.kwargs,
-        "template_date": reader.choice.template.date,
-        "mask_source": reader.choice.mask_source,
-        "skipped_token_ids": sorted(reader.aligner.skipped_ids),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
-    }
+def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> RunInputs:
+    return RunInputs(
+        top_k=config.top_k,
+        top_p=config.top_p,
+        num_sampled=config.num_sampled,
+        seed=config.seed,
+        rows_per_shard=config.rows_per_shard,
+        model_id=config.model_id,
+        model_revision=commit or hash_files(config.model_id),
+        gguf_file=config.gguf_file,
+        tokenizer_fingerprint=tokenizer_fingerprint(reader.aligner.tokenizer),
+        dataset_id=config.dataset_id,
+        dataset_config=config.dataset_config,
+        split=config.split,
+        dataset_revision=reader.source.revision,
+        max_samples=config.max_samples,
+        max_length=reader.max_length,
+        columns=reader.columns,
+        system_prompt=reader.system_prompt,
+        chat_template=reader.choice.template.text,
+        template_kwargs=reader.choice.template.kwargs,
+        template_date=reader.choice.template.date,
+        mask_source=reader.choice.mask_source,
+        skipped_token_ids=sorted(reader.aligner.skipped_ids),
+        versions={name: metadata.version(name) for name in VERSIONED},
+    )
 
 
-def describe_with_model(opened: OpenedRun, model) -> dict:
-    """``extraction.json`` but for the budgets: what is needed to decode, align and repeat the run."""
+def describe_with_model(opened: OpenedRun, model, **budget: int | bool) -> Manifest:
+    """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
     config = opened.config
-    return {
-        **opened.described,
-        "licenses": {
+    return Manifest(
+        **vars(opened.described),
+        licenses={
             "model": find_license(config.model_id, "model", opened.model_commit),
             "dataset": find_license(config.dataset_id, "dataset", opened.reader.source.revision),
         },
-        "vocab_size": model.get_output_embeddings().weight.shape[0],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
-    }
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        dtype=str(model.dtype).removeprefix("torch."),
+        attn_implementation=model.config._attn_implementation,
+        **budget,
+    )
 
 
-def what_differs(opened: OpenedRun, recorded: dict) -> list[str]:
+def what_differs(opened: OpenedRun, recorded: Manifest) -> list[str]:
     """What tells a recorded run from the one that was opened, one text a key; empty where they are the same."""
     asked = {name: getattr(opened.config, name) for name in ("dtype", "attn_implementation")}
-    return differences(recorded, {**opened.described, **asked})
+    return recorded.differences(opened.described, **asked)

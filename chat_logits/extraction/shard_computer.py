@@ -6,7 +6,7 @@ The plain run has one, and every worker of a run on several accelerators.
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from chat_logits.extraction.run_description import OpenedRun, describe_with_mode
 from chat_logits.model import loading, teacher
 from chat_logits.model.memory import choose_budget
 from chat_logits.scratch import remove_scratch
-from chat_logits.storage.shard import ShardEntry
+from chat_logits.storage.manifest import Manifest, ShardEntry
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +31,19 @@ class ShardComputer:
     model: object = None
     cache_agrees: bool = False
 
-    def describe(self) -> dict:
-        """``extraction.json`` of a new run. Loads the model."""
+    def describe(self) -> Manifest:
+        """The manifest of a new run. Loads the model."""
         self.load_model()
-        return {**describe_with_model(self.opened, self.model), **self._budget({})}
+        return describe_with_model(self.opened, self.model, **self._budget())
 
     def compute(
         self,
         shards: Iterator[int],
-        extraction: dict,
+        manifest: Manifest,
         finished: Callable[[ShardEntry], None],
         progress: Callable[[], tqdm],
     ) -> None:
-        """Compute these shards of the run that ``extraction.json`` describes; the model is loaded if there are any.
+        """Compute these shards of the run that ``manifest`` describes; the model is loaded if there are any.
 
         Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
         """
@@ -52,12 +52,12 @@ class ShardComputer:
             finished(self.write(shard, rows, skipped))
 
         with Side() as side:
-            read = side.read_ahead(self.opened.reader, shards, extraction["rows_per_shard"])
+            read = side.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
             first = next(read, None)
             if first is None:
                 return
             self.load_model()
-            settings = {**extraction, **self._budget(extraction)}
+            settings = replace(manifest, **self._budget(manifest))
             with progress() as bar:
                 run_shards(self.model, settings, itertools.chain([first], read), side, finish, bar)
 
@@ -87,12 +87,12 @@ class ShardComputer:
         if not self.cache_agrees and config.prefix_cache:
             logger.info("Shared prefixes are not cached: this model's cache does not give the plain logits")
 
-    def _budget(self, recorded: dict) -> dict:
+    def _budget(self, recorded: Manifest | None = None) -> dict:
         """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
         config = self.opened.config
         budget = choose_budget(self.model, config.batch_tokens, config.logit_memory)
         chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
         options = {"batch_tokens": config.batch_tokens, "batch_logit_rows": config.logit_memory}
-        kept = {name: recorded[name] for name, option in options.items() if option is None and name in recorded}
-        cached = config.prefix_cache and self.cache_agrees and recorded.get("prefix_cache", True)
-        return {**chosen, **kept, "prefix_cache": cached}
+        kept = {name: getattr(recorded, name, None) for name, option in options.items() if option is None}
+        cached = config.prefix_cache and self.cache_agrees and getattr(recorded, "prefix_cache", None) is not False
+        return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}

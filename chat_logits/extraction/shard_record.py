@@ -8,9 +8,7 @@ import zlib
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.dataset import read_json
-from chat_logits.storage.fingerprint import canonical
-from chat_logits.storage.shard import ShardEntry
+from chat_logits.storage.manifest import ShardEntry, canonical, read_json
 
 RECORD = ".checked.json"
 

@@ -24,9 +24,8 @@ from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.model import loading
 from chat_logits.scratch import make_scratch, remove_scratch
-from chat_logits.storage.fingerprint import differences
+from chat_logits.storage.manifest import Manifest, RunInputs, ShardEntry
 from chat_logits.storage.repository import Repository
-from chat_logits.storage.shard import ShardEntry
 from chat_logits.storage.shard_writer import ShardWriter
 
 
@@ -34,14 +33,14 @@ from chat_logits.storage.shard_writer import ShardWriter
 class Assignment:
     """What all workers of a run are told.
 
-    ``config`` are the run's options with paths that hold on every machine, ``pinned`` what they leave open: the
-    keys of ``extraction.json`` that are known before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must
-    have ``token`` in it, or, without a folder, to ``output_repo``, uploaded but not committed. ``hashes`` and
-    ``footers`` are what is known of local files and of the source, so that not every worker reads them all.
+    ``config`` are the run's options with paths that hold on every machine, ``pinned`` what is recorded of the run
+    before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must have ``token`` in it, or, without a
+    folder, to ``output_repo``, uploaded but not committed. ``hashes`` and ``footers`` are what is known of local files
+    and of the source, so that not every worker reads them all.
     """
 
     config: ExtractConfig
-    pinned: dict
+    pinned: RunInputs
     folder: Path | None
     token: str
     hashes: dict = field(default_factory=dict, repr=False)
@@ -54,10 +53,9 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     places = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
     places = {name: str(Path(place).absolute()) if Path(place).exists() else place for name, place in places.items()}
     template = read_template(config.chat_template) if config.chat_template else None
-    left_open = {name: getattr(config, name) for name in ("dtype", "attn_implementation")}
     return Assignment(
         config=replace(config, chat_template=template, **places),
-        pinned={**opened.described, **left_open, **places},
+        pinned=replace(opened.described, **places),
         folder=None if config.uploads_without_folder else folder,
         token=token,
         hashes=hashing.known_hashes(),
@@ -86,8 +84,8 @@ class ShardWorker:
         self._waiting: dict[int, Future] = {}
         self._uploads: dict[int, object] = {}
 
-    def describe(self) -> tuple[dict, str]:
-        """Load the model. Gives ``extraction.json`` as this worker would begin it, and where it runs, for people.
+    def describe(self) -> tuple[Manifest, str]:
+        """Load the model. Gives the manifest of the run as this worker would begin it, and where it runs, for people.
 
         Raises what forbids the work on this machine.
         """
@@ -100,15 +98,15 @@ class ShardWorker:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return self._described, f"{platform.node()}, {name}"
 
-    def begin(self, extraction: dict) -> None:
+    def begin(self, manifest: Manifest) -> None:
         """Work for this run from now on. Raises ToolkitError where the worker would make other rows."""
-        different = differences(extraction, self._described)
+        different = manifest.differences(self._described)
         if different:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
         self._check_place()
-        self._extraction, config = extraction, self._assignment.config
+        self._manifest, config = manifest, self._assignment.config
         self._folder = self._assignment.folder or make_scratch()
-        self._writer = ShardWriter(self._folder, extraction, check_place=self._check_place)
+        self._writer = ShardWriter(self._folder, manifest, check_place=self._check_place)
         if config.uploads_without_folder:
             self._repository = Repository(config.output_repo, config.output_revision, config.private)
 
@@ -137,7 +135,7 @@ class ShardWorker:
         failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")
         try:
             self._computer.compute(
-                iter(numbers.get, None), self._extraction, self._finished, functools.partial(tqdm, disable=True)
+                iter(numbers.get, None), self._manifest, self._finished, functools.partial(tqdm, disable=True)
             )
         except BaseException as error:
             failure = error

@@ -14,13 +14,11 @@ from collections import deque
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
-from chat_logits.extraction.folder import RunFolder, as_json
+from chat_logits.extraction.folder import RunFolder
 from chat_logits.hub import explain_hub_error, is_transient, patiently, redact, retry_after
 from chat_logits.storage.card import run_state
-from chat_logits.storage.dataset import CARD_FILE, EXTRACTION_FILE
-from chat_logits.storage.fingerprint import another_run, differences
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, ShardEntry, another_run
 from chat_logits.storage.repository import RemoteState, Repository
-from chat_logits.storage.shard import ShardEntry
 
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
@@ -66,7 +64,7 @@ class HubSync:
     def make(self) -> None:
         """Make the repository if it is missing. Raises ToolkitError where that, or what is in it, forbids the run."""
         if self.remote and self.remote.damage and not self.overwrite:
-            raise another_run(self.repository.what, self.remote.damage, "repository")
+            raise another_run(self.repository.what, [self.remote.damage], "repository")
         if self.remote and self.remote.head is None:
             self._is_stale = True
             self._unless_transient(self.repository.make)
@@ -222,18 +220,18 @@ class HubSync:
         listed = self._listed(remote, chosen)
         around = self.folder.files_around(list(listed.values()))
         if is_first:
-            around[EXTRACTION_FILE] = as_json(self.folder.extraction)
+            around[EXTRACTION_FILE] = self.folder.manifest.text
         elif not is_last:
             del around[CARD_FILE]
         sent = {entry.path: self._uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
         card = around.get(CARD_FILE, remote.card)
-        return RemoteState(head, extraction=self.folder.extraction, entries=listed, card=card)
+        return RemoteState(head, manifest=self.folder.manifest, entries=listed, card=card)
 
     def _is_ours(self, remote: RemoteState) -> bool:
         """Whether the run on the Hub is this one, and not to be replaced by it."""
-        return remote.fingerprint == self.folder.fingerprint and not self.overwrite
+        return remote.fingerprint == self.folder.manifest.fingerprint and not self.overwrite
 
     def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
         """The shards that are on the Hub after a commit of those chosen."""
@@ -243,7 +241,7 @@ class HubSync:
     def _is_described(self, remote: RemoteState) -> bool:
         """Whether the card on the Hub is that of these shards; what its owner has written into it is left alone."""
         listed = list(self._listed(remote, []).values())
-        return run_state(self.folder.fingerprint, listed) in remote.card
+        return run_state(self.folder.manifest.fingerprint, listed) in remote.card
 
     def _missing(self) -> list[ShardEntry]:
         """The finished shards that the repository, as it was seen last, lacks, in order."""
@@ -252,11 +250,11 @@ class HubSync:
         return [entry for shard, entry in ours if shard not in there or shard in self._resend]
 
     def _refuse_another_run(self, remote: RemoteState) -> None:
-        if self.overwrite or remote.fingerprint == self.folder.fingerprint:
+        if self.overwrite or remote.fingerprint == self.folder.manifest.fingerprint:
             return
-        told = "; ".join(differences(remote.extraction, self.folder.extraction)) if remote.extraction else remote.damage
-        if told:
-            raise another_run(self.repository.what, told, "repository")
+        reasons = remote.manifest.differences(self.folder.manifest) if remote.manifest else [remote.damage]
+        if any(reasons):
+            raise another_run(self.repository.what, reasons, "repository")
 
     def _keep_to_the_limit(self) -> None:
         """Begin no more commits within an hour than the Hub takes."""

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from chat_logits.extraction.shard_plan import ATTEMPTS, ShardPlan
 from chat_logits.extraction.shard_worker import Answer, assign
 from chat_logits.hub import HubRefused
 from chat_logits.storage.disk import DiskFull
+from chat_logits.storage.manifest import Manifest
 
 GRACE = 600.0  # seconds that the first workers at work are not judged by, as the others may still load their models
 PAUSE = 60.0  # seconds that a worker waits with which nothing succeeds, while the others go on
@@ -69,15 +71,16 @@ class RayWorkers:
 
     # --- what a ShardComputer does ---
 
-    def describe(self) -> dict:
-        """``extraction.json`` of a new run, by the first worker that has loaded its model."""
+    def describe(self) -> Manifest:
+        """The manifest of a new run, by the first worker that has loaded its model."""
         seats = self._start()
         while not (described := next((seat.described for seat in seats if seat.described), None)):
             self._step(seats)
         # As they were given: what workers are told holds on this cluster alone.
-        return {**described, **{name: self._opened.described[name] for name in ("model_id", "dataset_id")}}
+        here = self._opened.described
+        return replace(described, model_id=here.model_id, dataset_id=here.dataset_id)
 
-    def compute(self, shards: Iterator[int], extraction: dict, finished: Callable, progress: Callable) -> None:
+    def compute(self, shards: Iterator[int], manifest: Manifest, finished: Callable, progress: Callable) -> None:
         """Have these shards computed; ``finished(entry, upload)`` is told of each.
 
         Raises ToolkitError at the end, after all others, where shards have failed for good.
@@ -87,7 +90,7 @@ class RayWorkers:
             return
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
         seats = self._start()
-        seats.begin(extraction)
+        seats.begin(manifest)
         while not seats.at_work:  # so that the bar tells of working hours alone
             self._step(seats)
         with progress() as bar:

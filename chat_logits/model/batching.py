@@ -81,12 +81,16 @@ def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
 
 
 class Batches:
-    """Computes shards of conversations as ``extraction.json`` says; ``input_tokens`` have been read so far."""
+    """Computes shards of conversations as a run's ``settings`` say; ``input_tokens`` have been read so far.
 
-    def __init__(self, model, extraction: dict):
-        self.budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
-        self.settings = SelectionSettings(extraction["top_k"], extraction["top_p"], extraction["num_sampled"])
-        self.seed, self.prefix_cache = extraction["seed"], extraction["prefix_cache"]
+    ``settings`` has the attributes ``top_k``, ``top_p``, ``num_sampled``, ``seed``, ``batch_tokens``,
+    ``batch_logit_rows`` and ``prefix_cache``.
+    """
+
+    def __init__(self, model, settings):
+        self.budget = Budget(settings.batch_tokens, settings.batch_logit_rows)
+        self.settings = SelectionSettings(settings.top_k, settings.top_p, settings.num_sampled)
+        self.seed, self.prefix_cache = settings.seed, settings.prefix_cache
         self.teacher = Teacher(model, self.budget.logit_rows)
         self.input_tokens = 0
 

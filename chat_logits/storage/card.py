@@ -1,6 +1,6 @@
 """The card of a logit dataset, as Markdown for the Hub."""
 
-from chat_logits.storage.shard import ShardEntry
+from chat_logits.storage.manifest import Manifest, ShardEntry
 
 CARD = """---
 configs:
@@ -68,7 +68,7 @@ def run_state(fingerprint: str, entries: list[ShardEntry]) -> str:
     return f"run {fingerprint[:16]}, {len(entries)} shards, {sum(entry.num_bytes for entry in entries)} bytes"
 
 
-def render_card(extraction: dict, fingerprint: str, entries: list[ShardEntry]) -> str:
+def render_card(manifest: Manifest, entries: list[ShardEntry]) -> str:
     """The card's text where ``entries`` are the shards there are; a run that has just begun has no numbers yet.
 
     ``state`` changes with the rows: ``datasets`` takes a local folder for one it has in its cache if name and
@@ -83,7 +83,7 @@ def render_card(extraction: dict, fingerprint: str, entries: list[ShardEntry]) -
             bytes_a_token=size / tokens,
             mean_nll=sum(entry.nll for entry in entries) / tokens,
         )
-    state = run_state(fingerprint, entries)
-    licenses = extraction.get("licenses", {})
-    told = {f"{what}_license": licenses.get(what) or "not stated" for what in ("model", "dataset")}
-    return CARD.format(**extraction, **told, numbers=numbers, state=state)
+    state = run_state(manifest.fingerprint, entries)
+    stated = manifest.licenses or {}
+    licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
+    return CARD.format(**manifest.as_json(), **licenses, numbers=numbers, state=state)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.shard import ShardEntry
+from chat_logits.storage.manifest import ShardEntry
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

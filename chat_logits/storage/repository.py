@@ -1,7 +1,7 @@
 """A Hub dataset repository at one branch: what is in it, and commits that change it."""
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -11,16 +11,14 @@ from huggingface_hub.utils import logging as hub_logging
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import patient_client, patiently
-from chat_logits.storage.dataset import (
+from chat_logits.storage.manifest import (
     CARD_FILE,
     EXTRACTION_FILE,
     SHARDS_FILE,
-    check_extraction,
-    read_json,
-    shard_entries,
+    Manifest,
+    ShardEntry,
+    read_shards,
 )
-from chat_logits.storage.fingerprint import run_fingerprint
-from chat_logits.storage.shard import ShardEntry
 
 UPLOAD_PATIENCE = 1800.0  # seconds that a shard which is nowhere else is sent again and again
 # What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
@@ -38,14 +36,14 @@ class RemoteState:
 
     head: str | None
     files: frozenset[str] = frozenset()
-    extraction: dict | None = None
+    manifest: Manifest | None = None
     entries: dict[int, ShardEntry] = field(default_factory=dict)
     card: str = ""
     damage: str = ""
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
-        return run_fingerprint(self.extraction) if self.extraction else None
+        return self.manifest.fingerprint if self.manifest else None
 
 
 class Repository:
@@ -80,12 +78,11 @@ class Repository:
             self._refuse_other_data(files)
             return RemoteState(head, files)
         try:
-            extraction = read_json(self._download(EXTRACTION_FILE, head), f"{self.what}: {EXTRACTION_FILE}")
-            check_extraction(extraction, self.what)
+            manifest = Manifest.read(self._download(EXTRACTION_FILE, head), self.what)
         except ToolkitError as error:
             return RemoteState(head, files, damage=str(error))
         card = self._download(CARD_FILE, head).read_text(encoding="utf-8") if CARD_FILE in files else ""
-        return RemoteState(head, files, extraction, self._entries(files, head), card)
+        return RemoteState(head, files, manifest, self._entries(files, head), card)
 
     def make(self) -> None:
         """Make repository and branch where they are missing; a branch begins where main began, without main's data."""
@@ -100,8 +97,7 @@ class Repository:
     def _entries(self, files: frozenset[str], head: str) -> dict[int, ShardEntry]:
         """The shards that are listed and there; none for a list that is damaged: it is made anew."""
         try:
-            listing = read_json(self._download(SHARDS_FILE, head), SHARDS_FILE) if SHARDS_FILE in files else {}
-            listed = shard_entries(listing, SHARDS_FILE)
+            listed = read_shards(self._download(SHARDS_FILE, head), self.what) if SHARDS_FILE in files else []
         except ToolkitError:
             return {}
         return {entry.shard: entry for entry in listed if entry.path in files}

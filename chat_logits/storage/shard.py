@@ -6,13 +6,11 @@ FORMAT.md, "Files", is the specification.
 import itertools
 import json
 import os
-import re
 import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.fingerprint import canonical
+from chat_logits.storage.manifest import ShardEntry, canonical, shard_number, shard_path
 
 ROWS_PER_GROUP = 16
 METADATA_KEY = "logit_extraction"
 FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
-SHARDS_A_FOLDER = 1000
-NAME = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
 
 _ENTRIES = [
     column
@@ -54,44 +50,6 @@ _SPLIT_STREAMS = ("top_indices_low", "sampled_indices_low", "logsumexp", "token_
 
 class DamagedShard(ToolkitError):
     """A shard that is not what was written: cut, changed, or another run's."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """What ``shards.json`` says of a shard; ``nll`` is the real tokens' total negative log-likelihood in nats.
-
-    Reading needs the first two alone; other writers may leave out the rest.
-    """
-
-    path: str
-    num_rows: int
-    num_tokens: int = 0
-    nll: float = 0.0
-    num_bytes: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def shard(self) -> int:
-        return shard_number(self.path)
-
-    @property
-    def source_rows(self) -> int:
-        """Source rows that the shard covers, skipped ones among them."""
-        return self.num_rows + sum(self.skipped.values())
-
-    def as_json(self) -> dict:
-        return asdict(self)
-
-
-def shard_path(split: str, shard: int) -> str:
-    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
-    return f"data/{shard // SHARDS_A_FOLDER:05d}/{split}-{shard:05d}.parquet"
-
-
-def shard_number(path: str) -> int | None:
-    """The number in a shard's path, None for a path that is no shard's."""
-    match = NAME.fullmatch(path)
-    return int(match[1]) if match else None
 
 
 # --- writing ---

@@ -16,8 +16,8 @@ from chat_logits.analysis.row import RowNumbers
 from chat_logits.data.alignment import align_row
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import open_dataset, shard_listing
-from chat_logits.storage.fingerprint import run_fingerprint
+from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.manifest import Manifest, shards_text
 from chat_logits.storage.shard import write_shard
 
 SIDES = ("first", "other")
@@ -36,7 +36,7 @@ def rows(both):
 
 @pytest.fixture(scope="module")
 def alignments(both, rows, smollm2):
-    return [align_row(row, smollm2[1], both[0].extraction) for row, _ in rows]
+    return [align_row(row, smollm2[1], both[0].manifest) for row, _ in rows]
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,14 @@ def test_a_dataset_against_itself_is_nothing_apart(both, smollm2):
 
 def copied(folder, where, rows: list[dict], **changes):
     """A dataset of some of the rows, in shards of 8 source rows, its ``extraction.json`` changed."""
-    extraction = {**json.loads((folder / "extraction.json").read_text()), "rows_per_shard": 8, **changes}
+    manifest = replace(Manifest.read(folder / "extraction.json", "copy"), rows_per_shard=8, **changes)
     entries = []
     for shard in range(4):
         part = [row for row in rows if row["source_index"] // 8 == shard]
-        described = {"fingerprint": run_fingerprint(extraction), "first_row": shard * 8, "end_row": shard * 8 + 8}
+        described = {"fingerprint": manifest.fingerprint, "first_row": shard * 8, "end_row": shard * 8 + 8}
         entries.append(write_shard(where, "train", shard, part, {**described, "skipped": []}))
-    (where / "extraction.json").write_text(json.dumps(extraction))
-    (where / "shards.json").write_text(json.dumps(shard_listing(entries)))
+    (where / "extraction.json").write_text(manifest.text)
+    (where / "shards.json").write_text(shards_text(entries))
     return open_dataset(str(where))
 
 
@@ -219,7 +219,7 @@ def test_nothing_shared_is_an_error(real_extraction, other_extraction, rows, tmp
 
 
 def test_another_tokenizer_is_refused(both, smollm2):
-    other = replace(both[1], extraction={**both[1].extraction, "tokenizer_fingerprint": "f" * 64})
+    other = replace(both[1], manifest=replace(both[1].manifest, tokenizer_fingerprint="f" * 64))
     for compare in (compare_datasets, compare_analyses):
         with pytest.raises(UsageError, match="another tokenizer"):
             compare(both[0], other, smollm2[1])
@@ -231,7 +231,7 @@ def test_a_dataset_comparison_as_json(both, smollm2):
     assert content["totals"]["mean_kl"] == found.totals.mean_kl and content["histogram"]["is_open_ended"]
     assert content["other"] == {
         "logit_dataset_id": both[1].dataset_id,
-        "model_id": both[1].extraction["model_id"],
+        "model_id": both[1].manifest.model_id,
     }
     assert content["tokens"][0]["other_prediction"]["text"] == found.tokens[0].other_prediction.text
 

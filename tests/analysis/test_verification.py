@@ -25,8 +25,8 @@ from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage import shard
-from chat_logits.storage.dataset import EXTRACTION_FILE, SHARDS_FILE, open_dataset, shard_listing
-from chat_logits.storage.fingerprint import run_fingerprint
+from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, shards_text
 from logit_codec import pack_indices, unpack_indices
 
 ROWS = range(2)  # of a damaged copy; the second is the damaged one
@@ -50,15 +50,15 @@ def rewritten(tmp_path):
     """A copy of a dataset's first rows after ``change(rows)`` and with other keys, whole in all else."""
 
     def write(source, change=None, **keys):
-        extraction = {**json.loads((source / EXTRACTION_FILE).read_text()), **keys}
+        manifest = replace(Manifest.read(source / EXTRACTION_FILE, "copy"), **keys)
         (path,) = source.glob("data/*/*.parquet")
         kept = pq.read_table(path).to_pylist()[: len(ROWS)]
         if change:
             change(kept)
-        described = {"fingerprint": run_fingerprint(extraction), "first_row": 0, "end_row": len(kept), "skipped": []}
-        entry = shard.write_shard(tmp_path / "copy", extraction["split"], 0, kept, described)
-        (tmp_path / "copy" / EXTRACTION_FILE).write_text(json.dumps(extraction))
-        (tmp_path / "copy" / SHARDS_FILE).write_text(json.dumps(shard_listing([entry])))
+        described = {"fingerprint": manifest.fingerprint, "first_row": 0, "end_row": len(kept), "skipped": []}
+        entry = shard.write_shard(tmp_path / "copy", manifest.split, 0, kept, described)
+        (tmp_path / "copy" / EXTRACTION_FILE).write_text(manifest.text)
+        (tmp_path / "copy" / SHARDS_FILE).write_text(shards_text([entry]))
         return open_dataset(str(tmp_path / "copy"))
 
     return write
@@ -77,7 +77,7 @@ def plain_figures(dataset, model, tokenizer):
     """A row's KL, and errors of the two numbers, each a list for -1, 0, +1; and its limit. By loops alone."""
     for index in SPREAD:
         row = dataset.read_row(index)
-        alignment = align_row(row, tokenizer, dataset.extraction)
+        alignment = align_row(row, tokenizer, dataset.manifest)
         with torch.inference_mode():
             logits = model(torch.tensor(alignment.input_ids)[None]).logits[0].double()
         log_probs, total = logits.log_softmax(-1), logits.logsumexp(-1)

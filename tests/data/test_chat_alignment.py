@@ -1,5 +1,7 @@
 """Masks, skipped tokens, templates and checksums, against hand-written expectations and transformers itself."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import TEMPLATE
@@ -157,7 +159,7 @@ def stored(smollm2):
         "template_kwargs": {},
         "template_date": None,
     }
-    aligned = Aligner.from_extraction(tokenizer, extraction).align(assistant("Paris, France"))
+    aligned = Aligner.from_recorded(tokenizer, SimpleNamespace(**extraction)).align(assistant("Paris, France"))
     row = {
         "messages": to_stored(assistant("Paris, France")),
         "num_tokens": len(aligned.positions),

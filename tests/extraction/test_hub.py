@@ -115,7 +115,7 @@ def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
     streamed, whole = open_dataset(str(folder / "streamed")), open_dataset(str(pushed[0]))
     assert streamed.num_rows == whole.num_rows == len(ROWS)
     assert all(streamed.read_row(i) == whole.read_row(i) for i in range(len(ROWS)))
-    assert streamed.extraction["dataset_revision"] == whole.extraction["dataset_revision"]
+    assert streamed.manifest.dataset_revision == whole.manifest.dataset_revision
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import extract_logits
 from chat_logits.errors import UsageError
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.manifest import Manifest
 
 
 @pytest.fixture
@@ -381,7 +382,7 @@ def test_a_run_that_began_meanwhile_is_not_written_over(undisturbed, tmp_path):
     late = RunFolder(tmp_path / "shared")
     (tmp_path / "undisturbed").rename(tmp_path / "shared")
     with pytest.raises(UsageError, match="another process has begun a run here"):
-        late.begin({"seed": 1})
+        late.begin(Manifest.read(tmp_path / "shared" / "extraction.json", "shared"))
     assert files_in(tmp_path / "shared") == undisturbed
 
 

@@ -1,6 +1,5 @@
 """One worker without Ray: shards given from several threads, failures that pass, and places that are not the run's."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +13,7 @@ from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import open_run
 from chat_logits.extraction.shard_worker import ShardWorker, assign
 from chat_logits.storage import shard as shard_files
-from chat_logits.storage.shard import shard_path
+from chat_logits.storage.manifest import Manifest, shard_path
 
 
 @pytest.fixture
@@ -33,12 +32,12 @@ def worker(assignment):
 
 
 @pytest.fixture
-def extraction(calm_run) -> dict:
-    return json.loads((calm_run / "extraction.json").read_text(encoding="utf-8"))
+def manifest(calm_run) -> Manifest:
+    return Manifest.read(calm_run / "extraction.json", str(calm_run))
 
 
-def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, extraction, calm_run, tmp_path):
-    worker.begin(extraction)
+def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, manifest, calm_run, tmp_path):
+    worker.begin(manifest)
     wanted = [7, 3, 59, 4, 0]
     with ThreadPoolExecutor(len(wanted)) as pool:
         answers = list(pool.map(worker.compute, wanted))
@@ -49,8 +48,8 @@ def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, ex
     }
 
 
-def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, extraction, tmp_path):
-    worker.begin(extraction)
+def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, manifest, tmp_path):
+    worker.begin(manifest)
     with pytest.raises(ToolkitError, match="the source has changed since it was opened"):
         worker.compute(1000)
     assert worker.compute(5).entry.shard == 5
@@ -61,11 +60,9 @@ def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, extrac
     assert list(files_in(tmp_path / "out")) == [shard_path("train", 5)]
 
 
-def test_a_worker_thought_dead_gives_no_shard_its_name_in_the_next_runs_folder(
-    worker, extraction, tmp_path, monkeypatch
-):
+def test_a_worker_thought_dead_gives_no_shard_its_name_in_the_next_runs_folder(worker, manifest, tmp_path, monkeypatch):
     """It has begun to write when another process takes the folder over."""
-    worker.begin(extraction)
+    worker.begin(manifest)
 
     def late(path, table, metadata):
         write_table(path, table, metadata)
@@ -78,14 +75,14 @@ def test_a_worker_thought_dead_gives_no_shard_its_name_in_the_next_runs_folder(
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != WORKERS]
 
 
-def test_a_folder_that_is_not_the_runs_is_refused_before_any_work(assignment, extraction, tmp_path):
+def test_a_folder_that_is_not_the_runs_is_refused_before_any_work(assignment, manifest, tmp_path):
     for elsewhere in (replace(assignment, folder=tmp_path / "missing"), replace(assignment, token="older")):
         worker = ShardWorker(elsewhere)
         worker.describe()
         with pytest.raises(ToolkitError, match="give a folder that all machines share, or leave --output_dir out"):
-            worker.begin(extraction)
+            worker.begin(manifest)
 
 
-def test_a_machine_that_would_make_other_rows_is_refused(worker, extraction):
+def test_a_machine_that_would_make_other_rows_is_refused(worker, manifest):
     with pytest.raises(ToolkitError, match=r"would make other rows than the run .*seed: 5 there, 0 here"):
-        worker.begin({**extraction, "seed": 5})
+        worker.begin(replace(manifest, seed=5))

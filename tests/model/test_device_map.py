@@ -317,7 +317,7 @@ def test_a_run_over_memory_and_disk_gives_the_rows_of_one_device(
     names, others = ({path.name for path in shards_in(folder)} for folder in (tmp_path / "out", calm_run))
     assert names == others
     assert_alike(rows_in(tmp_path / "out"), rows_in(calm_run))
-    described, expected = (open_dataset(str(folder)).extraction for folder in (tmp_path / "out", calm_run))
+    described, expected = (open_dataset(str(folder)).manifest for folder in (tmp_path / "out", calm_run))
     assert described == expected
 
 

@@ -69,9 +69,9 @@ def test_the_beginning_is_computed_once(extract, tmp_path, monkeypatch):
 
 def test_budgets_are_recorded_as_they_were_used(extract, tmp_path):
     extract(ROWS[:3], batch_tokens=100, logit_memory=2)
-    extraction = open_dataset(str(tmp_path / "out")).extraction
-    assert extraction["batch_tokens"] == 100
-    assert extraction["batch_logit_rows"] == 2 * 2**20 // (49_152 * 4)
+    manifest = open_dataset(str(tmp_path / "out")).manifest
+    assert manifest.batch_tokens == 100
+    assert manifest.batch_logit_rows == 2 * 2**20 // (49_152 * 4)
 
 
 def test_out_of_memory_halves_the_batches_and_goes_on(extract, monkeypatch, capsys):
@@ -184,12 +184,12 @@ from chat_logits.model.batching import Budget
 
 seen = {}
 run_shards = shard_computer.run_shards
-def measured(model, extraction, *rest):
-    budget = Budget(extraction["batch_tokens"], extraction["batch_logit_rows"])
-    seen["formula"] = memory_budget.peak_memory(model, budget, 8000, 8000, extraction["prefix_cache"])
+def measured(model, manifest, *rest):
+    budget = Budget(manifest.batch_tokens, manifest.batch_logit_rows)
+    seen["formula"] = memory_budget.peak_memory(model, budget, 8000, 8000, manifest.prefix_cache)
     with open("/proc/self/statm") as file:
         seen["before"] = int(file.read().split()[1]) * resource.getpagesize()
-    run_shards(model, extraction, *rest)
+    run_shards(model, manifest, *rest)
     # Not ru_maxrss: a process begins with its parent's.
     seen["peak"] = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 shard_computer.run_shards = measured

@@ -1,5 +1,7 @@
 """The model's side against plain forwards of transformers and the codec's NumPy reference."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -132,8 +134,9 @@ def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
         for i, length in enumerate((50, 90, 40, 66, 64, 200))
         for ids in [np.concatenate([beginning, rng.integers(0, 1000, length - 12)])]
     ]
-    settings = {"top_k": 8, "top_p": 0.98, "num_sampled": 4, "seed": 0, "prefix_cache": True}
-    batches = Batches(model, {**settings, "batch_tokens": 1000, "batch_logit_rows": 1000})
+    settings = SimpleNamespace(top_k=8, top_p=0.98, num_sampled=4, seed=0, prefix_cache=True)
+    settings.batch_tokens = settings.batch_logit_rows = 1000
+    batches = Batches(model, settings)
     seen = []
     for members, found in batches.compute(ready):
         seen += [aligned.source_index for aligned in members]

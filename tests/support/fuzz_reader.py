@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.fingerprint import canonical, run_fingerprint
+from chat_logits.storage.manifest import Manifest, canonical
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, check_shard
 from explore_logits import analyze_token_probabilities
 
@@ -164,15 +164,15 @@ class Oracle:
 
     def __init__(self, folder: Path):
         dataset = open_dataset(str(folder))
-        self.tokenizer = load_tokenizer(dataset.extraction["model_id"])
+        self.tokenizer = load_tokenizer(dataset.manifest.model_id)
         self.rows = [dataset.read_row(i) for i in range(dataset.num_rows)]
         self.first = dataset.shards[0].num_rows
-        self.tokens = [self.told(row, dataset.extraction) for row in self.rows]
-        self.check = (run_fingerprint(dataset.extraction), dataset.extraction["rows_per_shard"])
+        self.tokens = [self.told(row, dataset.manifest) for row in self.rows]
+        self.check = (dataset.manifest.fingerprint, dataset.manifest.rows_per_shard)
         self.entry = check_shard(folder, SHARD, *self.check)
 
-    def told(self, row: dict, extraction: dict) -> list:
-        found = analyze_token_probabilities(row, self.tokenizer, extraction)
+    def told(self, row: dict, manifest: Manifest) -> list:
+        found = analyze_token_probabilities(row, self.tokenizer, manifest)
         return [(token.text, token.status, token.log_prob, token.rank, len(token.predictions)) for token in found]
 
     def reads_right(self, folder: Path, index: int, written: list[dict] | None) -> bool:
@@ -181,7 +181,7 @@ class Oracle:
         row = found.read_row(index)
         if written is not None:
             return row == written[index - self.first]
-        return row == self.rows[index] and self.told(row, found.extraction) == self.tokens[index]
+        return row == self.rows[index] and self.told(row, found.manifest) == self.tokens[index]
 
     def checks_right(self, folder: Path) -> bool:
         found = check_shard(folder, SHARD, *self.check)

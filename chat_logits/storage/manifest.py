@@ -1,0 +1,293 @@
+"""The two JSON files of a logit dataset: ``extraction.json``, what a run is, and ``shards.json``, what it has written.
+
+FORMAT.md, "Files", is the specification.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+from chat_logits.errors import ToolkitError, UsageError
+
+FORMAT_VERSION = 1
+EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
+SHARDS_A_FOLDER = 1000
+SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
+# The keys that decide the rows. Ids and paths don't (revisions do), nor do versions and budgets.
+FINGERPRINT_KEYS = (
+    "format_version",
+    "top_k",
+    "top_p",
+    "num_sampled",
+    "seed",
+    "vocab_size",
+    "rows_per_shard",
+    "model_revision",
+    "gguf_file",
+    "tokenizer_fingerprint",
+    "dataset_config",
+    "split",
+    "dataset_revision",
+    "max_samples",
+    "max_length",
+    "columns",
+    "system_prompt",
+    "chat_template",
+    "template_kwargs",
+    "template_date",
+    "skipped_token_ids",
+    "dtype",
+    "attn_implementation",
+)
+LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
+SHOWN = 40  # characters of a value in a message
+
+
+# --- extraction.json ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run reads and does with it, as far as it is known before the model is loaded.
+
+    The fields are keys of ``extraction.json``, in the order of the file; FORMAT.md says what each is.
+    """
+
+    format_version: int = FORMAT_VERSION
+    top_k: int
+    top_p: float
+    num_sampled: int
+    seed: int
+    rows_per_shard: int
+    model_id: str
+    model_revision: str
+    gguf_file: str | None
+    tokenizer_fingerprint: str
+    dataset_id: str
+    dataset_config: str | None
+    split: str
+    dataset_revision: str
+    max_samples: int | None
+    max_length: int | None
+    columns: dict
+    system_prompt: str | None
+    chat_template: str
+    template_kwargs: dict
+    template_date: str | None
+    mask_source: str | None = None
+    skipped_token_ids: list
+    versions: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(RunInputs):
+    """All of ``extraction.json``: what is needed to decode, align and repeat a run.
+
+    Keys that decide no rows may be missing in the file of another writer, and are None then; ``others`` are keys that
+    are not the format's. ``from_json`` checks types and ranges.
+    """
+
+    licenses: dict | None = None
+    vocab_size: int
+    dtype: str
+    attn_implementation: str | None
+    batch_tokens: int | None = None
+    batch_logit_rows: int | None = None
+    prefix_cache: bool | None = None
+    others: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def read(cls, path: Path, place: str) -> "Manifest":
+        """The manifest in the file ``path`` of a dataset that messages call ``place``. Raises ToolkitError."""
+        return cls.from_json(read_json(path, f"{place}: {EXTRACTION_FILE}"), place)
+
+    @classmethod
+    def from_json(cls, content: Mapping, place: str) -> "Manifest":
+        """The manifest with this content.
+
+        Raises ToolkitError where it is of another version, lacks a key, or has a value that the key cannot have.
+        """
+        version = content.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ToolkitError(f"{place}: format_version {version!r}, expected {FORMAT_VERSION}")
+        required = [key for key in KEYS if key in FINGERPRINT_KEYS or key in ("model_id", "dataset_id")]
+        if missing := [key for key in required if key not in content]:
+            raise ToolkitError(f"{place}: {EXTRACTION_FILE} has no {', '.join(missing)}")
+        known = {key: content[key] for key in KEYS if key in content}
+        for key, value in known.items():
+            if not _fits(key, value):
+                raise ToolkitError(
+                    f"{place}: {EXTRACTION_FILE} has {key} {value!r:.{SHOWN}}, expected {_expected(key)}"
+                )
+        return cls(**known, others={key: value for key, value in content.items() if key not in KEYS})
+
+    def as_json(self) -> dict:
+        """The content of ``extraction.json``, its keys in order."""
+        known = {key: getattr(self, key) for key in KEYS}
+        return {key: value for key, value in known.items() if value is not None or key not in OPTIONAL} | self.others
+
+    @property
+    def text(self) -> str:
+        """``extraction.json`` as it is written."""
+        return json_text(self.as_json())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the run: SHA-256 (hex) of the canonical JSON of the keys that decide the rows."""
+        return hashlib.sha256(canonical({key: getattr(self, key) for key in FINGERPRINT_KEYS})).hexdigest()
+
+    def differences(self, wanted: RunInputs, **more: object) -> list[str]:
+        """How this run differs from one that is wanted: a text for each key that decides the rows.
+
+        ``wanted`` may be a whole manifest; ``more`` are keys that it lacks.
+        """
+        here = {key: getattr(wanted, key) for key in FINGERPRINT_KEYS if hasattr(wanted, key)} | more
+        return [
+            f"{key}: {describe_difference(getattr(self, key), value)}"
+            for key, value in here.items()
+            if canonical(getattr(self, key)) != canonical(value)
+        ]
+
+
+KEYS = {item.name: item.type for item in fields(Manifest) if item.name != "others"}
+OPTIONAL = {"mask_source", "versions", "licenses", "batch_tokens", "batch_logit_rows", "prefix_cache"}
+
+
+def _fits(key: str, value: object) -> bool:
+    kind = KEYS[key]
+    if isinstance(value, bool):
+        return kind == bool | None
+    if kind is float:
+        return isinstance(value, int | float)
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(item, int) for item in value)
+    return isinstance(value, kind) and (key not in LEAST or value >= LEAST[key])
+
+
+def _expected(key: str) -> str:
+    kind = KEYS[key]
+    name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
+    return f"{name} of at least {LEAST[key]}" if key in LEAST else name
+
+
+def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError:
+    """The refusal of a place, of a ``kind`` such as "repository", that holds another run."""
+    reasons = "; ".join(differences)
+    return UsageError(
+        f"{place}: holds another run ({reasons}). Choose another {kind}, or replace that run with --overwrite."
+    )
+
+
+def describe_difference(there: object, here: object) -> str:
+    """Two values of a key in one line, long ones from the first character that differs.
+
+    >>> describe_difference(64, 32)
+    '64 there, 32 here'
+    """
+    texts = [value if isinstance(value, str) else canonical(value).decode() for value in (there, here)]
+    at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    if max(map(len, texts)) <= SHOWN:
+        return f"{texts[0]} there, {texts[1]} here"
+    shown = [repr(text[max(0, at - 10) : at + SHOWN - 10]) for text in texts]
+    return f"from character {at}, {shown[0]} there, {shown[1]} here"
+
+
+# --- shards.json ---
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats.
+
+    Reading needs the first two alone; other writers may leave out the rest.
+    """
+
+    path: str
+    num_rows: int
+    num_tokens: int = 0
+    nll: float = 0.0
+    num_bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shard(self) -> int:
+        return shard_number(self.path)
+
+    @property
+    def source_rows(self) -> int:
+        """Source rows that the shard covers, skipped ones among them."""
+        return self.num_rows + sum(self.skipped.values())
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def shard_path(split: str, shard: int) -> str:
+    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
+    return f"data/{shard // SHARDS_A_FOLDER:05d}/{split}-{shard:05d}.parquet"
+
+
+def shard_number(path: str) -> int | None:
+    """The number in a shard's path, None for a path that is no shard's."""
+    match = SHARD_PATH.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def shards_text(entries: Iterable[ShardEntry]) -> str:
+    """``shards.json`` as it is written, for these shards in order."""
+    shards = [entry.as_json() for entry in entries]
+    return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards))})
+
+
+def read_shards(path: Path, place: str) -> list[ShardEntry]:
+    """The entries in a ``shards.json``, in order. Raises ToolkitError where it is not what was written."""
+    name = f"{place}: {SHARDS_FILE}"
+    listing = read_json(path, name)
+    shards = listing.get("shards")
+    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
+        raise ToolkitError(f"{name} lists no shards with path and num_rows")
+    expected = zlib.crc32(canonical(shards))
+    if listing.get("crc32", expected) != expected:
+        raise ToolkitError(f"{name} is damaged (checksum {listing['crc32']!s:.{SHOWN}}, expected {expected})")
+    return [ShardEntry(**shard) for shard in shards]
+
+
+def _is_entry(shard: object) -> bool:
+    kinds = {"path": str, "num_rows": int, "num_tokens": int, "nll": (int, float), "num_bytes": int, "skipped": dict}
+    return (
+        isinstance(shard, dict)
+        and {"path", "num_rows"} <= shard.keys() <= kinds.keys()
+        and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
+        and shard_number(shard["path"]) is not None
+        and shard["num_rows"] >= 0
+        and all(isinstance(count, int) for count in shard.get("skipped", {}).values())
+    )
+
+
+# --- JSON ---
+
+
+def canonical(value: object) -> bytes:
+    """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def json_text(content: dict) -> str:
+    """JSON for people to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path, name: str) -> dict:
+    """The JSON object in a file that messages call ``name``. Raises ToolkitError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ToolkitError(f"{name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ToolkitError(f"{name} holds no JSON object")
+    return content

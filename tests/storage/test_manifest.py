@@ -1,0 +1,162 @@
+"""``extraction.json`` and ``shards.json``: what FORMAT.md says of them, and that nothing is lost on the way."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import REPO
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.manifest import (
+    FINGERPRINT_KEYS,
+    KEYS,
+    Manifest,
+    RunInputs,
+    ShardEntry,
+    another_run,
+    read_shards,
+    shards_text,
+)
+
+FORMAT = (REPO / "FORMAT.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def content(calm_run) -> dict:
+    """What a run has written."""
+    return json.loads((calm_run / "extraction.json").read_text(encoding="utf-8"))
+
+
+def of(content: dict) -> Manifest:
+    return Manifest.from_json(content, "here")
+
+
+def test_a_file_that_is_read_is_written_with_the_same_bytes(calm_run):
+    path = calm_run / "extraction.json"
+    assert Manifest.read(path, "here").text == path.read_text(encoding="utf-8")
+
+
+def test_keys_of_other_writers_are_kept(content):
+    content = {**content, "versions": {"julia": "1.12"}, "comment": ["mine", None], "cluster": {"nodes": 3}}
+    assert json.loads(of(content).text) == content
+
+
+@pytest.mark.parametrize(
+    "key", ["mask_source", "versions", "licenses", "batch_tokens", "batch_logit_rows", "prefix_cache"]
+)
+def test_keys_that_decide_no_rows_may_be_missing_and_stay_so(content, key):
+    del content[key]
+    manifest = of(content)
+    assert getattr(manifest, key) is None and json.loads(manifest.text) == content
+
+
+def test_the_keys_are_the_formats():
+    (table,) = re.findall(r"`extraction.json` is one object with the keys\n\n(.*?)\n\n", FORMAT, re.DOTALL)
+    listed = [key for line in table.splitlines() for key in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(KEYS) == sorted(listed)
+
+
+def test_the_fingerprint_is_that_of_the_format(content):
+    (listed,) = re.findall(
+        r"The run's fingerprint is the SHA-256 .*?keys that decide the rows:(.*?)\.\n", FORMAT, re.DOTALL
+    )
+    keys = re.findall(r"`(\w+)`", listed)
+    assert sorted(FINGERPRINT_KEYS) == sorted(keys)
+    text = json.dumps({key: content[key] for key in keys}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert of(content).fingerprint == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_fingerprint_follows_what_decides_the_rows(content):
+    manifest = of(content)
+    for key in ("top_k", "seed", "chat_template", "dtype", "skipped_token_ids"):
+        assert replace(manifest, **{key: "other"}).fingerprint != manifest.fingerprint
+    for key in ("versions", "batch_tokens", "model_id"):
+        assert replace(manifest, **{key: "other"}).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize("key", FINGERPRINT_KEYS)
+def test_a_key_that_decides_the_rows_must_be_there(content, key):
+    del content[key]
+    with pytest.raises(ToolkitError, match=f"here: (extraction.json has no {key}|format_version None, expected 1)"):
+        of(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("top_k", "64", "top_k '64', expected int of at least 1"),
+        ("top_k", True, "top_k True, expected int of at least 1"),
+        ("top_k", 0, "top_k 0, expected int of at least 1"),
+        ("num_sampled", -1, "num_sampled -1, expected int of at least 0"),
+        ("max_length", "512", r"max_length '512', expected int \| None"),
+        ("chat_template", None, "chat_template None, expected str"),
+        ("template_kwargs", [], r"template_kwargs \[\], expected dict"),
+        ("skipped_token_ids", [1, "2"], r"skipped_token_ids \[1, '2'\], expected list of int"),
+        ("prefix_cache", "yes", r"prefix_cache 'yes', expected bool \| None"),
+        ("split", ["train"] * 99, r"split \['train'.{32}, expected str$"),
+    ],
+)
+def test_a_value_that_a_key_cannot_have_is_named(content, key, value, words):
+    with pytest.raises(ToolkitError, match=f"here: extraction.json has {words}"):
+        of({**content, key: value})
+
+
+def test_numbers_may_be_written_either_way(content):
+    assert of({**content, "top_p": 1}).as_json()["top_p"] == 1
+
+
+# --- two runs ---
+
+
+def test_runs_differ_in_the_keys_that_decide_the_rows(content):
+    manifest = of(content)
+    other = replace(manifest, top_k=3, system_prompt="Be brief.", versions={}, batch_tokens=1)
+    assert other.differences(manifest) == ["top_k: 3 there, 64 here", "system_prompt: Be brief. there, null here"]
+    assert manifest.differences(manifest) == []
+
+
+def test_what_is_not_known_before_the_model_is_loaded_is_not_compared(content):
+    manifest = of(content)
+    inputs = RunInputs(**{key: getattr(manifest, key) for key in RunInputs.__dataclass_fields__})
+    assert replace(manifest, dtype="float16", vocab_size=1).differences(inputs) == []
+    assert replace(manifest, dtype="float16").differences(inputs, dtype="float32") == [
+        "dtype: float16 there, float32 here"
+    ]
+
+
+def test_long_values_are_shown_from_where_they_differ(content):
+    manifest = of({**content, "chat_template": "a" * 100 + "b" * 100})
+    (text,) = manifest.differences(replace(manifest, chat_template="a" * 100 + "c" * 100))
+    assert text == f"chat_template: from character 100, '{'a' * 10}{'b' * 30}' there, '{'a' * 10}{'c' * 30}' here"
+
+
+def test_another_run_is_refused_with_what_to_do():
+    error = another_run("--output_repo user/x", ["seed: 1 there, 0 here", "top_k: 3 there, 4 here"], "repository")
+    assert isinstance(error, UsageError) and str(error) == (
+        "--output_repo user/x: holds another run (seed: 1 there, 0 here; top_k: 3 there, 4 here). "
+        "Choose another repository, or replace that run with --overwrite."
+    )
+
+
+# --- shards.json ---
+
+
+def test_a_listing_that_is_read_is_written_with_the_same_bytes(calm_run):
+    path = calm_run / "shards.json"
+    assert shards_text(read_shards(path, "here")) == path.read_text(encoding="utf-8")
+
+
+def test_other_writers_may_list_path_and_rows_alone(tmp_path):
+    (tmp_path / "shards.json").write_text('{"shards": [{"path": "data/00001/a.b-01234.parquet", "num_rows": 5}]}')
+    (entry,) = read_shards(tmp_path / "shards.json", "here")
+    assert entry == ShardEntry("data/00001/a.b-01234.parquet", 5) and entry.shard == 1234
+
+
+def test_a_changed_listing_is_refused(calm_run, tmp_path):
+    listing = json.loads((calm_run / "shards.json").read_text())
+    listing["shards"][3]["num_tokens"] += 1
+    (tmp_path / "shards.json").write_text(json.dumps(listing))
+    with pytest.raises(ToolkitError, match=rf"here: shards.json is damaged \(checksum {listing['crc32']}, expected"):
+        read_shards(tmp_path / "shards.json", "here")
