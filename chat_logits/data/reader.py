@@ -1,19 +1,17 @@
 """Source rows as aligned conversations: everything that decides what a row becomes, before any model runs."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from chat_logits.data import alignment as chat_alignment
+from chat_logits.data.alignment import Aligner, Alignment
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import ConversationError, choose_columns, to_conversation, to_stored
-from chat_logits.data.source import SourceDataset, open_source
+from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
 from chat_logits.data.templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.errors import ToolkitError
-
-FIRST_CONVERSATIONS = 32  # if none of these gives a token, the run is stopped before it starts
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Aligned:
 
     source_index: int
     messages: list[dict]
-    alignment: chat_alignment.Alignment
+    alignment: Alignment
     positions: np.ndarray
 
     @property
@@ -32,47 +30,71 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Reader:
-    """The rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
+    """The source rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
 
-    ``tokens_a_row`` is the mean of extracted tokens over the first rows.
+    ``first_ready`` and ``first_skipped`` are the first source rows, aligned already when the reader was opened.
     """
 
     source: SourceDataset
     columns: dict[str, str]
     system_prompt: str | None
     choice: TemplateChoice
-    aligner: chat_alignment.Aligner
+    aligner: Aligner
     max_length: int | None
     vocab_size: int
     num_rows: int | None
-    tokens_a_row: float = 0.0
+    first_ready: list[Aligned] = field(default_factory=list)
+    first_skipped: list[dict] = field(default_factory=list)
+
+    @property
+    def tokens_a_row(self) -> float:
+        """Mean of extracted tokens over the first source rows."""
+        return sum(len(aligned.positions) for aligned in self.first_ready) / max(1, self._num_first)
+
+    @property
+    def _num_first(self) -> int:
+        return len(self.first_ready) + len(self.first_skipped)
 
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
-        """Rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``.
+        """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``.
 
-        Together they are fewer than asked for only where the rows end.
+        Together they are fewer than asked for only where the rows end. Raises PrefixError where the prefixes of one of
+        the ``FIRST_ROWS`` do not nest; such rows are skipped further on.
         """
-        ready, skipped = [], []
         end = end if self.num_rows is None else min(end, self.num_rows)
+        ready = [aligned for aligned in self.first_ready if first <= aligned.source_index < end]
+        skipped = [entry for entry in self.first_skipped if first <= entry["row"] < end]
+        more_ready, more_skipped = self._align_more(max(first, self._num_first), end)
+        return ready + more_ready, skipped + more_skipped
+
+    def _align_more(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
+        """Rows that were not aligned before: each is rendered once, and their texts are tokenized together."""
+        if first >= end:
+            return [], []
+        conversations, rendered, skipped = {}, {}, []
         for index, row in enumerate(self.source.read(first, end), start=first):
             try:
-                ready.append(self._align_row(index, row))
+                conversations[index] = to_conversation(row, self.columns, self.system_prompt)
+                rendered[index] = self.choice.render(conversations[index])
             except (ConversationError, TemplateError) as reason:
+                if isinstance(reason, PrefixError) and index < FIRST_ROWS:
+                    raise
                 skipped.append({"row": index, "reason": str(reason)})
-        return ready, skipped
+        ready = []
+        for index, alignment in zip(rendered, self.aligner.align_rendered(list(rendered.values())), strict=True):
+            if reason := self._refuse(alignment):
+                skipped.append({"row": index, "reason": reason})
+            else:
+                ready.append(Aligned(index, to_stored(conversations[index]), alignment, alignment.positions))
+        return ready, sorted(skipped, key=lambda entry: entry["row"])
 
-    def _align_row(self, index: int, row: dict) -> Aligned:
-        conversation = to_conversation(row, self.columns, self.system_prompt)
-        self.choice.check(conversation)
-        alignment = self.aligner.align(conversation)
+    def _refuse(self, alignment: Alignment) -> str | None:
+        """Why an aligned conversation is skipped, None where it is not."""
         if self.max_length and len(alignment.input_ids) > self.max_length:
-            raise ConversationError(f"longer than {self.max_length} tokens")
+            return f"longer than {self.max_length} tokens"
         if alignment.input_ids.max(initial=0) >= self.vocab_size:
-            raise ConversationError(f"a token beyond the model's {self.vocab_size} embeddings")
-        positions = alignment.positions
-        if not len(positions):
-            raise ConversationError("no token to extract: the assistant mask is empty")
-        return Aligned(index, to_stored(conversation), alignment, positions)
+            return f"a token beyond the model's {self.vocab_size} embeddings"
+        return None if len(alignment.positions) else "no token to extract: the assistant mask is empty"
 
 
 def open_reader(
@@ -100,17 +122,18 @@ def open_reader(
         columns=columns,
         system_prompt=config.system_prompt,
         choice=choice,
-        aligner=chat_alignment.Aligner(tokenizer, choice.template, skipped),
+        aligner=Aligner(tokenizer, choice.template, skipped),
         max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
-    return replace(reader, tokens_a_row=_prove(reader, conversations))
+    ready, skipped = _prove(reader)
+    return replace(reader, first_ready=ready, first_skipped=skipped)
 
 
 def _first_conversations(source: SourceDataset, columns: dict, config: SourceConfig) -> list[list[dict]]:
     found = []
-    for row in source.read(0, FIRST_CONVERSATIONS):
+    for row in source.first_rows:
         try:
             found.append(to_conversation(row, columns, config.system_prompt))
         except ConversationError:
@@ -118,21 +141,14 @@ def _first_conversations(source: SourceDataset, columns: dict, config: SourceCon
     return found
 
 
-def _prove(reader: Reader, conversations: list[list[dict]]) -> float:
-    """Extracted tokens a row over the first conversations.
+def _prove(reader: Reader) -> tuple[list[Aligned], list[dict]]:
+    """The first source rows, aligned.
 
     Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has anything to extract.
     """
-    for conversation in conversations:
-        try:
-            reader.choice.template.render(conversation)
-        except PrefixError:
-            raise
-        except TemplateError:
-            continue  # the run counts it
-    ready, skipped = reader.align(0, FIRST_CONVERSATIONS)
+    ready, skipped = reader.align(0, FIRST_ROWS)
     if not ready:
         reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).\n{THREE_WAYS}")
-    return sum(len(aligned.positions) for aligned in ready) / (len(ready) + len(skipped))
+    return ready, skipped

@@ -13,6 +13,7 @@ from chat_logits.data.parquet_rows import ParquetRows
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import explain_hub_error, resolve_commit
 
+FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -22,14 +23,14 @@ class SourceDataset:
     """One split of a dataset, whose rows are read in any order.
 
     ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream whose
-    length is recorded nowhere; ``what`` names the dataset in errors.
+    length is recorded nowhere; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's in errors.
     """
 
     rows: "TableRows | ParquetRows | StreamRows"
     revision: str
     num_rows: int | None
-    column_names: list[str]
-    what: str
+    first_rows: list[dict]
+    name: str
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
 
     def read(self, first: int, end: int) -> list[dict]:
@@ -37,12 +38,20 @@ class SourceDataset:
 
         Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
         """
-        with self._reading, explained(self.what):
-            return self.rows.read(first, end if self.num_rows is None else min(end, self.num_rows))
+        known, end = self.first_rows[first:end], end if self.num_rows is None else min(end, self.num_rows)
+        start = first + len(known)
+        if start >= end:
+            return known
+        with self._reading, explained(self.name):
+            return known + self.rows.read(start, end)
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.first_rows[0])
 
     def footers(self) -> dict[str, list[int]]:
         """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
-        with explained(self.what):
+        with explained(self.name):
             return self.rows.footers() if isinstance(self.rows, ParquetRows) else {}
 
 
@@ -91,13 +100,13 @@ def open_source(
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
     commit, arguments = _locate(dataset_id, config, revision, split)
-    what = f"--dataset_id {dataset_id}, --split {split}"
-    with explained(what):
+    name = f"--dataset_id {dataset_id}, --split {split}"
+    with explained(name):
         rows = _open_rows(arguments, split, streaming, footers)
-        first = rows.read(0, 1)
-    if not first:
-        raise UsageError(f"{what}: no rows")
-    return SourceDataset(rows, commit, rows.num_rows, list(first[0]), what)
+        first_rows = rows.read(0, FIRST_ROWS if rows.num_rows is None else min(FIRST_ROWS, rows.num_rows))
+    if not first_rows:
+        raise UsageError(f"{name}: no rows")
+    return SourceDataset(rows, commit, rows.num_rows, first_rows, name)
 
 
 def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
@@ -151,26 +160,26 @@ def _local_arguments(path: Path, config: str | None, split: str, content: str) -
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """What ``datasets`` raises, as errors that say what to do."""
+def explained(name: str) -> Iterator[None]:
+    """Errors of ``datasets`` as the toolkit's own, which name the dataset and say what to do."""
     import datasets
 
     try:
         yield
     except StopIteration as error:  # of ``datasets``, for an empty file
-        raise UsageError(f"{what}: no rows") from error
+        raise UsageError(f"{name}: no rows") from error
     except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
         raise ToolkitError(
-            f"{what}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
+            f"{name}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UsageError(f"{what}: {_shortened(error.__cause__ or error)}") from error
+        raise UsageError(f"{name}: {_shortened(error.__cause__ or error)}") from error
     except datasets.table.CastError as error:
-        raise UsageError(f"{what}: {error.details()}") from error
+        raise UsageError(f"{name}: {error.details()}") from error
     except Exception as error:  # odd data and the Hub's clients raise all kinds
         if "corresponds to no data" in str(error):
-            raise UsageError(f"{what}: no rows") from error
-        raise explain_hub_error(error, what, UsageError) from error
+            raise UsageError(f"{name}: no rows") from error
+        raise explain_hub_error(error, name, UsageError) from error
 
 
 def _shortened(error: BaseException) -> str:

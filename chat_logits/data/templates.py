@@ -102,11 +102,13 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             prompt, _ = self._render(conversation[:i], add_generation_prompt=True)
-            turn, _ = self._render(conversation[: i + 1])
+            turn = whole if i + 1 == len(conversation) else self._render(conversation[: i + 1])[0]
             _check_nesting(before, prompt)
             _check_nesting(prompt, turn)
-            if prompt == self._render(conversation[:i])[0]:
-                _check_header(turn[len(prompt) :], message.get("content") or "")
+            answer, content = turn[len(prompt) :], (message.get("content") or "").strip()
+            # Only without a generation prompt must the answer itself tell that the turn has no header in front.
+            if not _begins_with(answer, content) and prompt == self._render(conversation[:i])[0]:
+                _refuse_header(answer, content)
             spans.append((len(prompt), len(turn)))
             before = turn
         _check_nesting(before, whole)
@@ -124,17 +126,20 @@ def _check_nesting(shorter: str, longer: str) -> None:
     )
 
 
-def _check_header(turn: str, content: str) -> None:
-    """Without a generation prompt only the answer itself can tell whether the turn begins with a header."""
-    if not content.strip():
+def _begins_with(answer: str, content: str) -> bool:
+    """Whether a rendered answer visibly begins with the message's own words."""
+    return bool(content) and answer.lstrip().startswith(content[:20])
+
+
+def _refuse_header(answer: str, content: str) -> None:
+    if not content:
         raise TemplateError(
             "an empty answer, and a chat template without generation prompt: no telling where it begins"
         )
-    if not turn.lstrip().startswith(content.strip()[:20]):
-        raise PrefixError(
-            f"the chat template marks no answers and has no generation prompt, so the header of {turn[:30]!r} cannot "
-            f"be told from the answer.\n{THREE_WAYS}"
-        )
+    raise PrefixError(
+        f"the chat template marks no answers and has no generation prompt, so the header of {answer[:30]!r} cannot "
+        f"be told from the answer.\n{THREE_WAYS}"
+    )
 
 
 # --- choosing ---
@@ -148,10 +153,15 @@ class TemplateChoice:
     mask_source: str
     own: ChatTemplate | None = None
 
-    def check(self, conversation: list[dict]) -> None:
-        """Raise TemplateError where a shipped template refuses it, or renders otherwise than the one it stands for."""
-        if self.own and self.own.text_or_none(conversation) != self.template.render(conversation)[0]:
+    def render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """As ``ChatTemplate.render``, once by each template: a shipped one gives the spans, the model's own the proof.
+
+        Raises TemplateError, also where a shipped template renders otherwise than the one that it stands for.
+        """
+        text, spans = self.template.render(conversation)
+        if self.own and self.own.text_or_none(conversation) != text:
             raise TemplateError(f"the {self.mask_source} renders it otherwise than the model's own template")
+        return text, spans
 
 
 def choose_template(
@@ -169,9 +179,10 @@ def choose_template(
     template = ChatTemplate(text, tokenizer.special_tokens_map, kwargs, date)
     if argument is not None and template.has_generation_blocks:
         return TemplateChoice(template, "generation blocks of --chat_template")
+    own_texts: dict[tuple[int, bool], str | None] = {}
     for path in sorted(SHIPPED.glob("*.jinja")):
         shipped = replace(template, text=path.read_text(encoding="utf-8"))
-        if _render_alike(template, shipped, conversations):
+        if _render_alike(template, shipped, conversations, own_texts):
             return TemplateChoice(shipped, f"shipped template {path.name}", own=template)
     if template.has_generation_blocks:
         return TemplateChoice(template, "generation blocks of the model's own template")
@@ -188,10 +199,18 @@ def _own_template(tokenizer) -> str:
     return template.get("default", next(iter(template.values()))) if isinstance(template, dict) else template
 
 
-def _render_alike(template: ChatTemplate, shipped: ChatTemplate, conversations: list[list[dict]]) -> bool:
-    for conversation in (*PROBES, TOOL_PROBE, *conversations):
+def _render_alike(
+    template: ChatTemplate,
+    shipped: ChatTemplate,
+    conversations: list[list[dict]],
+    own_texts: dict[tuple[int, bool], str | None],
+) -> bool:
+    """Whether both give the same texts. ``own_texts`` keeps the first one's, for the next that it is compared with."""
+    for i, conversation in enumerate((*PROBES, TOOL_PROBE, *conversations)):
         for prompt in (False, True):
-            own, ours = (t.text_or_none(conversation, add_generation_prompt=prompt) for t in (template, shipped))
+            if (i, prompt) not in own_texts:
+                own_texts[i, prompt] = template.text_or_none(conversation, add_generation_prompt=prompt)
+            own, ours = own_texts[i, prompt], shipped.text_or_none(conversation, add_generation_prompt=prompt)
             if own != ours and not (ours is None and _has_tools(conversation, template.kwargs)):
                 return False
     return True

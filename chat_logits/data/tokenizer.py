@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from functools import cache
 
@@ -17,6 +18,8 @@ def load_tokenizer(
     tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
 ):
     """A fast tokenizer from a Hub id or local folder. Raises ToolkitError where there is none."""
+    # The library's threads would compete with the model's, and each process forked afterwards prints a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf_file} if gguf_file else {}

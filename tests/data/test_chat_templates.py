@@ -86,9 +86,9 @@ def test_a_dataset_that_tells_two_templates_apart_goes_by_prefixes(smollm2):
     assert choose(None, Tokenizer(sly), [plain]).mask_source == "shipped template smollm2.jinja"
     assert choose(None, Tokenizer(sly), [plain, telling]).mask_source == "prefixes of each conversation"
     choice = choose(None, Tokenizer(sly), [plain])
-    choice.check(plain)
+    choice.render(plain)
     with pytest.raises(TemplateError, match=r"smollm2\.jinja renders it otherwise than the model's own"):
-        choice.check(telling)
+        choice.render(telling)
 
 
 def test_tools_among_the_first_conversations_decide_nothing(smollm2):
@@ -97,7 +97,7 @@ def test_tools_among_the_first_conversations_decide_nothing(smollm2):
     choice = choose(None, smollm2[1], [calling, [QUESTION, ANSWER]])
     assert choice.mask_source == "shipped template smollm2.jinja"
     with pytest.raises(TemplateError, match="SmolLM 2 has no tools"):
-        choice.check(calling)
+        choice.render(calling)
 
 
 # --- prefixes ---

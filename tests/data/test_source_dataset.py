@@ -278,7 +278,7 @@ def test_threads_take_turns():
             yield {"i": i}
 
     stream = StreamRows(datasets.IterableDataset.from_generator(rows), 40)
-    source = SourceDataset(stream, "", 40, ["i"], "a stream")
+    source = SourceDataset(stream, "", 40, [], "a stream")
     with ThreadPoolExecutor(2) as pool:
         reads = [pool.submit(source.read, first, first + 10) for first in (0, 10, 5, 20)]
         found = [[row["i"] for row in read.result()] for read in reads]

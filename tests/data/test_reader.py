@@ -1,0 +1,92 @@
+"""Source rows once: read once, rendered once by each template, tokenized together."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import CONVERSATIONS, MODEL, TEMPLATE
+
+import extract_logits
+from chat_logits.data import templates
+from chat_logits.data.alignment import TOKENIZED_AT_ONCE, Aligner
+from chat_logits.data.source import FIRST_ROWS, TableRows, open_source
+from chat_logits.data.templates import ChatTemplate
+from chat_logits.data.tokenizer import load_tokenizer, skipped_token_ids
+
+ROWS, SHARD = 50, 20
+PREFIXES = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.fixture
+def renderings(monkeypatch) -> Counter:
+    """How often each conversation's question was rendered, behind what choosing a template needs."""
+    counted, render = Counter(), templates.render
+
+    def counting(text, conversation, *arguments):
+        counted[conversation[-1]["content"]] += 1
+        return render(text, conversation, *arguments)
+
+    monkeypatch.setattr(templates, "render", counting)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        pytest.param(str(TEMPLATE), 1, id="generation blocks"),
+        pytest.param(None, 2, id="a shipped one for the spans and the model's own for the proof"),
+        pytest.param(PREFIXES, 1, id="prefixes end in the question or the answer"),
+    ],
+)
+def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, renderings, template, expected):
+    reads, read = Counter(), TableRows.read
+
+    def counting(rows, first, end):
+        found = read(rows, first, end)
+        reads.update(range(first, first + len(found)))
+        return found
+
+    monkeypatch.setattr(TableRows, "read", counting)
+    options = ["--model_id", str(small_model), "--dataset_id", str(CONVERSATIONS), "--max_samples", str(ROWS)]
+    options += ["--rows_per_shard", str(SHARD), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    options += ["--chat_template", template] if template else []
+    assert extract_logits.main(options) == 0
+    assert reads == dict.fromkeys(range(ROWS), 1)
+    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()[FIRST_ROWS:ROWS]
+    answers = [json.loads(line)["conversations"][1]["value"] for line in lines]
+    assert {renderings[answer] for answer in answers} == {expected}
+
+
+@pytest.mark.parametrize("known", [0, 3, 32])
+@pytest.mark.parametrize(("first", "end"), [(0, 10), (2, 4), (5, 40), (32, 40), (33, 36), (38, 60), (70, 80)])
+def test_rows_read_at_the_start_come_in_their_places(tmp_path, known, first, end):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"i": {i}}}\n' for i in range(45)), encoding="utf-8")
+    source = open_source(str(file))
+    assert [row["i"] for row in source.first_rows] == list(range(FIRST_ROWS))
+    source.first_rows = source.first_rows[:known] if known else source.first_rows
+    assert [row["i"] for row in source.read(first, end)] == list(range(45))[first:end]
+
+
+def test_texts_tokenized_together_are_aligned_as_each_alone(source_rows):
+    """More than a batch, of all lengths, after a call that has left padding and truncation switched on."""
+    tokenizer = load_tokenizer(str(MODEL))
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})
+    aligner = Aligner(tokenizer, template, skipped_token_ids(tokenizer))
+    talks = [[dict(zip(("role", "content"), turn, strict=True)) for turn in _turns(row)] for row in source_rows]
+    talks = [*talks[: TOKENIZED_AT_ONCE - 1], [{"role": "user", "content": ""}], *talks[TOKENIZED_AT_ONCE - 1 : 150]]
+    together = aligner.align_rendered([template.render(talk) for talk in talks])
+    assert len(together) == len(talks) > 2 * TOKENIZED_AT_ONCE
+    for talk, found in zip(talks, together, strict=True):
+        ids = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        assert found.input_ids.tolist() == ids
+        assert np.array_equal(found.positions, aligner.align(talk).positions)
+    assert aligner.align_rendered([]) == []
+
+
+def _turns(row: dict) -> list[tuple[str, str]]:
+    question, answer = (turn["value"] for turn in row["conversations"])
+    return [("user", question), ("assistant", answer)]
