@@ -84,7 +84,7 @@ class Comparison(Sequence):
         return sorted((token for token in self.tokens if token.is_extracted), key=lambda token: -token.kl)[: self.only]
 
     def to_dicts(self) -> list[dict]:
-        """A dict a shown token; what is not known is None."""
+        """A dict per shown token; numbers of tokens that were not extracted are None."""
         return [token.as_dict() for token in self.shown]
 
     def as_dict(self) -> dict:
@@ -134,10 +134,10 @@ def compare_analyses(
 
 def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
     """Raise UsageError where two datasets' ids are not of one tokenizer."""
-    expected, found = (dataset.manifest.tokenizer_fingerprint for dataset in (first, other))
-    if found != expected:
+    expected, fingerprint = (dataset.manifest.tokenizer_fingerprint for dataset in (first, other))
+    if fingerprint != expected:
         raise UsageError(
-            f"{other.dataset_id}: made with another tokenizer ({found[:12]}) than {first.dataset_id} "
+            f"{other.dataset_id}: made with another tokenizer ({fingerprint[:12]}) than {first.dataset_id} "
             f"({expected[:12]}). Compare datasets whose models share a tokenizer."
         )
 

@@ -91,7 +91,7 @@ class Analysis(Sequence):
         return [token for token, is_near in zip(self.tokens, near, strict=True) if is_near]
 
     def to_dicts(self) -> list[dict]:
-        """A dict a shown token; what is not known is None."""
+        """A dict per shown token; numbers of tokens that were not extracted are None."""
         return [token.as_dict() for token in self.shown]
 
     def as_dict(self) -> dict:

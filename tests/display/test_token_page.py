@@ -72,7 +72,7 @@ def test_hovering_shows_predictions_as_bars_and_leaving_hides_them(opened, analy
     )
     for share, prediction in zip(filled, found.predictions, strict=False):
         assert share == pytest.approx(prediction.probability, abs=0.02)
-    assert page.locator(".prediction.real").count() == 1
+    assert page.locator(".prediction.target").count() == 1
     assert names[-1] == "tail" and filled[-1] == pytest.approx(found.tail_mass, abs=0.02)
     page.mouse.move(2, 2)
     assert is_idle(page)
