@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.shard_record import RECORD, ShardRecord
-from chat_logits.storage import card as dataset_card
+from chat_logits.storage.card import place_in_code, render_card
 from chat_logits.storage.disk import make_room_or_stop, nearest_existing
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, shards_text
 from chat_logits.storage.shard import DamagedShard, check_shard, flush_and_rename
@@ -35,11 +35,12 @@ class RunFolder:
     """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the manifest that was in it,
     ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun.
 
+    ``place`` is how the card's snippets name the dataset (``place_in_code``).
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False):
-        self.path = path
+    def __init__(self, path: Path, overwrite: bool = False, place: str = place_in_code()):
+        self.path, self._place = path, place
         self.entries: dict[int, ShardEntry] = {}
         self.manifest: Manifest
         self.recomputed: set[int] = set()
@@ -179,7 +180,7 @@ class RunFolder:
         entries = sorted(entries, key=lambda entry: entry.shard)
         return {
             SHARDS_FILE: shards_text(entries),
-            CARD_FILE: dataset_card.render_card(self.manifest, entries),
+            CARD_FILE: render_card(self.manifest, entries, self._place),
         }
 
     def finish(self) -> None:

@@ -22,6 +22,7 @@ from chat_logits.extraction.run_description import OpenedRun, open_run, what_dif
 from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.extraction.upload import HubSync
 from chat_logits.model import loading
+from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, ShardEntry, another_run
 from chat_logits.storage.repository import Repository
@@ -35,7 +36,8 @@ def extract(config: ExtractConfig) -> None:
     The same call resumes what an earlier one left unfinished. Raises UsageError where the folder or the repository
     holds another run.
     """
-    with RunFolder(config.folder, config.overwrite) as folder:
+    place = place_in_code(config.output_repo, config.output_revision)
+    with RunFolder(config.folder, config.overwrite, place) as folder:
         try:
             _extract_into(folder, config)
         except KeyboardInterrupt:

@@ -1,37 +1,55 @@
 """The card of a logit dataset, as Markdown for the Hub."""
 
+from huggingface_hub import DatasetCardData
+
+from chat_logits.hub import is_commit
 from chat_logits.storage.manifest import Manifest, ShardEntry
 
+THIS_FOLDER = "path/to/this/folder"  # what the snippets of a card name that is in no repository
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+# What the Hub takes for `license`; anything else is `other`, with its name beside.
+LICENSES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research
+intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown
+unlicense wtfpl zlib
+"""
+
 CARD = """---
-configs:
-- config_name: default
-  description: {state}
-  data_files:
-  - split: {split}
-    path: data/*/{split}-*.parquet
-tags:
-- token-log-probabilities
-- distillation
+{metadata}
 ---
 
 # Token log-probabilities of {model_id}
 
 For every assistant token of `{dataset_id}` (split `{split}`): the {top_k} most probable tokens up to a total
 probability of {top_p}, {num_sampled} tokens sampled without bias from the rest, the logsumexp of the logits and the
-real token's own log-probability (nats). `extraction.json` has all that is needed to decode, align and repeat the run.
+target token's own log-probability (nats). `extraction.json` has all that is needed to decode, align and repeat the run.
 
 {numbers}
 
 ## Use
 
+The token table of one conversation, with chat-logits, the toolkit that made this (`pip install .` in a clone of it):
+
+```python
+from explore_logits import execute_analysis
+
+execute_analysis({place}, sample_index=0)
+```
+
+Without it, the numbers by `pip install datasets` and the toolkit's one file `logit_codec.py`, copied beside the script:
+
 ```python
 from datasets import load_dataset
-from explore_logits import dequantize_all_logits, execute_analysis
+from logit_codec import dequantize_all_logits
 
-execute_analysis(logit_dataset_id="THIS DATASET", sample_index=0)   # the token table of one conversation
-
-row = load_dataset("THIS DATASET", split="{split}")[0]
-position = dequantize_all_logits(row, 0)                            # token_ids, log_probs, weights, tail_mass, …
+row = load_dataset({place}, split="{split}")[0]
+position = dequantize_all_logits(row, 0)  # token_ids, log_probs, weights, tail_mass, …
 ```
 
 ## Columns
@@ -45,7 +63,7 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 | `sampled_logits_quantized`, `sampled_indices_low`, `sampled_indices_high` | the same for n·{num_sampled} draws |
 | `logsumexp` | n floats: logit = log-probability + logsumexp |
 | `num_tokens` | n |
-| `token_log_probs` | n floats: the real tokens' log-probabilities, not quantised |
+| `token_log_probs` | n floats: the target tokens' log-probabilities, not quantised |
 | `messages`, `source_index`, `alignment_checksum` | the conversation, its row in the source, a CRC of its tokens |
 
 ## Where it comes from
@@ -58,8 +76,8 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 Computed in {dtype} with {attn_implementation} attention, seed {seed}.
 """
 
-NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_a_token:.1f} bytes a token on disk; the real tokens' \
-mean negative log-likelihood is {mean_nll:.4f} nats."""
+NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk; the target \
+tokens' mean negative log-likelihood is {mean_nll:.4f} nats."""
 NO_NUMBERS = "The extraction has just begun."
 
 
@@ -68,22 +86,78 @@ def run_state(fingerprint: str, entries: list[ShardEntry]) -> str:
     return f"run {fingerprint[:16]}, {len(entries)} shards, {sum(entry.num_bytes for entry in entries)} bytes"
 
 
-def render_card(manifest: Manifest, entries: list[ShardEntry]) -> str:
+def place_in_code(repo_id: str | None = None, branch: str | None = None) -> str:
+    """The arguments by which the snippets name the dataset: a repository, or the folder that the card lies in.
+
+    >>> place_in_code("user/logits", "main"), place_in_code("user/logits", "k64"), place_in_code()
+    ('"user/logits"', '"user/logits", revision="k64"', '"path/to/this/folder"')
+    """
+    revision = f', revision="{branch}"' if branch not in (None, "main") else ""
+    return f'"{repo_id or THIS_FOLDER}"{revision}'
+
+
+def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = place_in_code()) -> str:
     """The card's text where ``entries`` are the shards there are; a run that has just begun has no numbers yet.
 
-    ``state`` changes with the rows: ``datasets`` takes a local folder for one it has in its cache if name and
-    ``configs`` are the same, whatever is in the files.
+    ``place`` is as ``place_in_code`` gives it.
     """
-    tokens, size = sum(entry.num_tokens for entry in entries), sum(entry.num_bytes for entry in entries)
-    numbers = NO_NUMBERS
-    if tokens:
-        numbers = NUMBERS.format(
-            rows=sum(entry.num_rows for entry in entries),
-            tokens=tokens,
-            bytes_a_token=size / tokens,
-            mean_nll=sum(entry.nll for entry in entries) / tokens,
-        )
-    state = run_state(manifest.fingerprint, entries)
     stated = manifest.licenses or {}
     licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
-    return CARD.format(**manifest.as_json(), **licenses, numbers=numbers, state=state)
+    metadata = card_metadata(manifest, entries).to_yaml()
+    numbers = _numbers(entries)
+    return CARD.format(**manifest.as_json(), **licenses, metadata=metadata, numbers=numbers, place=place)
+
+
+def card_metadata(manifest: Manifest, entries: list[ShardEntry]) -> DatasetCardData:
+    """What the Hub filters by and links to. Folders on somebody's machine are named in the text alone.
+
+    The licence is the source dataset's: the rows hold its texts, and of the model only numbers. ``description``
+    changes with the rows: ``datasets`` takes a local folder for one it has in its cache if name and ``configs`` are the
+    same, whatever is in the files.
+    """
+    config = {
+        "config_name": "default",
+        "description": run_state(manifest.fingerprint, entries),
+        "data_files": [{"split": manifest.split, "path": f"data/*/{manifest.split}-*.parquet"}],
+    }
+    return DatasetCardData(
+        **_license(manifest),
+        task_categories=["text-generation"],
+        size_categories=[size_category(sum(entry.num_rows for entry in entries))],
+        base_model=manifest.model_id if is_commit(manifest.model_revision) else None,
+        datasets=[manifest.dataset_id] if is_commit(manifest.dataset_revision) else None,
+        configs=[config],
+        tags=["token-log-probabilities", "distillation"],
+    )
+
+
+def _license(manifest: Manifest) -> dict[str, str]:
+    stated = (manifest.licenses or {}).get("dataset")
+    if not stated:
+        return {}
+    name = stated if isinstance(stated, str) else ", ".join(map(str, stated))
+    return {"license": name.lower()} if name.lower() in LICENSES.split() else {"license": "other", "license_name": name}
+
+
+def size_category(rows: int) -> str:
+    """The Hub's category of a dataset's size.
+
+    >>> [size_category(rows) for rows in (999, 1000, 10**6)]
+    ['n<1K', '1K<n<10K', '1M<n<10M']
+    """
+    step = max(0, len(str(rows)) - 3)  # digits beyond three
+    if step == 0:
+        return f"n<{SIZES[0]}"
+    return f"{SIZES[step - 1]}<n<{SIZES[step]}" if step < len(SIZES) else f"n>{SIZES[-1]}"
+
+
+def _numbers(entries: list[ShardEntry]) -> str:
+    tokens = sum(entry.num_tokens for entry in entries)
+    if not tokens:
+        return NO_NUMBERS
+    return NUMBERS.format(
+        rows=sum(entry.num_rows for entry in entries),
+        tokens=tokens,
+        bytes_per_token=sum(entry.num_bytes for entry in entries) / tokens,
+        mean_nll=sum(entry.nll for entry in entries) / tokens,
+    )

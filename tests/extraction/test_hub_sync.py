@@ -15,7 +15,7 @@ from conftest import REPO
 from hub_faults import Fault
 from lives import Forked, Server
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
-from runs import SHARDS, files_in, flags_for, shards_in
+from runs import SHARDS, comparable, files_in, flags_for, shards_in
 
 from chat_logits.storage.dataset import open_dataset
 
@@ -113,7 +113,7 @@ def extract(start):
 def on_hub(hub, repo: str, revision: str = "main") -> dict[str, bytes]:
     """The run's files in the repository."""
     files = hub.files("dataset", f"user/{repo}", revision)
-    return {name: data for name, data in files.items() if name not in (".gitattributes", "notes.txt")}
+    return comparable({name: data for name, data in files.items() if name not in (".gitattributes", "notes.txt")})
 
 
 def wait_for(process: Forked, condition, seconds: float = 300) -> None:

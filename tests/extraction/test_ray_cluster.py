@@ -18,7 +18,7 @@ from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
 from ray_runs import Command, Nodes, children, command_line
-from runs import SHARDS, files_in, flags_for, shards_in, without
+from runs import SHARDS, comparable, files_in, flags_for, shards_in, without
 
 import extract_logits
 from chat_logits.extraction.cluster import copy_code
@@ -82,7 +82,8 @@ def straight(flags, nodes, hub, tmp_path):
 
 
 def on_hub(hub: LoopbackHub, repo: str) -> dict[str, bytes]:
-    return {name: data for name, data in hub.files("dataset", f"user/{repo}").items() if name != ".gitattributes"}
+    files = hub.files("dataset", f"user/{repo}")
+    return comparable({name: data for name, data in files.items() if name != ".gitattributes"})
 
 
 def shards_on_hub(hub: LoopbackHub, repo: str) -> set[str]:
