@@ -254,7 +254,7 @@ def interrupt_when(path, model, source, out) -> tuple[int, str]:
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=600)[1]
     return process.returncode, errors
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import REPO, TEMPLATE, run_command
+from lives import Server
 from loopback_hub import LoopbackHub
 
 from chat_logits.storage.dataset import open_dataset
@@ -43,22 +44,31 @@ def hub(small_model):
 
 @pytest.fixture(scope="module")
 def workplace(hub, tmp_path_factory):
-    """A folder to work in and an environment whose Hub is the loopback one."""
+    """A folder to work in, and what starts processes there, with the loopback Hub as theirs."""
     folder = tmp_path_factory.mktemp("hub")
-    return folder, {**hub[0].environment(folder / "home"), "PYTHONPATH": str(REPO)}
+    env = {**hub[0].environment(folder / "home"), "PYTHONPATH": str(REPO)}
+    with Server(env, tmp_path_factory.mktemp("server")) as server:
+        yield folder, server
 
 
-def extract(folder, env, *options):
+EXTRACT, EXPLORE = (
+    "import extract_logits; extract_logits.command()",
+    "import explore_logits; explore_logits.command()",
+)
+NO_TOKEN = {"HF_TOKEN": None}
+
+
+def extract(workplace, *options, **more):
     """The extraction of the Hub's own model and dataset, with these options, in a process of its own."""
     sources = ("--model_id", "user/tiny-chat", "--dataset_id", "user/questions", "--chat_template", TEMPLATE)
-    return run_command("extract_logits.py", *sources, *options, cwd=folder, env=env)
+    return workplace[1].run(EXTRACT, *sources, *options, cwd=workplace[0], **more)
 
 
 @pytest.fixture(scope="module")
 def pushed(workplace):
     """What the README's command does with --output_repo alone."""
-    folder, env = workplace
-    done = extract(folder, env, "--output_repo", "user/logits", "--device", "cpu")
+    folder, _ = workplace
+    done = extract(workplace, "--output_repo", "user/logits", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "logits", done.stdout
 
@@ -80,8 +90,8 @@ def test_revisions_are_the_commits(hub, pushed):
 
 
 def test_what_comes_back_is_what_was_written(pushed, workplace):
-    folder, env = workplace
-    done = subprocess.run([sys.executable, "-c", SHOW], cwd=folder, env=env, capture_output=True, text=True)
+    folder, server = workplace
+    done = server.run(SHOW, cwd=folder)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     result = json.loads(line.removeprefix("RESULT "))
@@ -97,9 +107,9 @@ def test_what_comes_back_is_what_was_written(pushed, workplace):
 
 def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
     """Shards of a longer run must not stay beside those of a shorter one."""
-    folder, env = workplace
+    folder, _ = workplace
     for flags in ((), ("--max_samples", 2, "--overwrite")):
-        done = extract(folder, env, "--output_repo", "user/again", "--output_dir", "again", *flags)
+        done = extract(workplace, "--output_repo", "user/again", "--output_dir", "again", *flags)
         assert done.returncode == 0, done.stderr
     local = (folder / "again" / "data" / "00000" / "train-00000.parquet").read_bytes()
     found = hub[0].files("dataset", "user/again")
@@ -109,8 +119,8 @@ def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
 
 
 def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
-    folder, env = workplace
-    done = extract(folder, env, "--streaming", "--output_dir", "streamed", "--device", "cpu")
+    folder, _ = workplace
+    done = extract(workplace, "--streaming", "--output_dir", "streamed", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     streamed, whole = open_dataset(str(folder / "streamed")), open_dataset(str(pushed[0]))
     assert streamed.num_rows == whole.num_rows == len(ROWS)
@@ -134,13 +144,11 @@ def test_a_streamed_hub_dataset_gives_the_same_rows(pushed, workplace):
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_what_the_hub_refuses_is_explained(workplace, options, token, words):
-    folder, env = workplace
-    if not token:
-        env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
+    folder, server = workplace
     defaults = {"model_id": "user/tiny-chat", "dataset_id": "user/questions", "output_dir": "refused"}
     pairs = [part for pair in {**defaults, "chat_template": TEMPLATE, **options}.items() for part in pair]
     command = [f"--{part}" if i % 2 == 0 else part for i, part in enumerate(pairs)]
-    done = run_command("extract_logits.py", *command, cwd=folder, env=env)
+    done = server.run(EXTRACT, *command, cwd=folder, env=None if token else NO_TOKEN)
     message = done.stderr[done.stderr.rindex("error: ") :]
     assert done.returncode in (1, 2) and len(message.splitlines()) <= 2
     assert all(word in message for word in words), message
@@ -148,9 +156,8 @@ def test_what_the_hub_refuses_is_explained(workplace, options, token, words):
 
 
 def test_a_push_that_would_be_refused_is_refused_before_the_model_loads(workplace):
-    folder, env = workplace
-    env = {key: value for key, value in env.items() if key != "HF_TOKEN"}
-    done = extract(folder, env, "--output_repo", "user/forbidden", "--max_samples", 2)
+    folder, _ = workplace
+    done = extract(workplace, "--output_repo", "user/forbidden", "--max_samples", 2, env=NO_TOKEN)
     assert done.returncode == 1
     assert "--output_repo user/forbidden" in done.stderr and "HF_TOKEN" in done.stderr
     assert "Loading" not in done.stderr and not (folder / "outputs" / "forbidden").exists()
@@ -176,8 +183,8 @@ def test_a_hub_that_is_not_there_stops_nothing_but_the_push(small_model, chat_fi
 
 
 def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
-    folder, env = workplace
-    done = run_command("explore_logits.py", "--logit_dataset_id", "user/questions", cwd=folder, env=env)
+    folder, server = workplace
+    done = server.run(EXPLORE, "--logit_dataset_id", "user/questions", cwd=folder)
     assert done.returncode == 1
     assert "user/questions: no extraction.json in it, so it is no logit dataset" in done.stderr
 

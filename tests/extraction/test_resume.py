@@ -24,6 +24,8 @@ from chat_logits.extraction.folder import RunFolder
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
 
+SHORT = ("--max_samples", "36")
+
 
 @pytest.fixture
 def options(small_model, calm_source, tmp_path):
@@ -40,7 +42,7 @@ def undisturbed(calm_run, tmp_path) -> dict[str, bytes]:
     return files_in(calm_run)
 
 
-def wait_for(condition, life: Life, seconds: float = 120) -> None:
+def wait_for(condition, life: Life, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert life.is_alive(), life.said
@@ -48,18 +50,18 @@ def wait_for(condition, life: Life, seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
-def test_killed_at_twenty_random_moments_the_run_ends_in_the_same_files(options, undisturbed, tmp_path):
+def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(options, undisturbed, tmp_path):
     dice, out, moments = random.Random(4), tmp_path / "killed", []
-    for life_number in range(20):
+    for life_number in range(10):
         before = len(shards_in(out))
         life = Life(options("killed"), tmp_path / f"life{life_number}.log")
-        wanted = before + dice.randint(0, 2)
+        wanted = before + dice.randint(0, 3)
         wait_for(lambda wanted=wanted: len(shards_in(out)) >= wanted, life)
         time.sleep(dice.uniform(0, 1 if dice.random() < 0.3 else 0.1))
         life.kill()
         assert life.wait() == -signal.SIGKILL, life.said
         moments.append(len(shards_in(out)))
-    assert len(set(moments)) > 10 and moments[-1] < SHARDS, moments
+    assert len(set(moments)) > 5 and moments[-1] < SHARDS, moments
     assert Life(options("killed"), tmp_path / "last.log").wait() == 0
     found = files_in(out)
     assert found.keys() == undisturbed.keys()
@@ -95,6 +97,14 @@ def die_at(when: str, name: str, skip: int) -> None:
     shard_files.flush_and_rename = run_folder.flush_and_rename = deadly
 
 
+@pytest.fixture(scope="module")
+def short_run(small_model, calm_source, tmp_path_factory) -> dict[str, bytes]:
+    """The files of the run's first twelve shards."""
+    out = tmp_path_factory.mktemp("short") / "out"
+    assert extract_logits.main([*flags_for(small_model, calm_source, out), *SHORT]) == 0
+    return files_in(out)
+
+
 @pytest.mark.parametrize(
     ("when", "name", "skip"),
     [
@@ -109,13 +119,13 @@ def die_at(when: str, name: str, skip: int) -> None:
         ("renamed", r"extraction\.json", 0),
     ],
 )
-def test_stopped_in_any_window_of_writing_the_run_goes_on(options, undisturbed, tmp_path, when, name, skip):
+def test_stopped_in_any_window_of_writing_the_run_goes_on(options, short_run, tmp_path, when, name, skip):
     out = tmp_path / "window"
-    life = Life(options("window"), tmp_path / "first.log", functools.partial(die_at, when, name, skip))
+    life = Life(options("window", *SHORT), tmp_path / "first.log", functools.partial(die_at, when, name, skip))
     assert life.wait() == -signal.SIGKILL, life.said
     assert len(shards_in(out)) < 10
-    assert extract_logits.main(options("window")) == 0
-    assert files_in(out) == undisturbed
+    assert extract_logits.main(options("window", *SHORT)) == 0
+    assert files_in(out) == short_run
     assert not list(out.rglob("*.tmp"))
 
 
@@ -270,7 +280,7 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(timeout=20) == status
+    assert process.wait(timeout=300) == status
     said = log.read_text()
     finished = int(re.search(r"Stopped\. (\d+) finished shards are in", said)[1])
     assert finished == len(shards_in(out)) < SHARDS and not list(out.rglob("*.tmp"))
@@ -282,25 +292,30 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
     assert files_in(out) == undisturbed
 
 
-def write_slowly() -> None:
-    """A disk that takes minutes to write."""
+def write_forever() -> None:
+    """A disk on which a shard is never written; it is said when that begins, and when a signal has come."""
+    from chat_logits.cli.command_line import Stopped
     from chat_logits.storage import shard_writer
 
     def slow(*_):
-        time.sleep(600)
+        print("WRITING", file=sys.stderr, flush=True)
+        time.sleep(10_000)
 
-    shard_writer.write_shard = slow
+    def init(self, number):
+        print("SIGNAL", file=sys.stderr, flush=True)
+        original(self, number)
+
+    original, Stopped.__init__, shard_writer.write_shard = Stopped.__init__, init, slow
 
 
 def test_a_second_signal_leaves_at_once(options, tmp_path):
-    life = Life(options("stuck"), tmp_path / "stuck.log", write_slowly)
-    wait_for(lambda: "tokens/s" in life.said, life)
-    time.sleep(0.5)
+    life = Life(options("stuck"), tmp_path / "stuck.log", write_forever)
+    wait_for(lambda: "WRITING" in life.said, life)
     life.kill(signal.SIGINT)
-    time.sleep(1)
+    wait_for(lambda: "SIGNAL" in life.said, life)
     assert life.is_alive()
     life.kill(signal.SIGINT)
-    assert life.wait(10) == 130
+    assert life.wait() == 130
 
 
 # --- the disk ---
@@ -420,7 +435,7 @@ def stuck_source() -> None:
 
     def stuck(self, first, end):
         if first >= 6:
-            time.sleep(600)
+            time.sleep(10_000)
         return align(self, first, end)
 
     def failing(*_):
@@ -431,7 +446,7 @@ def stuck_source() -> None:
 
 def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):
     life = Life(options("stuck"), tmp_path / "stuck.log", stuck_source)
-    assert life.wait(60) == 1
+    assert life.wait() == 1
     assert "Read-only file system" in life.said
 
 

@@ -29,14 +29,14 @@ def python(tmp_path):
 
 def test_a_folder_is_removed_with_its_content_at_the_end(python):
     process, folder = python("(scratch.make_scratch() / 'weights').write_bytes(b'0' * 9); input()")
-    assert process.wait(60) == 1  # nobody to answer
+    assert process.wait(300) == 1  # nobody to answer
     assert not list(folder.parent.iterdir())
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_is_in_use_is_not(python):
-    killed, left = python("time.sleep(99)")
-    alive, used = python("time.sleep(99)")
-    young, fresh = python("time.sleep(99)")
+    killed, left = python("time.sleep(9999)")
+    alive, used = python("time.sleep(9999)")
+    young, fresh = python("time.sleep(9999)")
     try:
         (left / "weights").write_bytes(b"0" * 9)
         for process in (killed, young):
@@ -46,7 +46,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_is_in_use_is
         for folder in (left, used):
             os.utime(folder, (old, old))
         other, own = python("")
-        assert other.wait(60) == 0
+        assert other.wait(300) == 0
         assert not left.exists() and not own.exists()
         assert used.is_dir() and fresh.is_dir()
     finally:
