@@ -6,7 +6,7 @@ PYTHON ?= python3
 IN := .venv/bin/python
 DEMO := outputs/demo
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint types bench
 
 demo: .venv/ready
 	$(IN) demo/fetch.py
@@ -28,6 +28,9 @@ test: lint
 lint: .venv/ready
 	$(IN) -m ruff check .
 	$(IN) -m ruff format --check .
+
+types: .venv/ready
+	$(IN) -m mypy
 
 .venv/ready: requirements.txt requirements-dev.txt requirements-model.txt
 	test -x $(IN) || $(PYTHON) -m venv .venv

@@ -7,6 +7,8 @@ and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` d
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.conversation import Selection, analyze_row, analyze_token_probabilities
@@ -130,7 +132,7 @@ def _printed(result, quiet: bool):
 
 
 SOURCE_OPTIONS = ("logit_dataset_id", "revision", "chat_template", "tokenizer_id", "trust_remote_code")
-MODES = {
+MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "row": (execute_analysis, ("sample_index", "top_n", "surprising", "show_prompt")),
     "summary": (execute_summary, ()),
     "compare": (execute_comparison, ("compare", "compare_revision", "sample_index", "top_n", "surprising")),

@@ -301,9 +301,10 @@ def decode_row(row: dict) -> DecodedRow:
 
 def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_number: int | None = None) -> None:
     """Raise RowError where a row breaks FORMAT.md, "What a reader refuses" (its numeric columns)."""
-    n = row.get("num_tokens")
-    if not isinstance(n, (int, np.integer)) or n < 1:
-        raise RowError("num_tokens", repr(n), "at least 1 extracted token", row_number)
+    stored = row.get("num_tokens")
+    if not isinstance(stored, (int, np.integer)) or stored < 1:
+        raise RowError("num_tokens", repr(stored), "at least 1 extracted token", row_number)
+    n = int(stored)
     for kind, width in (("top", top_k), ("sampled", num_sampled)):
         _check_entries(row, kind, n * width, vocab_size, row_number)
     log_probs = _check_numbers(row, "token_log_probs", n, np.float64, row_number)

@@ -107,7 +107,8 @@ class Option:
         8
         """
         try:
-            value = {int: int, float: float, dict: json.loads}.get(self.kind, lambda same: same)(text)
+            readers: dict[type, Callable] = {int: int, float: float, dict: json.loads}
+            value = readers.get(self.kind, lambda same: same)(text)
         except ValueError as error:
             raise self._not_of_kind(text) from error
         return self.check(value)
@@ -132,9 +133,13 @@ def option(default: Any = dataclasses.MISSING, **about: Any) -> Any:
     return dataclasses.field(**made, kw_only=True, metadata=about)
 
 
-@functools.cache
 def options_of(config: type) -> dict[str, Option]:
     """The options of a config's class by name, in its order."""
+    return _options_of(config)
+
+
+@functools.cache
+def _options_of(config: type) -> dict[str, Option]:
     hints = typing.get_type_hints(config)
     return {
         field.name: Option(

@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 CONVERSATIONS = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
 TEMPLATE = REPO / "templates" / "smollm2.jinja"
-WIDE_VOCABULARY = 262_144
+WIDE_VOCABULARY, QUICK_VOCABULARY = 262_144, 4096
 NOISE = 0.05  # of each matrix' own standard deviation
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
@@ -125,6 +125,28 @@ def small_model(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def quick_model(shared) -> Path:
+    """A random model with the first tokens of SmolLM2's vocabulary alone: a tenth of the work of ``small_model``."""
+
+    def make(folder: Path) -> None:
+        make_tiny_model(folder, vocab_size=QUICK_VOCABULARY)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        model = tokenizer["model"]
+        model["vocab"] = {piece: i for piece, i in model["vocab"].items() if i < QUICK_VOCABULARY}
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if "".join(pair) in model["vocab"]]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+    return shared("quick_model", make)
+
+
+@pytest.fixture(scope="session")
+def quick_run(quick_model, calm_source, shared) -> Path:
+    """The folder of the run of ``runs.py`` with this model, which nothing disturbed."""
+    return _undisturbed("quick_run", quick_model, calm_source, shared)
+
+
+@pytest.fixture(scope="session")
 def calm_source(shared) -> Path:
     """The source of the run of ``runs.py``."""
     import runs
@@ -134,15 +156,19 @@ def calm_source(shared) -> Path:
 
 @pytest.fixture(scope="session")
 def calm_run(small_model, calm_source, shared) -> Path:
-    """The folder of such a run that nothing disturbed."""
+    """The folder of such a run that nothing disturbed, with a model that takes long enough to be disturbed by Ray."""
+    return _undisturbed("calm_run", small_model, calm_source, shared)
+
+
+def _undisturbed(name: str, model: Path, source: Path, shared) -> Path:
     import runs
 
     import extract_logits
 
     def make(folder: Path) -> None:
-        assert extract_logits.main(runs.flags_for(small_model, calm_source, folder / "out")) == 0
+        assert extract_logits.main(runs.flags_for(model, source, folder / "out")) == 0
 
-    return shared("calm_run", make) / "out"
+    return shared(name, make) / "out"
 
 
 @pytest.fixture(scope="session")
@@ -241,7 +267,7 @@ def chat_file(tmp_path):
 # What is slow by what it uses, and by where it is; in this order, longest first, so that no process ends alone.
 SLOW_FIXTURES = {
     *("real_extraction", "other_extraction", "other_checkpoint", "smollm2", "hub", "browser", "hostile_extraction"),
-    *("calm_run", "tiny_model", "small_model"),
+    *("calm_run", "quick_run", "tiny_model", "small_model", "quick_model"),
 }
 SLOW_FILES = (
     *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_resume", "test_device_map", "test_teacher_model"),

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def run_command(
         given = parser.given(argv)
         values = read_options(kinds[-1], given)
         refuse_missing(kinds[-1], values)
-        options = kinds[-1](**values)
+        options: Any = kinds[-1](**values)
         debug = options.debug
         with stop_on_signals(), _told(options.log_level, kinds):
             command(options, given)

@@ -49,15 +49,15 @@ class CommandParser(argparse.ArgumentParser):
             add(on, dest=one.name, action="store_const", const=True, help=helps[0])
             add(off, dest=one.name, action="store_const", const=False, help=helps[1])
             return
-        more = {"nargs": "+"} if one.kind is tuple else {}
+        more: dict[str, Any] = {"nargs": "+"} if one.kind is tuple else {}
         metavar = one.metavar or (f"{{{','.join(one.choices)}}}" if one.choices else None)
         add(f"--{one.name}", help=help_text, metavar=metavar, **more)
 
     def given(self, argv: list[str]) -> dict[str, str | list[str] | bool]:
         """The options that are on a command line, by name, as they are written there."""
         argv = self._with_underscores(argv)
-        given, rest = self.parse_known_args(argv)
-        given = vars(given)
+        known, rest = self.parse_known_args(argv)
+        given = vars(known)
         if rest and self._positional and self._positional not in given:
             given[self._positional] = rest.pop(0)
         if rest:
@@ -70,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
         return [self._with_underscore(word) for word in argv[:end]] + argv[end:]
 
     def _with_underscore(self, word: str) -> str:
-        dashes, name, value = re.fullmatch(r"(-{0,2})([^=]*)(.*)", word, re.S).groups()
+        (dashes, name, value), *_ = re.findall(r"^(-{0,2})([^=]*)(.*)$", word, re.S)
         spelled = name.replace("-", "_")
         if dashes == "--" and spelled in self._names:
             return f"--{spelled}{value}"

@@ -45,7 +45,7 @@ def _hashes(files: list[Path]) -> list[str]:
     if any(_recall(_known, stamp) is None for stamp in stamps):
         remembered = _read_memory()
         _known.update({stamp[0]: remembered[stamp[0]] for stamp in stamps if _recall(remembered, stamp)})
-    read = {}
+    read: dict[str, list] = {}
     found = [_recall(_known, stamp) or _hash_file(file, stamp, read) for file, stamp in zip(files, stamps, strict=True)]
     if read:
         _known.update(read)

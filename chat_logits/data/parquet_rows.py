@@ -33,7 +33,7 @@ class ParquetRows:
         self._ends: list[int] = []  # the row that follows each group
         self._footers: dict[str, list[int]] = dict(footers or {})  # rows of each row group of a file
         self._indexed = 0  # files that _groups and _ends cover
-        self._reader = None
+        self._reader: _GroupReader | None = None
         self._recorded = num_rows
         if num_rows is None:
             self._index(files)

@@ -110,7 +110,8 @@ def render(
     defaults = {"tools": None, "documents": None, "add_generation_prompt": False}
     clock = {"strftime_now": datetime.date.fromisoformat(date).strftime} if date else {}
     values = {**clock, **_plain({**defaults, **variables}), "messages": _messages(conversation)}
-    pieces, spans = [], []
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
     before = _written.set((pieces, spans))
     try:
         for piece in compile_text(text).generate(values):

@@ -40,7 +40,10 @@ PROBES = (
     [{"role": "system", "content": "One."}, {"role": "system", "content": "Two."}, _ASK, _ANSWER],
 )
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "find", "arguments": {"near": True, "k": 2}}}
-TOOL_PROBE = [_ASK, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]  # a shipped template may refuse it
+TOOL_PROBE: list[dict] = [
+    _ASK,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+]  # a shipped template may refuse it
 
 THREE_WAYS = (
     "Three ways out: a template of templates/ that fits the model's family (--chat_template templates/NAME.jinja); "

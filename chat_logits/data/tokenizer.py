@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from chat_logits.errors import ToolkitError, UsageError
@@ -86,7 +87,7 @@ def special_token_ids(tokenizer) -> set[int]:
     return special | set(tokenizer.all_special_ids)
 
 
-def skipped_token_ids(tokenizer, skip: list[str] = (), keep: list[str] = ()) -> frozenset[int]:
+def skipped_token_ids(tokenizer, skip: Sequence[str] = (), keep: Sequence[str] = ()) -> frozenset[int]:
     """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
 
     Raises UsageError for a text that is not one token of the vocabulary.

@@ -65,8 +65,7 @@ def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
     >>> shared_prefix([np.arange(20), np.arange(30), np.ones(9, int)], [19, 29, 8]).size
     19
     """
-    alive, best, saved = range(len(sequences)), 0, 0
-    leader = None
+    alive, best, saved, leader = list(range(len(sequences))), 0, 0, 0
     for position in range(max(limits, default=0)):
         alive = [i for i in alive if limits[i] > position]
         if len(alive) < 2:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ class Teacher:
 
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows, self.device = model, logit_rows, input_device(model)
-        self._prefix_ids, self._prefix_cache = np.zeros(0, np.int64), None
+        self._prefix_ids = np.zeros(0, np.int64)
+        self._prefix_cache: Any = None  # transformers', if there is one
         self.length_switch = length_switch(model.config)
         takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
         self._cache_name = "cache" if takes_cache else "past_key_values"

@@ -89,11 +89,11 @@ def server(environment, tmp_path_factory):
 
 
 @pytest.fixture
-def start(small_model, calm_source, server, tmp_path):
+def start(quick_model, calm_source, server, tmp_path):
     """Start the command of ``runs.py`` with a repository to push to, in a process of its own."""
 
     def run(repo: str, *more, out: str = "out", code: str = COMMAND) -> Forked:
-        flags = flags_for(small_model, calm_source, tmp_path / out)
+        flags = flags_for(quick_model, calm_source, tmp_path / out)
         return server.start(code, *flags, "--output_repo", f"user/{repo}", *more)
 
     return run
@@ -148,14 +148,14 @@ def local_rows(folder: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def through_each_fault(hub, server, small_model, calm_source, calm_run, tmp_path_factory):
+def through_each_fault(hub, server, quick_model, calm_source, quick_run, tmp_path_factory):
     """The finished run, pushed eight shards a commit while one thing goes wrong; then loaded from the Hub."""
     told, uploads = {}, {}
     for name, faults in EACH_FAULT.items():
         out = tmp_path_factory.mktemp("pushed") / "out"
-        shutil.copytree(calm_run, out)
+        shutil.copytree(quick_run, out)
         hub.clear_faults()
-        flags = [*flags_for(small_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
+        flags = [*flags_for(quick_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
         hub.forget_uploads()
         hub.inject(*faults)
         told[name] = server.run(COMMAND, *flags)
@@ -166,23 +166,23 @@ def through_each_fault(hub, server, small_model, calm_source, calm_run, tmp_path
 
 
 @pytest.mark.parametrize("name", EACH_FAULT)
-def test_through_each_fault_everything_arrives_once(hub, calm_run, through_each_fault, name):
+def test_through_each_fault_everything_arrives_once(hub, quick_run, through_each_fault, name):
     told, uploads, rows = through_each_fault
     repo = name.replace(" ", "-")
     assert told[name].returncode == 0, told[name].stderr
     assert "Loading" not in told[name].stderr and "Traceback" not in told[name].stderr
     assert TOKEN not in told[name].stderr and SIGNATURE not in told[name].stderr
-    assert on_hub(hub, repo) == files_in(calm_run)
-    assert rows[f"user/{repo}"] == local_rows(calm_run)
+    assert on_hub(hub, repo) == files_in(quick_run)
+    assert rows[f"user/{repo}"] == local_rows(quick_run)
     commits = our_commits(hub, repo)
     assert len(commits) == math.ceil(SHARDS / 8)
     assert all(len(commit.paths) <= 100 for commit in commits)
-    sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in shards_in(calm_run)}
+    sent = {hashlib.sha256(path.read_bytes()).hexdigest() for path in shards_in(quick_run)}
     assert uploads[name].keys() == sent and set(uploads[name].values()) == {1}
 
 
 @pytest.mark.usefixtures("through_each_fault")
-def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, server, calm_run):
+def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, server, quick_run):
     commits = our_commits(hub, "none")
     assert ["README.md" in commit.paths for commit in commits] == [True, *[False] * (len(commits) - 2), True]
     assert ["extraction.json" in commit.paths for commit in commits] == [True] + [False] * (len(commits) - 1)
@@ -190,14 +190,14 @@ def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, server, calm_r
     cards = [commit.files["README.md"].data.decode() for commit in (commits[0], commits[-1])]
     assert "160 conversations" in cards[1] and "160 conversations" not in cards[0]
     half = loaded(server, f"user/none@{commits[2].sha}")["user/none"]
-    assert half == local_rows(calm_run)[: len(half)] and len(half) > 40
+    assert half == local_rows(quick_run)[: len(half)] and len(half) > 40
 
 
 # --- a run that pushes as it goes ---
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(hub, server, extract, calm_run, tmp_path, seed):
+def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(hub, server, extract, quick_run, tmp_path, seed):
     hub.forget_uploads()
     begun = len(hub.requests)
     hub.inject_randomly(seed, 0.15)
@@ -206,9 +206,9 @@ def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(hub, serv
     took = time.monotonic() - started
     hub.clear_faults()
     assert status == 0, said
-    assert files_in(tmp_path / "out") == files_in(calm_run)
-    assert on_hub(hub, f"random{seed}") == files_in(calm_run)
-    assert loaded(server, f"user/random{seed}")[f"user/random{seed}"] == local_rows(calm_run)
+    assert files_in(tmp_path / "out") == files_in(quick_run)
+    assert on_hub(hub, f"random{seed}") == files_in(quick_run)
+    assert loaded(server, f"user/random{seed}")[f"user/random{seed}"] == local_rows(quick_run)
     hit = [request for request in hub.requests[begun:] if request.fault]
     assert len(hit) > 5 and len({request.fault for request in hit}) > 3
     commits = our_commits(hub, f"random{seed}")
@@ -218,7 +218,7 @@ def test_through_faults_at_random_the_run_and_the_dataset_are_the_same(hub, serv
     print(f"{len(hit)} faults in {took:.0f} s, {len(commits)} commits, {lost} uploads destroyed")
 
 
-def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, calm_run, tmp_path):
+def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, quick_run, tmp_path):
     process = start("away", "--push_every", "0.3", code=COMMAND.replace("(2, 2, 2, 2)", "(2,) * 30"))
     wait_for(process, lambda: len(our_commits(hub, "away")) > 0)
     hub.stop()
@@ -227,17 +227,17 @@ def test_a_hub_that_is_away_for_a_while_is_found_again(hub, start, calm_run, tmp
     hub.start()
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert on_hub(hub, "away") == files_in(calm_run) == files_in(tmp_path / "out")
+    assert on_hub(hub, "away") == files_in(quick_run) == files_in(tmp_path / "out")
 
 
-def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_model(hub, extract, calm_run, tmp_path):
+def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_model(hub, extract, quick_run, tmp_path):
     hub.stop()
     try:
         status, said = extract("dead")
     finally:
         hub.start()
     assert status == 1
-    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert files_in(tmp_path / "out") == files_in(quick_run)
     assert said.splitlines()[-2:] == [
         "error: --output_repo user/dead: the Hub cannot be reached",
         f"{SHARDS} of {SHARDS} shards are not on the Hub yet; all are in {tmp_path / 'out'}. "
@@ -245,10 +245,10 @@ def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_mo
     ]
     status, said = extract("dead")
     assert status == 0 and "Loading" not in said
-    assert on_hub(hub, "dead") == files_in(calm_run)
+    assert on_hub(hub, "dead") == files_in(quick_run)
 
 
-def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extract, calm_run, tmp_path):
+def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extract, quick_run, tmp_path):
     """Only the repository is left: its shards are neither computed nor sent again."""
     hub.forget_uploads()
     process = start("moved", "--push_every", "0.5", out="first")
@@ -261,15 +261,15 @@ def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extrac
     assert status == 0, said
     assert f"in {len(there)} shards, {len(there)} of them only in user/moved" in said
     assert "160 written, 20 skipped" in said
-    assert on_hub(hub, "moved") == files_in(calm_run)
+    assert on_hub(hub, "moved") == files_in(quick_run)
     assert set(hub.uploaded.values()) == {1} and len(hub.uploaded) <= SHARDS + 8  # what was on its way at the kill
     here = {name for name in files_in(tmp_path / "second") if name.startswith("data/")}
-    assert here == {name for name in files_in(calm_run) if name.startswith("data/")} - there
+    assert here == {name for name in files_in(quick_run) if name.startswith("data/")} - there
     local = open_dataset(str(tmp_path / "second"))
     assert len(local.shards) == len(here) and local.read_row(0)["source_index"] >= len(there)
 
 
-def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, calm_run, tmp_path):
+def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, quick_run, tmp_path):
     assert extract("other", "--max_samples", "60", "--seed", "1")[0] == 0
     before = on_hub(hub, "other")
     status, said = extract("other", out="second")
@@ -279,7 +279,7 @@ def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, 
     )
     assert "Loading" not in said and on_hub(hub, "other") == before
     assert extract("other", "--overwrite", out="third")[0] == 0
-    assert on_hub(hub, "other") == files_in(calm_run) == files_in(tmp_path / "third")
+    assert on_hub(hub, "other") == files_in(quick_run) == files_in(tmp_path / "third")
 
 
 def test_a_repository_with_other_files_is_kept(hub, extract):
@@ -289,19 +289,19 @@ def test_a_repository_with_other_files_is_kept(hub, extract):
     assert hub.files("dataset", "user/thesis") == {"data/train.parquet": b"years of work"}
 
 
-def test_a_branch_is_made_and_pushed_to(hub, extract, calm_run, tmp_path):
-    shutil.copytree(calm_run, tmp_path / "out")
+def test_a_branch_is_made_and_pushed_to(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
     assert extract("branched", "--output_revision", "k64/first", "--private")[0] == 0
-    assert on_hub(hub, "branched", "k64/first") == files_in(calm_run)
+    assert on_hub(hub, "branched", "k64/first") == files_in(quick_run)
     assert on_hub(hub, "branched") == {} and hub.is_private("dataset", "user/branched")
 
 
-def test_a_branch_of_a_repository_with_a_run_begins_without_it(hub, extract, calm_run, tmp_path):
+def test_a_branch_of_a_repository_with_a_run_begins_without_it(hub, extract, quick_run, tmp_path):
     assert extract("two", "--max_samples", "9", "--seed", "3", out="first")[0] == 0
     before = on_hub(hub, "two")
-    shutil.copytree(calm_run, tmp_path / "out")
+    shutil.copytree(quick_run, tmp_path / "out")
     assert extract("two", "--output_revision", "calm")[0] == 0
-    assert on_hub(hub, "two", "calm") == files_in(calm_run) and on_hub(hub, "two") == before
+    assert on_hub(hub, "two", "calm") == files_in(quick_run) and on_hub(hub, "two") == before
 
 
 def test_no_repository_is_made_for_a_command_that_is_refused(hub, extract):
@@ -309,8 +309,8 @@ def test_no_repository_is_made_for_a_command_that_is_refused(hub, extract):
     assert not hub.has_repo("dataset", "user/typo")
 
 
-def test_what_its_owner_writes_into_the_card_stays(hub, extract, calm_run, tmp_path):
-    shutil.copytree(calm_run, tmp_path / "out")
+def test_what_its_owner_writes_into_the_card_stays(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
     assert extract("worded")[0] == 0
     commits = len(hub.commits("dataset", "user/worded"))
     files = hub.commits("dataset", "user/worded")[-1].files
@@ -319,26 +319,26 @@ def test_what_its_owner_writes_into_the_card_stays(hub, extract, calm_run, tmp_p
     assert len(hub.commits("dataset", "user/worded")) == commits
 
 
-def test_a_pushing_thread_that_dies_is_told(extract, calm_run, tmp_path):
+def test_a_pushing_thread_that_dies_is_told(extract, quick_run, tmp_path):
     status, said = extract("panic", "--push_every", "0.5", code=DYING)
     assert status == 1 and "in a library" in said and "Pushed" not in said
     assert re.search(r"\d+ of 60 shards are not on the Hub yet", said)
-    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert files_in(tmp_path / "out") == files_in(quick_run)
 
 
-def test_commits_keep_to_the_limit_of_the_hour(hub, extract, calm_run, tmp_path):
-    shutil.copytree(calm_run, tmp_path / "out")
+def test_commits_keep_to_the_limit_of_the_hour(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
     status, said = extract("limited", code=LIMITED)
     assert status == 0 and "3 commits in an hour; the next in" in said
     times = [commit.time for commit in our_commits(hub, "limited")]
     assert len(times) == 8 and all(later - time >= 3.5 for time, later in zip(times, times[3:], strict=False))
 
 
-def test_overwrite_without_a_repository_replaces_none_later(hub, extract, server, calm_source, small_model, tmp_path):
+def test_overwrite_without_a_repository_replaces_none_later(hub, extract, server, calm_source, quick_model, tmp_path):
     """A folder begun with --overwrite, then named together with a repository that holds another run."""
     assert extract("precious", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
     before = on_hub(hub, "precious")
-    local = [*flags_for(small_model, calm_source, tmp_path / "out"), "--overwrite"]
+    local = [*flags_for(quick_model, calm_source, tmp_path / "out"), "--overwrite"]
     process = server.start(COMMAND, *local)
     wait_for(process, lambda: len(shards_in(tmp_path / "out")) >= 3)
     process.send_signal(signal.SIGTERM)
@@ -348,7 +348,7 @@ def test_overwrite_without_a_repository_replaces_none_later(hub, extract, server
     assert on_hub(hub, "precious") == before
 
 
-def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, start, calm_run, tmp_path):
+def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, start, quick_run, tmp_path):
     assert extract("renewed", "--seed", "7", "--max_samples", "9", out="first")[0] == 0
     process = start("renewed", "--overwrite", "--push_every", "1000")
     wait_for(process, lambda: len(shards_in(tmp_path / "out")) >= 3)
@@ -357,7 +357,7 @@ def test_an_unfinished_overwrite_goes_on_replacing_its_repository(hub, extract, 
     assert process.returncode == 143 and "--overwrite" not in said.splitlines()[-1]
     status, said = extract("renewed")
     assert status == 0, said
-    assert on_hub(hub, "renewed") == files_in(calm_run)
+    assert on_hub(hub, "renewed") == files_in(quick_run)
 
 
 def test_an_overwrite_that_fails_before_its_first_shard_leaves_the_repository_as_it_is(hub, extract, start):
@@ -378,7 +378,7 @@ import extract_logits"""
         assert on_hub(hub, "kept") == before
 
 
-def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hub, extract, start, calm_run, tmp_path):
+def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hub, extract, start, quick_run, tmp_path):
     for repo in ("one", "other-one"):
         assert extract(repo, "--seed", "7", "--max_samples", "9", out=repo)[0] == 0
     stopped = start("one", "--overwrite", "--push_every", "1000")
@@ -392,7 +392,7 @@ def test_an_overwrite_that_goes_on_into_another_repository_replaces_that_once(hu
     stopped.communicate()
     kept = {path for path in on_hub(hub, "other-one") if path.startswith("data/")}
     assert extract("other-one", "--overwrite")[0] == 0
-    assert on_hub(hub, "other-one") == files_in(calm_run)
+    assert on_hub(hub, "other-one") == files_in(quick_run)
     sent = [path for commit in our_commits(hub, "other-one") for path in commit.paths if path in kept]
     assert 0 < len(kept) < SHARDS and sorted(set(sent)) == sorted(kept)
     assert sum(sent.count(path) for path in kept) <= len(kept) + 3, "those of the old run were deleted or replaced"
@@ -421,8 +421,8 @@ import extract_logits"""
         assert on_hub(hub, "yours") == before
 
 
-def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, calm_run, tmp_path):
-    shutil.copytree(calm_run, tmp_path / "out")
+def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
     files = {"extraction.json": b"{}", "shards.json": b"{", "data/00000/train-00099.parquet": b"PAR1"}
     hub.add_repo("dataset", "user/broken", files=files)
     status, said = extract("broken")
@@ -430,7 +430,7 @@ def test_a_damaged_record_on_the_hub_is_named_and_can_be_replaced(hub, extract, 
     assert "user/broken: holds another run (" in said and "format_version None" in said
     shutil.rmtree(tmp_path / "out")
     assert extract("broken", "--overwrite")[0] == 0
-    assert on_hub(hub, "broken") == files_in(calm_run)
+    assert on_hub(hub, "broken") == files_in(quick_run)
 
 
 def test_a_full_disk_pushes_what_is_finished(hub, start, tmp_path):
@@ -450,30 +450,30 @@ import extract_logits"""
     assert 0 < len(here) < SHARDS and here == {name for name in on_hub(hub, "filled") if name.startswith("data/")}
 
 
-def test_a_push_that_is_refused_on_the_way_ends_the_run_with_all_rows_here(hub, extract, calm_run, tmp_path):
+def test_a_push_that_is_refused_on_the_way_ends_the_run_with_all_rows_here(hub, extract, quick_run, tmp_path):
     hub.inject(Fault("refuse", "commit", status=403, skip=1, times=math.inf))
     status, said = extract("forbidden", "--push_every", "0.5")
     hub.clear_faults()
     assert status == 1 and re.search(r"\d+ of 60 shards are not on the Hub yet", said) and "403" in said
-    assert files_in(tmp_path / "out") == files_in(calm_run)
+    assert files_in(tmp_path / "out") == files_in(quick_run)
 
 
-def test_no_token_is_in_any_file_of_the_run(calm_run, through_each_fault):
-    assert through_each_fault and not any(TOKEN.encode() in data for data in files_in(calm_run).values())
+def test_no_token_is_in_any_file_of_the_run(quick_run, through_each_fault):
+    assert through_each_fault and not any(TOKEN.encode() in data for data in files_in(quick_run).values())
 
 
 # --- one row ---
 
 
 @pytest.mark.usefixtures("through_each_fault")
-def test_one_row_is_fetched_and_not_the_dataset(hub, server, calm_run):
+def test_one_row_is_fetched_and_not_the_dataset(hub, server, quick_run):
     """Of a dataset of 60 shards: the files around, a footer and a row group."""
     code = "from chat_logits.storage.dataset import open_dataset; "
     code += "row = open_dataset('user/none').read_row(77); print(row['source_index'])"
     begun = len(hub.requests)
     done = server.run(code)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == open_dataset(str(calm_run)).read_row(77)["source_index"]
+    assert int(done.stdout) == open_dataset(str(quick_run)).read_row(77)["source_index"]
     fetched = [request for request in hub.requests[begun:] if request.sent]
     total = sum(map(len, on_hub(hub, "none").values()))
     sent = sum(request.sent for request in fetched)

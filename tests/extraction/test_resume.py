@@ -28,18 +28,18 @@ SHORT = ("--max_samples", "36")
 
 
 @pytest.fixture
-def options(small_model, calm_source, tmp_path):
+def options(quick_model, calm_source, tmp_path):
     def of(out, *more) -> list[str]:
-        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
+        return [*flags_for(quick_model, calm_source, tmp_path / out), *map(str, more)]
 
     return of
 
 
 @pytest.fixture
-def undisturbed(calm_run, tmp_path) -> dict[str, bytes]:
+def undisturbed(quick_run, tmp_path) -> dict[str, bytes]:
     """Its files, and a copy of it to work on, in ``tmp_path / "undisturbed"``."""
-    shutil.copytree(calm_run, tmp_path / "undisturbed")
-    return files_in(calm_run)
+    shutil.copytree(quick_run, tmp_path / "undisturbed")
+    return files_in(quick_run)
 
 
 def wait_for(condition, life: Life, seconds: float = 600) -> None:
@@ -57,7 +57,7 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(options, un
         life = Life(options("killed"), tmp_path / f"life{life_number}.log")
         wanted = before + dice.randint(0, 3)
         wait_for(lambda wanted=wanted: len(shards_in(out)) >= wanted, life)
-        time.sleep(dice.uniform(0, 1 if dice.random() < 0.3 else 0.1))
+        time.sleep(dice.uniform(0, 0.3 if dice.random() < 0.3 else 0.05))
         life.kill()
         assert life.wait() == -signal.SIGKILL, life.said
         moments.append(len(shards_in(out)))
@@ -98,10 +98,10 @@ def die_at(when: str, name: str, skip: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def short_run(small_model, calm_source, tmp_path_factory) -> dict[str, bytes]:
+def short_run(quick_model, calm_source, tmp_path_factory) -> dict[str, bytes]:
     """The files of the run's first twelve shards."""
     out = tmp_path_factory.mktemp("short") / "out"
-    assert extract_logits.main([*flags_for(small_model, calm_source, out), *SHORT]) == 0
+    assert extract_logits.main([*flags_for(quick_model, calm_source, out), *SHORT]) == 0
     return files_in(out)
 
 
