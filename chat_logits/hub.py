@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from chat_logits.errors import ToolkitError, UsageError
 
@@ -93,7 +93,7 @@ def retry_after(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait: its ``Retry-After``, or until its rate limit starts anew; None if neither."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    answers = [cause.response for cause in _causes(error) if _status(cause)]
+    answers: list[Any] = [getattr(cause, "response", None) for cause in _causes(error) if _status(cause)]
     if not answers:
         return None
     asked, limit = answers[0].headers.get("retry-after", ""), parse_ratelimit_headers(answers[0].headers)
@@ -183,10 +183,11 @@ def _cached_commit(repo_id: str, repo_type: str, revision: str | None, explained
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     return chain
 
 

@@ -81,7 +81,9 @@ class Comparison(Sequence):
         """The tokens that are shown."""
         if self.only is None:
             return self.tokens
-        return sorted((token for token in self.tokens if token.is_extracted), key=lambda token: -token.kl)[: self.only]
+        return sorted((token for token in self.tokens if token.is_extracted), key=lambda token: -(token.kl or 0.0))[
+            : self.only
+        ]
 
     def to_dicts(self) -> list[dict]:
         """A dict per shown token; numbers of tokens that were not extracted are None."""

@@ -80,7 +80,7 @@ class Analysis(Sequence):
         extracted = [token for token in self.tokens if token.is_extracted]
         if callable(self.only):
             return [token for token in extracted if self.only(token)]
-        return sorted(extracted, key=lambda token: token.log_prob)[: self.only]
+        return sorted(extracted, key=lambda token: token.log_prob or 0.0)[: self.only]
 
     @property
     def table(self) -> list[TokenAnalysis]:

@@ -153,7 +153,7 @@ def _fault(column: str, wrong: np.ndarray, noun: str, stored, low, high=None) ->
     """A list of one fault, or of none; all arrays are (n,) or (n, m), ``low`` to ``high`` is what was expected."""
     if not wrong.any():
         return []
-    first, positions = tuple(np.argwhere(wrong)[0].tolist()), wrong.reshape(len(wrong), -1).any(axis=1)
+    first, positions = tuple(np.argwhere(wrong)[0].tolist()), np.any(wrong.reshape(len(wrong), -1), axis=1)
     place = f"position {first[0]}" + (f", entry {first[1]}" if len(first) > 1 else "")
     expected = " to ".join(dict.fromkeys(f"{bound[first]:.6g}" for bound in (low, high) if bound is not None))
     detail = (
@@ -183,7 +183,7 @@ class _Nucleus:
         self.ranked = np.stack([_ranked(output.storable(at), self.codes.shape[1]) for at in before])
         best, true = output.log_probs(before, self.ranked), output.log_probs(before, self.ids)
         self.is_other = (self.codes > 0) & ~(_distance(true, best) <= output.tolerance)
-        self.in_order = ~self.is_other.any(axis=1)
+        self.in_order = np.asarray(~self.is_other.any(axis=1))
         self.lowest, self.highest = _code_range(true, output.tolerance)
         self.sizes = (self.codes > 0).sum(axis=1)
         errors = (output.tolerance, 0, -output.tolerance)

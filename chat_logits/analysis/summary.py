@@ -7,6 +7,7 @@ import heapq
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -183,7 +184,7 @@ class _Tally:
         self.sums: Counter = Counter()  # by the names of the means that they become
         self.reliability = np.zeros((3, BINS))  # positions, probabilities, target tokens
         self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
-        self.kept = 0  # becomes (K + 1,) int64
+        self.kept: Any = 0  # becomes (K + 1,) int64
         self.top5_is_bound = self.entropy_is_bound = False
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.token_counts, self.token_losses = np.zeros(vocab_size, np.int64), np.zeros(vocab_size)

@@ -1,7 +1,7 @@
 """A conversation's tokens: which were extracted, and what the model predicted in the place of each."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -100,7 +100,7 @@ def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[st
     return text, whole_characters(before)
 
 
-def text_before(index: int, tokens: list[TokenAnalysis]) -> str:
+def text_before(index: int, tokens: Sequence[TokenAnalysis]) -> str:
     """As ``text_and_before`` has it, where the texts are known."""
     return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
 

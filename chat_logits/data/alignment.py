@@ -63,10 +63,17 @@ class Alignment:
 class RecordedAlignment(Protocol):
     """How an extraction has aligned; attributes are named as keys of ``extraction.json``, and a manifest has them."""
 
-    chat_template: str
-    template_kwargs: dict
-    template_date: str | None
-    skipped_token_ids: list[int]
+    @property
+    def chat_template(self) -> str: ...
+
+    @property
+    def template_kwargs(self) -> dict: ...
+
+    @property
+    def template_date(self) -> str | None: ...
+
+    @property
+    def skipped_token_ids(self) -> list[int]: ...
 
 
 class Aligner:

@@ -76,10 +76,10 @@ class Reader:
             try:
                 conversations[index] = to_conversation(row, self.columns, self.system_prompt)
                 rendered[index] = self.choice.render(conversations[index])
-            except (ConversationError, TemplateError) as reason:
-                if isinstance(reason, PrefixError) and index < FIRST_ROWS:
+            except (ConversationError, TemplateError) as error:
+                if isinstance(error, PrefixError) and index < FIRST_ROWS:
                     raise
-                skipped.append({"row": index, "reason": str(reason)})
+                skipped.append({"row": index, "reason": str(error)})
         ready = []
         for index, alignment in zip(rendered, self.aligner.align_rendered(list(rendered.values())), strict=True):
             if reason := self._refuse(alignment):
@@ -127,8 +127,8 @@ def open_reader(
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
-    ready, skipped = _prove(reader)
-    return replace(reader, first_ready=ready, first_skipped=skipped)
+    first_ready, first_skipped = _prove(reader)
+    return replace(reader, first_ready=first_ready, first_skipped=first_skipped)
 
 
 def _first_conversations(source: SourceDataset, columns: dict, config: SourceConfig) -> list[list[dict]]:

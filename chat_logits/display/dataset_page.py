@@ -1,5 +1,7 @@
 """A whole dataset, or two beside each other, as a page of figures and tables; the tables are the terminal's."""
 
+from collections.abc import Sequence
+
 from chat_logits.analysis.comparison import DatasetComparison
 from chat_logits.analysis.summary import DatasetSummary, Histogram
 from chat_logits.display.dataset_tables import (
@@ -108,7 +110,7 @@ def _reliability(summary) -> dict:
     }
 
 
-def _bars(title: str, rows: list[tuple[str, float, str]], note: str = "") -> dict:
+def _bars(title: str, rows: Sequence[tuple[str, float, str]], note: str = "") -> dict:
     """A figure of horizontal bars: label, value, and the value in words."""
     largest = max((value for _, value, _ in rows), default=0) or 1
     return {

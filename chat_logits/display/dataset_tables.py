@@ -102,7 +102,12 @@ def _calibration_table(summary: DatasetSummary) -> Table:
     bins, title = summary.calibration, "Right; ┃ where it would be Mean p"
 
     def bars(width: int) -> list[str]:
-        return [_calibration_bar(each.accuracy, each.confidence, width) if each.count else "" for each in bins]
+        return [
+            ""
+            if each.accuracy is None or each.confidence is None
+            else _calibration_bar(each.accuracy, each.confidence, width)
+            for each in bins
+        ]
 
     columns = [
         labels("Probability", [f"{each.low:.1f} – {each.high:.1f}" for each in bins]),
@@ -256,7 +261,7 @@ def divergent_tokens_table(tokens: list[DivergentToken], width: float = math.inf
 def _predicted(prediction: Prediction | None, width: int) -> str:
     """Text and probability; a long text is cut, the probability is not. Few cells have the text alone."""
     whole = prediction_text(prediction)
-    if cell_len(whole) <= width:
+    if prediction is None or cell_len(whole) <= width:
         return whole
     if width < PREDICTED:
         return quoted(prediction.text)

@@ -128,7 +128,8 @@ def _roles_in_prompt(characters: list[str], messages: list[dict]) -> list[str | 
 
     Messages are looked for from the end, as the template's words are mostly before them: its system prompt, headers.
     """
-    text, roles = "".join(characters), [None] * len(characters)
+    text = "".join(characters)
+    roles: list[str | None] = [None] * len(characters)
     owners = [i for i, piece in enumerate(characters) for _ in piece]
     end = len(text)
     for message in reversed(messages):

@@ -4,6 +4,7 @@
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import fields
 from functools import singledispatch
 
@@ -50,6 +51,8 @@ page_of.register(DatasetSummary, summary_page)
 class Shown:
     """A result that prints itself, and gives itself as text and as JSON."""
 
+    as_dict: Callable[[], dict]
+
     def print(self, console: Console | None = None) -> None:
         """Print it, on standard output unless there is a ``console``."""
         print_result(self, console or default_console())
@@ -77,6 +80,8 @@ class ShownPage(Shown):
 
 class ShownTokens(ShownPage):
     """A result that is also a list of tokens."""
+
+    to_dicts: Callable[[], list[dict]]
 
     def to_frame(self):
         """A pandas DataFrame, a row per shown token. Needs pandas."""

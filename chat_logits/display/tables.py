@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import rich.table
 from rich.box import Box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.text import Text
 
 from chat_logits.display.text import quoted
@@ -30,7 +31,7 @@ class PipeConsole(Console):
 def default_console() -> Console:
     """Standard output. A notebook is taken for a terminal: it shows colours, and a table stays one text."""
     if Console().is_jupyter:
-        as_terminal = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
+        as_terminal: dict[str, Any] = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
         return PipeConsole(highlight=False, width=NOTEBOOK_WIDTH, **as_terminal)
     return PipeConsole(highlight=False)
 
@@ -167,7 +168,7 @@ def draw(columns: Sequence[tuple[Column, int]], console: Console) -> None:
     rule = sum(width for _, width in columns) + GAP * (len(columns) - 1)
     table = rich.table.Table(box=LINES, show_edge=False, pad_edge=False, header_style="", width=rule)
     for column, width in columns:
-        justify = "right" if column.is_number else "left"
+        justify: JustifyMethod = "right" if column.is_number else "left"
         table.add_column(Text(column.title), width=width, justify=justify, no_wrap=True, overflow="ellipsis")
     for row in zip(*(column.cells_at(width) for column, width in columns), strict=True):
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))

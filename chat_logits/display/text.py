@@ -62,7 +62,7 @@ def is_plain(character: str) -> bool:
 
 def plain(value):
     """The value as dicts, lists, strings, numbers, booleans and None. Infinite numbers are None."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}

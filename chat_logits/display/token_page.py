@@ -104,7 +104,7 @@ def token_page(
             "strip": [token.position for token in measured],
         },
         segments=_turns(tokens, characters, messages, measure),
-        strip=_strip([measure.of(token) for token in measured], measure),
+        strip=_strip([measure.of(token) or 0.0 for token in measured], measure),
         listed=[_entry(token, text_before(indices[token.position], tokens), measure) for token in listed],
         has_parts=not all(characters),
         rows=rows,
@@ -185,6 +185,7 @@ def _mark(token: TokenAnalysis) -> str:
 def _detail(token: TokenAnalysis) -> dict:
     if not token.is_extracted:
         return {"place": _place_of(token)}
+    assert token.probability is not None and token.entropy is not None
     facts = [
         ("probability", short_probability(token.probability)),
         ("rank", rank_text(token)),
@@ -206,6 +207,7 @@ def _prediction_bars(token: TokenAnalysis) -> list[Bar]:
         Bar(quoted(each.text), each.probability, short_probability(each.probability), _kind(rank, token))
         for rank, each in enumerate(token.predictions, start=1)
     ]
+    assert token.probability is not None and token.tail_mass is not None  # it was extracted
     if not token.rank or token.rank > len(bars):
         share = min(1.0, token.probability)
         bars.append(Bar(quoted(token.text), share, short_probability(token.probability), "target"))

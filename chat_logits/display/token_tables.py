@@ -148,6 +148,7 @@ def predictions_cell(token: TokenAnalysis, width: int | None = None) -> Text:
 def _numbers(token: TokenAnalysis, is_wide: bool) -> str:
     if token.status != EXTRACTED:
         return ""
+    assert token.probability is not None
     numbers = f"{short_probability(token.probability):>5}   {rank_text(token):>4}"
     entropy = f"{'≥' if token.entropy_is_bound else ''}{token.entropy:.2f}"
     return f"{numbers}   {token.tail_mass:>4.2f}   {entropy:>7}" if is_wide else numbers
@@ -234,6 +235,7 @@ def _pair_predictions(pair: TokenComparison, width: int) -> tuple[Cell, Cell]:
 def _pair_numbers(pair: TokenComparison, is_full: bool) -> str:
     if not pair.is_extracted:
         return ""
+    assert pair.log_prob_change is not None
     kl = f"{' ' if pair.agrees else APART} {pair.kl:>6.3f}"
     return f"{kl}  {short_nats(pair.log_prob_change, '+'):>7}" if is_full else kl
 

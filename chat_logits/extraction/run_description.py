@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
@@ -48,7 +49,7 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
-    reader = open_reader(config, tokenizer, limits, recorded and recorded.template_date, footers)
+    reader = open_reader(config, tokenizer, limits, recorded.template_date if recorded else None, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     return OpenedRun(config, reader, commit, _describe(config, reader, commit))
 
@@ -94,7 +95,7 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> RunI
     )
 
 
-def describe_with_model(opened: OpenedRun, model, **budget: int | bool) -> Manifest:
+def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
     config = opened.config
     return Manifest(

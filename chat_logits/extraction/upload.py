@@ -194,7 +194,7 @@ class HubSync:
 
     def _push(self, closing: bool) -> bool:
         """One commit at most. Returns whether all that there is now is on the Hub."""
-        remote = self._look() if self._is_stale else self.remote
+        remote = self._look() if self._is_stale or self.remote is None else self.remote
         if remote.head is None:
             self.repository.make()
             remote = self._look()

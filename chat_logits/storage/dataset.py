@@ -67,7 +67,7 @@ class StoredDataset:
 
         From the shards' footers; nothing else of them is read.
         """
-        fingerprint, total = self.manifest.fingerprint, Counter()
+        fingerprint, total = self.manifest.fingerprint, Counter[str]()
         for shard in self.shards:
             with self._open(shard.path) as source:
                 total.update(shard_sizes(source, shard.path, fingerprint))

@@ -65,7 +65,7 @@ def make_room_or_stop(folder: Path, largest: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _full(folder, error.strerror) from error
+            raise _full(folder, str(error.strerror)) from error
         raise
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError
 
@@ -159,7 +160,7 @@ OPTIONAL = {"mask_source", "versions", "licenses", "batch_tokens", "batch_logit_
 
 
 def _fits(key: str, value: object) -> bool:
-    kind = KEYS[key]
+    kind: Any = KEYS[key]
     if isinstance(value, bool):
         return kind == bool | None
     if kind is float:
@@ -216,7 +217,9 @@ class ShardEntry:
 
     @property
     def shard(self) -> int:
-        return shard_number(self.path)
+        number = shard_number(self.path)
+        assert number is not None, self.path
+        return number
 
     @property
     def source_rows(self) -> int:
@@ -258,7 +261,14 @@ def read_shards(path: Path, place: str) -> list[ShardEntry]:
 
 
 def _is_entry(shard: object) -> bool:
-    kinds = {"path": str, "num_rows": int, "num_tokens": int, "nll": (int, float), "num_bytes": int, "skipped": dict}
+    kinds: dict[str, Any] = {
+        "path": str,
+        "num_rows": int,
+        "num_tokens": int,
+        "nll": (int, float),
+        "num_bytes": int,
+        "skipped": dict,
+    }
     return (
         isinstance(shard, dict)
         and {"path", "num_rows"} <= shard.keys() <= kinds.keys()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.manifest import ShardEntry, canonical, shard_number, shard_path
+from chat_logits.storage.manifest import ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
 METADATA_KEY = "logit_extraction"
@@ -149,7 +149,7 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
     file = folder / path
     with _opened(file, path, fingerprint) as (parquet, described):
         table = parquet.read()
-        first, rows = shard_number(path) * rows_per_shard, table["source_index"].to_pylist()
+        first, rows = ShardEntry(path, 0).shard * rows_per_shard, table["source_index"].to_pylist()
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
         if covered != list(range(first, first + len(covered))) or len(covered) > rows_per_shard or rows != sorted(rows):
             raise DamagedShard(f"{path}: source rows {covered[:1]} to {covered[-1:]}, expected those from {first} on")
@@ -166,7 +166,9 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
     with _opened(source, path, fingerprint) as (file, described):
         for group, rows in enumerate(_groups(file, described, num_rows, path)):
             wanted = rows if only is None else [only] if only in rows else []
-            table = file.read_row_group(group) if wanted else None
+            if not wanted:
+                continue
+            table = file.read_row_group(group)
             for offset in wanted:
                 yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
 
