@@ -32,7 +32,7 @@ def small_dataset(small_model, tmp_path_factory):
 def test_damage_is_named_or_does_no_harm(small_dataset, seed):
     command = [sys.executable, REPO / "tests" / "support" / "fuzz_reader.py", small_dataset, seed, CASES]
     env = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=SECONDS * 30)
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=SECONDS * 90)
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FUZZ ")]
     found = json.loads(line.removeprefix("FUZZ "))

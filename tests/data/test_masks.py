@@ -214,7 +214,7 @@ CONTENTS = st.lists(PIECES | st.text(LETTER, max_size=3), max_size=8).map("".joi
 
 @pytest.mark.parametrize("name", LETTERS)
 @given(st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 def test_marked_tokens_are_the_rendered_answers(name, rounds):
     """Decoded and joined they are the text of the span; only a token across its edge brings characters from outside."""
     messages = [turn for question, reply in rounds for turn in (("user", question), ("assistant", reply))]
