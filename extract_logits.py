@@ -3,6 +3,8 @@
     python extract_logits.py --model_id Qwen/Qwen2.5-0.5B-Instruct --dataset_id MegaScience/MegaScience \\
         --output_repo user/my-logits-dataset --chat_template template.jinja
 
+From Python: ``chat_logits.extract(chat_logits.ExtractConfig(model_id=…, dataset_id=…, output_repo=…))``.
+
 Data flows one way: source rows -> aligned conversations -> batches -> distributions -> columns -> shards.
 """
 
@@ -11,41 +13,56 @@ import logging
 import shlex
 import sys
 
-from chat_logits.cli.command_line import leave, run_command
-from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, read_config
+from chat_logits.cli.command_line import leave, leave_torch_out, run_command
+from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, command_words, read_config
+from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import is_being_replaced
 
 logger = logging.getLogger("chat_logits.extract_logits")
 
 
-def _extract(options: ExtractOptions, given: dict, command: list[str]) -> None:
+def _run(options: ExtractOptions, given: dict, command: list[str]) -> None:
+    """``command`` are the words that start this command, those of ``given`` among them."""
     config = read_config(options, given)
-    if options.preview is not None:
-        # With transformers, which takes seconds to import: help and wrong options don't wait for it.
-        from chat_logits.cli.preview import preview
-
-        preview(config, options.preview)
+    if options.preview is None:
+        _extract(config, command)
         return
+    if command == sys.orig_argv and not (config.gguf_file or config.trust_remote_code):
+        leave_torch_out()
+    # With transformers, which takes seconds to import: help and wrong options don't wait for it.
+    from chat_logits.cli.extract_report import preview
+
+    preview(config, options.preview)
+
+
+def _extract(config: ExtractConfig, command: list[str]) -> None:
     folder = config.folder
     try:
         from chat_logits.extraction.run import extract
 
-        extract(config)
+        done = extract(config)
     except KeyboardInterrupt:
         begun = is_being_replaced(folder)
         resuming = [word for word in command if not (begun and word == "--overwrite")]
         logger.info("To resume:\n  %s", shlex.join(resuming))
         raise
+    from chat_logits.cli.extract_report import print_extraction
+
+    print_extraction(done)
+    logger.info("To repeat:\n  %s", shlex.join([*_program(command), *command_words(done.config)]))
+
+
+def _program(command: list[str]) -> list[str]:
+    """The words before the first option: the interpreter, its own options, and the script."""
+    ends = [place for place, word in enumerate(command) if "extract_logits" in word or "extract-logits" in word]
+    return command[: ends[0] + 1] if ends else ["python", "extract_logits.py"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     command = sys.orig_argv if argv is None else ["python", "extract_logits.py", *argv]
     return run_command(
-        functools.partial(_extract, command=command),
-        KINDS,
-        build_parser(),
-        sys.argv[1:] if argv is None else argv,
+        functools.partial(_run, command=command), KINDS, build_parser(), sys.argv[1:] if argv is None else argv
     )
 
 

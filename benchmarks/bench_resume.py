@@ -77,7 +77,7 @@ def plan(place: Path, rows: int, *more: str) -> dict:
     begun = time.perf_counter()
     from chat_logits.extraction import run as extraction_run
     from chat_logits.extraction.folder import RunFolder
-    from chat_logits.extraction.pipeline import missing_shards
+    from chat_logits.extraction.run import missing_shards
     from chat_logits.storage.disk import DiskWatch
 
     imported, memory = time.perf_counter(), resident("VmHWM")

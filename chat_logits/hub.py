@@ -151,6 +151,17 @@ def find_license(repo_id: str, kind: str, commit: str | None) -> str | None:
         return None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether this may be, by its form, the id of a Hub repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
     """The commit (40 hex digits) that ``revision`` of a Hub repository names now, or named when it was cached.
 

@@ -138,6 +138,20 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_torch_out() -> None:
+    """For a process that only tokenizes: transformers and datasets import torch wherever it is installed, which takes
+    seconds and 250 MB. From here on, and for the whole process, both go without."""
+    if "torch" in sys.modules:
+        return
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of models that would need torch
+    os.environ["USE_TORCH"] = "0"  # to datasets
+    sys.modules["torch"] = None  # Python's own way to say that a module is not there
+    from transformers.utils.import_utils import is_torch_available
+
+    is_torch_available()  # which remembers what it finds
+    del sys.modules["torch"]
+
+
 def leave(status: int) -> None:
     """Leave the process without waiting for threads, of which one may be at a read that never ends."""
     for stream in (sys.stdout, sys.stderr):

@@ -18,23 +18,6 @@ BACKLOG = 2  # batches whose results wait to be encoded and written
 Shard = tuple[int, list[Aligned], list[dict]]  # its number, the conversations that are ready, those that are skipped
 
 
-def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:
-    """Numbers of the shards still to compute, in order. ``finished`` maps those that are to the source rows they cover.
-
-    ``num_rows`` is the length of the source, None where only reading tells it: then a shard that is not full is last.
-
-    >>> list(missing_shards({0: 4, 2: 4}, rows_per_shard=4, num_rows=17))
-    [1, 3, 4]
-    """
-    shard = 0
-    while num_rows is None or shard * rows_per_shard < num_rows:
-        if shard not in finished:
-            yield shard
-        elif finished[shard] < rows_per_shard:
-            return
-        shard += 1
-
-
 def run_shards(model, settings: Manifest, shards: Iterator[Shard], side: "Side", write: Callable, bar: tqdm) -> None:
     """Compute the shards that ``side`` reads and give each, finished, to ``write(shard, rows, skipped)``.
 

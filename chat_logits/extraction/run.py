@@ -1,27 +1,24 @@
-"""The run: from its options to the finished dataset, begun anew or gone on with where another process left it.
+"""The run: from its options to the finished dataset, begun anew or resumed where another process left it.
 
 the record, if any -> source, template -> is it the same run? -> the missing shards through the model -> the Hub
 """
 
 import functools
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
-from chat_logits.extraction.pipeline import missing_shards
 from chat_logits.extraction.ray_address import reach, require_ray
-from chat_logits.extraction.run_description import OpenedRun, open_run, what_differs
-from chat_logits.extraction.shard_computer import ShardComputer
+from chat_logits.extraction.run_description import OpenedRun, locate, open_run, what_differs
 from chat_logits.extraction.upload import HubSync
-from chat_logits.model import loading
 from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, ShardEntry, another_run
@@ -30,16 +27,36 @@ from chat_logits.storage.repository import Repository
 logger = logging.getLogger(__name__)
 
 
-def extract(config: ExtractConfig) -> None:
+@dataclass(frozen=True)
+class Extraction:
+    """A finished run: what was stored and what was skipped, in ``folder`` and, where it was pushed, at ``url``.
+
+    ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` are of all shards and
+    ``bytes_in_folder`` of those that are in the folder, ``mean_nll`` is the target tokens' mean negative log-likelihood
+    in nats, None without tokens. ``config`` repeats the run: with the commits that were read of Hub repositories.
+    """
+
+    config: ExtractConfig
+    folder: Path
+    url: str | None
+    conversations: int
+    skipped: dict[str, int]
+    tokens: int
+    num_bytes: int
+    bytes_in_folder: int
+    mean_nll: float | None
+
+
+def extract(config: ExtractConfig) -> Extraction:
     """Extract a dataset into its folder, and push it where it is to go.
 
     The same call resumes what an earlier one left unfinished. Raises UsageError where the folder or the repository
-    holds another run.
+    holds another run, and for models, datasets and devices that are not there; ToolkitError where a run fails.
     """
     place = place_in_code(config.output_repo, config.output_revision)
     with RunFolder(config.folder, config.overwrite, place) as folder:
         try:
-            _extract_into(folder, config)
+            return _extract_into(folder, config)
         except KeyboardInterrupt:
             _log_stopped(config, folder)
             raise
@@ -52,7 +69,8 @@ def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
     logger.info("Stopped. %s%s", "What is pushed is kept." if config.uploads_without_folder else here, replaced)
 
 
-def _extract_into(folder: RunFolder, config: ExtractConfig) -> None:
+def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
+    locate(config, folder.recorded)  # before anything heavy is imported
     workers_of = choose_workers(config)
     sync = _connect(config, folder) if config.output_repo else None
     try:
@@ -64,11 +82,10 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> None:
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
             run.compute_missing()
-        print_summary(run.finished.values(), folder)
         if sync:
             sync.finish()
-            print(f"Pushed         {sync.repository.url}")
         folder.finish()
+        return run.summarize()
     finally:
         if sync:
             sync.close()
@@ -83,6 +100,9 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
         from chat_logits.extraction.workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder.path)
+    from chat_logits.extraction.shard_computer import ShardComputer
+    from chat_logits.model import loading
+
     device = loading.choose_device(config.device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
 
@@ -101,7 +121,7 @@ def _replaces(config: ExtractConfig, folder: RunFolder, recorded: Manifest | Non
 
 
 def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | None) -> tuple[OpenedRun, Manifest | None]:
-    """What is read, and the record of the run to go on with: the folder's, else the repository's; None for a new run.
+    """What is read, and the record of the run to resume: the folder's, else the repository's; None for a new run.
 
     Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
@@ -115,6 +135,23 @@ def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | Non
     if different and not config.overwrite:
         raise another_run(where, different, "place")
     return (open_run(config), None) if different else (opened, recorded)
+
+
+def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:
+    """Numbers of the shards still to compute, in order. ``finished`` maps those that are to the source rows they cover.
+
+    ``num_rows`` is the length of the source, None where only reading tells it: then a shard that is not full is last.
+
+    >>> list(missing_shards({0: 4, 2: 4}, rows_per_shard=4, num_rows=17))
+    [1, 3, 4]
+    """
+    shard = 0
+    while num_rows is None or shard * rows_per_shard < num_rows:
+        if shard not in finished:
+            yield shard
+        elif finished[shard] < rows_per_shard:
+            return
+        shard += 1
 
 
 @dataclass
@@ -132,7 +169,7 @@ class Run:
         return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
 
     def begin_or_resume(self, recorded: Manifest | None) -> None:
-        """Go on with the recorded run, or start a new one in the folder."""
+        """Resume the recorded run, or start a new one in the folder."""
         config = self.opened.config
         if recorded:
             self.folder.resume(recorded, config.check_shards)
@@ -196,18 +233,18 @@ class Run:
         logger.info("Resuming: %s source rows are done, in %d shards%s", f"{rows:,}", len(finished), where)
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
-
-def print_summary(entries: Collection[ShardEntry], folder: RunFolder) -> None:
-    """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
-    skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
-    tokens, size = sum(entry.num_tokens for entry in entries), sum(entry.num_bytes for entry in entries)
-    here = sum(entry.num_bytes for entry in folder.entries.values())
-    print(f"Conversations  {sum(entry.num_rows for entry in entries):,} written, {skipped.total():,} skipped")
-    for reason, count in skipped.most_common():
-        print(f"               {count:,} × {reason}")
-    print(f"Tokens         {tokens:,} extracted")
-    if tokens:
-        mean = sum(entry.nll for entry in entries) / tokens
-        where = f"{here:,} bytes in {folder.path}" if here else f"{size:,} bytes on the Hub"
-        print(f"Disk           {size / tokens:.1f} bytes a token, {where}")
-        print(f"Real tokens    mean NLL {mean:.4f} nats, perplexity {math.exp(mean):.2f}")
+    def summarize(self) -> Extraction:
+        """The run in numbers."""
+        entries = self.finished.values()
+        tokens = sum(entry.num_tokens for entry in entries)
+        return Extraction(
+            config=self.opened.config,
+            folder=self.folder.path,
+            url=self.sync.repository.url if self.sync else None,
+            conversations=sum(entry.num_rows for entry in entries),
+            skipped=dict(sum((Counter(entry.skipped) for entry in entries), Counter()).most_common()),
+            tokens=tokens,
+            num_bytes=sum(entry.num_bytes for entry in entries),
+            bytes_in_folder=sum(entry.num_bytes for entry in self.folder.entries.values()),
+            mean_nll=sum(entry.nll for entry in entries) / tokens if tokens else None,
+        )

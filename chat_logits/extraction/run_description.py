@@ -8,10 +8,11 @@ from typing import Any
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
+from chat_logits.data.source import FILE_FORMATS
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
-from chat_logits.hub import find_license, is_commit, resolve_commit
+from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.manifest import Manifest, RunInputs
 
@@ -39,12 +40,8 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     What the options leave open is as it was ``recorded``, where there is a record: revisions, dtype, the date.
     ``footers`` of the source are what another process knows of it.
     """
-    if recorded:
-        config = _as_recorded(config, recorded)
-    is_local = Path(config.model_id).exists()
-    if is_local and config.model_revision:
-        raise UsageError(f"`model_revision`: {config.model_id} is a local folder, which has no revisions")
-    commit = None if is_local else resolve_commit(config.model_id, "model", config.model_revision)
+    config = locate(config, recorded)
+    commit = config.model_revision
     limits = input_limits(load_config(config.model_id, commit, config.gguf_file, config.trust_remote_code))
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
@@ -52,6 +49,26 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     reader = open_reader(config, tokenizer, limits, recorded.template_date if recorded else None, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     return OpenedRun(config, reader, commit, _describe(config, reader, commit))
+
+
+def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
+    """The config with the commits of Hub repositories, as recorded or as they are now; nothing heavy is imported.
+
+    Raises UsageError for a model or a dataset that is not there, ToolkitError where the Hub refuses.
+    """
+    config = _as_recorded(config, recorded) if recorded else config
+    commits = {}
+    for kind in ("model", "dataset"):
+        name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
+        is_file = kind == "dataset" and Path(name).suffix in FILE_FORMATS
+        if Path(name).exists():
+            if revision:
+                raise UsageError(f"`{kind}_revision` {revision}: {name} is local, which has no revisions")
+        elif is_file or not is_hub_id(name):
+            raise UsageError(f"`{kind}_id` {name}: no such file or folder{'' if is_file else ', and no Hub id either'}")
+        else:
+            commits[f"{kind}_revision"] = resolve_commit(name, kind, revision)
+    return replace(config, **commits)
 
 
 def _as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
