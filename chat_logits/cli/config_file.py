@@ -58,7 +58,7 @@ def _read(where: str, name: str, node: yaml.Node, kind: type[Config]) -> Any:
         return options[name].check(_value(node))
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).replace('`', '')}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, say
         raise UsageError(f"{where}: {name}: {getattr(error, 'problem', error)}") from error
 
 
