@@ -1,7 +1,7 @@
 """What the toolkit raises when it can say what was wrong and what to do about it.
 
 Both commands print such an error as its message alone and leave with its ``exit_status``; anything else is a
-bug, and keeps its traceback under ``--debug``.
+bug, and keeps its traceback under ``debug``.
 """
 
 

@@ -68,7 +68,7 @@ def explain_loading(error: BaseException, what: str) -> ToolkitError:
     if "trust_remote_code" in str(error):
         return UsageError(
             f"{what}: it brings Python code of its own, which would run here. Read that code first; then allow it with "
-            "--trust_remote_code."
+            "`trust_remote_code`."
         )
     return explain_hub_error(error, what)
 

@@ -158,7 +158,7 @@ def _row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int
     if row is None or row["source_index"] != source_index:
         raise ToolkitError(
             f"{dataset.dataset_id}: source row {source_index} is not in it (skipped, or not reached); "
-            "choose another conversation with --sample_index"
+            "choose another conversation with `sample_index`"
         )
     return index, row
 

@@ -40,7 +40,7 @@ def _tokenizer_of(expected: str, source: str, commit: str | None, gguf_file: str
     if fingerprint != expected:
         raise ToolkitError(
             f"tokenizer of {source}: fingerprint {fingerprint[:12]}, expected {expected[:12]}; "
-            "it is not the tokenizer that the extraction used. Name another with --tokenizer_id."
+            "it is not the tokenizer that the extraction used. Name another with `tokenizer_id`."
         )
     return tokenizer
 

@@ -3,8 +3,8 @@
 row -> its tokens -> the model's output -> differences, column by column -> the one cause to name
 """
 
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import DamagedShard
 from logit_codec import RowError
+
+logger = logging.getLogger(__name__)
 
 CLEARLY = 2  # errors in place must be smaller by this factor than one position off
 NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
@@ -80,7 +82,7 @@ def verify(
     vocabulary; all else that does not hold up is among the causes.
     """
     if count < 1:
-        raise UsageError(f"--verify {count}: expected 1 row or more")
+        raise UsageError(f"`verify` {count}: expected 1 row or more")
     dataset.refuse_empty()
     model = load_recorded_model(dataset, model_id, trust_remote_code)
     return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
@@ -107,7 +109,7 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
         raise ToolkitError(f"extraction.json has dtype {dtype[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
     device = loading.choose_device(None)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
-    print(f"Loading {shown} on {device} …", file=sys.stderr)
+    logger.info("Loading %s on %s …", shown, device)
     model = loading.load_model(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:

@@ -19,7 +19,7 @@ FORMATS = (
     {"prompt": "query", "response": "response"},
 )
 SYSTEM_COLUMNS = ("system", "system_prompt")
-OVERRIDES = "Name the ones that are meant: --messages_column, or --prompt_column and --response_column."
+OVERRIDES = "Name the ones that are meant: `messages_column`, or `prompt_column` and `response_column`."
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -62,7 +62,7 @@ def _named_columns(messages: str | None, prompt: str | None, response: str | Non
         return {"messages": messages}
     if prompt and response and not messages:
         return {"prompt": prompt, "response": response}
-    raise UsageError("expected --messages_column alone, or --prompt_column and --response_column together")
+    raise UsageError("expected `messages_column` alone, or `prompt_column` and `response_column` together")
 
 
 def _detect_columns(names: list[str]) -> dict[str, str]:

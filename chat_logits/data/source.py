@@ -98,9 +98,9 @@ def open_source(
     Raises UsageError for wrong names and ToolkitError where the Hub refuses.
     """
     if not SPLIT_NAME.fullmatch(split):
-        raise UsageError(f"--split {split}: expected a split's name alone; --max_samples N reads its first N rows")
+        raise UsageError(f"`split` {split}: expected a split's name alone; `max_samples` N reads its first N rows")
     commit, arguments = _locate(dataset_id, config, revision, split)
-    name = f"--dataset_id {dataset_id}, --split {split}"
+    name = f"`dataset_id` {dataset_id}, `split` {split}"
     with explained(name):
         rows = _open_rows(arguments, split, streaming, footers)
         first_rows = rows.read(0, FIRST_ROWS if rows.num_rows is None else min(FIRST_ROWS, rows.num_rows))
@@ -114,11 +114,11 @@ def _locate(dataset_id: str, config: str | None, revision: str | None, split: st
     path = Path(dataset_id)
     if path.exists():
         if revision or (config and path.is_file()):
-            raise UsageError(f"--dataset_id {dataset_id}: local, so it has no --dataset_revision or --dataset_config")
+            raise UsageError(f"`dataset_id` {dataset_id}: local, so it has no `dataset_revision` or `dataset_config`")
         content = hash_files(path)
         return content, _local_arguments(path, config, split, content)
     if path.suffix in FILE_FORMATS:
-        raise UsageError(f"--dataset_id {dataset_id}: no such file")
+        raise UsageError(f"`dataset_id` {dataset_id}: no such file")
     commit = resolve_commit(dataset_id, "dataset", revision)
     return commit, {"path": dataset_id, "name": config, "revision": commit}
 
@@ -155,7 +155,7 @@ def _local_arguments(path: Path, config: str | None, split: str, content: str) -
     if path.is_dir():
         return {"path": str(path), "name": config, **cache}
     if path.suffix not in FILE_FORMATS:
-        raise UsageError(f"--dataset_id {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
+        raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
     return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}, **cache}
 
 

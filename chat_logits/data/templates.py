@@ -196,7 +196,7 @@ def _own_template(tokenizer) -> str:
     template = tokenizer.chat_template
     if template is None:
         raise UsageError(
-            "the tokenizer has no chat template: is this a base model? Expected a chat model, or --chat_template with "
+            "the tokenizer has no chat template: is this a base model? Expected a chat model, or `chat_template` with "
             "the template that the model was trained with."
         )
     return template.get("default", next(iter(template.values()))) if isinstance(template, dict) else template
@@ -230,11 +230,11 @@ def read_template(argument: str) -> str:
         return argument
     path = Path(argument).expanduser()
     if not path.is_file():
-        raise UsageError(f"--chat_template {argument}: no such file, and no template text ({{% … %}}) either")
+        raise UsageError(f"`chat_template` {argument}: no such file, and no template text ({{% … %}}) either")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--chat_template {argument}: expected UTF-8 text ({error})") from error
+        raise UsageError(f"`chat_template` {argument}: expected UTF-8 text ({error})") from error
 
 
 def compile_template(text: str):

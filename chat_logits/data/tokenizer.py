@@ -95,9 +95,9 @@ def skipped_token_ids(tokenizer, skip: Sequence[str] = (), keep: Sequence[str] =
     vocabulary = tokenizer.get_vocab()
     think = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
     chosen = {}
-    for option, tokens in (("--skip_tokens", skip), ("--keep_tokens", keep)):
+    for option, tokens in (("`skip_tokens`", skip), ("`keep_tokens`", keep)):
         unknown = [token for token in tokens if token not in vocabulary]
         if unknown:
             raise UsageError(f"{option} {unknown[0]!r}: not one token of this vocabulary, as tokenizer.json spells it")
         chosen[option] = {vocabulary[token] for token in tokens}
-    return frozenset((special_token_ids(tokenizer) | think | chosen["--skip_tokens"]) - chosen["--keep_tokens"])
+    return frozenset((special_token_ids(tokenizer) | think | chosen["`skip_tokens`"]) - chosen["`keep_tokens`"])

@@ -4,9 +4,9 @@ The finished shards are the state of a run. Whatever else is in the folder can b
 ``extraction.json``.
 """
 
+import logging
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +22,8 @@ from chat_logits.storage.disk import make_room_or_stop, nearest_existing
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, shards_text
 from chat_logits.storage.shard import DamagedShard, check_shard, flush_and_rename
 from chat_logits.storage.shard_writer import ShardWriter
+
+logger = logging.getLogger(__name__)
 
 REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
@@ -54,7 +56,7 @@ class RunFolder:
         except ToolkitError as error:
             if not overwrite:
                 self.close()
-                raise ToolkitError(f"{error}\nChoose another folder, or replace the run with --overwrite.") from error
+                raise ToolkitError(f"{error}\nChoose another folder, or replace the run with `overwrite`.") from error
             self.recorded = None
 
     def __enter__(self) -> "RunFolder":
@@ -72,7 +74,7 @@ class RunFolder:
 
     @property
     def is_replacing(self) -> bool:
-        """Whether an unfinished ``--overwrite`` has begun the run that is in the folder."""
+        """Whether an unfinished ``overwrite`` has begun the run that is in the folder."""
         return (self.path / REPLACED).exists()
 
     @property
@@ -81,7 +83,7 @@ class RunFolder:
         return self.path / REPLACED if (self.path / REPLACED / EXTRACTION_FILE).exists() else None
 
     def may_replace(self, repo: str) -> bool:
-        """Whether the ``--overwrite`` that began the run in the folder was about this repository too, whose run still
+        """Whether the ``overwrite`` that began the run in the folder was about this repository too, whose run still
         is to be replaced."""
         return repo in self._replaced_repos()
 
@@ -109,7 +111,7 @@ class RunFolder:
     def begin(self, manifest: Manifest, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
 
-        A run that was set aside before, by an ``--overwrite`` that never finished, is kept, and the unfinished one not.
+        A run that was set aside before, by an ``overwrite`` that never finished, is kept, and the unfinished one not.
         ``repo`` is the repository whose run is replaced with it.
         """
         self._enter()
@@ -194,21 +196,21 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         if (self.path / EXTRACTION_FILE).exists():
-            raise UsageError(f"--output_dir {self.path}: another process has begun a run here. Give the command again.")
+            raise UsageError(f"`output_dir` {self.path}: another process has begun a run here. Give the command again.")
 
     def _acquire(self) -> None:
         try:
             self._lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise UsageError(
-                f"--output_dir {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
+                f"`output_dir` {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
                 "choose another folder."
             ) from error
         (self.path / WORKERS).unlink(missing_ok=True)  # of a process that was killed: its workers may live on a while
 
     def _read_manifest(self) -> Manifest | None:
         path = self.path / EXTRACTION_FILE
-        return Manifest.read(path, f"--output_dir {self.path}") if path.is_file() else None
+        return Manifest.read(path, f"`output_dir` {self.path}") if path.is_file() else None
 
     def _set_aside(self) -> None:
         """Move one part after another; what a run that was stopped here has left is moved by the next."""
@@ -237,7 +239,7 @@ class RunFolder:
         except DamagedShard as error:
             aside = path.with_name(DAMAGED + path.name)
             path.rename(aside)
-            print(f"{error}\nSet aside as {aside}; its rows are computed again.", file=sys.stderr)
+            logger.warning("%s\nSet aside as %s; its source rows are computed again.", error, aside)
             return None
 
 
@@ -249,11 +251,11 @@ def is_being_replaced(folder: Path) -> bool:
 def _check_place(folder: Path) -> None:
     nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"--output_dir {folder}: {nearest} is no folder that can be written to")
+        raise UsageError(f"`output_dir` {folder}: {nearest} is no folder that can be written to")
     present = [path for path in folder.glob("*") if not path.name.startswith(".")]
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
-        raise UsageError(f"--output_dir {folder}: the folder holds other files, such as {present[0].name}")
+        raise UsageError(f"`output_dir` {folder}: the folder holds other files, such as {present[0].name}")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -31,10 +31,10 @@ def require_ray() -> None:
 def check_address(address: str) -> None:
     """Raise UsageError for what is no address of a cluster."""
     if address.startswith("ray://"):
-        raise UsageError(f"--ray_address {address}: expected HOST:PORT as `ray start` prints it, without ray://")
+        raise UsageError(f"`ray_address` {address}: expected HOST:PORT as `ray start` prints it, without ray://")
     found = FORM.fullmatch(address)
     if address != "auto" and not (found and int(found[2]) < 2**16):
-        raise UsageError(f"--ray_address {address or repr(address)}: expected HOST:PORT or auto")
+        raise UsageError(f"`ray_address` {address or repr(address)}: expected HOST:PORT or auto")
 
 
 def reach(address: str) -> None:
@@ -44,7 +44,7 @@ def reach(address: str) -> None:
     makes for its own use on a single machine). ``RAY_AUTH_MODE`` is set here where it is open and the cluster asks.
     """
     if address != "auto" and not listens(address, 1):
-        raise ToolkitError(f"--ray_address {address}: no Ray cluster answers there. {START}")
+        raise ToolkitError(f"`ray_address` {address}: no Ray cluster answers there. {START}")
     answer = _ask(address)
     if "InvalidAuthToken" in answer and MODE not in os.environ:
         answer = _ask(address, {MODE: "token"})
@@ -52,7 +52,7 @@ def reach(address: str) -> None:
             os.environ[MODE] = "token"
     if not answer:
         return
-    what = f"--ray_address {address}"
+    what = f"`ray_address` {address}"
     if "InvalidAuthToken" in answer or "AuthenticationError" in answer:
         raise ToolkitError(
             f"{what}: that cluster asks for a token, and this machine's is missing or another one. Copy "

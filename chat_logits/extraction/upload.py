@@ -5,8 +5,8 @@
 A failure ends nothing: the next attempt looks anew, so that a commit whose answer was lost is found and not repeated.
 """
 
+import logging
 import random
-import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +19,8 @@ from chat_logits.hub import explain_hub_error, is_transient, patiently, redact, 
 from chat_logits.storage.card import run_state
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, ShardEntry, another_run
 from chat_logits.storage.repository import RemoteState, Repository
+
+logger = logging.getLogger(__name__)
 
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
@@ -141,7 +143,7 @@ class HubSync:
 
     def _unless_transient(self, step) -> None:
         if self.straight:
-            patiently(step, f"{self.repository.what}, where the shards go without --output_dir", START_PATIENCE)
+            patiently(step, f"{self.repository.what}, where the shards go without `output_dir`", START_PATIENCE)
             return
         try:
             step()
@@ -287,7 +289,7 @@ class HubSync:
     def _say(self, text: str) -> None:
         """Tell what is wrong once, and not again while it stays so."""
         if text and text != self._told:
-            tqdm.write(redact(text), file=sys.stderr)
+            logger.warning(redact(text))
         self._told = text
 
 

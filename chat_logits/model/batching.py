@@ -1,20 +1,21 @@
 """Aligned conversations through the model: which share a forward pass and a prefix; smaller batches if need be."""
 
+import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import logit_codec
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError
 from chat_logits.model.selection import PendingDistributions, SelectionSettings
 from chat_logits.model.teacher import Request, Teacher
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
@@ -169,14 +170,14 @@ class Batches:
             longest = len(members[0].input_ids)
             raise ToolkitError(
                 f"out of memory with a single conversation of {longest} tokens (source row {members[0].source_index}). "
-                f"Skip such with --max_length {longest - 1}, or use a smaller dtype or another device."
+                f"Skip such with `max_length` {longest - 1}, or use a smaller dtype or another device."
             )
         self.budget = self.budget.halved()
         self.teacher.logit_rows = self.budget.logit_rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         now = f"{self.budget.tokens} tokens and {self.budget.logit_rows} logit rows"
-        tqdm.write(f"Out of memory: going on with batches of {now}", file=sys.stderr)
+        logger.warning("Out of memory: going on with batches of %s", now)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

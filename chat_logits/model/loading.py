@@ -16,7 +16,7 @@ HOST = ("cpu", "disk")  # places of a device map that compute nothing where ther
 
 
 def choose_device(name: str | None) -> torch.device:
-    """``--device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
+    """``device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
     if name is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -25,7 +25,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"--device {name}: {reason}. Available: {', '.join(_devices())}.") from error
+        raise UsageError(f"`device` {name}: {reason}. Available: {', '.join(_devices())}.") from error
     return device
 
 
@@ -72,7 +72,7 @@ def loading_options(
     """
     if device_map is None:
         if max_memory is not None:
-            raise UsageError("--max_memory says how far to fill devices; give --device_map auto as well")
+            raise UsageError("`max_memory` says how far to fill devices; give `device_map` auto as well")
         on_cpu, placement = torch.device(device).type == "cpu", {}
     else:
         refuse_without_accelerate()
@@ -87,7 +87,7 @@ def refuse_without_accelerate() -> None:
     """Raise ToolkitError where accelerate is missing: a single device does without it."""
     if importlib.util.find_spec("accelerate") is None:
         raise ToolkitError(
-            "--device_map needs the package accelerate, which is not installed.\n"
+            "`device_map` needs the package accelerate, which is not installed.\n"
             "Install it at the version in requirements-dev.txt."
         )
 
@@ -105,11 +105,11 @@ def read_max_memory(max_memory: dict | None) -> dict[int | str, int] | None:
     for place, size in max_memory.items():
         key = int(place) if str(place).isdecimal() else place
         if key not in places:
-            raise UsageError(f"--max_memory: no place {str(place)!r}. Available: {', '.join(map(str, places))}.")
+            raise UsageError(f"`max_memory`: no place {str(place)!r}. Available: {', '.join(map(str, places))}.")
         try:
             found[key] = convert_file_size_to_int(size if isinstance(size, int) else str(size))
         except ValueError as error:
-            raise UsageError(f"--max_memory: {size!r} for {key}: expected bytes, or a text like '60GiB'") from error
+            raise UsageError(f"`max_memory`: {size!r} for {key}: expected bytes, or a text like '60GiB'") from error
     return found
 
 

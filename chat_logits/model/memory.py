@@ -10,7 +10,7 @@
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
 is more). ``cached`` is 0 without a shared beginning, else at most 8 * tokens: a batch's keys and values with the shared
-ones, and a copy on the way. ``fetched`` is the largest layer that is not where it works (0 without ``--device_map``).
+ones, and a copy on the way. ``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
 For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """
 

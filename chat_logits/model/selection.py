@@ -76,7 +76,7 @@ class PendingDistributions:
         if self._arrived is not None:
             self._arrived.synchronize()
         if not torch.isfinite(self._tensors["logsumexp"]).all():
-            raise ToolkitError("the model's logits are not finite; try --dtype float32")
+            raise ToolkitError("the model's logits are not finite; try `dtype` float32")
         return Distributions(**{name: tensor.numpy() for name, tensor in self._tensors.items()})
 
 

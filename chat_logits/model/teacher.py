@@ -184,7 +184,7 @@ def probe(model) -> bool:
     if not difference <= limit:
         raise ToolkitError(
             f"model check: logits of selected rows differ from the plain forward by {difference:.3g}, expected at "
-            f"most {limit:.3g}. Nothing was extracted; try --attn_implementation eager or --dtype float32."
+            f"most {limit:.3g}. Nothing was extracted; try `attn_implementation` eager or `dtype` float32."
         )
     return _cache_agrees(teacher, ids[:8], requests, expected, limit)
 

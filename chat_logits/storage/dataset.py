@@ -105,7 +105,7 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     """Open a local folder or a Hub dataset, the latter pinned to the commit that ``revision`` names now."""
     is_local = Path(dataset_id).is_dir()
     if is_local and revision is not None:
-        raise UsageError(f"--revision {revision}: {dataset_id} is a local folder, which has no revisions")
+        raise UsageError(f"`revision` {revision}: {dataset_id} is a local folder, which has no revisions")
     revision = None if is_local else resolve_commit(dataset_id, "dataset", revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
     shards = read_shards(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)

@@ -1,16 +1,16 @@
 """Room on the disk: what a run will need, what is left, and how it ends when there is none."""
 
 import errno
+import logging
 import shutil
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.manifest import ShardEntry
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,9 +50,8 @@ class DiskWatch:
         self._has_warned = True
         told = f"the rest of the run needs about {_size(needed)}, and {_size(free)} are free in {self.folder}"
         if refuse and free < needed / 2:
-            raise DiskFull(f"{told}. Free some, choose another --output_dir, or extract less with --max_samples.")
-        text = f"Note: {told}. It stops when there is no room for a shard, and the same command goes on from there."
-        tqdm.write(text, file=sys.stderr)
+            raise DiskFull(f"{told}. Free some, choose another `output_dir`, or extract less with `max_samples`.")
+        logger.warning("Note: %s. It stops when there is no room for a shard; the same command resumes it.", told)
 
 
 @contextmanager

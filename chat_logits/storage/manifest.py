@@ -180,7 +180,7 @@ def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError
     """The refusal of a place, of a ``kind`` such as "repository", that holds another run."""
     reasons = "; ".join(differences)
     return UsageError(
-        f"{place}: holds another run ({reasons}). Choose another {kind}, or replace that run with --overwrite."
+        f"{place}: holds another run ({reasons}). Choose another {kind}, or replace that run with `overwrite`."
     )
 
 

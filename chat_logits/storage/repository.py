@@ -51,7 +51,7 @@ class Repository:
 
     def __init__(self, repo_id: str, branch: str | None, private: bool):
         self.repo_id, self.branch, self.private = repo_id, branch or "main", private
-        self.what = f"--output_repo {repo_id}"
+        self.what = f"`output_repo` {repo_id}"
         self._api = huggingface_hub.HfApi()
         huggingface_hub.set_client_factory(patient_client)
         huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience

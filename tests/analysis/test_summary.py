@@ -367,7 +367,7 @@ def write_again(folder, rows: list[dict], **metadata):
 
 
 def test_a_folder_has_no_revisions(real_extraction):
-    with pytest.raises(UsageError, match=r"--revision main: .*outputs/demo is a local folder, which has no revisions$"):
+    with pytest.raises(UsageError, match=r"`revision` main: .*outputs/demo is a local folder, which has no revisions$"):
         open_dataset(str(real_extraction), "main")
 
 

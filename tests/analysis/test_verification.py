@@ -389,5 +389,5 @@ def test_rows_are_spread_evenly():
 
 
 def test_a_count_below_one_is_refused(real_extraction, tokenizer):
-    with pytest.raises(UsageError, match="--verify 0: expected 1 row or more"):
+    with pytest.raises(UsageError, match="`verify` 0: expected 1 row or more"):
         verify(open_dataset(str(real_extraction)), tokenizer, 0)

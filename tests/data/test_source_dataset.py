@@ -298,7 +298,7 @@ def test_a_stream_that_breaks_off_is_explained(tmp_path):
     (tmp_path / "chats" / "b.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
     source = open_source(str(tmp_path / "chats"), streaming=True)
     assert len(source.read(0, 3)) == 3
-    with pytest.raises(UsageError, match="/chats, --split train: ") as raised:
+    with pytest.raises(UsageError, match="/chats, `split` train: ") as raised:
         source.read(2, 9)
     assert len(str(raised.value).splitlines()) <= 2
 

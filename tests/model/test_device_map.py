@@ -294,7 +294,7 @@ def test_limits_that_are_none_are_named(limits, message):
 
 
 def test_limits_without_a_map_are_refused():
-    with pytest.raises(UsageError, match="--device_map auto"):
+    with pytest.raises(UsageError, match="`device_map` auto"):
         loading.load_model(str(MODEL), max_memory={"cpu": "1GiB"})
 
 

@@ -348,7 +348,7 @@ def divergence(single, many) -> np.ndarray:
 
 def test_a_device_that_is_not_there_is_named():
     for name in ("cuda:7", "warp"):
-        with pytest.raises(UsageError, match=rf"--device {name}: .*Available: cpu"):
+        with pytest.raises(UsageError, match=rf"`device` {name}: .*Available: cpu"):
             loading.choose_device(name)
 
 
