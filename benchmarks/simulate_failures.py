@@ -1,4 +1,4 @@
-"""What failures cost a run of many workers, event by event: prints the table of docs/SCALE.md.
+"""What failures cost a run of many workers, event by event: prints the table of docs/scale.md.
 
 A worker holds one shard in hand and, while enough are left for all, one queued. A node fails with all its workers: the
 work in hand is lost, both shards of each go, alone, to the next workers that are free, and the node is back, model
