@@ -371,6 +371,9 @@ class LoopbackHub:
         self._objects |= {file.etag: file.data for file in stored.values() if file.lfs}
         return repo.commit(stored, "initial commit", stored)
 
+    def remove_repo(self, kind: str, name: str) -> None:
+        del self._repos[kind, name]
+
     def has_repo(self, kind: str, name: str) -> bool:
         return (kind, name) in self._repos
 

@@ -1,0 +1,48 @@
+"""The tables of options in docs/, made from the options themselves.
+
+python tests/support/doc_tables.py    # writes them anew
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+from chat_logits.cli import explore_options, extract_options  # noqa: E402
+from chat_logits.options import Option, options_of  # noqa: E402
+
+PAGES = {"extract": REPO / "docs" / "extracting.md", "explore": REPO / "docs" / "exploring.md"}
+
+
+def tables(name: str) -> str:
+    """The tables of a command's options, one a group of its help, as Markdown."""
+    kinds = {"extract": extract_options.KINDS, "explore": explore_options.KINDS}[name]
+    options = [one for kind in kinds for one in options_of(kind).values()]
+    groups = dict.fromkeys(one.group for one in options)
+    ordered = sorted(groups, key=lambda group: group == "")  # those of the command itself come last
+    return "\n".join(_table(group, [one for one in options if one.group == group]) for group in ordered)
+
+
+def _table(group: str, options: Iterable[Option]) -> str:
+    lines = [f"| {group or 'option'} | |", "| --- | --- |"]
+    for one in options:
+        name = f"--{'no_' if one.kind is bool and one.default is True else ''}{one.name}"
+        value = "" if one.kind is bool else f" {one.metavar or ','.join(one.choices)}"
+        text = f"{'do not ' if name.startswith('--no_') else ''}{one.full_help}".replace("|", "\\|")
+        lines.append(f"| `{name}{value}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(page: str, name: str) -> str:
+    """The page's text with its tables as they should be."""
+    return re.sub(
+        rf"(<!-- table: {name} -->\n).*?(?=<!-- end -->)", lambda found: found[1] + tables(name), page, flags=re.S
+    )
+
+
+if __name__ == "__main__":
+    for name, path in PAGES.items():
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), name), encoding="utf-8")
