@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import shlex
 import subprocess
 import sys
 import traceback
@@ -51,16 +50,6 @@ class DocSession:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
-
-
-def commands_in(block: str) -> list[list[str]]:
-    """The commands of a block of shell, as words; comments and continued lines are the shell's.
-
-    >>> commands_in("make demo  # two minutes\\nls \\\\\\n  -l 'a b'")
-    [['make', 'demo'], ['ls', '-l', 'a b']]
-    """
-    lines = block.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 # --- the process itself ---
