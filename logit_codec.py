@@ -1,14 +1,13 @@
 """The storage format's arithmetic: numbers to columns and back. FORMAT.md is the specification.
 
-Everything is a pure function of NumPy arrays. Probabilities are of the whole vocabulary, log-probabilities in
-nats. An *absent* entry has token id ``ABSENT`` as a number, and code 0 beside id 0 in a column.
+Everything is a pure function of NumPy arrays, and this file needs nothing else: it can be copied out alone.
+Probabilities are of the whole vocabulary, log-probabilities in nats. An *absent* entry has token id ``ABSENT`` as a
+number, and code 0 beside id 0 in a column.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-
-from chat_logits.errors import ToolkitError
 
 MAX_TOKEN_ID = 2**18  # ids have 16 low and 2 high bits
 ABSENT = -1
@@ -22,7 +21,7 @@ with np.errstate(divide="ignore"):
 _BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
 
 
-class RowError(ToolkitError):
+class RowError(ValueError):
     """A stored row that does not follow FORMAT.md; the message names column, row, finding and expectation."""
 
     def __init__(self, column: str, found: str, expected: str, row_number: int | None = None):
@@ -116,6 +115,8 @@ def carried_codes(probabilities: np.ndarray, present: np.ndarray) -> np.ndarray:
 def pack_indices(token_ids) -> tuple[np.ndarray, bytes]:
     """Split ids below 2**18 into low 16 bits (uint16, same order) and packed high bits (four a byte).
 
+    ``token_ids`` are integers of any shape, taken in C order. Raises ValueError for ids outside 0 to 2**18 - 1.
+
     >>> low, high = pack_indices([262143, 131072, 65536, 1])
     >>> low.tolist(), high.hex()
     ([65535, 0, 0, 1], '1b')
@@ -170,7 +171,7 @@ def nucleus_cut(probabilities: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def select_nucleus(log_probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Ids kept of one position's log-probabilities (V,), most probable first: the plain reference."""
+    """Ids kept of one position's log-probabilities (V,) in nats, int64, most probable first: the plain reference."""
     storable = log_probs[:MAX_TOKEN_ID]
     ranked = np.argsort(-storable, kind="stable")[:top_k]
     ranked = ranked[np.isfinite(storable[ranked])]
@@ -200,7 +201,11 @@ def draw_uniforms(seed: int, source_index: int, count: int) -> np.ndarray:
 
 
 def encode_rows(distributions: Distributions, lengths: list[int]) -> list[dict]:
-    """The numeric columns of consecutive rows with ``lengths`` positions each (their sum is n)."""
+    """The numeric columns of consecutive stored rows with ``lengths`` positions each (their sum is n).
+
+    One dict a row, by column name: ``*_logits_quantized`` and ``*_indices_high`` bytes, ``*_indices_low`` uint16,
+    ``logsumexp`` and ``token_log_probs`` float32 (nats), ``num_tokens`` int. Raises ValueError for ids above 2**18 - 1.
+    """
     present, drawn = distributions.top_ids != ABSENT, distributions.sampled_ids != ABSENT
     top_codes = carried_codes(distributions.top_probs, present)
     sampled_codes = np.where(drawn, nearest_codes(distributions.sampled_probs), 0).astype(np.uint8)
@@ -282,7 +287,11 @@ def _entry_values(row: dict, kind: str) -> tuple:
 
 
 def decode_row(row: dict) -> DecodedRow:
-    """All positions of a stored row at once."""
+    """All positions of a stored row at once.
+
+    ``row`` is as any reader returns it. Raises ValueError where the columns' lengths disagree; ``validate_row`` says
+    which does.
+    """
     n = int(row["num_tokens"])
     arrays = {}
     for kind in ("top", "sampled"):
@@ -300,7 +309,10 @@ def decode_row(row: dict) -> DecodedRow:
 
 
 def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_number: int | None = None) -> None:
-    """Raise RowError where a row breaks FORMAT.md, "What a reader refuses" (its numeric columns)."""
+    """Raise RowError where a stored row breaks FORMAT.md, "What a reader refuses" (its numeric columns).
+
+    ``top_k``, ``num_sampled`` and ``vocab_size`` are those of ``extraction.json``; ``row_number`` is for the message.
+    """
     stored = row.get("num_tokens")
     if not isinstance(stored, (int, np.integer)) or stored < 1:
         raise RowError("num_tokens", repr(stored), "at least 1 extracted token", row_number)

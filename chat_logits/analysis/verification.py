@@ -19,10 +19,9 @@ from chat_logits.data.alignment import AlignmentError, RowAligner
 from chat_logits.data.hashing import hash_files
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import DamagedShard
-from logit_codec import RowError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ def check_rows(
         try:
             row = dataset.read_row(index)
             alignment = aligner.align(row)
-        except RowError as error:  # which names the row
+        except DamagedRow as error:  # which names the row
             causes.append(str(error))
         except (DamagedShard, AlignmentError) as error:
             causes.append(f"row {index}: {error}")

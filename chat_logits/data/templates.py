@@ -124,7 +124,7 @@ def _check_nesting(shorter: str, longer: str) -> None:
     at = next(i for i, (a, b) in enumerate(zip(shorter + "\0", longer + "\0", strict=False)) if a != b)
     found, expected = longer[at : at + 20], shorter[at : at + 20]
     raise PrefixError(
-        "the chat template marks no answers, and a conversation's beginning renders otherwise alone: after "
+        "the chat template marks no answers, and a conversation's prefix renders otherwise alone: after "
         f"{longer[max(0, at - 20) : at]!r} it has {expected!r} alone and {found!r} in the whole.\n{THREE_WAYS}"
     )
 

@@ -21,7 +21,7 @@ SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 NO_PREFIX = np.zeros(0, np.int64)
-CACHED_A_TOKEN = 4  # tokens of a batch's cache for each token of the budget, which bounds it under a long beginning
+CACHED_A_TOKEN = 4  # tokens of a batch's cache for each token of the budget, which bounds it under a long prefix
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan_batches(lengths: list[int], rows: list[int], budget: Budget) -> list[li
 
 
 def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
-    """A beginning that is worth computing once, int64; empty where none is.
+    """The prefix that is most worth computing once, int64; empty where none is.
 
     Of those on the way along each position's most common token, the one that saves the most tokens.
 
@@ -107,7 +107,7 @@ class Batches:
         )
 
     def _hold(self, prefix: np.ndarray) -> int:
-        """Have the teacher hold a beginning, or none where there is no room for it; gives its length."""
+        """Have the teacher hold a prefix, or none where there is no room for it; gives its length."""
         try:
             self.teacher.hold_prefix(prefix)
         except OUT_OF_MEMORY as error:
@@ -118,7 +118,7 @@ class Batches:
         return len(prefix)
 
     def _by_prefix(self, ready: list[Aligned]) -> list[tuple[np.ndarray, list[Aligned]]]:
-        """The conversations that begin with the beginning most worth sharing, and the others."""
+        """The conversations that have the prefix most worth sharing, and the others."""
         if not self.prefix_cache:
             return [(NO_PREFIX, ready)]
         limits = [int(aligned.positions[0]) - 1 for aligned in ready]
@@ -134,13 +134,13 @@ class Batches:
     ) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
         while waiting:
             members = waiting.pop(0)
-            found = self._attempt(members)
-            if found is None:
+            pending = self._attempt(members)
+            if pending is None:
                 self._shrink(members)
                 waiting = [batch for some in (members, *waiting) for batch in self._plan(some, shared)]
                 continue
             self.input_tokens += sum(len(aligned.input_ids) for aligned in members)
-            yield members, found
+            yield members, pending
 
     def _attempt(self, members: list[Aligned]) -> PendingDistributions | None:
         """The batch's results, or None where memory was too small, with nothing left that holds what there was."""

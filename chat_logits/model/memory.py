@@ -5,11 +5,11 @@
         + rows * (hidden * width + 1,600 * 16)               kept hidden states, and a batch's draws
         + tokens * (8 * hidden + 4 * intermediate) * width   one layer at work
         + tokens * longest * 5                               scores of attention, where its kernel keeps them
-        + cached * 2 * layers * key_values * width           the cache of a shared beginning
+        + cached * 2 * layers * key_values * width           the cache of a shared prefix
         + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
-is more). ``cached`` is 0 without a shared beginning, else at most 8 * tokens: a batch's keys and values with the shared
+is more). ``cached`` is 0 without a shared prefix, else at most 8 * tokens: a batch's keys and values with the shared
 ones, and a copy on the way. ``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
 For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """

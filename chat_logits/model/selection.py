@@ -1,4 +1,4 @@
-"""Logits to nucleus, tail draws, logsumexp and real-token log-probabilities, on the device that holds the logits.
+"""Logits to nucleus, tail draws, logsumexp and target-token log-probabilities, on the device that holds the logits.
 
 One pass in place over the float32 logits: top K, exponentials, sums over blocks for total and tail, draws by two
 searches. FORMAT.md, "What is stored at a position", has the rules; ``logit_codec`` has the plain reference.
@@ -30,11 +30,11 @@ def select(
 ) -> dict[str, torch.Tensor]:
     """The fields of ``Distributions`` as tensors on the logits' device. The logits (R, V) float32 are overwritten.
 
-    ``tokens`` (R,) int64 are the real tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
+    ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
     """
     storable = min(logits.shape[1], MAX_TOKEN_ID)
     top_values, top_ids = logits[:, :storable].topk(min(settings.top_k, storable))
-    real = logits.gather(1, tokens[:, None])[:, 0].double()
+    target = logits.gather(1, tokens[:, None])[:, 0].double()
     # The largest logit is the first of the top, but where the vocabulary goes on past the storable ids.
     highest = top_values[:, :1] if storable == logits.shape[1] else logits.amax(dim=1, keepdim=True)
     mass = logits.sub_(highest).exp_()
@@ -51,12 +51,12 @@ def select(
         "sampled_ids": sampled_ids,
         "sampled_probs": sampled_mass * (highest.double() - logsumexp[:, None]).exp(),
         "logsumexp": logsumexp,
-        "token_log_probs": real - logsumexp,
+        "token_log_probs": target - logsumexp,
     }
 
 
 class PendingDistributions:
-    """A batch's results crossing to the host: on a GPU through pinned memory, while the next batch is computed."""
+    """A batch's results on their way to the host: on a GPU through pinned memory, while the next batch is computed."""
 
     def __init__(self, pieces: list[dict[str, torch.Tensor]]):
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

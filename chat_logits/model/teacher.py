@@ -1,7 +1,7 @@
 """The model's side: token ids and positions to the logits that predict the extracted tokens, and what is selected.
 
-Only the rows of the hidden state that predict an extracted token meet the vocabulary matrix, by a pre-hook on the
-model's own output embedding, so that whatever the model does to its logits afterwards is done to these.
+Only the rows of the hidden state that predict an extracted token meet the lm_head, by a pre-hook on the model's own
+output embedding, so that whatever the model does to its logits afterwards is done to these.
 """
 
 import copy
@@ -19,7 +19,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.model.loading import input_device
 from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
 
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared beginning may be kept in
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared prefix may be kept in
 LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
 WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
 # What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
@@ -59,9 +59,9 @@ def length_switch(config) -> int | None:
 
 
 class Teacher:
-    """A model as it is run: its rows in pieces of bounded size, and a shared beginning's cache.
+    """A model as it is run: its rows in pieces of bounded size, and a shared prefix's cache.
 
-    ``logit_rows`` bounds the rows of the vocabulary matrix at once.
+    ``logit_rows`` bounds the rows of logits at once.
     """
 
     def __init__(self, model, logit_rows: int):
@@ -74,7 +74,7 @@ class Teacher:
 
     @torch.inference_mode()
     def hold_prefix(self, ids: np.ndarray) -> None:
-        """Compute the key-value cache of a beginning that the next batches share; an empty one clears it."""
+        """Compute the key-value cache of a prefix that the next batches share; an empty one clears it."""
         self._prefix_ids, self._prefix_cache = ids, None
         if len(ids):
             inputs = torch.from_numpy(ids)[None].to(self.device)
@@ -168,29 +168,29 @@ def _upload(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 def probe(model) -> bool:
-    """Compare what ``Teacher`` gives on a short padded batch with the model's plain forward.
+    """Compare what ``Teacher`` gives on a short padded batch with the model's reference forward pass.
 
-    Raises ToolkitError where the rows differ. Returns whether a shared beginning's cache may be used: whether the
+    Raises ToolkitError where the rows differ. Returns whether a shared prefix's cache may be used: whether the
     model has a plain key-value cache, and rows computed after it agree as well.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = np.random.default_rng(0).integers(0, vocabulary, 32)
     parts = [np.concatenate([ids[:8], ids[8:16]]), np.concatenate([ids[:8], ids[16:]])]
     requests = [Request(part, np.arange(9, len(part)), np.zeros(len(part) - 9)) for part in parts]
-    expected = _plain_rows(model, requests)
+    expected = _reference_rows(model, requests)
     limit = PROBE_TOLERANCE.get(model.dtype, 6e-2) * max(1.0, expected.abs().max().item())
     teacher = Teacher(model, logit_rows=7)
     difference = _difference(teacher, requests, expected)
     if not difference <= limit:
         raise ToolkitError(
-            f"model check: logits of selected rows differ from the plain forward by {difference:.3g}, expected at "
-            f"most {limit:.3g}. Nothing was extracted; try `attn_implementation` eager or `dtype` float32."
+            f"model check: logits of selected rows differ from the reference forward pass by {difference:.3g}, "
+            f"expected at most {limit:.3g}. Nothing was extracted; try `attn_implementation` eager or `dtype` float32."
         )
     return _cache_agrees(teacher, ids[:8], requests, expected, limit)
 
 
 @torch.inference_mode()
-def _plain_rows(model, requests: list[Request]) -> torch.Tensor:
+def _reference_rows(model, requests: list[Request]) -> torch.Tensor:
     inputs = [torch.from_numpy(r.input_ids)[None].to(input_device(model)) for r in requests]
     plain = [model(ids).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
     return torch.cat(plain).float()

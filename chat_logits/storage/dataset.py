@@ -14,7 +14,11 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import explain_hub_error, resolve_commit
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
 from chat_logits.storage.shard import read_shard_rows, shard_sizes
-from logit_codec import validate_row
+from logit_codec import RowError, validate_row
+
+
+class DamagedRow(ToolkitError):
+    """A stored row that does not follow FORMAT.md; the message names column and row."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class StoredDataset:
 
     def _validate(self, row: dict, row_number: int) -> None:
         manifest = self.manifest
-        validate_row(row, manifest.top_k, manifest.num_sampled, manifest.vocab_size, row_number=row_number)
+        try:
+            validate_row(row, manifest.top_k, manifest.num_sampled, manifest.vocab_size, row_number=row_number)
+        except RowError as error:
+            raise DamagedRow(str(error)) from error
 
     @contextmanager
     def _open(self, path: str):

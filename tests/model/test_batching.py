@@ -1,4 +1,4 @@
-"""Batches keep their budgets, and the shared beginning is the one that saves most, against brute force."""
+"""Batches keep their budgets, and the shared prefix is the one that saves most, against brute force."""
 
 import itertools
 
@@ -38,8 +38,8 @@ sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), max_s
 
 
 @given(sequences)
-def test_the_shared_beginning_saves_as_much_as_any_pending(found):
-    """Following the most common next token: no beginning along that path saves more."""
+def test_the_shared_prefix_saves_as_much_as_any_on_its_path(found):
+    """Following the most common next token: no prefix along that path saves more."""
     arrays = [np.array(sequence, np.int64) for sequence in found]
     limits = [len(array) - 1 for array in arrays]
     prefix = shared_prefix(arrays, limits)
@@ -60,7 +60,7 @@ def saving(arrays, limits, prefix) -> int:
     return (len(sharing) - 1) * len(prefix)
 
 
-def test_one_odd_conversation_does_not_spoil_a_shared_beginning():
+def test_one_odd_conversation_does_not_spoil_a_shared_prefix():
     system = np.arange(100, 140)
     arrays = [np.concatenate([system, np.full(10, i)]) for i in range(9)] + [np.arange(50)]
     assert shared_prefix(arrays, [45] * 10).tolist() == system.tolist()

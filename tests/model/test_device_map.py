@@ -60,7 +60,7 @@ def with_beginning(requests, beginning):
 
 
 def assert_same_rows(found, plain) -> None:
-    """At once and in pieces, with a shared beginning and without."""
+    """At once and in pieces, with a shared prefix and without."""
     requests = random_requests(1000, [5, 20, 11])
     beginning = np.random.default_rng(4).integers(0, 1000, 9)
     for some, prefix in ((requests, ()), (with_beginning(requests, beginning), beginning)):

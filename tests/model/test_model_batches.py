@@ -1,4 +1,4 @@
-"""Shards through a real tiny model: shared beginnings, out-of-memory, errors beside the model, bounded memory."""
+"""Shards through a real tiny model: shared prefixes, out-of-memory, errors beside the model, bounded memory."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def extract(small_model, tmp_path, chat_file):
     return run
 
 
-def test_shared_beginnings_and_small_pieces_give_the_same_rows(extract):
+def test_shared_prefixes_and_small_pieces_give_the_same_rows(extract):
     plain = extract(ROWS, "--no_prefix_cache", out="plain", system_prompt=SYSTEM)
     cached = extract(ROWS, out="cached", system_prompt=SYSTEM)
     pieces = extract(ROWS, out="pieces", system_prompt=SYSTEM, logit_memory=1, batch_tokens=64)
@@ -47,7 +47,7 @@ def test_shared_beginnings_and_small_pieces_give_the_same_rows(extract):
     assert_alike(pieces, plain)
 
 
-def test_the_beginning_is_computed_once(extract, tmp_path, monkeypatch):
+def test_the_prefix_is_computed_once(extract, tmp_path, monkeypatch):
     held = []
     hold = Teacher.hold_prefix
     monkeypatch.setattr(Teacher, "hold_prefix", lambda self, ids: (held.append(len(ids)), hold(self, ids))[1])
@@ -162,7 +162,7 @@ def test_what_was_read_before_a_reading_error_is_written(small_model, tmp_path, 
     assert [dataset.read_row(i)["source_index"] for i in range(dataset.num_rows)] == list(range(16))
 
 
-def test_no_room_for_a_shared_beginning_goes_without(extract, monkeypatch):
+def test_no_room_for_a_shared_prefix_goes_without(extract, monkeypatch):
     plain = extract(ROWS, "--no_prefix_cache", out="plain", system_prompt=SYSTEM)
     hold = Teacher.hold_prefix
 

@@ -1,4 +1,4 @@
-"""The model's side against plain forwards of transformers and the codec's NumPy reference."""
+"""The model's side against reference forward passes of transformers and the codec's NumPy reference."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ def random_requests(vocabulary: int, lengths: list[int]) -> list[teacher_model.R
 
 
 def plain_logits(model, requests) -> torch.Tensor:
-    """The predicting rows of a plain forward of each conversation alone."""
+    """The predicting rows of a reference forward pass of each conversation alone."""
     with torch.inference_mode():
         return torch.cat([model(torch.from_numpy(r.input_ids)[None]).logits[0][r.positions - 1] for r in requests])
 
@@ -90,7 +90,7 @@ def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_shared_beginning_gives_the_plain_forwards_rows(model_type):
+def test_a_shared_prefix_gives_the_reference_rows(model_type):
     model = random_model(model_type)
     assert teacher_model.probe(model)
     prefix = np.random.default_rng(4).integers(0, 1000, 9)
@@ -124,7 +124,7 @@ def longrope_model():
 
 
 def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
-    """Through a shard's batches, with a shared beginning: each conversation as its own plain forward."""
+    """Through a shard's batches, with a shared prefix: each conversation as its own reference forward pass."""
     model = longrope_model()
     assert teacher_model.length_switch(model.config) == 64
     rng = np.random.default_rng(2)
@@ -155,7 +155,7 @@ def test_pieces_do_not_run_the_decoder_again():
     assert lengths == [(2, 24), (1, 1), (1, 1), (1, 1)]  # and nothing behind the last row is read
 
 
-def test_a_model_without_a_plain_cache_goes_without_shared_beginnings():
+def test_a_model_without_a_plain_cache_goes_without_shared_prefixes():
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_a_model_without_a_plain_cache_goes_without_shared_beginnings():
 
 
 def test_the_probe_finds_a_cache_that_does_not_agree():
-    """A model whose positions start again after a cached beginning."""
+    """A model whose positions start again after a cached prefix."""
     model = random_model("llama")
     forward = model.model.forward
 
@@ -189,7 +189,7 @@ def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
     leaky = Leaky(32, 1000, bias=False)
     leaky.weight = model.lm_head.weight
     model.lm_head = leaky
-    with pytest.raises(ToolkitError, match="differ from the plain forward by"):
+    with pytest.raises(ToolkitError, match="differ from the reference forward pass by"):
         teacher_model.probe(model)
 
 
@@ -263,7 +263,7 @@ def test_logits_that_are_not_finite_stop_the_run(bad):
 
 
 def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):
-    """One by one; all together; and reversed, in pieces, after a shared beginning: the same but for last bits."""
+    """One by one; all together; and reversed, in pieces, after a shared prefix: the same but for last bits."""
     model, _ = smollm2
     requests = [
         teacher_model.Request(a.input_ids, a.positions, logit_codec.draw_uniforms(0, i, len(a.positions)))
