@@ -145,7 +145,8 @@ def leave_torch_out() -> None:
         return
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of models that would need torch
     os.environ["USE_TORCH"] = "0"  # to datasets
-    sys.modules["torch"] = None  # Python's own way to say that a module is not there
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None  # Python's own way to say that a module is not there
     from transformers.utils.import_utils import is_torch_available
 
     is_torch_available()  # which remembers what it finds

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -108,6 +109,7 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
 
 
 def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
+    assert config.output_repo is not None
     repository = Repository(config.output_repo, config.output_revision, config.private)
     sync = HubSync(repository, folder, config.push_every, config.uploads_without_folder)
     sync.connect()
@@ -154,13 +156,23 @@ def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int 
         shard += 1
 
 
+class Workers(Protocol):
+    """What computes shards: this process with a model, or workers on Ray."""
+
+    def describe(self) -> Manifest:
+        """The manifest of a new run."""
+
+    def compute(self, shards: Iterator[int], manifest: Manifest, finished: Callable, progress: Callable) -> None:
+        """Compute these shards; ``finished(entry, ...)`` is told of each."""
+
+
 @dataclass
 class Run:
     """A run on its way; ``finished`` are its shards, in the folder or only in the repository."""
 
     opened: OpenedRun
     folder: RunFolder
-    workers: object  # a ShardComputer, or what else has its ``describe`` and ``compute``
+    workers: Workers
     sync: HubSync | None
     watch: DiskWatch
 
@@ -209,6 +221,7 @@ class Run:
 
         After Ctrl-C, too, where shards were uploaded and are in no folder: without a commit they would be lost.
         """
+        assert self.sync is not None
         try:
             self.sync.finish()
             if self.opened.config.uploads_without_folder:
@@ -228,7 +241,7 @@ class Run:
         if not finished:
             return
         apart = len(finished) - len(self.folder.entries)
-        where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart else ""
+        where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart and self.sync else ""
         rows = sum(entry.source_rows for entry in finished.values())
         logger.info("Resuming: %s source rows are done, in %d shards%s", f"{rows:,}", len(finished), where)
         self.watch.check_rest(self.folder.entries.values(), finished.values())

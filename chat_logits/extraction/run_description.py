@@ -57,7 +57,7 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
     Raises UsageError for a model or a dataset that is not there, ToolkitError where the Hub refuses.
     """
     config = _as_recorded(config, recorded) if recorded else config
-    commits = {}
+    commits: dict[str, Any] = {}
     for kind in ("model", "dataset"):
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
         is_file = kind == "dataset" and Path(name).suffix in FILE_FORMATS

@@ -115,7 +115,7 @@ class Repository:
             return addition
         return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
 
-    def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str) -> str:
+    def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str | None) -> str:
         """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.
 
         Raises what the Hub's client raises; 412 where ``parent`` is not the newest commit any more.
