@@ -1,5 +1,7 @@
 """What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
 
+import functools
+import importlib
 import random
 import re
 import time
@@ -9,8 +11,6 @@ from typing import Any, TypeVar
 
 from chat_logits.errors import ToolkitError, UsageError
 
-UNREACHABLE = {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"}
-BROKEN = {"ReadError", "WriteError", "CloseError", "RemoteProtocolError", "ReadTimeout", "WriteTimeout", "PoolTimeout"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 STRANGE = 3  # errors of unknown kinds that may pass, too
 LONGEST_PAUSE = 60.0  # seconds between attempts that nothing else goes on beside
@@ -37,16 +37,16 @@ def explain_hub_error(error: BaseException, what: str, otherwise: type[ToolkitEr
     """
     if isinstance(error, ToolkitError):
         return error
-    chain = _causes(error)
-    status = _answered(chain)
-    names = {type(cause).__name__ for cause in chain}
-    if status is not None:
-        return ToolkitError(f"{what}: {_advice(status, names, chain)}")
-    if names & UNREACHABLE:
+    from huggingface_hub.errors import HFValidationError
+
+    failure = _Failure(error)
+    if failure.status is not None:
+        return ToolkitError(f"{what}: {_advice(failure)}")
+    if failure.is_unreachable:
         return HubUnreachable(f"{what}: the Hub cannot be reached")
-    if names & BROKEN:
-        return HubUnreachable(f"{what}: the connection to the Hub broke ({chain[0] or 'no answer in time'})")
-    if "HFValidationError" in names:
+    if failure.is_broken:
+        return HubUnreachable(f"{what}: the connection to the Hub broke ({str(error) or 'no answer in time'})")
+    if failure.has(HFValidationError):
         return UsageError(f"{what}: no such file or folder, and no Hub id (USER/NAME) either")
     return otherwise(f"{what}: {error}")
 
@@ -82,10 +82,12 @@ def is_transient(error: BaseException) -> bool:
     """Whether a push that ended so may go well later: all but refusals, which only people can lift."""
     if isinstance(error, ToolkitError):
         return isinstance(error, HubUnreachable)
-    chain = _causes(error)
-    if any(type(cause).__name__ == "HFValidationError" for cause in chain):
+    from huggingface_hub.errors import HFValidationError
+
+    failure = _Failure(error)
+    if failure.has(HFValidationError):
         return False
-    status = _answered(chain)
+    status = failure.status
     return status is None or status in PASSING or status >= 500
 
 
@@ -93,10 +95,10 @@ def retry_after(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait: its ``Retry-After``, or until its rate limit starts anew; None if neither."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    answers: list[Any] = [getattr(cause, "response", None) for cause in _causes(error) if _status(cause)]
-    if not answers:
+    answer = _Failure(error).answer
+    if answer is None:
         return None
-    asked, limit = answers[0].headers.get("retry-after", ""), parse_ratelimit_headers(answers[0].headers)
+    asked, limit = answer.headers.get("retry-after", ""), parse_ratelimit_headers(answer.headers)
     if asked.strip().isdigit():
         return float(asked)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
@@ -114,22 +116,29 @@ def patiently(step: Callable[[], Answer], what: str, seconds: float) -> Answer:
         except Exception as error:
             pause = min(2 * pause, LONGEST_PAUSE)
             wait = retry_after(error) or pause * random.uniform(0.5, 1)
-            strange += not _is_of_the_line(error)
-            if _answered(_causes(error)) and not is_transient(error):
+            failure = _Failure(error)
+            strange += failure.is_strange
+            if failure.status and not is_transient(error):
                 raise HubRefused(str(explain_hub_error(error, what))) from error
             if not is_transient(error) or strange > STRANGE or time.monotonic() + wait > until:
                 raise explain_hub_error(error, what) from error
             time.sleep(wait)
 
 
-def _is_of_the_line(error: BaseException) -> bool:
-    """Whether the Hub answered, or known trouble kept it from that."""
-    chain = _causes(error)
-    return _answered(chain) is not None or bool({type(cause).__name__ for cause in chain} & (UNREACHABLE | BROKEN))
+def configure_client() -> None:
+    """Give the Hub's client limits to its patience, for this process: its own would wait for a dead line for ever.
+
+    For processes that push. Its warnings, which name signed addresses and break progress bars, are not shown.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import logging as hub_logging
+
+    huggingface_hub.set_client_factory(_patient_client)
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
+    hub_logging.set_verbosity_error()
 
 
-def patient_client():
-    """The Hub's client with limits to its patience: its own has none, and would wait for a dead line for ever."""
+def _patient_client():
     from huggingface_hub.utils._http import default_client_factory
 
     client = default_client_factory()
@@ -176,7 +185,7 @@ def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
         return huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha
     except Exception as error:
         explained = explain_hub_error(error, f"{repo_type} {repo_id}")
-        if UNREACHABLE & {type(cause).__name__ for cause in _causes(error)}:
+        if _Failure(error).is_unreachable:
             return _cached_commit(repo_id, repo_type, revision, explained)
         raise explained from error
 
@@ -193,30 +202,67 @@ def _cached_commit(repo_id: str, repo_type: str, revision: str | None, explained
     return Path(folder).name
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
+class _Failure:
+    """An exception with all that caused it: the clients wrap the Hub's answer differently."""
+
+    def __init__(self, error: BaseException):
+        self.causes: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in self.causes:
+            self.causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+
+    def has(self, *kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in self.causes)
+
+    @property
+    def answer(self) -> Any:
+        """The Hub's response, None where there was none."""
+        responses = (getattr(cause, "response", None) for cause in self.causes)
+        return next((response for response in responses if getattr(response, "status_code", None)), None)
+
+    @property
+    def status(self) -> int | None:
+        """The status of the Hub's answer, None where there was none."""
+        return self.answer.status_code if self.answer is not None else None
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether no connection was made."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        return self.has(_client().ConnectError, _client().ConnectTimeout, OfflineModeIsEnabled)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection failed, made or not."""
+        client = _client()
+        return self.has(client.NetworkError, client.TimeoutException, client.RemoteProtocolError)
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the Hub did not answer, and no known trouble kept it from that."""
+        return self.status is None and not self.is_unreachable and not self.is_broken
 
 
-def _answered(chain: list[BaseException]) -> int | None:
-    return next((status for status in map(_status, chain) if status), None)
+@functools.cache
+def _client() -> Any:
+    """The HTTP client's module: huggingface_hub 1 uses ``httpx``, 2 uses ``httpx2``."""
+    from huggingface_hub.errors import HTTPError
+
+    return importlib.import_module(HTTPError.__module__.partition(".")[0])
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _advice(failure: _Failure) -> str:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
 
-
-def _advice(status: int, names: set[str], chain: list[BaseException]) -> str:
-    if "GatedRepoError" in names:
+    status, first = failure.status, failure.causes[0]
+    if failure.has(GatedRepoError):
         return f"gated ({status}). Ask for access on its page, then set HF_TOKEN to a token that has it."
-    if "RevisionNotFoundError" in names:
+    if failure.has(RevisionNotFoundError):
         return f"no such revision on the Hub ({status})."
-    if "EntryNotFoundError" in names or "RemoteEntryNotFoundError" in names:
-        return f"a file is missing on the Hub ({status}): {chain[0]}"
+    if failure.has(EntryNotFoundError):
+        return f"a file is missing on the Hub ({status}): {first}"
     if status in (401, 403, 404):
         return (
             f"not found on the Hub, or not yours to see ({status}). "
@@ -228,4 +274,4 @@ def _advice(status: int, names: set[str], chain: list[BaseException]) -> str:
         return "too many requests, says the Hub (429)"
     if status >= 500:
         return f"the Hub fails ({status})"
-    return f"the Hub answered {status}: {str(chain[0]).partition(chr(10))[0]}"
+    return f"the Hub answered {status}: {str(first).partition(chr(10))[0]}"

@@ -20,6 +20,7 @@ from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.ray_address import reach, require_ray
 from chat_logits.extraction.run_description import OpenedRun, locate, open_run, what_differs
 from chat_logits.extraction.upload import HubSync
+from chat_logits.hub import configure_client
 from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, ShardEntry, another_run
@@ -110,6 +111,7 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
 
 def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
     assert config.output_repo is not None
+    configure_client()
     repository = Repository(config.output_repo, config.output_revision, config.private)
     sync = HubSync(repository, folder, config.push_every, config.uploads_without_folder)
     sync.connect()

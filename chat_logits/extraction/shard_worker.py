@@ -22,6 +22,7 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
+from chat_logits.hub import configure_client
 from chat_logits.model import loading
 from chat_logits.scratch import make_scratch, remove_scratch
 from chat_logits.storage.manifest import Manifest, RunInputs, ShardEntry
@@ -108,6 +109,7 @@ class ShardWorker:
         self._folder = self._assignment.folder or make_scratch()
         self._writer = ShardWriter(self._folder, manifest, check_place=self._check_place)
         if config.uploads_without_folder:
+            configure_client()
             self._repository = Repository(config.output_repo, config.output_revision, config.private)
 
     def compute(self, shard: int) -> Answer:

@@ -7,10 +7,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import patient_client, patiently
+from chat_logits.hub import patiently
 from chat_logits.storage.manifest import (
     CARD_FILE,
     EXTRACTION_FILE,
@@ -53,9 +52,6 @@ class Repository:
         self.repo_id, self.branch, self.private = repo_id, branch or "main", private
         self.what = f"`output_repo` {repo_id}"
         self._api = huggingface_hub.HfApi()
-        huggingface_hub.set_client_factory(patient_client)
-        huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
-        hub_logging.set_verbosity_error()  # its warnings name signed addresses, and break the progress bar
 
     @property
     def at(self) -> str:

@@ -218,7 +218,9 @@ def _named(path: str):
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
     except OSError as error:
-        if getattr(error, "response", None) is not None or "httpx" in type(error).__module__:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if isinstance(error, HfHubHTTPError):
             raise  # the Hub's, not the file's
         if error.errno:  # the disk's: the file may be whole
             raise ToolkitError(f"{path}: it cannot be read now: {error}") from error
