@@ -1,0 +1,39 @@
+"""``chat_logits.extract`` from Python and in a notebook: what the command does."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REPO
+from nbclient import NotebookClient
+from runs import files_in, options_for
+
+CALL = "import chat_logits\ndone = chat_logits.extract(chat_logits.ExtractConfig(**{options!r}))\n"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, chat_logits\nchat_logits.ExtractConfig\nprint({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.slow
+def test_in_a_notebook_function_and_command_write_the_same_files(small_model, calm_source, tmp_path):
+    """A kernel's streams are not a terminal's."""
+    options = options_for(small_model, calm_source, tmp_path / "function")
+    options = {name: value if isinstance(value, int) else str(value) for name, value in options.items()}
+    options["max_samples"] = 12
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    flags[flags.index("--output_dir") + 1] = str(tmp_path / "command")
+    cells = [
+        f"{CALL.format(options=options)}print(done.conversations, sum(done.skipped.values()), done.folder)",
+        f"import extract_logits\nprint('status', extract_logits.main({flags!r}))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(REPO)}}).execute()
+    printed = ["".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in notebook.cells]
+    assert printed[0] == f"10 2 {tmp_path / 'function'}\n"
+    assert "10 written, 2 skipped" in printed[1] and printed[1].endswith("status 0\n")
+    files = files_in(tmp_path / "function")
+    assert len(files) == 7 and files == files_in(tmp_path / "command")
