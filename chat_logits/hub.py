@@ -272,6 +272,6 @@ def _advice(failure: _Failure) -> str:
         return f"somebody else's commit came first ({status})"
     if status == 429:
         return "too many requests, says the Hub (429)"
-    if status >= 500:
+    if status is not None and status >= 500:
         return f"the Hub fails ({status})"
     return f"the Hub answered {status}: {str(first).partition(chr(10))[0]}"
