@@ -69,8 +69,6 @@ class Reader:
 
     def _align_more(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
         """Rows that were not aligned before: each is rendered once, and their texts are tokenized together."""
-        if first >= end:
-            return [], []
         conversations, rendered, skipped = {}, {}, []
         for index, row in enumerate(self.source.read(first, end), start=first):
             try:

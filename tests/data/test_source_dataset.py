@@ -19,7 +19,7 @@ from loopback_hub import LoopbackHub
 
 from chat_logits.data import hashing
 from chat_logits.data.hashing import hash_files, known_hashes, remember_hashes
-from chat_logits.data.source import SourceDataset, StreamRows, open_source
+from chat_logits.data.source import FIRST_ROWS, SourceDataset, StreamRows, open_source
 from chat_logits.errors import UsageError
 
 GROUP_ROWS = 50
@@ -244,7 +244,7 @@ def test_ranges_from_the_hub(tmp_path):
                 assert sent <= (groups + 1) * group_bytes + footers
             hub.inject(Fault("refuse", "resolve", status=403))
             refused, _ = ask(5000, 5001)
-            assert refused.startswith("ToolkitError: --dataset_id user/chats, --split test: ") and "(403)" in refused
+            assert refused.startswith("ToolkitError: `dataset_id` user/chats, `split` test: ") and "(403)" in refused
             assert ask(5000, 5001)[0][0]["question"] == text[5000]
             process.stdin.close()
 
@@ -292,14 +292,16 @@ def test_json_lines_in_any_order(chat_file):
         assert [row["question"] for row in source.read(first, end)] == [str(i) for i in range(first, min(end, 300))]
 
 
-def test_a_stream_that_breaks_off_is_explained(tmp_path):
+@pytest.mark.parametrize("good", [FIRST_ROWS - 3, FIRST_ROWS + 3])
+def test_a_stream_that_breaks_off_is_explained(tmp_path, good):
+    """Among the first rows, which are read when it is opened, and behind them."""
     (tmp_path / "chats").mkdir()
-    (tmp_path / "chats" / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    (tmp_path / "chats" / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * good)
     (tmp_path / "chats" / "b.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
-    source = open_source(str(tmp_path / "chats"), streaming=True)
-    assert len(source.read(0, 3)) == 3
     with pytest.raises(UsageError, match="/chats, `split` train: ") as raised:
-        source.read(2, 9)
+        source = open_source(str(tmp_path / "chats"), streaming=True)
+        assert good > FIRST_ROWS and len(source.read(0, good)) == good
+        source.read(good - 1, good + 6)
     assert len(str(raised.value).splitlines()) <= 2
 
 
