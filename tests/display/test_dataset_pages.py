@@ -118,7 +118,7 @@ def test_the_command_gives_all_three_forms(real_extraction, other_extraction, tm
         (["--compare_revision", "x"], "--compare_revision is for --compare"),
         (["--html", "-"], "--html -: no name of a file"),
         (["--html", "same", "--json", "same"], "--html and --json: both name same, expected two files"),
-        (["--verify", "0"], "--verify 0: expected 1 row or more"),
+        (["--verify", "0"], "--verify 0: expected 1 or more"),
         (["--compare", "/no/such/folder"], "no such file or folder, and no Hub id"),
     ],
 )
