@@ -75,6 +75,9 @@ def stored_rows(folder, entry):
 def plan(place: Path, rows: int, *more: str) -> dict:
     """All that comes before the first shard is given out, in a folder as it is."""
     begun = time.perf_counter()
+    import datasets  # noqa: F401 - these two are imported where they are used, which is within what is timed
+    import transformers.models.auto  # noqa: F401
+
     from chat_logits.extraction import run as extraction_run
     from chat_logits.extraction.folder import RunFolder
     from chat_logits.extraction.run import missing_shards
