@@ -1,5 +1,7 @@
 """Chat templates as transformers renders them, by Jinja alone, as importing transformers costs a second of CPU.
 
+Reading stored rows needs nothing else. An extraction holds each conversation's text against transformers' own.
+
 A template is a program from the Hub: it runs in Jinja's sandbox, which changes nothing that it is given, and sees plain
 values alone. The tests hold each template's text and spans against ``transformers.apply_chat_template``'s.
 """
@@ -119,6 +121,18 @@ def render(
     finally:
         _written.reset(before)
     return "".join(pieces), spans
+
+
+def text_by_transformers(text: str, conversation: list[dict], variables: dict, date: str | None = None) -> str:
+    """The text that transformers renders, which a model is served with; arguments are ``render``'s."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+    # The library hands templates no functions, and its own strftime_now is the clock: pin it on the compiled one.
+    pinned = _compile_jinja_template(text).globals
+    pinned.pop("strftime_now", None)
+    if date:
+        pinned["strftime_now"] = datetime.date.fromisoformat(date).strftime
+    return render_jinja_template([conversation], chat_template=text, **variables)[0][0]
 
 
 def _messages(conversation: list[dict]) -> list[dict]:

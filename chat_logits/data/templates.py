@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jinja2
 
-from chat_logits.data.rendering import compile_text, render
+from chat_logits.data.rendering import compile_text, render, text_by_transformers
 from chat_logits.errors import ToolkitError, UsageError
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -91,6 +91,13 @@ class ChatTemplate:
         except TemplateError:
             return None
 
+    def text_by_transformers(self, conversation: list[dict]) -> str | None:
+        """The text as transformers renders it, None where it refuses the conversation."""
+        try:
+            return text_by_transformers(self.text, conversation, {**self.special_tokens, **self.kwargs}, self.date)
+        except Exception:  # a template is a program: it may raise anything
+            return None
+
     def _render(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
         try:
             text, spans = render(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
@@ -157,13 +164,15 @@ class TemplateChoice:
     own: ChatTemplate | None = None
 
     def render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """As ``ChatTemplate.render``, once by each template: a shipped one gives the spans, the model's own the proof.
+        """As ``ChatTemplate.render``, proven by transformers' rendering: of the model's own, where a shipped one stands
+        for it.
 
-        Raises TemplateError, also where a shipped template renders otherwise than the one that it stands for.
+        Raises TemplateError, also where the two texts differ.
         """
         text, spans = self.template.render(conversation)
-        if self.own and self.own.text_or_none(conversation) != text:
-            raise TemplateError(f"the {self.mask_source} renders it otherwise than the model's own template")
+        if (self.own or self.template).text_by_transformers(conversation) != text:
+            other = "the model's own template" if self.own else "transformers does"
+            raise TemplateError(f"the {self.mask_source} renders it otherwise than {other}")
         return text, spans
 
 

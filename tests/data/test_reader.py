@@ -1,4 +1,4 @@
-"""Source rows once: read once, rendered once by each template, tokenized together."""
+"""Source rows once: read once, rendered once and proven once by transformers, tokenized together."""
 
 import json
 from collections import Counter
@@ -32,15 +32,28 @@ def renderings(monkeypatch) -> Counter:
     return counted
 
 
+@pytest.fixture
+def proofs(monkeypatch) -> Counter:
+    """How often transformers rendered each conversation."""
+    counted, render = Counter(), templates.text_by_transformers
+
+    def counting(text, conversation, *arguments):
+        counted[conversation[-1]["content"]] += 1
+        return render(text, conversation, *arguments)
+
+    monkeypatch.setattr(templates, "text_by_transformers", counting)
+    return counted
+
+
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    "template",
     [
-        pytest.param(str(TEMPLATE), 1, id="generation blocks"),
-        pytest.param(None, 2, id="a shipped one for the spans and the model's own for the proof"),
-        pytest.param(PREFIXES, 1, id="prefixes end in the question or the answer"),
+        pytest.param(str(TEMPLATE), id="generation blocks"),
+        pytest.param(None, id="a shipped one for the spans and the model's own for the proof"),
+        pytest.param(PREFIXES, id="prefixes end in the question or the answer"),
     ],
 )
-def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, renderings, template, expected):
+def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, renderings, proofs, template):
     reads, read = Counter(), TableRows.read
 
     def counting(rows, first, end):
@@ -56,7 +69,7 @@ def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypat
     assert reads == dict.fromkeys(range(ROWS), 1)
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()[FIRST_ROWS:ROWS]
     answers = [json.loads(line)["conversations"][1]["value"] for line in lines]
-    assert {renderings[answer] for answer in answers} == {expected}
+    assert {renderings[answer] for answer in answers} == {proofs[answer] for answer in answers} == {1}
 
 
 @pytest.mark.parametrize("known", [0, 3, 32])

@@ -8,7 +8,7 @@ from template_families import CONVERSATIONS, FAMILIES
 from test_templates import ours_text, stock
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chat_logits.data.rendering import render
+from chat_logits.data.rendering import render, text_by_transformers
 
 QUESTION, ANSWER = (
     {"role": "user", "content": "Hi <b> 🙂"},
@@ -103,3 +103,17 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_proof_is_transformers_text_with_the_date_pinned(family):
+    known = FAMILIES[family]
+    tokens = {"bos_token": known.bos, "eos_token": known.eos}
+    text = stock(known.source)
+    for chat in CONVERSATIONS.values():
+        expected = theirs(text, chat.messages, {**tokens, **chat.kwargs})
+        if expected is not None and "strftime_now" not in text:
+            assert text_by_transformers(text, chat.messages, {**tokens, **chat.kwargs}) == expected[0]
+    dated = "{{ strftime_now('%d %b %Y') }}" + text
+    shown = text_by_transformers(dated, CONVERSATIONS[next(iter(CONVERSATIONS))].messages, tokens, "2020-02-29")
+    assert shown.startswith("29 Feb 2020")
