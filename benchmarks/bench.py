@@ -124,7 +124,7 @@ def bench_extraction(model, conversations: int, rounds: int, system_prompt: str 
             teacher.select = clock._select
             share.append(clock.seconds / times["extraction"][-1])
         cached = seconds(extraction, model, opened, True)
-        times.setdefault("extraction, shared beginnings once", []).append(cached)
+        times.setdefault("extraction, shared prefixes once", []).append(cached)
     title = "with a system prompt of 300 tokens" if system_prompt else "as they are"
     print(f"\n### {len(ready)} conversations {title}, {tokens:,} tokens, {rounds} rounds\n")
     print("| way | tokens a second | of the bare forward | spread |\n| --- | --- | --- | --- |")
