@@ -1,61 +1,123 @@
-"""The Ray that workers run on: started on this machine alone, or a cluster that is there; what each worker takes."""
+"""The Ray that workers run on: whether it answers, started here or joined, and what each worker takes of it.
+
+``find_ray`` asks from a process beside this one. Within this one, Ray would try for minutes, say so in many lines, and
+be bound from its import on to one way of proving who it is; so nothing here imports it before.
+"""
 
 import logging
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import ray
-
+from chat_logits.data.templates import SHIPPED
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.config import ExtractConfig
 
-HERE = Path(__file__).resolve().parents[2]
-CODE = (
-    "logit_codec.py",
-    "chat_logits/**/*.py",
-    "chat_logits/display/pages/*",
-    "templates/*",
-    "chat_logits/templates/*",
-)  # and nothing else of a checkout: secrets and outputs lie about in them
+PATIENCE = 30.0  # seconds for a cluster to answer
+# Whether anybody listens: attempts, seconds between them, seconds each. Ray gives a head up after 60 seconds.
+TRIES, PAUSE, ANSWER = 4, 6.0, 3.0
+TOKEN_MODE = "RAY_AUTH_MODE"
+START = "`ray start --head` starts a cluster, and prints its address."
+ALONE = "Ray does not start on this machine, in a folder below TMPDIR, or below RAY_TMPDIR if that is set"
 STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes of the cluster: ``options`` of its actor, ``gpus`` among them. ``room`` is for so many.
+    """What one worker takes of the cluster: ``options`` of its actor; ``described`` says what all take.
 
     ``head`` is the HOST:PORT without which there is no cluster.
     """
 
     options: dict
-    gpus: int
-    room: int
+    described: str
     head: str
 
 
+def find_ray(address: str | None) -> None:
+    """Raise UsageError where Ray is not installed, ToolkitError where no cluster answers at an address.
+
+    Clusters ask for a token where their machines had one as they were started (``~/.ray/auth_token``, which Ray also
+    makes for its own use on a single machine). ``RAY_AUTH_MODE`` is set here where it is open and the cluster asks.
+    """
+    if find_spec("ray") is None:
+        raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt")
+    if not address:
+        return
+    complaint = _complaint(address) if address == "auto" or listens(address, 1) else "nobody listens"
+    if "InvalidAuthToken" in complaint and TOKEN_MODE not in os.environ:
+        os.environ[TOKEN_MODE] = "token"
+        complaint = _complaint(address)
+    if "InvalidAuthToken" in complaint or "AuthenticationError" in complaint:
+        raise ToolkitError(
+            f"`ray_address` {address}: that cluster asks for a token, and this machine's is missing or another one. "
+            "Copy ~/.ray/auth_token from the cluster's first machine, or start the cluster with RAY_AUTH_MODE=disabled."
+        )
+    if complaint:
+        missing = "this machine is part of no cluster" if address == "auto" else "no Ray cluster answers there"
+        raise ToolkitError(f"`ray_address` {address}: {missing}. {START}")
+
+
+def _complaint(address: str) -> str:
+    """What `ray status` complains of, empty where it has its answer."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "no answer in time"
+    return asked.stderr + asked.stdout if asked.returncode else ""
+
+
+def listens(address: str, tries: int = TRIES) -> bool:
+    """Whether anything takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    for attempt in range(tries):
+        time.sleep(PAUSE if attempt else 0)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+            return True
+        except OSError:
+            continue
+    return False
+
+
 def connect(config: ExtractConfig) -> Share:
-    """Start Ray on this machine, or connect to the cluster, which ``ray_address.reach`` has found.
+    """Start Ray on this machine, or connect to the cluster that ``find_ray`` has found.
 
     Raises UsageError where accelerators or room for workers are missing.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of calls that ended with a lost worker
-    common = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with _own_signals():
-        if config.ray_address:
-            _join(config.ray_address, common)
-        else:
-            path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-            runtime = {"env_vars": {"PYTHONPATH": path}}
-            _start_here({"runtime_env": runtime, "object_store_memory": STORE, **common})
+    import ray
+
+    alone = {} if config.ray_address else {"include_dashboard": False, "object_store_memory": STORE}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with tempfile.TemporaryDirectory() as code:
+        copy_code(Path(code))
+        try:
+            ray.init(address=config.ray_address or "local", runtime_env={"working_dir": code}, **alone, **quiet)
+        except Exception as error:  # Ray raises that itself, where its processes do not start
+            where = (
+                f"`ray_address` {config.ray_address}" if config.ray_address else "Ray does not start on this machine"
+            )
+            below = (
+                "" if config.ray_address else ". It works in a folder below TMPDIR, or below RAY_TMPDIR if that is set."
+            )
+            raise ToolkitError(f"{where}: {first_line(error)}{below}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
     try:
         return _share(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except UsageError:
@@ -63,85 +125,54 @@ def connect(config: ExtractConfig) -> Share:
         raise
 
 
-def _start_here(options: dict) -> None:
-    try:
-        ray.init(address="local", include_dashboard=False, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ToolkitError(
-            f"Ray does not start on this machine: {first_line(error)}. It works in a folder below TMPDIR, or below "
-            "RAY_TMPDIR if that is set."
-        ) from error
+def copy_code(target: Path) -> None:
+    """Copy this toolkit, and nothing else that lies there: outputs and secrets, or all that is installed."""
+    import logit_codec  # with NumPy, which nothing else here needs
 
-
-def _join(address: str, common: dict) -> None:
-    with tempfile.TemporaryDirectory() as code:
-        copy_code(HERE, Path(code))
-        try:
-            ray.init(address=address, runtime_env={"working_dir": code}, **common)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ToolkitError(f"--ray_address {address}: {first_line(error)}") from error
-
-
-def copy_code(source: Path, target: Path) -> None:
-    """Copy what workers need of this toolkit."""
-    for file in (file for pattern in CODE for file in source.glob(pattern) if file.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
+    package = Path(__file__).resolve().parents[1]
+    places = {file: file.relative_to(package.parent) for file in [*package.rglob("*.py"), *SHIPPED.glob("*.jinja")]}
+    places[Path(logit_codec.__file__)] = Path("logit_codec.py")
+    for file, place in places.items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / place)
 
 
 def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
     """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
 
-    It is told of more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
-    a machine is gone.
+    It gets more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when a
+    machine is gone.
     """
+    import ray
+
+    workers, on_cpus = config.num_workers, config.device == "cpu"
     gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
-    workers = config.num_workers
-    _refuse_without_gpus(config, gpus, cpus)
-    wanted = config.gpus_per_worker if gpus and config.device != "cpu" else 0
+    wanted = 0 if on_cpus or not gpus else config.gpus_per_worker
+    if not gpus and not on_cpus and config.ray_address:  # some may be on their way, and the run would stay on CPUs
+        raise UsageError(
+            f"`ray_address` {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines with "
+            "some, or give `device` cpu."
+        )
+    if not wanted and not on_cpus and config.gpus_per_worker > 1:
+        raise UsageError(f"`gpus_per_worker` {config.gpus_per_worker}: this machine has no GPU")
     room = sum(int(node.get("GPU", 0)) // wanted for node in nodes) if wanted else cpus
     if workers > room and not config.ray_address:
-        found = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
-        raise UsageError(f"--num_workers {workers}: this machine has {found}, room for {room}")
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // workers))
+        there = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
+        raise UsageError(f"`num_workers` {workers}: this machine has {there}, room for {room}")
+    each = f"each on {wanted} GPU{'s' * (wanted > 1)}" if wanted else "each on CPUs"
+    now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
+    variables = {"OMP_NUM_THREADS": str(max(1, cpus // workers))}
+    variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_ENDPOINT") if os.environ.get(name)}
     options = {
         "num_gpus": wanted,
         "num_cpus": 1,
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, **_endpoint()}},
+        "runtime_env": {"env_vars": variables},
+        "max_restarts": -1,  # as often as it takes, on another machine if need be
+        "max_task_retries": -1,  # but for methods that say otherwise
     }
-    return Share(options, wanted, room, ray.get_runtime_context().gcs_address)
-
-
-def _refuse_without_gpus(config: ExtractConfig, gpus: int, cpus: int) -> None:
-    """A cluster's GPUs may be on their way, and a run that has begun on CPUs would stay there."""
-    if gpus or config.device == "cpu":
-        return
-    if config.ray_address:
-        raise UsageError(
-            f"--ray_address {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines "
-            "with some, or give --device cpu."
-        )
-    if config.gpus_per_worker > 1:
-        raise UsageError(f"--gpus_per_worker {config.gpus_per_worker}: this machine has no GPU")
-
-
-def _endpoint() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("HF_ENDPOINT",) if name in os.environ}
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep this command's way to end on SIGTERM: Ray sets its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    described = f"{workers} worker{'s' * (workers > 1)} on Ray, {each}{now}"
+    return Share(options, described, ray.get_runtime_context().gcs_address)
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from chat_logits.data.config import SourceConfig
 from chat_logits.errors import UsageError
-from chat_logits.extraction.ray_address import check_address
 from chat_logits.model.config import ModelConfig
 from chat_logits.options import EXTRACTED, SPREAD, WRITTEN, option
 
@@ -16,6 +15,14 @@ DEFAULT_OUTPUTS = Path("outputs")
 def _check_repo(output_repo: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output_repo):
         raise UsageError(f"`output_repo` {output_repo}: expected USER/NAME")
+
+
+def _check_address(address: str) -> None:
+    if address.startswith("ray://"):
+        raise UsageError(f"`ray_address` {address}: expected HOST:PORT as `ray start` prints it, without ray://")
+    found = re.fullmatch(r"(?:[^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})", address)
+    if address != "auto" and not (found and int(found[1]) < 2**16):
+        raise UsageError(f"`ray_address` {address or repr(address)}: expected HOST:PORT or auto")
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,7 +97,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         unset="this machine alone",
         group=SPREAD,
         metavar="HOST:PORT",
-        check_value=check_address,
+        check_value=_check_address,
     )
     gpus_per_worker: int = option(
         1,

@@ -15,9 +15,9 @@ from typing import Protocol
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
+from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
-from chat_logits.extraction.ray_address import reach, require_ray
 from chat_logits.extraction.run_description import OpenedRun, locate, open_run, what_differs
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
@@ -96,9 +96,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
 def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
     """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
     if config.uses_ray:
-        require_ray()
-        if config.ray_address:
-            reach(config.ray_address)
+        find_ray(config.ray_address)
         from chat_logits.extraction.workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder.path)

@@ -2,85 +2,90 @@
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
+from heapq import nsmallest
 from itertools import islice
 
-ATTEMPTS = 3
+ATTEMPTS = 3  # of a shard
 AHEAD = 2  # shards that a worker holds: one in hand, and the next, which is read meanwhile
-SUSPECT = 3  # failures in a row after which a worker, and not its shards, is likely to be the cause
-HOPELESS = 6  # after which it gets no more, if meanwhile the others have each finished FAIR shards in the mean
-FAIR = 4  # two that they may have had in hand when its failures began, and two more
+TRIED = 3  # failures in a row that a worker may have and still be preferred to one that has failed with a shard
 NOTHING_GOES = 1000  # failures in a row of all workers together, or four of each: no shard's fault any more
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 3600.0  # seconds; four times as long from one failure in a row to the next
+
+
+def pause_after(failures: int) -> float:
+    """Seconds that a worker waits after so many failures in a row.
+
+    >>> [pause_after(failures) for failures in (0, 1, 2, 3, 9)]
+    [0.0, 5.0, 20.0, 80.0, 3600.0]
+    """
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 4.0 ** min(failures - 1, 9)) if failures > 0 else 0.0
 
 
 class ShardPlan:
     """Hands out ``shards`` to ``workers`` workers, each until it is finished or has failed ``ATTEMPTS`` times.
 
     A worker that fails takes all that it holds with it, so that one bad shard brings its neighbour a failure too.
-    Hence a shard that has failed is given out alone, and to another worker if there is one, since its worker may be
-    the cause. A worker is told from a shard by what the others do meanwhile. The last shards are for workers that have
-    none, so that they don't queue behind others. ``given_up`` has the reason of each that has failed for good.
+    Hence a shard that has failed is given out alone, and to a worker which has not failed with it or since its last
+    success, if there is one. A worker waits longer after each failure in a row, unless the others fail as well; so a
+    machine on which everything fails takes few shards. The last shards are for workers that have none, so that they
+    don't queue behind others. ``given_up`` has the reason of each that has failed for good.
 
-    Workers are numbers: ``at_work`` are those that take shards at present, ``to_come`` says how many others may yet.
+    Workers are numbers: ``at_work`` are those that take shards at present, ``loading`` those that soon will. The plan
+    has no clock: ``now`` is in seconds.
 
     >>> plan = ShardPlan(iter([0, 1, 2]), workers=1)
     >>> plan.at_work = {1}
-    >>> plan.next_for(1, held=[]), plan.next_for(1, held=[0])
+    >>> plan.next_for(1, held=[], now=0), plan.next_for(1, held=[0], now=0)
     (0, 1)
-    >>> plan.failed(1, [0, 1], "lost")
-    >>> plan.next_for(1, held=[]), plan.next_for(1, held=[0])
+    >>> plan.failed(1, [0, 1], "lost", now=0)
+    >>> plan.next_for(1, held=[], now=0), plan.next_for(1, held=[0], now=0)
     (0, None)
     """
 
     def __init__(self, shards: Iterator[int], workers: int):
-        self._shards = shards
-        self._next = deque(islice(shards, workers + 1))  # as many as tell whether these are the last ones
-        self._workers = workers
-        self.at_work: Collection[int] = ()
-        self.to_come = 0
+        self._shards, self._workers = shards, workers
+        self._fresh = deque(islice(shards, workers + 1))  # as many as tell whether these are the last ones
+        self.at_work: set[int] = set()
+        self.loading: set[int] = set()
         self._again: list[int] = []
         self._failed_with: dict[int, list[int]] = {}  # workers, by shard
         self._in_a_row: Counter[int] = Counter()  # failures, by worker
-        self._finished_before: dict[int, int] = {}  # shards that all had finished when a worker's failures began
-        self._proven: set[int] = set()  # workers that have finished a shard
-        self._finished = 0
+        self._failed_at: dict[int, float] = {}  # by worker
         self._failures = 0  # of all in a row
         self.given_up: dict[int, str] = {}
-
-    def next_for(self, worker: int, held: Collection[int]) -> int | None:
-        """A shard for a worker that holds these, None if it is to have no more now."""
-        if len(held) >= AHEAD or any(shard in self._failed_with for shard in held):
-            return None
-        again = next((shard for shard in self._again if self._may_try(worker, shard)), None)
-        if again is not None:
-            if not held:
-                self._again.remove(again)
-            return None if held else again
-        few = len(self._next) < self._workers or self.is_suspect(worker)
-        if not self._next or (held and few):
-            return None
-        self._next.extend(islice(self._shards, 1))
-        return self._next.popleft()
 
     @property
     def is_empty(self) -> bool:
         """Whether all shards have been given out, those that failed as often as they may."""
-        return not self._next and not self._again
+        return not self._fresh and not self._again
 
     @property
     def goes_nowhere(self) -> bool:
         """Whether so many have failed since the last that was finished that all others would, too."""
         return self._failures >= max(NOTHING_GOES, 4 * self._workers)
 
+    def next_for(self, worker: int, held: Collection[int], now: float) -> int | None:
+        """A shard for a worker that holds these, None if it is to have no more now."""
+        if len(held) >= AHEAD or any(shard in self._failed_with for shard in held) or self._waits(worker, now):
+            return None
+        again = self._best_failed(worker, now) if self._again else None
+        if again is not None and not held:
+            self._again.remove(again)
+        if again is not None or not self._fresh:
+            return None if held else again
+        if held and (len(self._fresh) < self._workers or self._in_a_row[worker] > self._least):
+            return None
+        self._fresh.extend(islice(self._shards, 1))
+        return self._fresh.popleft()
+
     def finished(self, worker: int) -> None:
         """The worker has finished a shard."""
-        self._finished, self._in_a_row[worker], self._failures = self._finished + 1, 0, 0
-        self._proven.add(worker)
+        self._in_a_row[worker] = self._failures = 0
 
-    def failed(self, worker: int, shards: Collection[int], reason: str) -> None:
+    def failed(self, worker: int, shards: Collection[int], reason: str, now: float) -> None:
         """Shards were not finished: their worker failed, or one of them made it fail."""
-        if not self._in_a_row[worker]:
-            self._finished_before[worker] = self._finished
         self._in_a_row[worker] += 1
+        self._failed_at[worker] = now
         self._failures += 1
         for shard in shards:
             tried = self._failed_with.setdefault(shard, [])
@@ -90,29 +95,30 @@ class ShardPlan:
             else:
                 self.given_up[shard] = reason
 
-    def is_suspect(self, worker: int) -> bool:
-        """Whether the worker is likely to be the cause of its failures, to get one shard at a time, with pauses.
+    @property
+    def _least(self) -> int:
+        """Failures in a row of the best worker: what all fail with is no worker's fault."""
+        return min((self._in_a_row[worker] for worker in self.at_work | self.loading), default=0)
 
-        It is not while shards fail with all; where it is the first at work, the others are waited for.
+    def _waits(self, worker: int, now: float) -> bool:
+        failures = self._in_a_row[worker]
+        return failures > 0 and now < self._failed_at[worker] + pause_after(failures - self._least)
+
+    def _best_failed(self, worker: int, now: float) -> int | None:
+        """A shard that has failed, for which no other worker is better than this one.
+
+        While there are fresh ones, of all workers that are there or soon will be; then of those that need not wait.
         """
-        if self._in_a_row[worker] < SUSPECT:
-            return False
-        return self._any_better(self.at_work) or (self.to_come > 0 and worker not in self._proven)
-
-    def is_hopeless(self, worker: int) -> bool:
-        """Whether a worker is to get no more: only failures, while the others go on as ever."""
-        others = set(self.at_work) - {worker}
-        meanwhile = self._finished - self._finished_before.get(worker, 0)
-        return self._in_a_row[worker] >= HOPELESS and meanwhile >= FAIR * len(others) and self._any_better(others)
-
-    def _may_try(self, worker: int, shard: int) -> bool:
-        """Whether a shard that has failed may go to this worker: not if there is a better one, or soon will be."""
-        if self.is_suspect(worker) and self._any_better(self.at_work):
-            return False
-        tried = self._failed_with[shard]
-        if worker not in tried and not self.is_suspect(worker):
-            return True
-        return not self._any_better(set(self.at_work).difference(tried)) and not (self.to_come and self._next)
-
-    def _any_better(self, workers: Collection[int]) -> bool:
-        return any(self._in_a_row[other] < SUSPECT for other in workers)
+        others = self.at_work | self.loading
+        if not self._fresh:
+            others = {other for other in self.at_work if not self._waits(other, now)}
+        best = nsmallest(ATTEMPTS, others, key=self._in_a_row.__getitem__)  # one of which has not failed with it
+        if best and self._in_a_row[worker] > self._in_a_row[best[0]] + TRIED * (ATTEMPTS - 1):
+            return None
+        for shard in self._again:
+            tried = self._failed_with[shard]
+            compared = (worker, *best, *others.intersection(tried))
+            scores = {other: self._in_a_row[other] + TRIED * tried.count(other) for other in compared}
+            if scores[worker] == min(scores.values()):
+                return shard
+        return None

@@ -1,58 +1,79 @@
 """Workers on Ray, each with a model on accelerators of its own. This process gives out shards and keeps the books.
 
-No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves.
+No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves. Ray
+starts a worker that is lost again, wherever there is room; what it held goes to others.
 """
 
+import logging
+import random
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+import huggingface_hub
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayError
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.extraction.cluster import connect, ray
+from chat_logits.extraction.cluster import connect, first_line, listens
 from chat_logits.extraction.folder import WORKERS
-from chat_logits.extraction.ray_address import listens
-from chat_logits.extraction.ray_seats import Seat, Seats, say
 from chat_logits.extraction.run_description import OpenedRun
-from chat_logits.extraction.shard_plan import ATTEMPTS, ShardPlan
-from chat_logits.extraction.shard_worker import Answer, assign
-from chat_logits.hub import HubRefused
+from chat_logits.extraction.shard_plan import AHEAD, ATTEMPTS, ShardPlan, pause_after
+from chat_logits.extraction.worker import ShardWorker, assign
+from chat_logits.hub import HubRefused, redact
 from chat_logits.storage.disk import DiskFull
 from chat_logits.storage.manifest import Manifest
 
-GRACE = 600.0  # seconds that the first workers at work are not judged by, as the others may still load their models
-PAUSE = 60.0  # seconds that a worker waits with which nothing succeeds, while the others go on
+logger = logging.getLogger(__name__)
+
+STARTS = 5  # in a row that a worker may fail to begin
+LOOK, ASKING = 1.0, 10.0  # seconds that a step takes at most, and between two looks at the cluster's head
 SLOW, LONG = 5, 3600.0  # a worker hangs that is as many times as slow as the slowest so far, and as many seconds silent
-ASKING = 10.0  # seconds between two looks at the cluster's head
-AWAY = 300.0  # seconds between two looks at the workers: this process was stopped, or stuck in writing
+CLOSING = 3.0  # seconds that workers have to clear up
 SHOWN = 10  # shards that are named in a message
 
 
+@dataclass(eq=False)
+class Worker:
+    """An actor with a number, whatever process Ray has for it at present, and the ``shards`` that it holds.
+
+    ``life`` is all that is done with it, resumed when one of its ``calls`` is answered, and every second. It waits for
+    a process, loads its model, works; ``place`` says where.
+    """
+
+    number: int
+    actor: Any
+    life: Iterator[list] = field(default_factory=lambda: iter(()))
+    calls: list = field(default_factory=list)
+    resumed: float = 0.0
+    state: str = "waits"
+    place: str = ""
+    shards: list[int] = field(default_factory=list)
+
+
 class RayWorkers:
-    """``--num_workers`` workers for an opened run, in the place of a ``ShardComputer``, within a context.
+    """``num_workers`` workers for an opened run, in the place of a ``ShardComputer``, within a context.
 
     Raises UsageError where this machine has not that many accelerators, ToolkitError where no worker can begin.
     """
 
     def __init__(self, opened: OpenedRun, folder: Path):
+        self.config, self.folder, self._opened = opened.config, folder.absolute(), opened
         if opened.reader.source.num_rows is None:
             raise UsageError(
-                f"--num_workers: {opened.config.dataset_id} is streamed and nobody knows its length. Leave out "
-                "--streaming, or convert it to Parquet."
+                f"`num_workers`: {self.config.dataset_id} is streamed and nobody knows its length. Leave out "
+                "`streaming`, or convert it to Parquet."
             )
-        self.config, self.folder = opened.config, folder.absolute()
-        self._opened = opened
-        self._seats: Seats | None = None
+        self._workers: list[Worker] = []
         self._plan = ShardPlan(iter(()), 1)
-        self._slowest = 0.0  # seconds that a shard has taken
-        self._wrong = 0  # options, say workers that could not begin
-        self._refused = 0  # uploads in a row
+        self._described: list[Manifest] = []  # by each worker that has loaded its model
+        self._manifest: Manifest | None = None
+        self._slowest, self._tokens = 0.0, 0  # seconds that a shard has taken; tokens of all
+        self._refused = self._misused = 0  # uploads by the Hub, in a row; options by workers
         self._is_cluster_gone, self._asked = False, time.monotonic()
-        self._began = self._looked = time.monotonic()
         self._token = secrets.token_hex(8)
 
     def __enter__(self) -> "RayWorkers":
@@ -60,28 +81,28 @@ class RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End all workers. Those that have begun clear up what they have on their machines' disks."""
         (self.folder / WORKERS).unlink(missing_ok=True)
         if self._is_cluster_gone:
             return  # Ray would wait for it
         try:
-            if self._seats:
-                self._seats.close()
+            closing = [worker.actor.close.remote() for worker in self._workers if worker.place]
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSING)
         finally:
+            for worker in self._workers:
+                ray.kill(worker.actor)  # it may wait for its next shard, or be in the middle of one
             ray.shutdown()
-
-    # --- what a ShardComputer does ---
 
     def describe(self) -> Manifest:
         """The manifest of a new run, by the first worker that has loaded its model."""
-        seats = self._start()
-        while not (described := next((seat.described for seat in seats if seat.described), None)):
-            self._step(seats)
-        # As they were given: what workers are told holds on this cluster alone.
+        self._run(until=lambda: self._described)
+        # As they were given: the paths that workers have hold on this cluster alone.
         here = self._opened.described
-        return replace(described, model_id=here.model_id, dataset_id=here.dataset_id)
+        return replace(self._described[0], model_id=here.model_id, dataset_id=here.dataset_id)
 
     def compute(self, shards: Iterator[int], manifest: Manifest, finished: Callable, progress: Callable) -> None:
-        """Have these shards computed; ``finished(entry, upload)`` is told of each.
+        """Have these shards computed, and call ``finished(entry, upload)`` for each.
 
         Raises ToolkitError at the end, after all others, where shards have failed for good.
         """
@@ -89,79 +110,153 @@ class RayWorkers:
         if self._plan.is_empty:
             return
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
-        seats = self._start()
-        seats.begin(manifest)
-        while not seats.at_work:  # so that the bar tells of working hours alone
-            self._step(seats)
-        with progress() as bar:
-            self._work(seats, finished, bar)
+        self._manifest, self._finished = manifest, finished
+        self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
+        with progress() as self._bar:  # it tells of working hours alone
+            self._run(until=lambda: self._plan.is_empty and not any(worker.shards for worker in self._workers))
         if self._plan.given_up:
-            raise ToolkitError(self._told_given_up())
+            raise ToolkitError(self._explain_given_up())
 
-    def _start(self) -> Seats:
-        if self._seats is None:
-            workers, gpus, room = self.config.num_workers, self._share.gpus, self._share.room
-            each = f"on {gpus} GPU{'s' * (gpus > 1)}" if gpus else "on CPUs"
-            now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
-            print(f"Starting {workers} worker{'s' * (workers > 1)} on Ray, each {each}{now} …", file=sys.stderr)
-            assignment = assign(self._opened, self.folder, self._token)
-            self._seats = Seats(self._share, assignment, workers, self._lost, self._unless_it_ends_the_run)
-        return self._seats
+    # --- workers ---
 
-    def _work(self, seats: Seats, finished: Callable, bar: tqdm) -> None:
-        tokens, started = 0, time.monotonic()
+    def _start(self) -> None:
+        logger.info("Starting %s …", self._share.described)
+        self._assignment = ray.put(assign(self._opened, self.folder, self._token))  # once for a machine
+        actors = ray.remote(ShardWorker).options(max_concurrency=AHEAD + 1, **self._share.options)
+        self._workers = [Worker(number, actors.remote()) for number in range(1, self.config.num_workers + 1)]
+        for worker in self._workers:
+            worker.life = self._live(worker)
 
-        def keep(seat: Seat, answer: Answer) -> None:
-            nonlocal tokens
-            entry = answer.entry
-            self._note_finished(seat, entry.shard)
-            finished(entry, answer.upload)
-            tokens += entry.num_tokens
-            speed = tokens / (time.monotonic() - started)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {len(seats.at_work)} workers", refresh=False)
-            bar.update(entry.source_rows)
-
-        while not self._plan.is_empty or any(seat.shards for seat in seats):
-            self._hand_out(seats, keep)
-            self._step(seats)
-            self._part_with_bad_ones(seats)
-
-    def _step(self, seats: Seats) -> None:
-        seats.step()
-        self._refuse_dead_cluster()
-
-    def _hand_out(self, seats: Seats, keep: Callable) -> None:
-        """Give every worker that is ready what it may hold."""
-        now = time.monotonic()
-        self._plan.at_work = seats.at_work
-        self._plan.to_come = len(list(seats)) - len(self._plan.at_work) if now < self._began + GRACE else 0
-        for seat in (seat for seat in seats if seat.is_ready and now >= seat.not_before):
-            while (shard := self._plan.next_for(seat.number, seat.shards)) is not None:
-                seats.compute(seat, shard, keep)
-
-    def _note_finished(self, seat: Seat, shard: int) -> None:
-        seat.shards.remove(shard)
-        self._plan.finished(seat.number)
-        self._refused = 0
-        self._slowest = max(self._slowest, time.monotonic() - seat.since)
-        seat.since = time.monotonic()
-
-    # --- failing ---
-
-    def _unless_it_ends_the_run(self, error: Exception, seat: Seat) -> None:
-        """Raise what is no worker's own trouble: a full disk that all share, an option that is wrong for all.
-
-        Before anything has succeeded it is taken for wrong when two starts have failed of it.
-        """
-        if isinstance(error, ray.exceptions.RayError):
-            self._asked = 0.0
+    def _run(self, until: Callable[[], object]) -> None:
+        if not self._workers:
+            self._start()
+        while not until():
+            now = time.monotonic()
+            self._plan.at_work = {worker.number for worker in self._workers if worker.state == "works"}
+            self._plan.loading = {worker.number for worker in self._workers if worker.state == "loads"}
+            calls = {call: worker for worker in self._workers for call in worker.calls}
+            answered = ray.wait(list(calls), timeout=LOOK)[0] if calls else []
+            due = {calls[call] for call in answered}
+            for worker in [w for w in self._workers if w in due or now >= w.resumed + LOOK]:
+                worker.resumed, worker.calls = now, next(worker.life, [])
+            if not calls:
+                time.sleep(LOOK)
             self._refuse_dead_cluster()
+
+    def _live(self, worker: Worker) -> Generator[list, None, None]:
+        """Begin with a worker, and again when it is lost. Yields the calls that it waits for."""
+        process, failed_starts = "", 0
+        while True:
+            worker.state, worker.place, worker.shards = "waits", "", []
+            try:
+                process = yield from answer_to(worker.actor.process.remote(ended=process))
+                yield from self._begin(worker)
+                failed_starts = 0
+                yield from self._work(worker)
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                self._raise_what_ends_the_run(cause)
+                ray.kill(worker.actor, no_restart=False)
+            if worker.state == "works":
+                if worker.shards:
+                    self._lost(worker, worker.shards, cause)
+                continue
+            worker.state, failed_starts = "waits", failed_starts + 1
+            logger.warning(
+                f"Worker {worker.number} did not begin ({failed_starts} of {STARTS} times): {explain(cause)}"
+            )
+            if failed_starts == STARTS or isinstance(cause, ActorDiedError):
+                return self._dismiss(worker, cause)
+            until = time.monotonic() + pause_after(failed_starts) * random.uniform(0.5, 1)
+            while time.monotonic() < until:
+                yield []
+
+    def _begin(self, worker: Worker) -> Generator[list, None, None]:
+        """Have the model loaded, and the run begun as soon as it is known."""
+        worker.state = "loads"
+        # The Hub's token apart: what is put into Ray's store may end on disks.
+        loading = worker.actor.load.remote(self._assignment, huggingface_hub.get_token())
+        described, worker.place = yield from answer_to(loading)
+        self._described.append(described)
+        logger.info(f"Worker {worker.number} has its model: {worker.place}")
+        while self._manifest is None:
+            yield []
+        yield from answer_to(worker.actor.begin.remote(self._manifest))
+        worker.state = "works"
+
+    def _work(self, worker: Worker) -> Generator[list, None, None]:
+        """Give a worker what it may hold, and take its answers, until it is lost."""
+        calls: dict[object, int] = {}
+        while True:
+            now = time.monotonic()
+            if not calls:
+                since = now
+            while (shard := self._plan.next_for(worker.number, worker.shards, now)) is not None:
+                worker.shards.append(shard)
+                calls[worker.actor.compute.remote(shard)] = shard
+            yield list(calls)
+            limit, silent = max(LONG, SLOW * self._slowest), time.monotonic() - since
+            is_late = bool(self._slowest) and silent > limit
+            answered = ray.wait(list(calls), timeout=LOOK if is_late else 0)[0] if calls else []
+            for call in answered:
+                self._take(worker, call, calls[call], silent)
+                worker.shards.remove(calls.pop(call))
+                since = time.monotonic()
+            if calls and is_late and not answered:
+                reason = f"no answer for {limit:,.0f} s; the slowest so far took {self._slowest:,.0f}"
+                raise GetTimeoutError(reason)
+
+    def _take(self, worker: Worker, call: object, shard: int, seconds: float) -> None:
+        """Take the answer about a shard: a ToolkitError costs that shard alone, all others the worker."""
+        try:
+            entry, upload = ray.get(call)
+        except RayError as error:
+            if not isinstance(getattr(error, "cause", None), ToolkitError):
+                raise
+            self._raise_what_ends_the_run(error.cause)
+            self._lost(worker, [shard], error.cause)
+            return
+        self._plan.finished(worker.number)
+        self._refused, self._slowest, self._tokens = 0, max(self._slowest, seconds), self._tokens + entry.num_tokens
+        self._finished(entry, upload)
+        speed = f"{self._tokens / self._bar.format_dict['elapsed']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"{speed}, {len(self._plan.at_work)} workers", refresh=False)
+        self._bar.update(entry.source_rows)
+
+    def _dismiss(self, worker: Worker, error: Exception) -> None:
+        """Leave out a worker that cannot begin. Raises the error where none can."""
+        self._workers.remove(worker)
+        ray.kill(worker.actor)
+        if not self._workers:
+            raise error if isinstance(error, ToolkitError) else ToolkitError(f"no worker can begin: {explain(error)}")
+
+    # --- failures ---
+
+    def _lost(self, worker: Worker, shards: list[int], error: Exception) -> None:
+        """These shards have failed, each to be tried again, by another worker if there is a better one."""
+        reason = explain(error)
+        self._plan.failed(worker.number, shards, reason, time.monotonic())
+        given_up = [shard for shard in shards if shard in self._plan.given_up]
+        again = [shard for shard in shards if shard not in self._plan.given_up]
+        kinds = {f"Given up after {ATTEMPTS} failures": given_up, "To be computed again": again}
+        rows = "; ".join(f"{kind}: {self._rows_of(these)}" for kind, these in kinds.items() if these)
+        logger.warning(f"Worker {worker.number} ({worker.place}): {reason}\n{rows}")
+        if self._plan.goes_nowhere:
+            raise ToolkitError(f"nothing succeeds any more, with any worker. The last failure: {reason}")
+
+    def _raise_what_ends_the_run(self, error: Exception) -> None:
+        """Raise what is no worker's own trouble: a full disk that all share, a Hub that refuses, a dead cluster.
+
+        Options are taken for wrong when two workers say so before any has its model.
+        """
+        self._asked = 0.0 if isinstance(error, RayError) else self._asked
+        self._refuse_dead_cluster()
+        self._refused += isinstance(error, HubRefused)
+        self._misused += isinstance(error, UsageError)
         if isinstance(error, DiskFull) and not self.config.uploads_without_folder:
             raise error
-        self._wrong += isinstance(error, UsageError) and not seat.is_ready
-        if self._wrong > 1 and isinstance(error, UsageError) and not self._seats.at_work and not self._slowest:
+        if isinstance(error, UsageError) and self._misused > 1 and not self._described:
             raise error
-        self._refused += isinstance(error, HubRefused)
         if self._refused > 1:
             raise ToolkitError(f"{error}\nNo shard has a place any more. Put that right, and the same command goes on.")
 
@@ -171,51 +266,38 @@ class RayWorkers:
             self._is_cluster_gone, self._asked = not listens(self._share.head), time.monotonic()
         if self._is_cluster_gone:
             raise ToolkitError(
-                f"--ray_address {self.config.ray_address}: the cluster's head does not answer any more. What is "
+                f"`ray_address` {self.config.ray_address}: the cluster's head does not answer any more. What is "
                 "finished is kept; the same command goes on, with the address of another cluster if need be."
             )
 
-    def _lost(self, seat: Seat, shards: list[int], reason: str) -> None:
-        """These shards have failed, each to be tried elsewhere; a worker with which nothing succeeds is held back."""
-        self._plan.failed(seat.number, shards, reason)
-        say(f"Worker {seat.number} ({seat.place}): {reason}\n{self._told_lost(shards)}")
-        seat.since = time.monotonic()
-        if self._plan.goes_nowhere:
-            raise ToolkitError(f"nothing succeeds any more, with any worker. The last failure: {reason}")
-        if self._plan.is_suspect(seat.number):
-            seat.not_before = time.monotonic() + PAUSE
-
-    def _part_with_bad_ones(self, seats: Seats) -> None:
-        """Do without workers that fail whatever they get, and replace those that have been silent for too long."""
-        limit, now = max(LONG, SLOW * self._slowest), time.monotonic()
-        silent = f"no answer for {limit:,.0f} s; the slowest so far took {self._slowest:,.0f}"
-        was_away, self._looked = now - self._looked > AWAY, now
-        for seat in seats:
-            if self._plan.is_hopeless(seat.number):
-                seats.dismiss(seat, "it is given no more, as it fails all shards and the others do not")
-            elif was_away:
-                seat.since = now  # whose answers may wait here
-            elif seat.shards and now - seat.since > limit and self._slowest:
-                seats.replace(seat, TimeoutError(), silent)
-            elif seat.shards and now - seat.since > limit:
-                say(f"Worker {seat.number} ({seat.place}): no answer for {limit:,.0f} s")
-                seat.since = now
-
-    def _told_lost(self, shards: list[int]) -> str:
-        given_up = [shard for shard in shards if shard in self._plan.given_up]
-        again = [shard for shard in shards if shard not in self._plan.given_up]
-        told = {f"Given up after {ATTEMPTS} failures": given_up, "To be computed again": again}
-        return "; ".join(f"{what}: {self._rows_of(these)}" for what, these in told.items() if these)
-
-    def _told_given_up(self) -> str:
+    def _explain_given_up(self) -> str:
         given_up = self._plan.given_up
         more = f" and {len(given_up) - SHOWN} others" if len(given_up) > SHOWN else ""
-        which = self._rows_of(sorted(given_up)[:SHOWN]) + more
         return (
             f"{len(given_up)} of the shards failed {ATTEMPTS} times and were left out; all others are done. The same "
-            f"command tries these again.\n{which}; the last because: {list(given_up.values())[-1]}"
+            f"command tries these again.\n{self._rows_of(sorted(given_up)[:SHOWN])}{more}; the last because: "
+            f"{list(given_up.values())[-1]}"
         )
 
     def _rows_of(self, shards: list[int]) -> str:
-        size, end = self.config.rows_per_shard, self._opened.reader.num_rows
+        size, end = self.config.rows_per_shard, self._opened.reader.num_rows or 0
         return "source rows " + ", ".join(f"{n * size} to {min((n + 1) * size, end) - 1}" for n in shards)
+
+
+def answer_to(call) -> Generator[list, None, Any]:
+    """Wait for a call, and return its answer."""
+    while not ray.wait([call], timeout=0)[0]:
+        yield [call]
+    return ray.get(call)
+
+
+def explain(error: Exception) -> str:
+    """Why a worker failed, in a line or as the toolkit's errors say it."""
+    if isinstance(error, OutOfMemoryError):
+        return "its machine ran out of memory, and Ray ended it"
+    if isinstance(error, ActorUnavailableError):
+        return "it died, or its machine did"
+    if isinstance(error, ActorDiedError):  # for good: its class cannot be loaded there, say
+        return str(error).strip().splitlines()[-1]
+    is_clear = isinstance(error, ToolkitError | GetTimeoutError)
+    return redact(str(error) if is_clear else f"{type(error).__name__}: {first_line(error)}")

@@ -21,7 +21,6 @@ from ray_runs import Command, Nodes, children, command_line
 from runs import SHARDS, comparable, files_in, flags_for, shards_in, without
 
 import extract_logits
-from chat_logits.extraction.cluster import copy_code
 from chat_logits.extraction.folder import WORKERS
 
 
@@ -98,17 +97,17 @@ def sent(hub: LoopbackHub, repo: str) -> list[str]:
 # --- a folder that all share ---
 
 
-def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed(flags, undisturbed, nodes, tmp_path):
-    for out, removed in (("whole", False), ("part", True)):
-        run = Command(flags(out, *on_nodes(nodes)), tmp_path / f"{out}.log")
-        run.until(lambda out=out: len(shards_in(tmp_path / out)) > 8)
-        if removed:
-            nodes.remove(nodes.nodes[0])
-            run.until(lambda run=run: "To be computed again" in run.said)
-            nodes.nodes.append(nodes.add())
-        assert run.wait() == 0, run.said
-        assert ("it died, or its machine did" in run.said) == removed
-        assert files_in(tmp_path / out) == undisturbed
+def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed_and_another_added(
+    flags, undisturbed, nodes, tmp_path
+):
+    run = Command(flags("part", *on_nodes(nodes)), tmp_path / "log")
+    run.until(lambda: len(shards_in(tmp_path / "part")) > 8)
+    nodes.remove(nodes.nodes[0])
+    run.until(lambda: "To be computed again" in run.said)
+    nodes.nodes.append(nodes.add())
+    assert run.wait() == 0, run.said
+    assert "it died, or its machine did" in run.said and "Traceback" not in run.said
+    assert files_in(tmp_path / "part") == undisturbed
 
 
 def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait_for_one_without_room(
@@ -141,7 +140,7 @@ def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_commit
     stopped = straight("straight", "--push_every", 2, first=HUGE)
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
-    assert stopped.wait(60) == 130, stopped.said
+    assert stopped.wait() == 130, stopped.said
     kept, files = shards_on_hub(hub, "straight"), on_hub(hub, "straight")
     assert 3 < len(kept) < SHARDS and {entry["path"] for entry in listed(files)} == kept
     assert f"{len(kept)} finished shards are in user/straight.\nStopped. What is pushed is kept." in stopped.said
@@ -166,7 +165,7 @@ def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undist
     stopped = straight("renewed", "--overwrite", "--push_every", 2, log="stopped")
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
-    assert stopped.wait(60) == 130, stopped.said
+    assert stopped.wait() == 130, stopped.said
     kept = shards_on_hub(hub, "renewed")
     assert 3 < len(kept) < SHARDS
     again = straight("renewed", "--overwrite", log="again")
@@ -184,7 +183,7 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     hub.inject(*(Fault("refuse", step, status=403, times=math.inf) for step in ("preupload", "lfs_batch", "commit")))
     try:
-        assert stopped.wait(60) == 1, stopped.said
+        assert stopped.wait() == 1, stopped.said
     finally:
         hub.clear_faults()
     assert "Given up" not in stopped.said and "all others are done" not in stopped.said
@@ -202,7 +201,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
         refused = straight(
             "refused", "--push_every", 0, first="from chat_logits.extraction import upload; upload.FIRST_WAIT = 0.01"
         )
-        assert refused.wait(120) == 1, refused.said
+        assert refused.wait() == 1, refused.said
     finally:
         hub.clear_faults()
     assert "not found on the Hub, or not yours to see (403)" in refused.said
@@ -213,54 +212,57 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
         away = straight(
             "away", first="from chat_logits.extraction import upload; upload.START_PATIENCE = 1.0", log="away"
         )
-        assert away.wait(60) == 1, away.said
+        assert away.wait() == 1, away.said
     finally:
         hub.clear_faults()
     assert "--output_repo user/away, where the shards go without --output_dir: the Hub fails (503)" in away.said
     assert not hub.has_repo("dataset", "user/away") and "Rows go to" not in away.said
 
 
-SLOW_DISK = """
-from chat_logits.extraction import cluster as ray_cluster
-copy_code = ray_cluster.copy_code
-def copy(source, target):
-    copy_code(source, target)
+# The code that workers get: one on a bad machine fails at its disk, the others' disks wait until it has.
+DISK = """
+from chat_logits.extraction import cluster
+copy_code = cluster.copy_code
+def copy(target):
+    copy_code(target)
     with (target / "chat_logits" / "storage" / "disk.py").open("a") as file:
-        file.write("import os, time\\nfree = free_bytes\\n")
-        file.write("def free_bytes(folder):\\n    time.sleep(0.4)\\n")
-        file.write("    return DAMAGE if 'DAMAGE' in os.environ else free(folder)\\n")
-ray_cluster.copy_code = copy
+        file.write('''
+import os, pathlib, time
+free = free_bytes
+def free_bytes(folder):
+    has_failed = pathlib.Path("HAS_FAILED")
+    if "DAMAGE" in os.environ:
+        has_failed.touch()
+        return DAMAGE
+    while not has_failed.exists():
+        time.sleep(0.1)
+    return free(folder)
+''')
+cluster.copy_code = copy
 """
-# What happens to a worker on a bad machine, and how the driver is hurried to judge it.
-DAMAGES = {
-    "full disk": ("0", "from chat_logits.extraction import workers; workers.PAUSE = 1.0"),
-    "dies": (
-        "os._exit(1)",
-        "from chat_logits.extraction import shard_plan as p; p.SUSPECT = p.HOPELESS = 2; p.FAIR = 1",
-    ),
-}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, monkeypatch, damage):
-    """A third node, with whose worker every shard fails: it is held back, then dismissed, and no shard is given up."""
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("0", "the disk of .*extract-logits-.* is full"), ("os._exit(1)", "it died")]
+)
+def test_a_bad_machines_trouble_is_its_own(undisturbed, straight, hub, nodes, monkeypatch, tmp_path, damage, reason):
+    """A third node, with whose worker every shard fails: it takes few, and no shard is given up."""
     monkeypatch.setenv("DAMAGE", "1")
     bad = nodes.cluster.add_node(num_cpus=1)
     monkeypatch.delenv("DAMAGE")
     nodes.settle()
-    what, hurried = DAMAGES[damage]
-    repo = damage.replace(" ", "-")
+    first = DISK.replace("HAS_FAILED", str(tmp_path / "failed")).replace("return DAMAGE", f"return {damage}")
+    repo = f"bad-{len(damage)}"
     try:
-        run = straight(repo, "--num_workers", 3, first=SLOW_DISK.replace("DAMAGE if", f"{what} if") + hurried)
+        run = straight(repo, "--num_workers", 3, first=first)
         assert run.wait() == 0, run.said
     finally:
         nodes.cluster.remove_node(bad, allow_graceful=False)
-    told = re.findall(r"Worker (\d) \(.*\): (?:the disk of .*extract-logits-\w+ is full|it died)", run.said)
-    (dismissed,) = re.findall(r"Worker (\d) \(.*\): it is given no more, as it fails all", run.said)
-    assert 1 <= told.count(dismissed) <= 20
+    told = re.findall(rf"Worker (\d) \(.*\): {reason}", run.said)
+    worst = max(told, key=told.count)
     # Workers are not machines: Ray may start one again elsewhere, and so another in its place on the bad machine.
-    assert len(told) - told.count(dismissed) <= 1, told
-    assert "Given up" not in run.said and "source rows" in run.said
+    assert 1 <= told.count(worst) <= 8 and len(told) - told.count(worst) <= 1, told
+    assert "Given up" not in run.said and "To be computed again: source rows" in run.said
     assert on_hub(hub, repo) == undisturbed
 
 
@@ -309,7 +311,7 @@ def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, un
     assert files_in(tmp_path / "out") == undisturbed
     (home / ".ray" / "auth_token").write_text("1" * 64)
     other = Command(flags("other", *wanted), tmp_path / "other.log", env)
-    assert other.wait(60) == 1
+    assert other.wait() == 1
     last = other.said.splitlines()[-1]
     assert last.startswith(f"error: --ray_address {address}: that cluster asks for a token, and this machine's is")
     assert "Copy ~/.ray/auth_token from the cluster's first machine" in last and len(other.said.splitlines()) < 4
@@ -325,7 +327,7 @@ def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_o
     for pid in gcs:
         if folders[-1].encode() in command_line(pid):
             os.kill(pid, signal.SIGKILL)
-    assert run.wait(100) == 1, run.said
+    assert run.wait() == 1, run.said
     assert re.match(r"error: --ray_address .*: the cluster's head does not answer any more", run.said.splitlines()[-1])
     assert "The program will terminate" not in run.said and not (tmp_path / "headless" / WORKERS).exists()
     assert len(shards_in(tmp_path / "headless")) < SHARDS
@@ -350,9 +352,9 @@ def test_an_address_without_a_cluster_is_told_in_a_line_and_leaves_no_repository
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}" if address == "LISTENS" else address
         wanted = flags("wrong", "--ray_address", address, "--output_repo", "user/wrong")
-        quick = "from chat_logits.extraction import ray_address; ray_address.PATIENCE = 4.0"
+        quick = "from chat_logits.extraction import cluster; cluster.PATIENCE = 4.0"
         run = Command(wanted, tmp_path / "log", hub.environment(tmp_path / "home"), quick)
-        assert run.wait(60) == status, run.said
+        assert run.wait() == status, run.said
     assert len(run.said.splitlines()) == 1 and run.said.startswith("error: --ray_address ") and told in run.said
     assert not (tmp_path / "wrong").exists() and not hub.has_repo("dataset", "user/wrong")
 
@@ -369,25 +371,27 @@ def test_a_cluster_without_gpus_and_a_machine_without_room_are_refused_before_a_
         ]
     ):
         run = Command([*wanted, *more], tmp_path / f"{number}.log", env)
-        assert run.wait(60) == 2 and told in run.said.splitlines()[-1], run.said
+        assert run.wait() == 2 and told in run.said.splitlines()[-1], run.said
     crowd = flags("none", "--num_workers", 99, "--output_repo", "user/none")
     run = Command(crowd, tmp_path / "crowd.log", env)
-    assert run.wait(60) == 2 and "room for" in run.said.splitlines()[-1], run.said
+    assert run.wait() == 2 and "room for" in run.said.splitlines()[-1], run.said
     assert not hub.has_repo("dataset", "user/none") and not (tmp_path / "none" / "extraction.json").exists()
 
 
-def test_the_cluster_gets_the_toolkits_code_and_nothing_else_of_a_checkout(tmp_path):
-    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
-    wanted = {
-        "logit_codec.py": "0",
-        "chat_logits/model/one.py": "1",
-        "templates/a.jinja": "2",
-        "chat_logits/display/pages/b.css": "3",
-    }
-    others = {".env": "SECRET=1", "outputs/run/data.py": "4", "notes.txt": "5", "tests/test_one.py": "6"}
-    for name, text in {**wanted, **others}.items():
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_text(text)
+@pytest.mark.parametrize("templates", ["templates", "chat_logits/templates"])
+def test_the_cluster_gets_the_toolkits_code_and_nothing_else_that_lies_there(tmp_path, templates):
+    """In a checkout that is outputs and secrets, in site-packages all that is installed."""
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    shutil.copytree(REPO / "chat_logits", home / "chat_logits", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPO / "templates", home / templates)
+    shutil.copy(REPO / "logit_codec.py", home)
+    code = {name: data for name, data in files_in(home).items() if not name.startswith("chat_logits/display/pages/")}
+    for name in (".env", "outputs/run/data.py", "notes.txt", "tests/test_one.py", "numpy_like/__init__.py"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("SECRET=1")
     copy.mkdir()
-    copy_code(checkout, copy)
-    assert files_in(copy) == {name: text.encode() for name, text in wanted.items()}
+    call = "import sys; from pathlib import Path; from chat_logits.extraction.cluster import copy_code; "
+    call += "copy_code(Path(sys.argv[1]))"
+    env = {**os.environ, "PYTHONPATH": str(home)}
+    subprocess.run([sys.executable, "-c", call, copy], cwd=tmp_path, env=env, check=True)
+    assert {name: data for name, data in files_in(copy).items() if "__pycache__" not in name} == code

@@ -22,13 +22,13 @@ class Command:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 900) -> int:
         try:
             return self.process.wait(seconds)
         finally:
             self.process.kill()
 
-    def until(self, condition, seconds: float = 120) -> None:
+    def until(self, condition, seconds: float = 600) -> None:
         until = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.said

@@ -7,11 +7,14 @@ import functools
 import os
 import platform
 import queue
+import secrets
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import ray
 import torch
 from tqdm import tqdm
 
@@ -32,12 +35,12 @@ from chat_logits.storage.shard_writer import ShardWriter
 
 @dataclass(frozen=True)
 class Assignment:
-    """What all workers of a run are told.
+    """What is the same for all workers of a run.
 
-    ``config`` are the run's options with paths that hold on every machine, ``pinned`` what is recorded of the run
-    before a model is loaded. Shards go to ``folder``, where ``WORKERS`` must have ``token`` in it, or, without a
-    folder, to ``output_repo``, uploaded but not committed. ``hashes`` and ``footers`` are what is known of local files
-    and of the source, so that not every worker reads them all.
+    ``config`` has paths that hold on every machine, ``pinned`` what is recorded of the run before a model is loaded.
+    Shards go to ``folder``, where ``WORKERS`` must have ``token`` in it, or,
+    without a folder, to the Hub, uploaded but not committed. ``hashes`` and ``footers`` are what is known of local
+    files and of the source, so that not every worker reads them all.
     """
 
     config: ExtractConfig
@@ -49,14 +52,14 @@ class Assignment:
 
 
 def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
-    """What the workers of this run are told: paths made absolute, and what the options leave open pinned."""
+    """The assignment of an opened run's workers: paths made absolute, and what its config leaves open pinned."""
     config = opened.config
-    places = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
-    places = {name: str(Path(place).absolute()) if Path(place).exists() else place for name, place in places.items()}
-    template = read_template(config.chat_template) if config.chat_template else None
+    paths = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
+    paths = {name: str(Path(path).absolute()) if Path(path).exists() else path for name, path in paths.items()}
+    template = config.chat_template and read_template(config.chat_template)
     return Assignment(
-        config=replace(config, chat_template=template, **places),
-        pinned=replace(opened.described, **places),
+        config=replace(config, chat_template=template, **paths),
+        pinned=replace(opened.described, **paths),
         folder=None if config.uploads_without_folder else folder,
         token=token,
         hashes=hashing.known_hashes(),
@@ -64,33 +67,38 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A finished shard; ``upload`` is what a commit has to name where it went to the Hub."""
-
-    entry: ShardEntry
-    upload: object = None
+once = ray.method(max_task_retries=0)  # what fails is the driver's to see
 
 
 class ShardWorker:
-    """``hub_token`` is the Hub's for this run, whatever the machine has."""
+    """A process that loads the model, and from ``begin`` on computes shards."""
 
-    def __init__(self, assignment: Assignment, hub_token: str | None = None):
-        self._assignment = assignment
-        if hub_token:
-            os.environ["HF_TOKEN"] = hub_token
+    def __init__(self):
+        self._process = secrets.token_hex(8)
         self._is_closed = False
         self._lock = threading.Lock()
         self._numbers: queue.Queue[int | None] | None = None
         self._waiting: dict[int, Future] = {}
         self._uploads: dict[int, object] = {}
 
-    def describe(self) -> tuple[Manifest, str]:
-        """Load the model. Gives the manifest of the run as this worker would begin it, and where it runs, for people.
+    def process(self, ended: str = "") -> str:
+        """What tells this process from the others that Ray has had, or will have, for the worker.
 
-        Raises what forbids the work on this machine.
+        The one that ``ended``, or is about to, gives no answer; Ray then asks the next.
         """
-        assignment = self._assignment
+        while self._process == ended:
+            time.sleep(0.1)
+        return self._process
+
+    @once
+    def load(self, assignment: Assignment, hub_token: str | None = None) -> tuple[Manifest, str]:
+        """Load the model. Gives the run's manifest as this worker would begin it, and where it runs, for people.
+
+        ``hub_token`` is the Hub's for this run, whatever the machine has. Raises what forbids the work on this machine.
+        """
+        if hub_token:
+            os.environ["HF_TOKEN"] = hub_token
+        self._assignment = assignment
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
         device = loading.choose_device(assignment.config.device)
@@ -99,6 +107,7 @@ class ShardWorker:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return self._described, f"{platform.node()}, {name}"
 
+    @once
     def begin(self, manifest: Manifest) -> None:
         """Work for this run from now on. Raises ToolkitError where the worker would make other rows."""
         different = manifest.differences(self._described)
@@ -108,23 +117,25 @@ class ShardWorker:
         self._manifest, config = manifest, self._assignment.config
         self._folder = self._assignment.folder or make_scratch()
         self._writer = ShardWriter(self._folder, manifest, check_place=self._check_place)
-        if config.uploads_without_folder:
+        if config.uploads_without_folder and config.output_repo:
             configure_client()
             self._repository = Repository(config.output_repo, config.output_revision, config.private)
 
-    def compute(self, shard: int) -> Answer:
-        """One shard, once it is finished; what is given meanwhile is read ahead.
+    @once
+    def compute(self, shard: int) -> tuple[ShardEntry, object]:
+        """One shard, once it is finished, with what a commit has to name where it went to the Hub, else None.
 
-        After a failure, that of one shard is raised for all that wait.
+        What is given meanwhile is read ahead. After a failure, that of one shard is raised for all that wait.
         """
         with self._lock:
             if self._numbers is None:
                 self._numbers = queue.Queue()
                 threading.Thread(target=self._loop, args=(self._numbers,), name="shards", daemon=True).start()
-            found = self._waiting[shard] = Future()
+            answer = self._waiting[shard] = Future()
             self._numbers.put(shard)
-        return found.result()
+        return answer.result()
 
+    @once
     def close(self) -> None:
         """Take no more shards, and leave nothing behind on this machine's disk."""
         with self._lock:
@@ -136,21 +147,20 @@ class ShardWorker:
     def _loop(self, numbers: queue.Queue) -> None:
         failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")
         try:
-            self._computer.compute(
-                iter(numbers.get, None), self._manifest, self._finished, functools.partial(tqdm, disable=True)
-            )
+            no_bar = functools.partial(tqdm, disable=True)
+            self._computer.compute(iter(numbers.get, None), self._manifest, self._finished, no_bar)
         except BaseException as error:
             failure = error
         with self._lock:
             numbers.put(None)  # for the thread that may still wait for a number
             self._numbers, waiting = None, self._waiting
             self._waiting = {}
-        for found in waiting.values():
-            found.set_exception(failure)
+        for answer in waiting.values():
+            answer.set_exception(failure)
 
     def _finished(self, entry: ShardEntry) -> None:
         with self._lock:
-            self._waiting.pop(entry.shard).set_result(Answer(entry, self._uploads.pop(entry.shard, None)))
+            self._waiting.pop(entry.shard).set_result((entry, self._uploads.pop(entry.shard, None)))
 
     def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
         entry = self._writer.write(shard, rows, skipped)
@@ -171,6 +181,6 @@ class ShardWorker:
         file = self._assignment.folder / WORKERS
         if not file.is_file() or file.read_text(encoding="utf-8") != self._assignment.token:
             raise ToolkitError(
-                f"{platform.node()} does not see the run in --output_dir {file.parent}: give a folder that all "
-                "machines share, or leave --output_dir out and give --output_repo."
+                f"{platform.node()} does not see the run in `output_dir` {file.parent}: give a folder that all "
+                "machines share, or leave `output_dir` out and give `output_repo`."
             )

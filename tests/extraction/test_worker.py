@@ -11,7 +11,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import open_run
-from chat_logits.extraction.shard_worker import ShardWorker, assign
+from chat_logits.extraction.worker import ShardWorker, assign
 from chat_logits.storage import shard as shard_files
 from chat_logits.storage.manifest import Manifest, shard_path
 
@@ -26,8 +26,8 @@ def assignment(small_model, calm_source, tmp_path):
 
 @pytest.fixture
 def worker(assignment):
-    with closing(ShardWorker(assignment)) as worker:
-        worker.describe()
+    with closing(ShardWorker()) as worker:
+        worker.load(assignment)
         yield worker
 
 
@@ -41,7 +41,7 @@ def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, ma
     wanted = [7, 3, 59, 4, 0]
     with ThreadPoolExecutor(len(wanted)) as pool:
         answers = list(pool.map(worker.compute, wanted))
-    assert [answer.entry.shard for answer in answers] == wanted
+    assert [entry.shard for entry, _ in answers] == wanted
     there = files_in(calm_run)
     assert files_in(tmp_path / "out") == {
         name: there[name] for name in (shard_path("train", shard) for shard in wanted)
@@ -52,10 +52,10 @@ def test_after_a_shard_without_rows_has_failed_the_worker_goes_on(worker, manife
     worker.begin(manifest)
     with pytest.raises(ToolkitError, match="the source has changed since it was opened"):
         worker.compute(1000)
-    assert worker.compute(5).entry.shard == 5
+    assert worker.compute(5)[0].shard == 5
     (tmp_path / "out" / WORKERS).write_text("another driver's")
     for _ in range(2):
-        with pytest.raises(ToolkitError, match="does not see the run in --output_dir"):
+        with pytest.raises(ToolkitError, match="does not see the run in `output_dir`"):
             worker.compute(6)
     assert list(files_in(tmp_path / "out")) == [shard_path("train", 5)]
 
@@ -70,16 +70,16 @@ def test_a_worker_thought_dead_gives_no_shard_its_name_in_the_next_runs_folder(w
 
     write_table = shard_files._write_table
     monkeypatch.setattr(shard_files, "_write_table", late)
-    with pytest.raises(ToolkitError, match="does not see the run in --output_dir"):
+    with pytest.raises(ToolkitError, match="does not see the run in `output_dir`"):
         worker.compute(6)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != WORKERS]
 
 
 def test_a_folder_that_is_not_the_runs_is_refused_before_any_work(assignment, manifest, tmp_path):
     for elsewhere in (replace(assignment, folder=tmp_path / "missing"), replace(assignment, token="older")):
-        worker = ShardWorker(elsewhere)
-        worker.describe()
-        with pytest.raises(ToolkitError, match="give a folder that all machines share, or leave --output_dir out"):
+        worker = ShardWorker()
+        worker.load(elsewhere)
+        with pytest.raises(ToolkitError, match="give a folder that all machines share, or leave `output_dir` out"):
             worker.begin(manifest)
 
 
