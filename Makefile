@@ -17,11 +17,11 @@ demo: .venv/ready
 # Files stay whole, since their tests share what they start, in the order that tests/conftest.py gives them.
 PYTEST := OMP_NUM_THREADS=1 $(IN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-check: lint
+check: lint types
 	$(IN) demo/fetch.py
 	$(PYTEST) -m "not slow"
 
-test: lint
+test: lint types
 	$(IN) demo/fetch.py
 	$(PYTEST)
 
