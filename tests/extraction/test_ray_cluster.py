@@ -137,7 +137,7 @@ HUGE = "from chat_logits.storage import disk; disk.COMPRESSED = 1e9"
 def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_committers_commits(
     undisturbed, straight, hub, temporary
 ):
-    stopped = straight("straight", "--push_every", 2, first=HUGE)
+    stopped = straight("straight", "--push_every", 3600, first=HUGE)  # the first shard at once, the others by Ctrl-C
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said
@@ -162,7 +162,7 @@ def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undist
     """Of the same run, so that its old shards are told from its new ones by nothing but the record of the overwrite."""
     other = straight("renewed", "--max_samples", 9, "--seed", 7)
     assert other.wait() == 0, other.said
-    stopped = straight("renewed", "--overwrite", "--push_every", 2, log="stopped")
+    stopped = straight("renewed", "--overwrite", "--push_every", 3600, log="stopped")
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said
