@@ -404,7 +404,7 @@ import sys; print(shown(summarize(open_dataset("user/logits"), load_tokenizer(sy
         assert done.returncode == 0, done.stderr
         sent = sum(request.sent for request in hub.requests)
     found = json.loads(done.stdout)
-    expected = json.loads(summarize(open_dataset(str(real_extraction)), smollm2[1]).to_json())
+    expected = json.loads(shown(summarize(open_dataset(str(real_extraction)), smollm2[1])).to_json())
     assert found.pop("logit_dataset_id") == "user/logits" and expected.pop("logit_dataset_id")
     assert found == expected
     total = sum(map(len, files.values()))

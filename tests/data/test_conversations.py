@@ -53,8 +53,8 @@ def test_columns_may_be_named_and_hold_messages(row, named):
     ("named", "message"),
     [
         ({"messages": "missing"}, "no column 'missing'; the dataset has: question, answer"),
-        ({"prompt": "question"}, "--prompt_column and --response_column together"),
-        ({"messages": "question", "response": "answer"}, "--messages_column alone"),
+        ({"prompt": "question"}, "`prompt_column` and `response_column` together"),
+        ({"messages": "question", "response": "answer"}, "`messages_column` alone"),
     ],
 )
 def test_columns_that_are_named_wrongly_are_refused(named, message):

@@ -136,7 +136,7 @@ def test_another_run_is_refused_with_what_to_do():
     error = another_run("--output_repo user/x", ["seed: 1 there, 0 here", "top_k: 3 there, 4 here"], "repository")
     assert isinstance(error, UsageError) and str(error) == (
         "--output_repo user/x: holds another run (seed: 1 there, 0 here; top_k: 3 there, 4 here). "
-        "Choose another repository, or replace that run with --overwrite."
+        "Choose another repository, or replace that run with `overwrite`."
     )
 
 
