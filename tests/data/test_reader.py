@@ -19,30 +19,16 @@ PREFIXES = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.conte
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-@pytest.fixture
-def renderings(monkeypatch) -> Counter:
-    """How often each conversation's question was rendered, behind what choosing a template needs."""
-    counted, render = Counter(), templates.render
+def counted(monkeypatch, function: str) -> Counter:
+    """How often each conversation was rendered by a function of ``templates``, by its last message."""
+    counts, render = Counter(), getattr(templates, function)
 
     def counting(text, conversation, *arguments):
-        counted[conversation[-1]["content"]] += 1
+        counts[conversation[-1]["content"]] += 1
         return render(text, conversation, *arguments)
 
-    monkeypatch.setattr(templates, "render", counting)
-    return counted
-
-
-@pytest.fixture
-def proofs(monkeypatch) -> Counter:
-    """How often transformers rendered each conversation."""
-    counted, render = Counter(), templates.text_by_transformers
-
-    def counting(text, conversation, *arguments):
-        counted[conversation[-1]["content"]] += 1
-        return render(text, conversation, *arguments)
-
-    monkeypatch.setattr(templates, "text_by_transformers", counting)
-    return counted
+    monkeypatch.setattr(templates, function, counting)
+    return counts
 
 
 @pytest.mark.parametrize(
@@ -53,7 +39,8 @@ def proofs(monkeypatch) -> Counter:
         pytest.param(PREFIXES, id="prefixes end in the question or the answer"),
     ],
 )
-def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, renderings, proofs, template):
+def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, template):
+    renderings, proofs = counted(monkeypatch, "render"), counted(monkeypatch, "text_by_transformers")
     reads, read = Counter(), TableRows.read
 
     def counting(rows, first, end):
