@@ -378,7 +378,7 @@ def test_a_finished_run_is_told_again_without_a_model(options, undisturbed, tmp_
 def test_a_record_that_is_damaged_is_named_and_can_be_replaced(options, undisturbed, tmp_path, capsys):
     (tmp_path / "undisturbed" / "extraction.json").write_text('{"format_version": 1}')
     assert extract_logits.main(options("undisturbed")) == 1
-    assert "extraction.json has top_k None, expected" in capsys.readouterr().err
+    assert "extraction.json has no top_k, top_p" in capsys.readouterr().err
     assert extract_logits.main(options("undisturbed", "--overwrite")) == 0
     assert files_in(tmp_path / "undisturbed") == undisturbed
 
