@@ -27,7 +27,6 @@ PATIENCE = 30.0  # seconds for a cluster to answer
 TRIES, PAUSE, ANSWER = 4, 6.0, 3.0
 TOKEN_MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
-ALONE = "Ray does not start on this machine, in a folder below TMPDIR, or below RAY_TMPDIR if that is set"
 STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
 
 
