@@ -142,7 +142,7 @@ def test_tokens_may_be_kept_and_skipped(align):
 
 @pytest.mark.parametrize("option", ["skip", "keep"])
 def test_texts_that_are_no_token_are_refused(align, option):
-    with pytest.raises(UsageError, match=f"--{option}_tokens 'two words': not one token"):
+    with pytest.raises(UsageError, match=f"`{option}_tokens` 'two words': not one token"):
         align(assistant("Yes"), **{option: ["two words"]})
 
 

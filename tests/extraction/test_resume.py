@@ -95,6 +95,7 @@ def die_at(when: str, name: str, skip: int) -> None:
     from chat_logits.extraction import folder as run_folder
 
     shard_files.flush_and_rename = run_folder.flush_and_rename = deadly
+    run_folder.DESCRIBING = 0  # the lists are written after each shard, however long that takes here
 
 
 @pytest.fixture(scope="module")
