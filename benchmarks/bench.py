@@ -35,7 +35,7 @@ from chat_logits.model import loading, teacher  # noqa: E402
 from chat_logits.model import selection as token_selection  # noqa: E402
 from chat_logits.model.memory import MIB, choose_budget, peak_memory  # noqa: E402
 from chat_logits.storage.disk import DiskWatch  # noqa: E402
-from chat_logits.storage.shard import write_shard  # noqa: E402
+from chat_logits.storage.shard import SCHEMA  # noqa: E402
 
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 DATA = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
@@ -79,7 +79,7 @@ def extraction(model, opened, prefix_cache: bool) -> int:
     """The command's run, model loading aside, into a temporary folder; gives the bytes written."""
     with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
-        here = ShardComputer(opened, model.device, folder.write_shard, model, cache_agrees=prefix_cache)
+        here = ShardComputer(opened, model.device, folder.path, model=model, cache_agrees=prefix_cache)
         run = extraction_run.Run(opened, folder, here, None, watch)
         run.begin_or_resume(None)
         run.compute_missing()
@@ -253,13 +253,11 @@ def bench_codec_speed(truth: np.ndarray, lengths: list[int]) -> None:
         np.where(kept, top_ids, -1), probabilities * kept, tail, np.full((n, 16), 1e-4), np.zeros(n), np.zeros(n)
     )
     encode = statistics.median(seconds(logit_codec.encode_rows, found, lengths) for _ in range(5))
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            {**row, "messages": [], "source_index": i, "alignment_checksum": 0}
-            for i, row in enumerate(logit_codec.encode_rows(found, lengths))
-        ]
-        entry = write_shard(Path(folder), "train", 0, rows, {"skipped": []})
-        table = pq.read_table(Path(folder) / entry.path)
+    rows = [
+        {**row, "messages": [], "source_index": i, "alignment_checksum": 0}
+        for i, row in enumerate(logit_codec.encode_rows(found, lengths))
+    ]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
     columns = {
         name: table[name].to_numpy() if name.endswith("low") else table[name].to_pylist() for name in table.schema.names
     }

@@ -48,6 +48,7 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
     from chat_logits.extraction import run as extraction_run
     from chat_logits.extraction.folder import RunFolder
     from chat_logits.extraction.run_description import open_run
+    from chat_logits.storage.shard import write_shard
 
     config = config_for(place, rows)
     books = 0.0
@@ -61,7 +62,8 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
         for shard in range(count):
             first = shard * ROWS_PER_SHARD
             skipped = [{"row": i, "reason": "not for a benchmark"} for i in range(first + 1, first + ROWS_PER_SHARD)]
-            entry = folder.write_shard(shard, [{**row, "source_index": first}], skipped)
+            stored = [{**row, "source_index": first}]
+            entry = write_shard(folder.path, folder.manifest, shard, stored, skipped)
             books += timed(folder.add, entry)[1]
     return {"books a shard, ms": 1000 * books / count}
 
@@ -69,7 +71,7 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
 def stored_rows(folder, entry):
     from chat_logits.storage.shard import read_shard_rows
 
-    return read_shard_rows(folder.path / entry.path, entry.path, folder.fingerprint, entry.num_rows)
+    return read_shard_rows(folder.path / entry.path, entry.path, folder.manifest.fingerprint, entry.num_rows)
 
 
 def plan(place: Path, rows: int, *more: str) -> dict:

@@ -18,10 +18,9 @@ from tqdm import tqdm
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.shard_record import RECORD, ShardRecord
 from chat_logits.storage.card import place_in_code, render_card
-from chat_logits.storage.disk import make_room_or_stop, nearest_existing
+from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, shards_text
-from chat_logits.storage.shard import DamagedShard, check_shard, flush_and_rename
-from chat_logits.storage.shard_writer import ShardWriter
+from chat_logits.storage.shard import DamagedShard, check_shard
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +116,7 @@ class RunFolder:
         self._enter()
         self._set_manifest(manifest)
         self.entries = {}
-        self._writer = ShardWriter(self.path, manifest)
-        with make_room_or_stop(self.path):
+        with room_or_stop(self.path):
             if overwrite:
                 self._mark_replaced([repo])
             if self.is_replacing:
@@ -135,7 +133,7 @@ class RunFolder:
         self._set_manifest(manifest)
         if not check_all:
             self._record.load()
-        with make_room_or_stop(self.path):
+        with room_or_stop(self.path):
             if not (self.path / EXTRACTION_FILE).exists():
                 write_text(self.path / EXTRACTION_FILE, manifest.text)
             for leftover in self.path.glob("data/*/.*.tmp"):
@@ -146,17 +144,12 @@ class RunFolder:
             aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
             self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
-        self._writer = ShardWriter(self.path, manifest, max((e.num_bytes for e in self.entries.values()), default=0))
 
     def _set_manifest(self, manifest: Manifest) -> None:
         self.manifest, self._record = manifest, ShardRecord(self.path, manifest.fingerprint)
 
-    def write_shard(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
-        """Write one finished shard, of which ``add`` is to be told."""
-        return self._writer.write(shard, rows, skipped)
-
     def add(self, entry: ShardEntry) -> bool:
-        """Tell of a shard that is in the folder now. Returns whether the files that describe the shards are up to date.
+        """Count in a shard that has been written here. Returns whether the files that describe the shards have it.
 
         They are not each time, where they are long: bringing them up to date takes a twentieth of the time at most.
         """
@@ -165,7 +158,7 @@ class RunFolder:
         started = time.monotonic()
         self._is_described = started >= self._due
         if self._is_described:
-            with make_room_or_stop(self.path):
+            with room_or_stop(self.path):
                 self.describe_shards()
             self._due = time.monotonic() + DESCRIBING * (time.monotonic() - started)
         return self._is_described
@@ -256,14 +249,3 @@ def _check_place(folder: Path) -> None:
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
         raise UsageError(f"`output_dir` {folder}: the folder holds other files, such as {present[0].name}")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        flush_and_rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

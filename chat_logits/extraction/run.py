@@ -104,7 +104,7 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
     from chat_logits.model import loading
 
     device = loading.choose_device(config.device)
-    return lambda opened, folder: closing(ShardComputer(opened, device, folder.write_shard))
+    return lambda opened, folder: closing(ShardComputer(opened, device, folder.path))
 
 
 def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:

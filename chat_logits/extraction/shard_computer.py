@@ -6,7 +6,8 @@ The plain run has one, and every worker of a run on several accelerators.
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -17,17 +18,19 @@ from chat_logits.model import loading, teacher
 from chat_logits.model.memory import choose_budget
 from chat_logits.scratch import remove_scratch
 from chat_logits.storage.manifest import Manifest, ShardEntry
+from chat_logits.storage.shard import write_shard
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ShardComputer:
-    """The model of an opened run on one device; ``write(shard, rows, skipped)`` puts a shard in its place."""
+    """The model of an opened run on one device, whose shards go to ``folder``; ``check_place`` is ``write_shard``'s."""
 
     opened: OpenedRun
     device: torch.device
-    write: Callable[[int, list[dict], list[dict]], ShardEntry]
+    folder: Path
+    check_place: Callable[[], None] = field(default=lambda: None)
     model: object = None
     cache_agrees: bool = False
 
@@ -49,7 +52,7 @@ class ShardComputer:
         """
 
         def finish(shard: int, rows: list[dict], skipped: list[dict]) -> None:
-            finished(self.write(shard, rows, skipped))
+            finished(write_shard(self.folder, manifest, shard, rows, skipped, self.check_place))
 
         with Side() as side:
             read = side.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)

@@ -30,7 +30,6 @@ from chat_logits.model import loading
 from chat_logits.scratch import make_scratch, remove_scratch
 from chat_logits.storage.manifest import Manifest, RunInputs, ShardEntry
 from chat_logits.storage.repository import Repository
-from chat_logits.storage.shard_writer import ShardWriter
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ class ShardWorker:
         self._lock = threading.Lock()
         self._numbers: queue.Queue[int | None] | None = None
         self._waiting: dict[int, Future] = {}
-        self._uploads: dict[int, object] = {}
 
     def process(self, ended: str = "") -> str:
         """What tells this process from the others that Ray has had, or will have, for the worker.
@@ -102,7 +100,8 @@ class ShardWorker:
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
         device = loading.choose_device(assignment.config.device)
-        self._computer = ShardComputer(opened, device, self._write)
+        self._folder = assignment.folder or make_scratch()
+        self._computer = ShardComputer(opened, device, self._folder, self._check_place)
         self._described = self._computer.describe()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return self._described, f"{platform.node()}, {name}"
@@ -115,8 +114,6 @@ class ShardWorker:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
         self._check_place()
         self._manifest, config = manifest, self._assignment.config
-        self._folder = self._assignment.folder or make_scratch()
-        self._writer = ShardWriter(self._folder, manifest, check_place=self._check_place)
         if config.uploads_without_folder and config.output_repo:
             configure_client()
             self._repository = Repository(config.output_repo, config.output_revision, config.private)
@@ -159,18 +156,17 @@ class ShardWorker:
             answer.set_exception(failure)
 
     def _finished(self, entry: ShardEntry) -> None:
+        upload = self._upload(entry.path) if self._assignment.folder is None else None
         with self._lock:
-            self._waiting.pop(entry.shard).set_result((entry, self._uploads.pop(entry.shard, None)))
+            self._waiting.pop(entry.shard).set_result((entry, upload))
 
-    def _write(self, shard: int, rows: list[dict], skipped: list[dict]) -> ShardEntry:
-        entry = self._writer.write(shard, rows, skipped)
-        if self._assignment.folder is None:
-            file = self._folder / entry.path
-            try:
-                self._uploads[shard] = self._repository.upload(entry.path, file)
-            finally:
-                file.unlink(missing_ok=True)
-        return entry
+    def _upload(self, path: str) -> object:
+        """Send a shard from this machine's disk to the Hub; gives what a commit has to name."""
+        file = self._folder / path
+        try:
+            return self._repository.upload(path, file)
+        finally:
+            file.unlink(missing_ok=True)
 
     def _check_place(self) -> None:
         """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""

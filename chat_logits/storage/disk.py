@@ -1,7 +1,9 @@
-"""Room on the disk: what a run will need, what is left, and how it ends when there is none."""
+"""The disk: files that are there whole or not at all, and room for them: what a run needs, and its end without any."""
 
 import errno
 import logging
+import os
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,41 @@ MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPARE = 4 * MIB  # beside the next shard: the files around, and what others write meanwhile
 COMPRESSED = 0.6  # of a position's columns, measured with SmolLM2 on real answers
+
+
+# --- files ---
+
+
+@contextmanager
+def written_whole(path: Path, is_shared: bool = False) -> Iterator[Path]:
+    """Within, a hidden temporary file to write, which then gets the name ``path``; where writing fails, it is removed.
+
+    Its name is its own where the folder ``is_shared`` with processes that may write a file of the same name.
+    """
+    own = f".{secrets.token_hex(4)}" if is_shared else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
+    try:
+        yield temporary
+        flush_and_rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush_and_rename(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, so that after a crash of the machine it is whole or not there."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half."""
+    with written_whole(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+# --- room ---
 
 
 class DiskFull(ToolkitError):
@@ -55,11 +92,11 @@ class DiskWatch:
 
 
 @contextmanager
-def make_room_or_stop(folder: Path, largest: int = 0) -> Iterator[None]:
-    """Within, files are written. Raises DiskFull without room for these, or for a shard of ``largest`` bytes."""
+def room_or_stop(folder: Path, shard_bytes: int = 0) -> Iterator[None]:
+    """Within, files are written. Raises DiskFull without room for these, or for a shard of ``shard_bytes``."""
     free = free_bytes(folder)
-    if free < largest + SPARE:
-        raise _full(folder, f"{_size(free)} left, and a shard takes up to {_size(largest)}")
+    if free < shard_bytes + SPARE:
+        raise _full(folder, f"{_size(free)} left, and the next shard takes up to {_size(shard_bytes)}")
     try:
         yield
     except OSError as error:

@@ -5,8 +5,6 @@ FORMAT.md, "Files", is the specification.
 
 import itertools
 import json
-import os
-import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.manifest import ShardEntry, canonical, shard_path
+from chat_logits.storage.disk import room_or_stop, written_whole
+from chat_logits.storage.manifest import Manifest, ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
 METADATA_KEY = "logit_extraction"
@@ -56,29 +55,41 @@ class DamagedShard(ToolkitError):
 
 
 def write_shard(
-    folder: Path, split: str, shard: int, rows: list[dict], described: dict, check_place: Callable = lambda: None
+    folder: Path,
+    manifest: Manifest,
+    shard: int,
+    rows: list[dict],
+    skipped: list[dict],
+    check_place: Callable[[], None] = lambda: None,
 ) -> ShardEntry:
-    """Write one shard to a hidden temporary name, flush it to the disk, rename it. Returns its entry.
+    """Write one finished shard of a run: its stored rows, in order, and which source rows were ``skipped``, and why.
 
-    ``described`` has the run's ``fingerprint``, ``first_row``, ``end_row`` and the ``skipped`` rows; ``check_place``
-    raises where the folder is not this process's to write in, or not any more.
+    ``check_place`` raises where the folder is not the run's: asked before anything is written, and again before the
+    shard gets its name. Raises DiskFull where there is no room.
     """
-    relative = shard_path(split, shard)
-    path = folder / relative
     check_place()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    metadata = {**described, "num_rows": len(rows), "row_crc32": row_checksums(table)}
-    metadata["crc32"] = zlib.crc32(canonical(metadata))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own: a lost worker may still write
-    try:
-        _write_table(temporary, table, metadata)
-        check_place()
-        flush_and_rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return _entry(relative, table, described["skipped"], path.stat().st_size)
+    relative = shard_path(manifest.split, shard)
+    path, table = folder / relative, pa.Table.from_pylist(rows, schema=SCHEMA)
+    with room_or_stop(folder, table.nbytes):  # uncompressed: more than the file will have
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, is_shared=True) as temporary:
+            _write_table(temporary, table, _description(manifest, shard, table, skipped))
+            check_place()
+    return _entry(relative, table, skipped, path.stat().st_size)
+
+
+def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict]) -> dict:
+    """The shard's own metadata, which goes into its footer."""
+    first = shard * manifest.rows_per_shard
+    described = {
+        "fingerprint": manifest.fingerprint,
+        "first_row": first,
+        "end_row": first + len(table) + len(skipped),
+        "skipped": skipped,
+        "num_rows": len(table),
+        "row_crc32": row_checksums(table),
+    }
+    return {**described, "crc32": zlib.crc32(canonical(described))}
 
 
 def _write_table(path: Path, table: pa.Table, metadata: dict) -> None:
@@ -97,13 +108,6 @@ def _write_table(path: Path, table: pa.Table, metadata: dict) -> None:
         writer.add_key_value_metadata({METADATA_KEY: canonical(metadata).decode()})
         if len(table):  # an empty row group would be one that `datasets` cannot read
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-
-
-def flush_and_rename(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, so that after a crash of the machine it is whole or not there."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def row_checksums(table: pa.Table) -> list[int]:

@@ -122,8 +122,7 @@ def copied(folder, where, rows: list[dict], **changes):
     entries = []
     for shard in range(4):
         part = [row for row in rows if row["source_index"] // 8 == shard]
-        described = {"fingerprint": manifest.fingerprint, "first_row": shard * 8, "end_row": shard * 8 + 8}
-        entries.append(write_shard(where, "train", shard, part, {**described, "skipped": []}))
+        entries.append(write_shard(where, manifest, shard, part, []))
     (where / "extraction.json").write_text(manifest.text)
     (where / "shards.json").write_text(shards_text(entries))
     return open_dataset(str(where))

@@ -25,6 +25,7 @@ from chat_logits.data.alignment import AlignmentError
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
 
 TOP_K, NUM_SAMPLED = 64, 16
@@ -285,7 +286,7 @@ def test_top5_is_a_bound_where_a_nucleus_ends_before_the_fifth(copy, smollm2, ke
     codes[place, kept:] = 0
     ids[place * TOP_K + kept : (place + 1) * TOP_K] = [0] * (TOP_K - kept)
     changed = {"top_logits_quantized": codes.tobytes(), "top_indices_low": ids}
-    write_again(copy, [{**row, **changed, "top_indices_high": bytes(n * TOP_K // 4)}], end_row=1)
+    write_again(copy, [{**row, **changed, "top_indices_high": bytes(n * TOP_K // 4)}])
     found = summarize(open_dataset(str(copy)), smollm2[1])
     assert found.top5_rate == 0 and found.top5_is_bound is is_bound
 
@@ -357,12 +358,9 @@ def copy(real_extraction, tmp_path):
     return shutil.copytree(real_extraction, tmp_path / "copy")
 
 
-def write_again(folder, rows: list[dict], **metadata):
+def write_again(folder, rows: list[dict]):
     """The dataset's one shard with other rows, whose checksums are true."""
-    (path,) = shards_in(folder)
-    described = json.loads(pq.ParquetFile(path).metadata.metadata[METADATA_KEY.encode()])
-    described = {key: described[key] for key in ("fingerprint", "first_row", "end_row", "skipped")}
-    entry = write_shard(folder, "train", 0, rows, {**described, **metadata})
+    entry = write_shard(folder, Manifest.read(folder / "extraction.json", "copy"), 0, rows, [])
     (folder / "shards.json").write_text(json.dumps({"shards": [entry.as_json()]}))
 
 
@@ -438,7 +436,7 @@ def test_certain_tokens_and_an_empty_nucleus(copy, smollm2):
     n = row["num_tokens"]
     nothing = {"top_logits_quantized": bytes(n * TOP_K), "top_indices_low": [0] * (n * TOP_K)}
     nothing["top_indices_high"] = bytes(n * TOP_K // 4)
-    write_again(copy, [{**row, **nothing, "token_log_probs": [1e-6, *[0.0] * (n - 1)]}], end_row=1)
+    write_again(copy, [{**row, **nothing, "token_log_probs": [1e-6, *[0.0] * (n - 1)]}])
     summary = summarize(open_dataset(str(copy)), smollm2[1])
     assert summary.perplexity == pytest.approx(1) and summary.stored == summary.top1_rate == 0
     assert summary.kept.counts[0] == summary.surprisals.counts[0] == summary.calibration[0].count == n

@@ -55,8 +55,7 @@ def rewritten(tmp_path):
         kept = pq.read_table(path).to_pylist()[: len(ROWS)]
         if change:
             change(kept)
-        described = {"fingerprint": manifest.fingerprint, "first_row": 0, "end_row": len(kept), "skipped": []}
-        entry = shard.write_shard(tmp_path / "copy", manifest.split, 0, kept, described)
+        entry = shard.write_shard(tmp_path / "copy", manifest, 0, kept, [])
         (tmp_path / "copy" / EXTRACTION_FILE).write_text(manifest.text)
         (tmp_path / "copy" / SHARDS_FILE).write_text(shards_text([entry]))
         return open_dataset(str(tmp_path / "copy"))

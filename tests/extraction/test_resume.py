@@ -76,9 +76,10 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(options, un
 
 def die_at(when: str, name: str, skip: int) -> None:
     """In the process that is to die: kill it at the ``skip``-th file of that name, at this point of its writing."""
-    from chat_logits.storage import shard as shard_files
+    from chat_logits.extraction import folder as run_folder
+    from chat_logits.storage import disk
 
-    original = shard_files.flush_and_rename
+    original = disk.flush_and_rename
     seen = []
 
     def deadly(temporary: Path, path: Path) -> None:
@@ -92,9 +93,7 @@ def die_at(when: str, name: str, skip: int) -> None:
         if strikes:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from chat_logits.extraction import folder as run_folder
-
-    shard_files.flush_and_rename = run_folder.flush_and_rename = deadly
+    disk.flush_and_rename = deadly
     run_folder.DESCRIBING = 0  # the lists are written after each shard, however long that takes here
 
 
@@ -296,7 +295,7 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
 def write_forever() -> None:
     """A disk on which a shard is never written; it is said when that begins, and when a signal has come."""
     from chat_logits.cli.command_line import Stopped
-    from chat_logits.storage import shard_writer
+    from chat_logits.extraction import shard_computer
 
     def slow(*_):
         print("WRITING", file=sys.stderr, flush=True)
@@ -306,7 +305,7 @@ def write_forever() -> None:
         print("SIGNAL", file=sys.stderr, flush=True)
         original(self, number)
 
-    original, Stopped.__init__, shard_writer.write_shard = Stopped.__init__, init, slow
+    original, Stopped.__init__, shard_computer.write_shard = Stopped.__init__, init, slow
 
 
 def test_a_second_signal_leaves_at_once(options, tmp_path):
@@ -342,7 +341,8 @@ def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(opt
     place = tmp_path / "disk"
     place.mkdir()
     code = "import sys, extract_logits\nfrom chat_logits.storage import disk\n"
-    code += "" if spare is None else f"disk.SPARE = {spare}\n"
+    # Where the end is met on the way, the disk says nothing of it before.
+    code += "" if spare is None else f"disk.SPARE, disk.free_bytes = {spare}, lambda folder: 2**40\n"
     code += "sys.exit(extract_logits.main(sys.argv[1:]))"
     flags = options("disk/out")
     command = shlex.join([sys.executable, "-c", code, *flags])
@@ -430,7 +430,7 @@ def test_a_log_that_is_closed_is_no_success(options):
 def stuck_source() -> None:
     """A source that never answers after its first rows, and a disk on which nothing can be written."""
     from chat_logits.data.reader import Reader
-    from chat_logits.storage import shard_writer
+    from chat_logits.extraction import shard_computer
 
     align = Reader.align
 
@@ -442,7 +442,7 @@ def stuck_source() -> None:
     def failing(*_):
         raise OSError(30, "Read-only file system")
 
-    Reader.align, shard_writer.write_shard = stuck, failing
+    Reader.align, shard_computer.write_shard = stuck, failing
 
 
 def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):

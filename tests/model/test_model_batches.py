@@ -14,12 +14,11 @@ from runs import assert_alike, rows_in
 
 import extract_logits
 from chat_logits.errors import ToolkitError
-from chat_logits.extraction import pipeline
+from chat_logits.extraction import pipeline, shard_computer
 from chat_logits.model import batching, teacher
 from chat_logits.model import memory as memory_budget
 from chat_logits.model.batching import Budget
 from chat_logits.model.teacher import Teacher
-from chat_logits.storage import shard_writer
 from chat_logits.storage.dataset import open_dataset
 
 SYSTEM = "You answer in one short sentence, whatever is asked, and never more than that."
@@ -104,7 +103,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert "out of memory with a single conversation of" in message and "--max_length" in message
 
 
-@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("shard_writer", "write_shard")])
+@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("shard_computer", "write_shard")])
 def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
     small_model, tmp_path, chat_file, monkeypatch, capsys, place, name
 ):
@@ -120,7 +119,7 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
             return original(*arguments)
         raise OSError(28, "No space left on device")
 
-    owner = Reader if place == "reader" else shard_writer
+    owner = Reader if place == "reader" else shard_computer
     monkeypatch.setattr(owner, name, failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1

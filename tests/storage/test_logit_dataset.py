@@ -11,6 +11,7 @@ import pytest
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
 
 
@@ -189,18 +190,21 @@ def test_extraction_json_has_the_formats_keys(real_extraction):
     assert extraction["vocab_size"] == 49_152 and extraction["dtype"] == "float32"
 
 
-def test_a_write_that_fails_leaves_no_shard(tmp_path):
+def manifest_of(folder) -> Manifest:
+    return Manifest.read(folder / "extraction.json", str(folder))
+
+
+def test_a_write_that_fails_leaves_no_shard(real_extraction, tmp_path):
     with pytest.raises(pa.ArrowException):
-        write_shard(tmp_path, "train", 0, [{"num_tokens": "three"}], {"skipped": []})
-    assert not list(tmp_path.glob("data/*/*.parquet"))
-    assert not list((tmp_path / "data" / "00000").iterdir())
+        write_shard(tmp_path, manifest_of(real_extraction), 0, [{"num_tokens": "three"}], [])
+    assert not list(tmp_path.rglob("*.parquet*"))
 
 
 def test_an_empty_shard_can_be_read_with_the_others(copy):
     """Every row of a source range may be skipped."""
     import datasets
 
-    write_shard(copy, "train", 1, [], {"first_row": 256, "end_row": 300, "skipped": []})
+    write_shard(copy, manifest_of(copy), 1, [], [{"row": row, "reason": "no answer"} for row in range(256, 300)])
     assert len(datasets.load_dataset(str(copy), split="train")) == 32
 
 
