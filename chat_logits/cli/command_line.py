@@ -54,16 +54,13 @@ def run_command(
     debug = False
     try:
         given = parser.given(argv)
-        values = read_options(kinds[-1], given)
-        refuse_missing(kinds[-1], values)
-        options: Any = kinds[-1](**values)
+        options = _options(kinds[-1], given)
         debug = options.debug
         with stop_on_signals(), _told(options.log_level, kinds):
             command(options, given)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has what it wanted
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _print_no_more()
         return closed_pipe
     except KeyboardInterrupt as stopped:
         return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
@@ -71,6 +68,18 @@ def run_command(
         print(redact(as_typed(_explained(error, debug), kinds)), file=sys.stderr)
         return error.exit_status if isinstance(error, ToolkitError) else 1
     return 0
+
+
+def _options(kind: type[Config], given: dict) -> Any:
+    """The options of the command line as their dataclass. Raises UsageError for values that are none or missing."""
+    values = read_options(kind, given)
+    refuse_missing(kind, values)
+    return kind(**values)
+
+
+def _print_no_more() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_all_characters() -> None:

@@ -96,11 +96,7 @@ class Reader:
 
 
 def open_reader(
-    config: SourceConfig,
-    tokenizer,
-    limits,
-    template_date: str | None = None,
-    footers: dict | None = None,
+    config: SourceConfig, tokenizer, limits, template_date: str | None = None, footers: dict | None = None
 ) -> Reader:
     """Open the dataset, and prove on the first conversations that there is something to extract.
 
@@ -125,22 +121,21 @@ def open_reader(
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
-    first_ready, first_skipped = _prove(reader)
-    return replace(reader, first_ready=first_ready, first_skipped=first_skipped)
+    return _proven(reader)
 
 
 def _first_conversations(source: SourceDataset, columns: dict, config: SourceConfig) -> list[list[dict]]:
-    found = []
+    conversations = []
     for row in source.first_rows:
         try:
-            found.append(to_conversation(row, columns, config.system_prompt))
+            conversations.append(to_conversation(row, columns, config.system_prompt))
         except ConversationError:
             continue  # the run counts it
-    return found
+    return conversations
 
 
-def _prove(reader: Reader) -> tuple[list[Aligned], list[dict]]:
-    """The first source rows, aligned.
+def _proven(reader: Reader) -> Reader:
+    """The reader with its first source rows, aligned.
 
     Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has anything to extract.
     """
@@ -149,4 +144,4 @@ def _prove(reader: Reader) -> tuple[list[Aligned], list[dict]]:
         reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).\n{THREE_WAYS}")
-    return ready, skipped
+    return replace(reader, first_ready=ready, first_skipped=skipped)

@@ -27,6 +27,11 @@ PATIENCE = 30.0  # seconds for a cluster to answer
 TRIES, PAUSE, ANSWER = 4, 6.0, 3.0
 TOKEN_MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
+DEFAULTS = {  # of the environment
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without GPUs see those of their machine
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # tracebacks of calls that ended with a lost worker
+}
 STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
 
 
@@ -92,36 +97,39 @@ def listens(address: str, tries: int = TRIES) -> bool:
 def connect(config: ExtractConfig) -> Share:
     """Start Ray on this machine, or connect to the cluster that ``find_ray`` has found.
 
-    Raises UsageError where accelerators or room for workers are missing.
+    Raises UsageError where accelerators or room for workers are missing, ToolkitError where Ray does not start.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs: leave them what they see
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # tracebacks of calls that ended with a lost worker
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     import ray
 
-    alone = {} if config.ray_address else {"include_dashboard": False, "object_store_memory": STORE}
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with tempfile.TemporaryDirectory() as code:
-        copy_code(Path(code))
-        try:
-            ray.init(address=config.ray_address or "local", runtime_env={"working_dir": code}, **alone, **quiet)
-        except Exception as error:  # Ray raises that itself, where its processes do not start
-            where = (
-                f"`ray_address` {config.ray_address}" if config.ray_address else "Ray does not start on this machine"
-            )
-            below = (
-                "" if config.ray_address else ". It works in a folder below TMPDIR, or below RAY_TMPDIR if that is set."
-            )
-            raise ToolkitError(f"{where}: {first_line(error)}{below}") from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
+    try:
+        _start(config.ray_address)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
     try:
         return _share(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except UsageError:
         ray.shutdown()
         raise
+
+
+def _start(address: str | None) -> None:
+    """Start Ray, or join the cluster at the address, with this toolkit's code for the workers."""
+    import ray
+
+    alone = {} if address else {"include_dashboard": False, "object_store_memory": STORE}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with tempfile.TemporaryDirectory() as code:
+        copy_code(Path(code))
+        try:
+            ray.init(address=address or "local", runtime_env={"working_dir": code}, **alone, **quiet)
+        except Exception as error:  # Ray raises that itself, where its processes do not start
+            where = f"`ray_address` {address}" if address else "Ray does not start on this machine"
+            below = "" if address else ". It works in a folder below TMPDIR, or below RAY_TMPDIR if that is set."
+            raise ToolkitError(f"{where}: {first_line(error)}{below}") from error
 
 
 def copy_code(target: Path) -> None:
@@ -137,41 +145,52 @@ def copy_code(target: Path) -> None:
 
 
 def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
-    """What one worker takes: accelerators, or a CPU where there are none or none is wanted.
-
-    It gets more threads than the one CPU that Ray keeps for it: a larger share might not fit on what is left when a
-    machine is gone.
-    """
+    """What one worker takes: accelerators, or a CPU where there are none or none is wanted."""
     import ray
 
-    workers, on_cpus = config.num_workers, config.device == "cpu"
+    workers = config.num_workers
     gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
-    wanted = 0 if on_cpus or not gpus else config.gpus_per_worker
-    if not gpus and not on_cpus and config.ray_address:  # some may be on their way, and the run would stay on CPUs
-        raise UsageError(
-            f"`ray_address` {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines with "
-            "some, or give `device` cpu."
-        )
-    if not wanted and not on_cpus and config.gpus_per_worker > 1:
-        raise UsageError(f"`gpus_per_worker` {config.gpus_per_worker}: this machine has no GPU")
+    wanted = _gpus_per_worker(config, gpus, cpus)
     room = sum(int(node.get("GPU", 0)) // wanted for node in nodes) if wanted else cpus
     if workers > room and not config.ray_address:
         there = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
         raise UsageError(f"`num_workers` {workers}: this machine has {there}, room for {room}")
     each = f"each on {wanted} GPU{'s' * (wanted > 1)}" if wanted else "each on CPUs"
     now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
-    variables = {"OMP_NUM_THREADS": str(max(1, cpus // workers))}
+    described = f"{workers} worker{'s' * (workers > 1)} on Ray, {each}{now}"
+    return Share(_actor_options(wanted, max(1, cpus // workers)), described, ray.get_runtime_context().gcs_address)
+
+
+def _gpus_per_worker(config: ExtractConfig, gpus: int, cpus: int) -> int:
+    """GPUs that a worker takes, of those there are. Raises UsageError where it needs some and there are none."""
+    if config.device == "cpu":
+        return 0
+    if not gpus and config.ray_address:  # some may be on their way, and the run would stay on CPUs
+        raise UsageError(
+            f"`ray_address` {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines with "
+            "some, or give `device` cpu."
+        )
+    if not gpus and config.gpus_per_worker > 1:
+        raise UsageError(f"`gpus_per_worker` {config.gpus_per_worker}: this machine has no GPU")
+    return config.gpus_per_worker if gpus else 0
+
+
+def _actor_options(gpus: int, threads: int) -> dict:
+    """How Ray is to run a worker with so many GPUs.
+
+    It gets more ``threads`` than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
+    a machine is gone.
+    """
+    variables = {"OMP_NUM_THREADS": str(threads)}
     variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_ENDPOINT") if os.environ.get(name)}
-    options = {
-        "num_gpus": wanted,
+    return {
+        "num_gpus": gpus,
         "num_cpus": 1,
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": variables},
         "max_restarts": -1,  # as often as it takes, on another machine if need be
         "max_task_retries": -1,  # but for methods that say otherwise
     }
-    described = f"{workers} worker{'s' * (workers > 1)} on Ray, {each}{now}"
-    return Share(options, described, ray.get_runtime_context().gcs_address)
 
 
 def first_line(error: Exception) -> str:

@@ -20,8 +20,8 @@ def _check_repo(output_repo: str) -> None:
 def _check_address(address: str) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"`ray_address` {address}: expected HOST:PORT as `ray start` prints it, without ray://")
-    found = re.fullmatch(r"(?:[^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})", address)
-    if address != "auto" and not (found and int(found[1]) < 2**16):
+    match = re.fullmatch(r"(?:[^\s/:]+|\[[0-9a-fA-F:]+\]):([1-9]\d{0,4})", address)
+    if address != "auto" and not (match and int(match[1]) < 2**16):
         raise UsageError(f"`ray_address` {address or repr(address)}: expected HOST:PORT or auto")
 
 

@@ -4,10 +4,12 @@ The finished shards are the state of a run. Whatever else is in the folder can b
 ``extraction.json``.
 """
 
+import json
 import logging
 import os
 import shutil
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,15 +18,23 @@ import filelock
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.extraction.shard_record import RECORD, ShardRecord
 from chat_logits.storage.card import place_in_code, render_card
 from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
-from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, shards_text
+from chat_logits.storage.manifest import (
+    CARD_FILE,
+    EXTRACTION_FILE,
+    SHARDS_FILE,
+    Manifest,
+    ShardEntry,
+    canonical,
+    read_json,
+    shards_text,
+)
 from chat_logits.storage.shard import DamagedShard, check_shard
 
 logger = logging.getLogger(__name__)
 
-REPLACED, LOCK, DAMAGED = ".replaced", ".lock", ".damaged-"
+REPLACED, LOCK, DAMAGED, RECORD = ".replaced", ".lock", ".damaged-", ".checked.json"
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
 REPLACED_REPO, DONE = ".output_repo", " done"  # in .replaced: whose run is to be replaced too, and whose has been
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
@@ -67,7 +77,7 @@ class RunFolder:
     def close(self) -> None:
         """Leave the folder to others, with what it says of its shards up to date."""
         if not self._is_described:
-            with suppress(OSError):  # a full disk, told already; the next process makes them anew
+            with suppress(OSError):  # a full disk, as was said before; the next process makes them anew
                 self.describe_shards()
         self._lock.release(force=True)
 
@@ -249,3 +259,51 @@ def _check_place(folder: Path) -> None:
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
         raise UsageError(f"`output_dir` {folder}: the folder holds other files, such as {present[0].name}")
+
+
+class ShardRecord:
+    """The finished shards of the run ``fingerprint`` in ``folder``, so that resuming it need not read them again.
+
+    A shard is taken as recorded where the file has still the size and the time of change that it was written with.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        self._known: dict[str, tuple[int, ShardEntry]] = {}
+
+    def load(self) -> None:
+        """Take up what an earlier process has left; nothing where that is damaged or about another run."""
+        path = self.folder / RECORD
+        try:
+            content = read_json(path, RECORD) if path.exists() else {}
+        except ToolkitError:
+            return
+        crc = content.pop("crc32", None)
+        if content.get("fingerprint") == self.fingerprint and crc == zlib.crc32(canonical(content)):
+            entries = [(changed, ShardEntry(**entry)) for changed, entry in content["shards"]]
+            self._known = {entry.path: (changed, entry) for changed, entry in entries}
+
+    def note(self, entry: ShardEntry) -> None:
+        """Remember a shard that is whole now."""
+        changed, size = self._state(entry.path)
+        if changed and size == entry.num_bytes:
+            self._known[entry.path] = (changed, entry)
+
+    def unchanged(self, path: str) -> ShardEntry | None:
+        """The entry of a shard that is as it was when it was noted, else None."""
+        changed, entry = self._known.get(path, (None, None))
+        return entry if entry and self._state(path) == (changed, entry.num_bytes) else None
+
+    def text(self) -> str:
+        """The record's file."""
+        shards = [[changed, entry.as_json()] for changed, entry in self._known.values()]
+        content = {"fingerprint": self.fingerprint, "shards": shards}
+        return json.dumps({**content, "crc32": zlib.crc32(canonical(content))}, ensure_ascii=False)
+
+    def _state(self, path: str) -> tuple[int, int]:
+        """Time of change (ns) and size of a file, zeros where it is not seen (yet)."""
+        try:
+            state = (self.folder / path).stat()
+        except OSError:
+            return 0, 0
+        return state.st_mtime_ns, state.st_size

@@ -18,7 +18,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
-from chat_logits.extraction.run_description import OpenedRun, locate, open_run, what_differs
+from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
 from chat_logits.storage.card import place_in_code
@@ -133,7 +133,7 @@ def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | Non
     if config.overwrite and not folder.is_replacing:
         recorded = None
     opened = open_run(config, recorded)
-    different = what_differs(opened, recorded) if recorded else []
+    different = differences(opened, recorded) if recorded else []
     if different and not config.overwrite:
         raise another_run(where, different, "place")
     return (open_run(config), None) if different else (opened, recorded)
@@ -163,7 +163,7 @@ class Workers(Protocol):
         """The manifest of a new run."""
 
     def compute(self, shards: Iterator[int], manifest: Manifest, finished: Callable, progress: Callable) -> None:
-        """Compute these shards; ``finished(entry, ...)`` is told of each."""
+        """Compute these shards; ``finished(entry, ...)`` is called for each."""
 
 
 @dataclass
@@ -193,14 +193,14 @@ class Run:
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""
         finished = self.finished
-        self._tell_state(finished)
+        self._log_state(finished)
         if self.sync:
             self.sync.start()
         try:
             self._compute({shard: entry.source_rows for shard, entry in finished.items()})
         except BaseException as error:
             if self.sync and (isinstance(error, Exception) or self.sync.holds_uploads):
-                self._push_what_there_is()
+                self._push_finished()
             raise
 
     def _compute(self, covered: dict[int, int]) -> None:
@@ -216,7 +216,7 @@ class Run:
         )
         self.workers.compute(missing, manifest, self._keep, progress)
 
-    def _push_what_there_is(self) -> None:
+    def _push_finished(self) -> None:
         """Before a failure ends the run: what is finished may be all that is left of this machine.
 
         After Ctrl-C, too, where shards were uploaded and are in no folder: without a commit they would be lost.
@@ -237,7 +237,7 @@ class Run:
         if is_described:
             self.watch.check_rest(self.folder.entries.values(), self.finished.values())
 
-    def _tell_state(self, finished: dict[int, ShardEntry]) -> None:
+    def _log_state(self, finished: dict[int, ShardEntry]) -> None:
         if not finished:
             return
         apart = len(finished) - len(self.folder.entries)

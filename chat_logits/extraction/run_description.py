@@ -128,7 +128,7 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     )
 
 
-def what_differs(opened: OpenedRun, recorded: Manifest) -> list[str]:
-    """What tells a recorded run from the one that was opened, one text a key; empty where they are the same."""
+def differences(opened: OpenedRun, recorded: Manifest) -> list[str]:
+    """How a recorded run differs from the one that was opened, a text for each key; empty where they are the same."""
     asked = {name: getattr(opened.config, name) for name in ("dtype", "attn_implementation")}
     return recorded.differences(opened.described, **asked)

@@ -112,7 +112,7 @@ class RayWorkers:
         (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
         self._manifest, self._finished = manifest, finished
         self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
-        with progress() as self._bar:  # it tells of working hours alone
+        with progress() as self._bar:  # its speed is of working hours alone
             self._run(until=lambda: self._plan.is_empty and not any(worker.shards for worker in self._workers))
         if self._plan.given_up:
             raise ToolkitError(self._explain_given_up())
@@ -155,7 +155,7 @@ class RayWorkers:
                 yield from self._work(worker)
             except RayError as error:
                 cause = getattr(error, "cause", None) or error
-                self._raise_what_ends_the_run(cause)
+                self._raise_if_fatal(cause)
                 ray.kill(worker.actor, no_restart=False)
             if worker.state == "works":
                 if worker.shards:
@@ -213,7 +213,7 @@ class RayWorkers:
         except RayError as error:
             if not isinstance(getattr(error, "cause", None), ToolkitError):
                 raise
-            self._raise_what_ends_the_run(error.cause)
+            self._raise_if_fatal(error.cause)
             self._lost(worker, [shard], error.cause)
             return
         self._plan.finished(worker.number)
@@ -244,7 +244,7 @@ class RayWorkers:
         if self._plan.goes_nowhere:
             raise ToolkitError(f"nothing succeeds any more, with any worker. The last failure: {reason}")
 
-    def _raise_what_ends_the_run(self, error: Exception) -> None:
+    def _raise_if_fatal(self, error: Exception) -> None:
         """Raise what is no worker's own trouble: a full disk that all share, a Hub that refuses, a dead cluster.
 
         Options are taken for wrong when two workers say so before any has its model.

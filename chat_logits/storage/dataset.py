@@ -137,8 +137,8 @@ def _local_file(dataset_id: str, name: str) -> Path:
 
 
 def _missing(dataset_id: str, name: str) -> ToolkitError:
-    what = "so it is no logit dataset" if name == EXTRACTION_FILE else "so it is not whole"
-    return ToolkitError(f"{dataset_id}: no {name} in it, {what}")
+    meaning = "so it is no logit dataset" if name == EXTRACTION_FILE else "so it is not whole"
+    return ToolkitError(f"{dataset_id}: no {name} in it, {meaning}")
 
 
 @contextmanager

@@ -85,10 +85,10 @@ class DiskWatch:
         if free >= needed or self._has_warned:
             return
         self._has_warned = True
-        told = f"the rest of the run needs about {_size(needed)}, and {_size(free)} are free in {self.folder}"
+        need = f"the rest of the run needs about {_size(needed)}, and {_size(free)} are free in {self.folder}"
         if refuse and free < needed / 2:
-            raise DiskFull(f"{told}. Free some, choose another `output_dir`, or extract less with `max_samples`.")
-        logger.warning("Note: %s. It stops when there is no room for a shard; the same command resumes it.", told)
+            raise DiskFull(f"{need}. Free some, choose another `output_dir`, or extract less with `max_samples`.")
+        logger.warning("Note: %s. It stops when there is no room for a shard; the same command resumes it.", need)
 
 
 @contextmanager

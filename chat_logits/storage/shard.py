@@ -259,10 +259,10 @@ def _is_described(metadata) -> bool:
     )
 
 
-def check_schema(found: pa.Schema, name: str) -> None:
+def check_schema(schema: pa.Schema, name: str) -> None:
     """Raise DamagedShard where columns or types are not the format's."""
-    if found.names != SCHEMA.names:
-        raise DamagedShard(f"{name}: columns {', '.join(found.names)}; expected {', '.join(SCHEMA.names)}")
-    for column, expected in zip(found, SCHEMA, strict=True):
+    if schema.names != SCHEMA.names:
+        raise DamagedShard(f"{name}: columns {', '.join(schema.names)}; expected {', '.join(SCHEMA.names)}")
+    for column, expected in zip(schema, SCHEMA, strict=True):
         if column.type != expected.type:
             raise DamagedShard(f"{name}: column {column.name} is {column.type}, expected {expected.type}")
