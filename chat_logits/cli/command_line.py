@@ -53,8 +53,7 @@ def run_command(
     _show_all_characters()
     debug = False
     try:
-        given = parser.given(argv)
-        options = _options(kinds[-1], given)
+        options, given = _read(kinds[-1], parser, argv)
         debug = options.debug
         with stop_on_signals(), _told(options.log_level, kinds):
             command(options, given)
@@ -70,11 +69,12 @@ def run_command(
     return 0
 
 
-def _options(kind: type[Config], given: dict) -> Any:
-    """The options of the command line as their dataclass. Raises UsageError for values that are none or missing."""
+def _read(kind: type[Config], parser: CommandParser, argv: list[str]) -> tuple[Any, dict]:
+    """The options as their dataclass, and what is on the command line. Raises UsageError for what cannot be."""
+    given = parser.given(argv)
     values = read_options(kind, given)
     refuse_missing(kind, values)
-    return kind(**values)
+    return kind(**values), given
 
 
 def _print_no_more() -> None:
