@@ -43,11 +43,14 @@ class SourceShard(NamedTuple):
 
 @dataclass
 class ShardComputer:
-    """The model of an opened run on one device, whose shards go to ``folder``; ``check_place`` is ``write_shard``'s."""
+    """The model of an opened run on one device, whose shards go to ``folder``; ``check_place`` is ``write_shard``'s.
+
+    The folder is there at the latest when shards are computed.
+    """
 
     opened: OpenedRun
     device: torch.device
-    folder: Path
+    folder: Path | None
     check_place: Callable[[], None] = field(default=lambda: None)
     model: object = None
     cache_agrees: bool = False
@@ -70,9 +73,12 @@ class ShardComputer:
         Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
         """
 
+        folder = self.folder
+        assert folder is not None
+
         def finish(shard: SourceShard, rows: list[dict]) -> None:
             rows.sort(key=lambda row: row["source_index"])
-            finished(write_shard(self.folder, manifest, shard.number, rows, shard.skipped, self.check_place))
+            finished(write_shard(folder, manifest, shard.number, rows, shard.skipped, self.check_place))
 
         with ReadWriteThreads() as threads:
             read = threads.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)

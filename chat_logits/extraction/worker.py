@@ -102,8 +102,7 @@ class ShardWorker:
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
         device = loading.choose_device(assignment.config.device)
         with ExitStack() as stack:  # which a failure closes
-            self._folder = assignment.folder or stack.enter_context(scratch_folder())
-            computer = ShardComputer(opened, device, self._folder, self._check_place)
+            computer = ShardComputer(opened, device, assignment.folder, self._check_place)
             self._computer = stack.enter_context(closing(computer))
             self._described = self._computer.describe()
             self._stack = stack.pop_all()
@@ -118,6 +117,8 @@ class ShardWorker:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
         self._check_place()
         self._manifest, config = manifest, self._assignment.config
+        self._folder = self._assignment.folder or self._stack.enter_context(scratch_folder())
+        self._computer.folder = self._folder
         if config.uploads_without_folder and config.output_repo:
             configure_client()
             self._repository = Repository(config.output_repo, config.output_revision, config.private)
