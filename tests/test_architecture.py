@@ -12,6 +12,7 @@ BASE = (
     "chat_logits",
     "chat_logits.errors",
     "chat_logits.hub",
+    "chat_logits.hub_errors",
     "chat_logits.options",
     "chat_logits.scratch",
 )

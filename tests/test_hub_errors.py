@@ -1,13 +1,15 @@
-"""What the Hub's clients raise, in words; with the types of whichever HTTP client huggingface_hub has."""
+"""What the Hub's clients raise, in words, and whether to try again; with the types of the HTTP client at hand."""
+
+from collections import Counter
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from chat_logits import hub
+from chat_logits import hub, hub_errors
 from chat_logits.errors import ToolkitError, UsageError
 
-client = hub._client()
+client = hub_errors._client()
 
 
 def wrapped(error: Exception) -> Exception:
@@ -39,9 +41,9 @@ def answered(kind: type[Exception], status: int, **headers: str) -> Exception:
     ids=lambda value: type(value).__name__,
 )
 def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, words):
-    explained = hub.explain_hub_error(wrapped(error), "model user/x")
-    assert isinstance(explained, hub.HubUnreachable) and str(explained) == f"model user/x: {words}"
-    assert hub.is_transient(wrapped(error)) and hub.retry_after(wrapped(error)) is None
+    explained = hub_errors.explain_hub_error(wrapped(error), "model user/x")
+    assert isinstance(explained, hub_errors.HubUnreachable) and str(explained) == f"model user/x: {words}"
+    assert hub_errors.is_transient(wrapped(error)) and hub_errors.retry_after(wrapped(error)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,20 +60,83 @@ def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, 
     ],
 )
 def test_an_answer_is_explained_and_is_final_or_not(error, words, passes):
-    explained = hub.explain_hub_error(error, "model user/x")
+    explained = hub_errors.explain_hub_error(error, "model user/x")
     assert type(explained) is ToolkitError and words in str(explained)
-    assert hub.is_transient(error) == passes
+    assert hub_errors.is_transient(error) == passes
 
 
 def test_what_is_no_hub_id_is_wrong_use():
     error = wrapped(errors.HFValidationError("a/b/c"))
-    assert isinstance(hub.explain_hub_error(error, "model a/b/c"), UsageError) and not hub.is_transient(error)
+    assert isinstance(hub_errors.explain_hub_error(error, "model a/b/c"), UsageError) and not hub_errors.is_transient(
+        error
+    )
 
 
 def test_the_hub_says_how_long_to_wait():
-    assert hub.retry_after(answered(errors.HfHubHTTPError, 429, **{"retry-after": "7"})) == 7
+    assert hub_errors.retry_after(answered(errors.HfHubHTTPError, 429, **{"retry-after": "7"})) == 7
     limit = {"ratelimit": '"api";r=0;t=55'}
-    assert hub.retry_after(answered(errors.HfHubHTTPError, 429, **limit)) == 55
+    assert hub_errors.retry_after(answered(errors.HfHubHTTPError, 429, **limit)) == 55
+
+
+RETRIES = hub_errors.Retries(passing=6, unknown=2, refused=1, longest=10.0, longest_asked=100.0)
+PASSES = answered(errors.HfHubHTTPError, 503)
+REFUSES = answered(errors.HfHubHTTPError, 403)
+
+
+def test_pauses_double_up_to_the_longest_and_end():
+    failures = Counter()
+    pauses = [RETRIES.pause(PASSES, failures) for _ in range(7)]
+    assert pauses.pop() is None
+    for pause, most in zip(pauses, [1, 2, 4, 8, 10, 10], strict=True):
+        assert most / 2 <= pause <= most
+
+
+def test_what_the_hub_asks_for_is_waited_for_unless_it_is_too_long():
+    def asked(seconds: int) -> Exception:
+        return answered(errors.HfHubHTTPError, 429, **{"retry-after": str(seconds)})
+
+    assert 100 <= RETRIES.pause(asked(100), Counter()) <= 101
+    assert RETRIES.pause(asked(101), Counter()) is None
+
+
+def test_each_kind_of_failure_has_attempts_of_its_own():
+    """A refusal, or an error that nobody knows, in the middle of an outage is no more than the first of its kind."""
+    failures = Counter()
+    kinds = [PASSES] * 5 + [REFUSES] + [RuntimeError("odd")] * 2 + [PASSES]
+    assert all(RETRIES.pause(error, failures) for error in kinds)
+    assert all(RETRIES.pause(error, failures.copy()) is None for error in (PASSES, REFUSES, RuntimeError("odd")))
+
+
+def test_what_is_wrong_by_itself_is_never_tried_again():
+    patient = hub_errors.Retries(passing=9, unknown=9, refused=9)
+    assert patient.pause(UsageError("another run"), Counter()) is None
+    assert patient.pause(wrapped(errors.HFValidationError("a/b/c")), Counter()) is None
+    assert patient.pause(hub_errors.HubUnreachable("no answer"), Counter()) is not None
+
+
+def test_an_outage_of_a_week_has_pauses_too():
+    assert 150 <= hub_errors.BESIDE.pause(PASSES, Counter(passing=2000)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "kind"),
+    [(PASSES, 7, ToolkitError), (REFUSES, 2, hub_errors.HubRefused), (RuntimeError("odd"), 3, ToolkitError)],
+)
+def test_a_step_is_taken_until_it_goes_well_or_there_is_no_more_attempt(monkeypatch, error, attempts, kind):
+    monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.0)
+    taken = []
+
+    def step(failing: int) -> str:
+        taken.append(failing)
+        if len(taken) <= failing:
+            raise error
+        return "done"
+
+    assert RETRIES.call(lambda: step(attempts - 1), "dataset user/x") == "done" and len(taken) == attempts
+    taken.clear()
+    with pytest.raises(ToolkitError, match="dataset user/x: ") as raised:
+        RETRIES.call(lambda: step(attempts), "dataset user/x")
+    assert type(raised.value) is kind and len(taken) == attempts
 
 
 def test_the_configured_client_does_not_wait_for_ever(monkeypatch):

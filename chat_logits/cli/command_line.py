@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_options, refuse_missing
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import redact
+from chat_logits.hub_errors import redact
 from chat_logits.options import Config
 
 STDOUT = "-"  # as the name of a file to write

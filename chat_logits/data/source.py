@@ -11,7 +11,8 @@ from pathlib import Path
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.parquet_rows import ParquetRows
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import explain_hub_error, resolve_commit
+from chat_logits.hub import resolve_commit
+from chat_logits.hub_errors import explain_hub_error
 
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import explain_loading
+from chat_logits.hub_errors import explain_loading
 from logit_codec import MAX_TOKEN_ID
 
 THINK_TAGS = ("<think>", "</think>")

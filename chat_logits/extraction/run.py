@@ -79,8 +79,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
         opened, recorded = open_or_resume(config, folder, sync)
         with workers_of(opened, folder) as workers:
             if sync:
-                sync.overwrite = _replaces(config, folder, recorded, sync.repository.at)
-                sync.make()
+                sync.make(overwrite=_replaces(config, folder, recorded, sync.repository.at))
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
             run.compute_missing()
@@ -128,8 +127,8 @@ def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | Non
     Raises UsageError where the recorded run is another one, unless it is to be replaced.
     """
     recorded, where = folder.recorded, f"`output_dir` {folder.path}"
-    if not recorded and sync and sync.remote and not folder.is_replacing:
-        recorded, where = sync.remote.manifest, sync.repository.what
+    if not recorded and sync and sync.remote.state and not folder.is_replacing:
+        recorded, where = sync.remote.state.manifest, sync.repository.name
     if config.overwrite and not folder.is_replacing:
         recorded = None
     opened = open_run(config, recorded)
@@ -178,7 +177,7 @@ class Run:
 
     @property
     def finished(self) -> dict[int, ShardEntry]:
-        return {**(self.sync.adopted() if self.sync else {}), **self.folder.entries}
+        return {**(self.sync.remote.adopted() if self.sync else {}), **self.folder.entries}
 
     def begin_or_resume(self, recorded: Manifest | None) -> None:
         """Resume the recorded run, or start a new one in the folder."""
@@ -199,7 +198,7 @@ class Run:
         try:
             self._compute({shard: entry.source_rows for shard, entry in finished.items()})
         except BaseException as error:
-            if self.sync and (isinstance(error, Exception) or self.sync.holds_uploads):
+            if self.sync and (isinstance(error, Exception) or self.sync.remote.missing_uploads()):
                 self._push_finished()
             raise
 

@@ -23,7 +23,7 @@ from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import OpenedRun
 from chat_logits.extraction.shard_plan import AHEAD, ATTEMPTS, ShardPlan, pause_after
 from chat_logits.extraction.worker import ShardWorker, assign
-from chat_logits.hub import HubRefused, redact
+from chat_logits.hub_errors import HubRefused, redact
 from chat_logits.storage.disk import DiskFull
 from chat_logits.storage.manifest import Manifest
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from chat_logits.errors import ToolkitError
-from chat_logits.hub import explain_loading
+from chat_logits.hub_errors import explain_loading
 
 
 @dataclass(frozen=True)

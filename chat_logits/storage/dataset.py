@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import explain_hub_error, resolve_commit
+from chat_logits.hub import resolve_commit
+from chat_logits.hub_errors import explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
 from chat_logits.storage.shard import read_shard_rows, shard_sizes
 from logit_codec import RowError, validate_row

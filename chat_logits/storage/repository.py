@@ -9,7 +9,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import disable_progress_bars
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.hub import patiently
+from chat_logits.hub_errors import UPLOAD
 from chat_logits.storage.manifest import (
     CARD_FILE,
     EXTRACTION_FILE,
@@ -19,7 +19,6 @@ from chat_logits.storage.manifest import (
     read_shards,
 )
 
-UPLOAD_PATIENCE = 1800.0  # seconds that a shard which is nowhere else is sent again and again
 # What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
 DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")
 
@@ -50,7 +49,7 @@ class Repository:
 
     def __init__(self, repo_id: str, branch: str | None, private: bool):
         self.repo_id, self.branch, self.private = repo_id, branch or "main", private
-        self.what = f"`output_repo` {repo_id}"
+        self.name = f"`output_repo` {repo_id}"
         self._api = huggingface_hub.HfApi()
 
     @property
@@ -74,7 +73,7 @@ class Repository:
             self._refuse_other_data(files)
             return RemoteState(head, files)
         try:
-            manifest = Manifest.read(self._download(EXTRACTION_FILE, head), self.what)
+            manifest = Manifest.read(self._download(EXTRACTION_FILE, head), self.name)
         except ToolkitError as error:
             return RemoteState(head, files, damage=str(error))
         card = self._download(CARD_FILE, head).read_text(encoding="utf-8") if CARD_FILE in files else ""
@@ -93,7 +92,7 @@ class Repository:
     def _entries(self, files: frozenset[str], head: str) -> dict[int, ShardEntry]:
         """The shards that are listed and there; none for a list that is damaged: it is made anew."""
         try:
-            listed = read_shards(self._download(SHARDS_FILE, head), self.what) if SHARDS_FILE in files else []
+            listed = read_shards(self._download(SHARDS_FILE, head), self.name) if SHARDS_FILE in files else []
         except ToolkitError:
             return {}
         return {entry.shard: entry for entry in listed if entry.path in files}
@@ -106,7 +105,7 @@ class Repository:
         addition = huggingface_hub.CommitOperationAdd(name, file)
         arguments = {"repo_type": "dataset", "revision": self.branch}
         step = partial(self._api.preupload_lfs_files, self.repo_id, [addition], **arguments)
-        patiently(step, self.what, UPLOAD_PATIENCE)
+        UPLOAD.call(step, self.name)
         if addition._is_uploaded:
             return addition
         return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
@@ -134,7 +133,7 @@ class Repository:
     def _refuse_other_data(self, files: frozenset[str]) -> None:
         others = [path for path in files if path.endswith(DATA_SUFFIXES) or path.startswith("data/")]
         if others:
-            raise UsageError(f"{self.what}: the repository holds other files, such as {min(others)}. Choose another.")
+            raise UsageError(f"{self.name}: the repository holds other files, such as {min(others)}. Choose another.")
 
 
 def _addition(name: str, content) -> huggingface_hub.CommitOperationAdd:

@@ -199,7 +199,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
     hub.inject(Fault("refuse", "commit", status=403, times=math.inf))
     try:
         refused = straight(
-            "refused", "--push_every", 0, first="from chat_logits.extraction import upload; upload.FIRST_WAIT = 0.01"
+            "refused", "--push_every", 0, first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01"
         )
         assert refused.wait() == 1, refused.said
     finally:
@@ -209,9 +209,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
     assert refused.said.splitlines()[-1] == "error: The run ends, as its shards have no place any more."
     hub.inject(Fault("refuse", "info", status=503, times=math.inf))
     try:
-        away = straight(
-            "away", first="from chat_logits.extraction import upload; upload.START_PATIENCE = 1.0", log="away"
-        )
+        away = straight("away", first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01", log="away")
         assert away.wait() == 1, away.said
     finally:
         hub.clear_faults()

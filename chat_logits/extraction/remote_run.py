@@ -1,0 +1,125 @@
+"""The run as it is in a Hub repository: what of it is there, what is missing, and the commits that add it."""
+
+from chat_logits.extraction.folder import RunFolder
+from chat_logits.storage.card import run_state
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, ShardEntry, another_run
+from chat_logits.storage.repository import RemoteState, Repository
+
+
+class RemoteRun:
+    """The run in the repository: which of its shards are there and which are missing, and the commits that add these.
+
+    ``state`` is the repository as it was seen last, None if it never was. With ``overwrite``, whatever run is in it is
+    replaced by the first commit.
+    """
+
+    def __init__(self, repository: Repository, folder: RunFolder):
+        self.repository, self.folder, self.overwrite = repository, folder, False
+        self.state: RemoteState | None = None
+        self._is_stale = True
+        self._resend: set[int] = set()  # shards to send although the repository has their like
+        self.entries: dict[int, ShardEntry] = {}
+        self.uploads: dict[int, object] = {}  # shards that are in no folder here: what a commit names them by
+
+    def look(self) -> RemoteState:
+        """See what is in the repository now. Raises what ``Repository.look`` raises."""
+        self.state, self._is_stale = self.repository.look(), False
+        return self.state
+
+    def look_if_stale(self) -> RemoteState:
+        """As it was seen last, where no commit has been tried since."""
+        return self.look() if self._is_stale or self.state is None else self.state
+
+    def make(self) -> None:
+        """Make the repository, which was missing when it was seen last."""
+        self._is_stale = True
+        self.repository.make()
+
+    def begin(self) -> None:
+        """Take the folder's shards for those to send. Raises ToolkitError where the repository holds another run."""
+        if self.state:
+            self._refuse_another_run(self.state)
+        self.entries = dict(self.folder.entries)
+        self._resend = set(self.folder.recomputed)
+
+    def adopted(self) -> dict[int, ShardEntry]:
+        """The shards of this run that are in the repository, or on their way there, and not in the folder.
+
+        They are not computed again.
+        """
+        uploaded = {shard: self.entries[shard] for shard in self.uploads}
+        if not self.state:
+            return uploaded
+        ours = self.folder.entries.keys() | self.folder.recomputed
+        there = {shard: entry for shard, entry in self._listed(self.state, []).items() if shard not in ours}
+        return {**there, **uploaded}
+
+    def missing(self) -> list[ShardEntry]:
+        """The finished shards that the repository, as it was seen last, lacks, in order."""
+        there = self._listed(self.state, []) if self.state else {}
+        ours = sorted(self.entries.items())
+        return [entry for shard, entry in ours if shard not in there or shard in self._resend]
+
+    def missing_uploads(self) -> list[ShardEntry]:
+        """Those of them that are in no folder: only a commit keeps them from being lost."""
+        return [entry for entry in self.missing() if entry.shard in self.uploads]
+
+    def is_complete(self, remote: RemoteState) -> bool:
+        """Whether nothing is to be put in the place of what is there, and its card is that of the shards there.
+
+        What its owner has written into the card is left alone.
+        """
+        listed = list(self._listed(remote, []).values())
+        return self.overwrite or run_state(self.folder.manifest.fingerprint, listed) in remote.card
+
+    def prepare(self) -> RemoteState:
+        """The repository as a commit will find it, made if it is missing. Raises ToolkitError for another run in it."""
+        remote = self.look_if_stale()
+        if remote.head is None:
+            self.make()
+            remote = self.look()
+        self._refuse_another_run(remote)
+        return remote
+
+    def commit(self, remote: RemoteState, chosen: list[ShardEntry], is_last: bool) -> None:
+        """Send these shards and the files around, to the repository as it was seen."""
+        self._is_stale = True  # until the answer is here
+        is_first = not self._is_ours(remote)
+        listed = self._listed(remote, chosen)
+        around = self.folder.files_around(list(listed.values()))
+        if is_first:
+            around[EXTRACTION_FILE] = self.folder.manifest.text
+        elif not is_last:
+            del around[CARD_FILE]
+        sent = {entry.path: self.uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
+        replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
+        head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
+        if self.overwrite:
+            self.folder.note_replaced(self.repository.at)
+        card = around.get(CARD_FILE, remote.card)
+        self.state = RemoteState(head, manifest=self.folder.manifest, entries=listed, card=card)
+        self._resend -= {entry.shard for entry in chosen}
+        self.overwrite = self._is_stale = False
+
+    def _is_ours(self, remote: RemoteState) -> bool:
+        """Whether the run on the Hub is this one, and not to be replaced by it."""
+        return remote.fingerprint == self.folder.manifest.fingerprint and not self.overwrite
+
+    def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
+        """The shards that are on the Hub after a commit of those chosen."""
+        there = remote.entries if self._is_ours(remote) else {}
+        return {**there, **{entry.shard: entry for entry in chosen}}
+
+    def _refuse_another_run(self, remote: RemoteState) -> None:
+        if self.overwrite or remote.fingerprint == self.folder.manifest.fingerprint:
+            return
+        reasons = remote.manifest.differences(self.folder.manifest) if remote.manifest else [remote.damage]
+        if any(reasons):
+            raise another_run(self.repository.name, reasons, "repository")
+
+
+def _message(chosen: list[ShardEntry]) -> str:
+    if not chosen:
+        return "Describe the extraction"
+    first, last = chosen[0].shard, chosen[-1].shard
+    return f"Add shard {first}" if first == last else f"Add {len(chosen)} shards, {first} to {last}"

@@ -1,0 +1,228 @@
+"""What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
+
+import functools
+import importlib
+import math
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from chat_logits.errors import ToolkitError, UsageError
+
+FIRST_PAUSE = 1.0  # seconds until the second attempt
+PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
+Answer = TypeVar("Answer")
+# Tokens, and what gives an address the right to be written to.
+SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
+
+
+class HubUnreachable(ToolkitError):
+    """No answer at all: no network, no Hub, or offline mode."""
+
+
+class HubRefused(ToolkitError):
+    """An answer that only people can change: a token without the right, a repository that is gone."""
+
+
+def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitError] = ToolkitError) -> ToolkitError:
+    """A ToolkitError for an exception of the Hub's clients, or of type ``otherwise`` if it is not of the Hub.
+
+    ``name`` names the repository as the caller knows it, such as ``dataset user/name``. The clients wrap the
+    Hub's answer differently, so the chain of causes is searched.
+    """
+    if isinstance(error, ToolkitError):
+        return error
+    from huggingface_hub.errors import HFValidationError
+
+    failure = Failure(error)
+    if failure.status is not None:
+        return ToolkitError(f"{name}: {_advice(failure)}")
+    if failure.is_unreachable:
+        return HubUnreachable(f"{name}: the Hub cannot be reached")
+    if failure.is_broken:
+        return HubUnreachable(f"{name}: the connection to the Hub broke ({str(error) or 'no answer in time'})")
+    if failure.has(HFValidationError):
+        return UsageError(f"{name}: no such file or folder, and no Hub id (USER/NAME) either")
+    return otherwise(f"{name}: {error}")
+
+
+def redact(text: str) -> str:
+    """The text without the Hub's tokens and the queries of signed addresses.
+
+    >>> redact("PUT https://x/lfs?X-Amz-Signature=12ab&part=1 with hf_abcdefghij")
+    'PUT https://x/lfs?… with …'
+    """
+    import huggingface_hub
+
+    token = huggingface_hub.get_token()
+    return SECRETS.sub("…", text.replace(token, "…") if token else text)
+
+
+def explain_loading(error: BaseException, name: str) -> ToolkitError:
+    """As ``explain_hub_error``, for models and tokenizers, which may bring code of their own."""
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{name}: it brings Python code of its own, which would run here. Read that code first; then allow it with "
+            "`trust_remote_code`."
+        )
+    return explain_hub_error(error, name)
+
+
+def failure_kind(error: BaseException) -> str:
+    """What a failed step at the Hub promises of another attempt: a key of ``Retries``, or "final".
+
+    "passing" is trouble of the line or the Hub, "refused" an answer that only people can change, "unknown" any error
+    that is neither of the Hub nor the toolkit's own.
+    """
+    if isinstance(error, ToolkitError):
+        return "passing" if isinstance(error, HubUnreachable) else "final"
+    from huggingface_hub.errors import HFValidationError
+
+    failure = Failure(error)
+    if failure.has(HFValidationError):
+        return "final"
+    if failure.status is not None:
+        return "passing" if failure.status in PASSING or failure.status >= 500 else "refused"
+    return "passing" if failure.is_unreachable or failure.is_broken else "unknown"
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a step that failed so may go well later, without anybody's doing."""
+    return failure_kind(error) in ("passing", "unknown")
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait: its ``Retry-After``, or until its rate limit starts anew; None if neither."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    answer = Failure(error).answer
+    if answer is None:
+        return None
+    asked, limit = answer.headers.get("retry-after", ""), parse_ratelimit_headers(answer.headers)
+    if asked.strip().isdigit():
+        return float(asked)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+
+
+@dataclass(frozen=True)
+class Retries:
+    """Whether a step at the Hub that failed is tried again, and after how long. The caller does the waiting.
+
+    ``passing``, ``unknown`` and ``refused`` are how many failures in a row of each kind (``failure_kind``) are followed
+    by another attempt. A pause is twice as long as the one before, with jitter, ``longest`` seconds at most; or what
+    the Hub asks for, up to ``longest_asked`` seconds. ``huggingface_hub`` by itself repeats single requests for half a
+    minute, most uploads' among them; these are for what is left then, and for what has to look at the Hub anew.
+    """
+
+    passing: float
+    unknown: float
+    refused: float = 0
+    longest: float = 60.0
+    longest_asked: float = 600.0
+
+    def pause(self, error: BaseException, failures: Counter[str]) -> float | None:
+        """Seconds until the next attempt, None where there is none. Adds the error's kind to ``failures`` in a row."""
+        kind = failure_kind(error)
+        failures[kind] += 1
+        asked = retry_after(error)
+        if kind == "final" or failures[kind] > getattr(self, kind) or (asked or 0) > self.longest_asked:
+            return None
+        if asked is not None:
+            return asked + random.uniform(0, 1)
+        return min(self.longest, FIRST_PAUSE * 2 ** min(20, failures.total() - 1)) * random.uniform(0.5, 1)
+
+    def call(self, step: Callable[[], Answer], name: str) -> Answer:
+        """What ``step()`` gives in the end. Raises ToolkitError, about ``name``; HubRefused where it is refused."""
+        failures: Counter[str] = Counter()
+        while True:
+            try:
+                return step()
+            except Exception as error:
+                wait = self.pause(error, failures)
+                if wait is None:
+                    explained = explain_hub_error(error, name)
+                    is_refused = failure_kind(error) == "refused"
+                    raise (HubRefused(str(explained)) if is_refused else explained) from error
+                time.sleep(wait)
+
+
+# A shard that is nowhere else, about half an hour; a run that cannot begin without the Hub; a commit beside a run, and
+# one that a finished run waits for.
+UPLOAD = Retries(passing=45, unknown=3, longest_asked=1800.0)
+START = Retries(passing=5, unknown=3, longest_asked=60.0)
+BESIDE = Retries(passing=math.inf, unknown=math.inf, refused=5, longest=300.0, longest_asked=math.inf)
+LAST = Retries(passing=5, unknown=5, refused=5)
+
+
+class Failure:
+    """An exception with all that caused it: the clients wrap the Hub's answer differently."""
+
+    def __init__(self, error: BaseException):
+        self.causes: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in self.causes:
+            self.causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+
+    def has(self, *kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in self.causes)
+
+    @property
+    def answer(self) -> Any:
+        """The Hub's response, None where there was none."""
+        responses = (getattr(cause, "response", None) for cause in self.causes)
+        return next((response for response in responses if getattr(response, "status_code", None)), None)
+
+    @property
+    def status(self) -> int | None:
+        """The status of the Hub's answer, None where there was none."""
+        return self.answer.status_code if self.answer is not None else None
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether no connection was made."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        return self.has(_client().ConnectError, _client().ConnectTimeout, OfflineModeIsEnabled)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection failed, made or not."""
+        client = _client()
+        return self.has(client.NetworkError, client.TimeoutException, client.RemoteProtocolError)
+
+
+@functools.cache
+def _client() -> Any:
+    """The HTTP client's module: huggingface_hub 1 uses ``httpx``, 2 uses ``httpx2``."""
+    from huggingface_hub.errors import HTTPError
+
+    return importlib.import_module(HTTPError.__module__.partition(".")[0])
+
+
+def _advice(failure: Failure) -> str:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
+
+    status, first = failure.status, failure.causes[0]
+    if failure.has(GatedRepoError):
+        return f"gated ({status}). Ask for access on its page, then set HF_TOKEN to a token that has it."
+    if failure.has(RevisionNotFoundError):
+        return f"no such revision on the Hub ({status})."
+    if failure.has(EntryNotFoundError):
+        return f"a file is missing on the Hub ({status}): {first}"
+    if status in (401, 403, 404):
+        return (
+            f"not found on the Hub, or not yours to see ({status}). "
+            "Check the name; for a private repository set HF_TOKEN to a token that may read or write it."
+        )
+    if status in (409, 412):
+        return f"somebody else's commit came first ({status})"
+    if status == 429:
+        return "too many requests, says the Hub (429)"
+    if status is not None and status >= 500:
+        return f"the Hub fails ({status})"
+    return f"the Hub answered {status}: {str(first).partition(chr(10))[0]}"
