@@ -14,7 +14,7 @@ import shlex
 import sys
 
 from chat_logits.cli.command_line import leave, leave_torch_out, run_command
-from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, command_words, read_config
+from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, config_words, read_config
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import is_being_replaced
 
@@ -49,7 +49,7 @@ def _extract(config: ExtractConfig, command: list[str]) -> None:
     from chat_logits.cli.extract_report import print_extraction
 
     print_extraction(done)
-    logger.info("To repeat:\n  %s", shlex.join([*_program(command), *command_words(done.config)]))
+    logger.info("To repeat:\n  %s", shlex.join([*_program(command), *config_words(done.config)]))
 
 
 def _program(command: list[str]) -> list[str]:

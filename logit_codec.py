@@ -24,9 +24,9 @@ _BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
 class RowError(ValueError):
     """A stored row that does not follow FORMAT.md; the message names column, row, finding and expectation."""
 
-    def __init__(self, column: str, found: str, expected: str, row_number: int | None = None):
+    def __init__(self, column: str, finding: str, expected: str, row_number: int | None = None):
         where = "" if row_number is None else f" of row {row_number}"
-        super().__init__(f"column {column}{where}: found {found}, expected {expected}")
+        super().__init__(f"column {column}{where}: found {finding}, expected {expected}")
         self.column = column
 
 
@@ -268,8 +268,8 @@ def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray
     """Ids int32 and codes uint8, both (width,), of one position."""
     low, high, codes = _entry_values(sample, kind)
     if len(low) % n or len(codes) != len(low) or len(high) != -(-len(low) // 4):
-        found = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
-        raise RowError(f"{kind}_*", found, f"a multiple of {n}, as many low entries, a quarter of high bytes")
+        finding = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
+        raise RowError(f"{kind}_*", finding, f"a multiple of {n}, as many low entries, a quarter of high bytes")
     width = len(low) // n
     start, end = index * width, (index + 1) * width
     high_bits = _high_bits(_as_numbers(high[start // 4 : -(-end // 4)], np.uint8))[start % 4 :][:width]
@@ -330,8 +330,8 @@ def _check_numbers(row: dict, column: str, expected: int, dtype, row_number: int
     """The column as an array of ``expected`` numbers."""
     value = row.get(column)
     if value is None or len(value) != expected:
-        found = "nothing" if value is None else f"length {len(value)}"
-        raise RowError(column, found, f"length {expected}", row_number)
+        finding = "nothing" if value is None else f"length {len(value)}"
+        raise RowError(column, finding, f"length {expected}", row_number)
     try:
         return _as_numbers(value, dtype)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,7 +1,7 @@
 """An option, told once: a dataclass field with its type, default, range and one-line help.
 
 The command line, config files, the checks and the docs are made from these. Messages name an option in backquotes, as
-in "`top_k` 0: expected 1 or more"; the commands print it as it is typed there, ``--top_k``.
+in "`top_k` 0: expected 1 or more"; the commands print it as it is typed there.
 """
 
 import dataclasses
@@ -112,19 +112,6 @@ class Option:
         except ValueError as error:
             raise self._not_of_kind(text) from error
         return self.check(value)
-
-    def write(self, value: Any) -> list[str]:
-        """The words of a command line that ``read`` gives the value for.
-
-        >>> Option("top_k", int, 64, "").write(8)
-        ['--top_k', '8']
-        """
-        if self.kind is bool:
-            return [f"--{self.name}" if value else f"--no_{self.name}"]
-        if self.kind is tuple:
-            return [f"--{self.name}", *value]
-        text = json.dumps(value, ensure_ascii=False) if self.kind is dict else str(value)
-        return [f"--{self.name}={text}"] if text.startswith("-") else [f"--{self.name}", text]
 
 
 def option(default: Any = dataclasses.MISSING, **about: Any) -> Any:

@@ -1,10 +1,14 @@
 """The rooms of the package, by the imports that its files have: data goes up the rooms and never back."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 from conftest import REPO
+
+from chat_logits.data import templates
+from chat_logits.extraction import cluster
 
 COMMANDS = ("extract_logits", "explore_logits")
 BASE = (
@@ -17,6 +21,14 @@ BASE = (
     "chat_logits.scratch",
 )
 ROOMS = ("data", "model", "storage", "extraction", "analysis", "display", "cli")  # lowest first
+FLAG = re.compile(r"--[a-z]")
+FLAGS_ELSEWHERE = {
+    # Datasets and their shards have these texts in them, which stay as they are.
+    "chat_logits.data.alignment": {"--skip_tokens"},
+    "chat_logits.data.templates": {"generation blocks of --chat_template", templates.THREE_WAYS},
+    # Ray's own command has these.
+    "chat_logits.extraction.cluster": {"--address", cluster.START},
+}
 UNKNOWN_TO = {  # packages that a room does without
     "data": {"torch", "argparse", "rich"},
     "model": {"pyarrow", "datasets", "huggingface_hub", "argparse", "rich"},
@@ -80,3 +92,15 @@ def test_no_circle_of_imports():
 def test_the_command_line_is_known_to_the_two_commands_alone():
     users = {module for module, names in IMPORTS.items() for name in names if name.startswith("chat_logits.cli")}
     assert {user for user in users if not user.startswith("chat_logits.cli")} == set(COMMANDS)
+
+
+def texts_of(module: str) -> set[str]:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_no_flag_is_named_but_by_the_command_line():
+    """Messages elsewhere name an option in backquotes, which ``cli`` prints as it is typed."""
+    inside = {module for module in FILES if not module.startswith("chat_logits.cli.") and module not in COMMANDS}
+    flags = {module: {text for text in texts_of(module) if FLAG.search(text)} for module in inside}
+    assert {module: texts for module, texts in flags.items() if texts} == FLAGS_ELSEWHERE

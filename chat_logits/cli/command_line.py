@@ -1,4 +1,4 @@
-"""How both commands begin and end: what they tell on the way, exit status, errors in a line or two, signals."""
+"""How both commands begin and end: what they print on the way, exit status, errors in a line or two, signals."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def run_command(
     try:
         options, given = _read(kinds[-1], parser, argv)
         debug = options.debug
-        with stop_on_signals(), _told(options.log_level, kinds):
+        with stop_on_signals(), _printed_log(options.log_level, kinds):
             command(options, given)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has what it wanted
@@ -109,7 +109,7 @@ class _BesideBars(logging.Handler):
 
 
 @contextmanager
-def _told(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
+def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     """Within, what the package logs from this level on is printed."""
     package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds)
     before = package.level, package.propagate
@@ -186,8 +186,8 @@ def check_places(**files: str | None) -> None:
         if option == "json" and file == STDOUT:
             continue
         if not file or file == STDOUT or path.is_dir() or not path.parent.is_dir():
-            found = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
-            raise UsageError(f"`{option}` {file}: {found}, expected a file to write")
+            fault = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
+            raise UsageError(f"`{option}` {file}: {fault}, expected a file to write")
 
 
 def write_result(file: str, text: str) -> None:

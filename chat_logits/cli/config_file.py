@@ -26,13 +26,13 @@ def read_config_file(path: str, kind: type[Config]) -> dict[str, FileOption]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line {_line(root)}: expected lines such as top_k: 64")
-    found: dict[str, FileOption] = {}
+    options: dict[str, FileOption] = {}
     for key, value in root.value:
         where, name = f"{path}, line {_line(key)}", str(key.value)
-        if name in found:
-            raise UsageError(f"{where}: {name} is in line {found[name].line} already; leave one of the two out")
-        found[name] = FileOption(_read(where, name, value, kind), _line(key))
-    return found
+        if name in options:
+            raise UsageError(f"{where}: {name} is in line {options[name].line} already; leave one of the two out")
+        options[name] = FileOption(_read(where, name, value, kind), _line(key))
+    return options
 
 
 def _parse(path: str) -> yaml.Node | None:

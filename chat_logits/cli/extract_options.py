@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from chat_logits.cli.command_line import called_as
 from chat_logits.cli.config_file import read_config_file
-from chat_logits.cli.parser import CommandParser, CommonOptions, read_options, refuse_missing
+from chat_logits.cli.parser import CommandParser, CommonOptions, command_words, read_options, refuse_missing
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.options import COMPUTED, EXTRACTED, READ, SPREAD, WRITTEN, option, options_of
 
@@ -50,18 +50,18 @@ def read_config(options: ExtractOptions, given: dict) -> ExtractConfig:
     chosen = read_options(ExtractConfig, given)
     in_file = read_config_file(options.config, ExtractConfig) if options.config else {}
     against = [
-        f"`{name}` {chosen[name]} (line {found.line} has {found.value})"
-        for name, found in in_file.items()
-        if name in chosen and chosen[name] != found.value
+        f"`{name}` {chosen[name]} (line {entry.line} has {entry.value})"
+        for name, entry in in_file.items()
+        if name in chosen and chosen[name] != entry.value
     ]
     if against:
         logger.info("The command line wins over %s: %s", options.config, ", ".join(against))
-    values = {name: found.value for name, found in in_file.items()} | chosen
+    values = {name: entry.value for name, entry in in_file.items()} | chosen
     refuse_missing(ExtractConfig, values)
     return ExtractConfig(**values)
 
 
-def command_words(config: ExtractConfig) -> list[str]:
+def config_words(config: ExtractConfig) -> list[str]:
     """The options, as words of a command line, that give this config."""
     options = options_of(ExtractConfig)
-    return [word for name, value in config.chosen().items() for word in options[name].write(value)]
+    return [word for name, value in config.chosen().items() for word in command_words(options[name], value)]

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,6 +99,20 @@ def refuse_missing(kind: type[Config], values: dict[str, Any]) -> None:
         raise UsageError(f"required: {', '.join(missing)}")
 
 
+def command_words(option: Option, value: Any) -> list[str]:
+    """The words of a command line that give an option this value.
+
+    >>> command_words(Option("top_k", int, 64, ""), 8)
+    ['--top_k', '8']
+    """
+    if option.kind is bool:
+        return [f"--{option.name}" if value else f"--{NO}{option.name}"]
+    if option.kind is tuple:
+        return [f"--{option.name}", *value]
+    text = json.dumps(value, ensure_ascii=False) if option.kind is dict else str(value)
+    return [f"--{option.name}={text}"] if text.startswith("-") else [f"--{option.name}", text]
+
+
 def as_typed(text: str, kinds: Iterable[type[Config]]) -> str:
     """A message with its options, which are in backquotes, as they are typed on the command line.
 
@@ -106,8 +121,8 @@ def as_typed(text: str, kinds: Iterable[type[Config]]) -> str:
     """
     options = {name: one for kind in kinds for name, one in options_of(kind).items()}
 
-    def typed(found: re.Match) -> str:
-        one = options.get(found[1])
-        return found[0] if one is None else f"--{NO * (one.kind is bool and one.default is True)}{one.name}"
+    def typed(match: re.Match) -> str:
+        one = options.get(match[1])
+        return match[0] if one is None else f"--{NO * (one.kind is bool and one.default is True)}{one.name}"
 
     return re.sub(r"`(\w+)`", typed, text)

@@ -226,14 +226,14 @@ def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner, conversa
 
 
 def _first_difference(original: Alignment, rebuilt: Alignment, tokenizer) -> str:
-    for i, (found, expected) in enumerate(zip(rebuilt.input_ids, original.input_ids, strict=False)):
-        if found != expected:
-            texts = [repr(tokenizer.decode([int(token)])) for token in (found, expected)]
-            return f"token {i} is {texts[0]} ({found}), expected {texts[1]} ({expected})"
+    for i, (token, expected) in enumerate(zip(rebuilt.input_ids, original.input_ids, strict=False)):
+        if token != expected:
+            texts = [repr(tokenizer.decode([int(token_id)])) for token_id in (token, expected)]
+            return f"token {i} is {texts[0]} ({token}), expected {texts[1]} ({expected})"
     if len(rebuilt.input_ids) != len(original.input_ids):
         return f"it gives {len(rebuilt.input_ids)} tokens, expected {len(original.input_ids)}"
-    for i, (found, expected) in enumerate(zip(rebuilt.reasons, original.reasons, strict=True)):
-        if (found is None) != (expected is None):
-            verb = ("extracts", "skipped") if found is None else ("skips", "extracted")
+    for i, (reason, expected) in enumerate(zip(rebuilt.reasons, original.reasons, strict=True)):
+        if (reason is None) != (expected is None):
+            verb = ("extracts", "skipped") if reason is None else ("skips", "extracted")
             return f"it {verb[0]} token {i}, which was {verb[1]}"
     return "the extracted positions differ"

@@ -66,15 +66,15 @@ def _named_columns(messages: str | None, prompt: str | None, response: str | Non
 
 
 def _detect_columns(names: list[str]) -> dict[str, str]:
-    found = [columns for columns in FORMATS if set(columns.values()) <= set(names)]
+    fitting = [columns for columns in FORMATS if set(columns.values()) <= set(names)]
     listed = ", ".join(names)
-    if not found:
+    if not fitting:
         known = "; ".join(" + ".join(columns.values()) for columns in FORMATS)
         raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{OVERRIDES}")
-    if len(found) > 1:
-        fits = " and ".join(" + ".join(columns.values()) for columns in found)
+    if len(fitting) > 1:
+        fits = " and ".join(" + ".join(columns.values()) for columns in fitting)
         raise UsageError(f"ambiguous columns: {fits} both hold conversations (all columns: {listed}).\n{OVERRIDES}")
-    return dict(found[0])
+    return dict(fitting[0])
 
 
 def to_conversation(row: dict, columns: dict[str, str], system_prompt: str | None = None) -> list[dict]:

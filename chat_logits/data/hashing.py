@@ -24,8 +24,8 @@ def hash_files(path: str | Path) -> str:
     files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
     shown = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
     digest = hashlib.sha256()
-    for name, found in zip(shown, _hashes(list(shown.values())), strict=True):
-        digest.update(f"{name.as_posix()}\0{found}\n".encode())
+    for name, sha256 in zip(shown, _hashes(list(shown.values())), strict=True):
+        digest.update(f"{name.as_posix()}\0{sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -46,11 +46,13 @@ def _hashes(files: list[Path]) -> list[str]:
         remembered = _read_memory()
         _known.update({stamp[0]: remembered[stamp[0]] for stamp in stamps if _recall(remembered, stamp)})
     read: dict[str, list] = {}
-    found = [_recall(_known, stamp) or _hash_file(file, stamp, read) for file, stamp in zip(files, stamps, strict=True)]
+    hashes = [
+        _recall(_known, stamp) or _hash_file(file, stamp, read) for file, stamp in zip(files, stamps, strict=True)
+    ]
     if read:
         _known.update(read)
         _write_memory(read)
-    return found
+    return hashes
 
 
 def _stamp(file: Path) -> tuple:
@@ -64,18 +66,18 @@ def _stamp(file: Path) -> tuple:
 
 def _recall(hashes: dict[str, list], stamp: tuple) -> str | None:
     path, *state = stamp
-    *known, found = hashes.get(path, [None])
-    return found if known == state else None
+    *known, sha256 = hashes.get(path, [None])
+    return sha256 if known == state else None
 
 
 def _hash_file(file: Path, stamp: tuple, read: dict[str, list]) -> str:
     """A file's SHA-256, from its contents. ``read`` gets what is worth remembering."""
     settled = max(stamp[2:]) < time.time_ns() - GRAIN * 1e9
     with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     if settled and _stamp(file) == stamp:
-        read[stamp[0]] = [*stamp[1:], found]
-    return found
+        read[stamp[0]] = [*stamp[1:], sha256]
+    return sha256
 
 
 def _memory_file() -> Path:

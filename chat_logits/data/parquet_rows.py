@@ -82,8 +82,8 @@ class ParquetRows:
 
         unread = [file for file in files if file not in self._footers]
         bar = {"desc": "Footers of Parquet files", "unit": " files", "leave": False, "delay": 1}
-        found = thread_map(self._group_sizes, unread, max_workers=FOOTER_THREADS, **bar) if unread else []
-        self._footers.update(zip(unread, found, strict=True))
+        group_sizes = thread_map(self._group_sizes, unread, max_workers=FOOTER_THREADS, **bar) if unread else []
+        self._footers.update(zip(unread, group_sizes, strict=True))
         for file in files:
             for group, size in enumerate(self._footers[file]):
                 self._groups.append((file, group))

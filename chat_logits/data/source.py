@@ -78,9 +78,9 @@ class StreamRows:
             return []
         if self._open is None or first < self._next_row:
             self._open, self._next_row = iter(self._stream.skip(first)), first
-        found = list(islice(self._open, first - self._next_row, end - self._next_row))
-        self._next_row = first + len(found)
-        return found
+        rows = list(islice(self._open, first - self._next_row, end - self._next_row))
+        self._next_row = first + len(rows)
+        return rows
 
 
 def open_source(

@@ -129,10 +129,10 @@ def _check_nesting(shorter: str, longer: str) -> None:
     if longer.startswith(shorter):
         return
     at = next(i for i, (a, b) in enumerate(zip(shorter + "\0", longer + "\0", strict=False)) if a != b)
-    found, expected = longer[at : at + 20], shorter[at : at + 20]
+    inside, alone = longer[at : at + 20], shorter[at : at + 20]
     raise PrefixError(
         "the chat template marks no answers, and a conversation's prefix renders otherwise alone: after "
-        f"{longer[max(0, at - 20) : at]!r} it has {expected!r} alone and {found!r} in the whole.\n{THREE_WAYS}"
+        f"{longer[max(0, at - 20) : at]!r} it has {alone!r} alone and {inside!r} in the whole.\n{THREE_WAYS}"
     )
 
 

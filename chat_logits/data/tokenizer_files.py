@@ -62,9 +62,9 @@ def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | No
 
     None where its files are not at hand, or leave something to Python code, or to options that only that knows.
     """
-    found = [_file(source, commit, name) for name in ("tokenizer.json", "tokenizer_config.json")]
-    files = [file for file in found if file]
-    if len(files) < len(found):
+    paths = [_file(source, commit, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    files = [file for file in paths if file]
+    if len(files) < len(paths):
         return None
     try:
         config = json.loads(files[1].read_text(encoding="utf-8"))

@@ -100,7 +100,7 @@ def _draw_tail(mass: torch.Tensor, uniforms: torch.Tensor, num_sampled: int) -> 
     """Systematic draws from the mass (R, V) that is left: ids int64 and mass float64, both (R, S)."""
     parts = zip(mass.split(DRAWN_ROWS), _block_sums(mass).split(DRAWN_ROWS), uniforms.split(DRAWN_ROWS), strict=True)
     drawn = [_search(rows, sums, some, num_sampled) for rows, sums, some in parts]
-    return torch.cat([ids for ids, _ in drawn]), torch.cat([found for _, found in drawn])
+    return torch.cat([ids for ids, _ in drawn]), torch.cat([masses for _, masses in drawn])
 
 
 def _search(

@@ -131,8 +131,8 @@ class Teacher:
         read = [request.input_ids if self.length_switch else request.read_ids for request in requests]
         lengths = [len(ids) - shared for ids in read]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
-        for row, found in zip(ids, read, strict=True):
-            row[: len(found) - shared] = torch.from_numpy(found[shared:])
+        for row, sequence in zip(ids, read, strict=True):
+            row[: len(sequence) - shared] = torch.from_numpy(sequence[shared:])
         # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
         inputs = {"input_ids": _upload(ids, self.device), "use_cache": bool(shared)}
         if shared:
@@ -197,8 +197,8 @@ def _reference_rows(model, requests: list[Request]) -> torch.Tensor:
 
 
 def _difference(teacher: Teacher, requests: list[Request], expected: torch.Tensor) -> float:
-    found = torch.cat(list(teacher.row_logits(requests)))
-    return (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    logits = torch.cat(list(teacher.row_logits(requests)))
+    return (logits - expected).abs().max().item() if logits.shape == expected.shape else float("inf")
 
 
 def _cache_agrees(teacher: Teacher, prefix: np.ndarray, requests, expected: torch.Tensor, limit: float) -> bool:

@@ -9,7 +9,7 @@ from conftest import CONVERSATIONS, MODEL, REPO
 import explore_logits
 import extract_logits
 from chat_logits.cli import explore_options, extract_options
-from chat_logits.cli.extract_options import ExtractOptions, command_words, read_config
+from chat_logits.cli.extract_options import ExtractOptions, config_words, read_config
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.options import options_of
 
@@ -107,7 +107,7 @@ def test_the_words_of_a_config_give_it_again():
         device_map="auto",
         max_memory={"0": "60GiB"},
     )
-    assert read_config(ExtractOptions(), extract_options.build_parser().given(command_words(config))) == config
+    assert read_config(ExtractOptions(), extract_options.build_parser().given(config_words(config))) == config
 
 
 HEAVY = "sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
