@@ -88,7 +88,7 @@ def plan(place: Path, rows: int, *more: str) -> dict:
     imported, memory = time.perf_counter(), resident("VmHWM")
     config = config_for(place, rows, check_shards="check_shards" in more)
     with RunFolder(config.folder) as folder:
-        opened, recorded = extraction_run.open_or_resume(config, folder, None)
+        opened, recorded = extraction_run.open_or_resume(config, folder, None, config)
         run = extraction_run.Run(opened, folder, None, None, DiskWatch(folder.path, opened.reader.num_rows))
         if recorded:
             run.begin_or_resume(recorded)

@@ -110,14 +110,7 @@ def compare_analyses(
     ``Comparison``. Raises UsageError for datasets of two tokenizers, ToolkitError where the other has not got the
     conversation, or has it with other tokens.
     """
-    refuse_other_tokenizer(first, other)
-    row = first.read_row(sample_index)
-    other_index, other_row = _row_of(other, row["source_index"], sample_index % first.num_rows)
-    if not has_same_tokens(row, other_row):
-        raise ToolkitError(
-            f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
-            "expected the same conversation, template and skipped tokens"
-        )
+    row, other_index, other_row = _same_conversation(first, other, sample_index)
     alignment = align_row(row, tokenizer, first.manifest, chat_template)
     compared = compare_rows(row, other_row, alignment.input_ids[alignment.positions])
     return Comparison(
@@ -132,6 +125,19 @@ def compare_analyses(
         top_n=top_n,
         only=only,
     )
+
+
+def _same_conversation(first: StoredDataset, other: StoredDataset, sample_index: int) -> tuple[dict, int, dict]:
+    """The row, and the other's index and row of the same source row with the same tokens."""
+    refuse_other_tokenizer(first, other)
+    row = first.read_row(sample_index)
+    other_index, other_row = _row_of(other, row["source_index"], sample_index % first.num_rows)
+    if not has_same_tokens(row, other_row):
+        raise ToolkitError(
+            f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
+            "expected the same conversation, template and skipped tokens"
+        )
+    return row, other_index, other_row
 
 
 def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:

@@ -125,18 +125,7 @@ def check_rows(
     """Hold these rows against a loaded model, with a progress bar on stderr."""
     from chat_logits.model.loading import input_device
 
-    aligner = RowAligner(tokenizer, dataset.manifest, chat_template)
-    checks, causes = [], []
-    for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
-        try:
-            row = dataset.read_row(index)
-            alignment = aligner.align(row)
-        except DamagedRow as error:  # which names the row
-            causes.append(str(error))
-        except (DamagedShard, AlignmentError) as error:
-            causes.append(f"row {index}: {error}")
-        else:
-            checks.append(check_row(index, row, alignment, model, dataset.manifest))
+    checks, causes = _check_each(dataset, model, RowAligner(tokenizer, dataset.manifest, chat_template), indices)
     figures, limits, shifts = _figures(checks)
     causes += _causes(checks, dataset.manifest, model.name_or_path)
     return Verification(
@@ -151,6 +140,24 @@ def check_rows(
         shifts=shifts,
         causes=causes or _undecided(shifts),
     )
+
+
+def _check_each(
+    dataset: StoredDataset, model, aligner: RowAligner, indices: Sequence[int]
+) -> tuple[list[RowCheck], list[str]]:
+    """The checks of the rows, and a line for each row that cannot be checked."""
+    checks, causes = [], []
+    for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
+        try:
+            row = dataset.read_row(index)
+            alignment = aligner.align(row)
+        except DamagedRow as error:  # which names the row
+            causes.append(str(error))
+        except (DamagedShard, AlignmentError) as error:
+            causes.append(f"row {index}: {error}")
+        else:
+            checks.append(check_row(index, row, alignment, model, dataset.manifest))
+    return checks, causes
 
 
 # --- the rows together ---

@@ -87,29 +87,27 @@ def token_page(
     rows: int,
     **content,
 ) -> str:
-    """A page of tokens. ``detail`` gives what the panel shows of one: ``place``, ``facts``, and ``groups`` of bars.
+    """A page of tokens; ``detail`` gives what the panel shows of one: ``place``, ``facts``, ``groups`` of bars.
 
     ``rows`` is how many bars and titles of groups a token has at most.
     """
     characters = token_characters(tokens)
-    parts = characters_of_parts(tokens, characters)
-    indices = {token.position: index for index, token in enumerate(tokens)}
     measured = [token for token in tokens if measure.of(token) is not None]
     return render_page(
         "tokens.html.jinja",
         script="tokens.js",
         data={
-            "details": {token.position: _with_parts(token, parts, detail) for token in tokens},
+            "details": _details(tokens, characters, detail),
             "answer": [token.position for token in tokens if token.status != PROMPT],
             "strip": [token.position for token in measured],
         },
         segments=_turns(tokens, characters, messages, measure),
         strip=_strip([measure.of(token) or 0.0 for token in measured], measure),
-        listed=[_entry(token, text_before(indices[token.position], tokens), measure) for token in listed],
+        listed=_entries(listed, tokens, measure),
         has_parts=not all(characters),
         rows=rows,
         measure=measure.name,
-        legend=[("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))],
+        legend=_legend(measure),
         **content,
     )
 
@@ -123,6 +121,13 @@ def _turns(tokens: list[TokenAnalysis], characters: list[str], messages: list[di
         {"role": turn.role, "kind": turn.kind, "tokens": [spans[token.position] for token in turn.tokens]}
         for turn in segments(tokens, messages)
     ]
+
+
+def _details(
+    tokens: list[TokenAnalysis], characters: list[str], detail: Callable[[TokenAnalysis], dict]
+) -> dict[int, dict]:
+    parts = characters_of_parts(tokens, characters)
+    return {token.position: _with_parts(token, parts, detail) for token in tokens}
 
 
 def _with_parts(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
@@ -166,13 +171,23 @@ def _strip(values: list[float], measure: Measure) -> dict:
     return {"width": max(1, len(values)), "paths": sorted(paths.items())}
 
 
-def _entry(token: TokenAnalysis, before: str, measure: Measure) -> dict:
-    return {
-        "position": token.position,
-        "before": line_of(before),
-        "text": quoted(token.text)[1:-1],
-        "value": f"{measure.of(token):.2f}",
-    }
+def _entries(listed: list[TokenAnalysis], tokens: list[TokenAnalysis], measure: Measure) -> list[dict]:
+    """The tokens that a page lists, each with the text before it."""
+    indices = {token.position: index for index, token in enumerate(tokens)}
+    return [
+        {
+            "position": token.position,
+            "before": line_of(text_before(indices[token.position], tokens)),
+            "text": quoted(token.text)[1:-1],
+            "value": f"{measure.of(token):.2f}",
+        }
+        for token in listed
+    ]
+
+
+def _legend(measure: Measure) -> list[tuple[str, int]]:
+    """The lower bound of each shade, and its number."""
+    return [("0", 0), *((f"{bound:g}", shade) for shade, bound in enumerate(measure.shades, start=1))]
 
 
 # --- details of a token ---

@@ -72,11 +72,11 @@ def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
 
 
 def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
-    locate(config, folder.recorded)  # before anything heavy is imported
+    located = locate(config, folder.recorded)  # before anything heavy is imported
     workers_of = choose_workers(config)
     sync = _connect(config, folder) if config.output_repo else None
     try:
-        opened, recorded = open_or_resume(config, folder, sync)
+        opened, recorded = open_or_resume(config, folder, sync, located)
         with workers_of(opened, folder) as workers:
             if sync:
                 sync.make(overwrite=_replaces(config, folder, recorded, sync.repository.at))
@@ -121,17 +121,20 @@ def _replaces(config: ExtractConfig, folder: RunFolder, recorded: Manifest | Non
     return folder.may_replace(repo) or (config.overwrite and not is_done)
 
 
-def open_or_resume(config: ExtractConfig, folder: RunFolder, sync: HubSync | None) -> tuple[OpenedRun, Manifest | None]:
+def open_or_resume(
+    config: ExtractConfig, folder: RunFolder, sync: HubSync | None, located: ExtractConfig
+) -> tuple[OpenedRun, Manifest | None]:
     """What is read, and the record of the run to resume: the folder's, else the repository's; None for a new run.
 
-    Raises UsageError where the recorded run is another one, unless it is to be replaced.
+    ``located`` is the config with the commits that fit the folder's record, or a new run. Raises UsageError where the
+    recorded run is another one, unless it is to be replaced.
     """
     recorded, where = folder.recorded, f"`output_dir` {folder.path}"
     if not recorded and sync and sync.remote.state and not folder.is_replacing:
         recorded, where = sync.remote.state.manifest, sync.repository.name
     if config.overwrite and not folder.is_replacing:
         recorded = None
-    opened = open_run(config, recorded)
+    opened = open_run(located if recorded is folder.recorded else config, recorded)
     different = differences(opened, recorded) if recorded else []
     if different and not config.overwrite:
         raise another_run(where, different, "place")

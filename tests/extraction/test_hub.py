@@ -65,12 +65,13 @@ def extract(workplace, *options, **more):
 
 
 @pytest.fixture(scope="module")
-def pushed(workplace):
-    """What the README's command does with --output_repo alone."""
+def pushed(hub, workplace):
+    """What the README's command does with --output_repo alone: its folder, output, and requests by path."""
     folder, _ = workplace
+    before = len(hub[0].requests)
     done = extract(workplace, "--output_repo", "user/logits", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    return folder / "outputs" / "logits", done.stdout
+    return folder / "outputs" / "logits", done.stdout, [request.path for request in hub[0].requests[before:]]
 
 
 def test_the_repository_holds_the_folders_files(hub, pushed):
@@ -87,6 +88,10 @@ def test_revisions_are_the_commits(hub, pushed):
     extraction = json.loads((pushed[0] / "extraction.json").read_text())
     assert extraction["model_revision"] == hub[1]["model"]
     assert extraction["dataset_revision"] == hub[1]["dataset"]
+
+
+def test_a_new_run_asks_once_which_commits_it_reads(pushed):
+    assert [pushed[2].count(f"/api/{repo}") for repo in ("models/user/tiny-chat", "datasets/user/questions")] == [1, 1]
 
 
 def test_what_comes_back_is_what_was_written(pushed, workplace):
