@@ -153,7 +153,7 @@ class Retries:
 # A shard that is nowhere else, about half an hour; a run that cannot begin without the Hub; a commit beside a run, and
 # one that a finished run waits for.
 UPLOAD = Retries(passing=45, unknown=3, longest_asked=1800.0)
-START = Retries(passing=5, unknown=3, longest_asked=60.0)
+START = Retries(passing=6, unknown=3, longest_asked=60.0)
 BESIDE = Retries(passing=math.inf, unknown=math.inf, refused=5, longest=300.0, longest_asked=math.inf)
 LAST = Retries(passing=5, unknown=5, refused=5)
 

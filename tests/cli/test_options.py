@@ -36,7 +36,7 @@ def test_every_option_is_known_with_underscores_and_with_dashes(command):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--top-kk", "3"], "--top-kk: no such option; did you mean --top_k?"),
         (["--batch-token=3"], "--batch-token: no such option; did you mean --batch_tokens?"),
@@ -54,10 +54,10 @@ def test_every_option_is_known_with_underscores_and_with_dashes(command):
         (["--max_memory", "{}"], "--max_memory: it goes with --device_map"),
     ],
 )
-def test_mistakes_are_a_line_without_usage(words, told, capsys):
+def test_mistakes_are_a_line_without_usage(words, message, capsys):
     assert extract_logits.main([*NEEDED, *words]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {told}") and len(said.splitlines()) == 1
+    assert said.startswith(f"error: {message}") and len(said.splitlines()) == 1
 
 
 def test_what_is_required_is_told(capsys):

@@ -34,9 +34,9 @@ def align(smollm2):
 
     def run(messages, template=SHIPPED, skip=(), keep=()):
         chat_template = ChatTemplate(template, tokenizer.special_tokens_map, {})
-        found = Aligner(tokenizer, chat_template, skipped_token_ids(tokenizer, skip, keep)).align(messages)
-        texts = [token_text(tokenizer, int(i)) for i in found.input_ids]
-        return list(zip(texts, found.reasons, strict=True))
+        alignment = Aligner(tokenizer, chat_template, skipped_token_ids(tokenizer, skip, keep)).align(messages)
+        texts = [token_text(tokenizer, int(i)) for i in alignment.input_ids]
+        return list(zip(texts, alignment.reasons, strict=True))
 
     return run
 
@@ -67,18 +67,18 @@ SPECIAL = chat_alignment.SPECIAL_REASON
     ],
 )
 def test_masks_token_by_token(align, answer, expected):
-    found = answer_part(align(assistant(answer)))
-    assert found[:3] == [("ass", "prompt"), ("istant", "prompt"), ("\n", "prompt")]
-    assert found[3:-1] == expected
-    assert found[-1] == ("\n", "prompt")
+    tokens = answer_part(align(assistant(answer)))
+    assert tokens[:3] == [("ass", "prompt"), ("istant", "prompt"), ("\n", "prompt")]
+    assert tokens[3:-1] == expected
+    assert tokens[-1] == ("\n", "prompt")
 
 
 @pytest.mark.parametrize(("space", "edge"), [("  ", "\n "), ("\n\n", "\n\n")])
 def test_a_token_that_straddles_the_spans_edge_is_extracted(align, space, edge):
     """The header's newline and the answer's first space are one token here."""
-    found = answer_part(align(assistant(f"{space}Paris")))
-    assert found[:3] == [("ass", "prompt"), ("istant", "prompt"), (edge, None)]
-    assert "".join(text for text, reason in found[2:] if reason is None) == f"\n{space}Paris"
+    tokens = answer_part(align(assistant(f"{space}Paris")))
+    assert tokens[:3] == [("ass", "prompt"), ("istant", "prompt"), (edge, None)]
+    assert "".join(text for text, reason in tokens[2:] if reason is None) == f"\n{space}Paris"
 
 
 def test_every_assistant_turn_is_extracted(align):
@@ -90,18 +90,18 @@ def test_every_assistant_turn_is_extracted(align):
 
 
 def test_think_tags_are_skipped_and_thoughts_are_not(align):
-    found = answer_part(align(assistant("<think>\nHm\n</think>\n\nYes"), THINKING))[3:]
-    thoughts = [text for text, reason in found if reason is None]
-    tags = [text for text, reason in found if reason == chat_alignment.THINK_TAG_REASON]
+    tokens = answer_part(align(assistant("<think>\nHm\n</think>\n\nYes"), THINKING))[3:]
+    thoughts = [text for text, reason in tokens if reason is None]
+    tags = [text for text, reason in tokens if reason == chat_alignment.THINK_TAG_REASON]
     assert "".join(thoughts) == "\nHm\n\n\nYes"
     assert "".join(tags) == "<think></think>"
 
 
 def test_an_empty_think_block_is_skipped_whole(align):
-    found = answer_part(align(assistant("Yes"), THINKING))[3:]
-    block = [text for text, reason in found if reason == chat_alignment.EMPTY_THINK_REASON]
+    tokens = answer_part(align(assistant("Yes"), THINKING))[3:]
+    block = [text for text, reason in tokens if reason == chat_alignment.EMPTY_THINK_REASON]
     assert "".join(block) == "<think>\n\n</think>\n\n"
-    assert [text for text, reason in found if reason is None] == ["Yes"]
+    assert [text for text, reason in tokens if reason is None] == ["Yes"]
 
 
 def test_what_follows_the_end_of_the_turn_is_skipped(align):
@@ -112,9 +112,9 @@ def test_what_follows_the_end_of_the_turn_is_skipped(align):
 
 
 def test_the_first_token_of_all_has_nothing_that_predicts_it(align):
-    found = align(assistant("Yes no"), BARE)
-    assert found[0][1] == chat_alignment.FIRST_TOKEN_REASON
-    assert [reason for _, reason in found[1:]] == [None] * (len(found) - 1)
+    tokens = align(assistant("Yes no"), BARE)
+    assert tokens[0][1] == chat_alignment.FIRST_TOKEN_REASON
+    assert [reason for _, reason in tokens[1:]] == [None] * (len(tokens) - 1)
 
 
 def test_ids_are_apply_chat_templates(smollm2, source_rows, real_alignments):
@@ -170,9 +170,9 @@ def stored(smollm2):
 
 def test_align_row_gives_ids_and_positions(smollm2, stored):
     row, extraction, aligned = stored
-    found = chat_alignment.align_row(row, smollm2[1], extraction)
-    np.testing.assert_array_equal(found.input_ids, aligned.input_ids)
-    assert smollm2[1].decode(found.input_ids[found.positions]) == "Paris, France"
+    rebuilt = chat_alignment.align_row(row, smollm2[1], extraction)
+    np.testing.assert_array_equal(rebuilt.input_ids, aligned.input_ids)
+    assert smollm2[1].decode(rebuilt.input_ids[rebuilt.positions]) == "Paris, France"
 
 
 @pytest.mark.parametrize(

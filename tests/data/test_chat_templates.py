@@ -104,8 +104,8 @@ def test_tools_among_the_first_conversations_decide_nothing(smollm2):
 
 
 def spans(text: str, conversation: list[dict], **options) -> list[str]:
-    rendered, found = template(text, **options).render(conversation)
-    return [rendered[start:end] for start, end in found]
+    rendered, spans = template(text, **options).render(conversation)
+    return [rendered[start:end] for start, end in spans]
 
 
 def test_prefixes_give_each_turn_without_its_header():
@@ -168,9 +168,9 @@ def test_a_date_does_not_stay_behind():
 
 def test_special_tokens_and_variables_reach_the_template():
     text = "{{ bos_token }}{{ mood }}{% generation %}{{ messages[1].reasoning_content }}{% endgeneration %}"
-    found = ChatTemplate(text, {"bos_token": "<s>"}, {"mood": "calm"})
+    calm = ChatTemplate(text, {"bos_token": "<s>"}, {"mood": "calm"})
     for key in ("reasoning_content", "thinking"):
-        assert found.render([QUESTION, {**ANSWER, key: "Hm"}])[0] == "<s>calmHm"
+        assert calm.render([QUESTION, {**ANSWER, key: "Hm"}])[0] == "<s>calmHm"
 
 
 def test_smollm2_template_renders_as_the_models_own(smollm2):
@@ -180,5 +180,5 @@ def test_smollm2_template_renders_as_the_models_own(smollm2):
         for messages in (turn, [system, *turn], turn * 3, [QUESTION]):
             for prompt in (False, True):
                 own = smollm2[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-                found = template(SHIPPED).text_or_none(messages, add_generation_prompt=prompt)
-                assert found == own
+                shipped = template(SHIPPED).text_or_none(messages, add_generation_prompt=prompt)
+                assert shipped == own

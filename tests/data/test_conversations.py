@@ -78,8 +78,8 @@ def test_system_prompts_beside_the_conversation(name):
 def test_other_keys_of_messages_are_kept_and_nulls_are_not():
     call = {"type": "function", "function": {"name": "now", "arguments": {}}}
     calling = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
-    found = to_conversation({"messages": [USER, calling]}, {"messages": "messages"})
-    assert found == [USER, {"role": "assistant", "tool_calls": [call]}]
+    conversation = to_conversation({"messages": [USER, calling]}, {"messages": "messages"})
+    assert conversation == [USER, {"role": "assistant", "tool_calls": [call]}]
 
 
 def test_an_alpaca_input_without_instruction_is_the_prompt():
@@ -92,16 +92,16 @@ def test_an_alpaca_input_without_instruction_is_the_prompt():
 def test_keys_that_json_has_not_are_stored_as_text():
     """WildChat's messages carry timestamps: what the template sees now is what a stored row gives back."""
     stamped = {**ASSISTANT, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}
-    found = to_conversation({"messages": [USER, stamped]}, {"messages": "messages"})
-    assert found[1] == {**ASSISTANT, "timestamp": "2024-05-01 12:30:00"}
-    assert from_stored(to_stored(found)) == found
+    conversation = to_conversation({"messages": [USER, stamped]}, {"messages": "messages"})
+    assert conversation[1] == {**ASSISTANT, "timestamp": "2024-05-01 12:30:00"}
+    assert from_stored(to_stored(conversation)) == conversation
 
 
 def test_sharegpt_roles():
     turns = [("system", "Be kind"), ("user", "Hi"), ("chatgpt", "Hello"), ("tool", "7"), ("model", "Seven")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    found = [message["role"] for message in to_conversation(row, {"messages": "conversations"})]
-    assert found == ["system", "user", "assistant", "tool", "assistant"]
+    roles = [message["role"] for message in to_conversation(row, {"messages": "conversations"})]
+    assert roles == ["system", "user", "assistant", "tool", "assistant"]
 
 
 def test_unknown_columns_are_listed():

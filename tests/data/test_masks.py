@@ -92,10 +92,10 @@ def aligner(name: str, template: str = TEMPLATE) -> Aligner:
 
 def tokens(name: str, messages: list[tuple[str, str]], template: str = TEMPLATE) -> tuple[list[str], str]:
     """The tokens' texts, and one sign a token."""
-    found = aligner(name, template).align([{"role": role, "content": content} for role, content in messages])
+    alignment = aligner(name, template).align([{"role": role, "content": content} for role, content in messages])
     signs = {reason: sign for sign, reason in SIGNS.items()}
-    texts = [token_text(TOKENIZERS[name], int(i)) for i in found.input_ids]
-    return texts, "".join(signs[reason] for reason in found.reasons)
+    texts = [token_text(TOKENIZERS[name], int(i)) for i in alignment.input_ids]
+    return texts, "".join(signs[reason] for reason in alignment.reasons)
 
 
 def answer(name: str, content: str, template: str = TEMPLATE) -> tuple[list[str], str]:
@@ -221,27 +221,29 @@ def test_marked_tokens_are_the_rendered_answers(name, rounds):
     conversation = [{"role": role, "content": content} for role, content in messages]
     here = aligner(name)
     text, spans = here.template.render(conversation)
-    found = here.align(conversation)
+    alignment = here.align(conversation)
     assert len(spans) == len(rounds)
     for start, end in spans:
-        inside, before, after = covered(name, found, text, start, end)
+        inside, before, after = covered(name, alignment, text, start, end)
         assert before + text[start:end] + after == inside
-    marked = sum(reason != PROMPT for reason in found.reasons)
-    assert marked == sum(covered_count(name, found, text, start, end) for start, end in spans)
+    marked = sum(reason != PROMPT for reason in alignment.reasons)
+    assert marked == sum(covered_count(name, alignment, text, start, end) for start, end in spans)
 
 
-def token_spans(name: str, found, text: str) -> list[tuple[int, int]]:
+def token_spans(name: str, alignment, text: str) -> list[tuple[int, int]]:
     """Bytes that each token stands for, from what the tokens say themselves and not from offsets."""
-    sizes = [len(token_text(TOKENIZERS[name], int(i)).encode(errors="surrogateescape")) for i in found.input_ids]
+    sizes = [len(token_text(TOKENIZERS[name], int(i)).encode(errors="surrogateescape")) for i in alignment.input_ids]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert ends[-1] == len(text.encode())
     return list(zip([0, *ends], ends, strict=False))
 
 
-def covered(name: str, found, text: str, start: int, end: int) -> tuple[str, str, str]:
+def covered(name: str, alignment, text: str, start: int, end: int) -> tuple[str, str, str]:
     """The text of the marked tokens that touch a span, and what of it lies before and behind the span."""
     first, last = len(text[:start].encode()), len(text[:end].encode())
-    touching = [(a, b, reason) for (a, b), reason in zip(token_spans(name, found, text), found.reasons, strict=True)]
+    touching = [
+        (a, b, reason) for (a, b), reason in zip(token_spans(name, alignment, text), alignment.reasons, strict=True)
+    ]
     touching = [(a, b, reason) for a, b, reason in touching if a < last and b > first]
     assert all(reason != PROMPT for _, _, reason in touching)
     raw = text.encode()
@@ -249,6 +251,6 @@ def covered(name: str, found, text: str, start: int, end: int) -> tuple[str, str
     return raw[low:high].decode(), raw[low:first].decode(), raw[last:high].decode()
 
 
-def covered_count(name: str, found, text: str, start: int, end: int) -> int:
+def covered_count(name: str, alignment, text: str, start: int, end: int) -> int:
     first, last = len(text[:start].encode()), len(text[:end].encode())
-    return sum(a < last and b > first for a, b in token_spans(name, found, text))
+    return sum(a < last and b > first for a, b in token_spans(name, alignment, text))

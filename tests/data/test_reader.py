@@ -44,9 +44,9 @@ def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypat
     reads, read = Counter(), TableRows.read
 
     def counting(rows, first, end):
-        found = read(rows, first, end)
-        reads.update(range(first, first + len(found)))
-        return found
+        source_rows = read(rows, first, end)
+        reads.update(range(first, first + len(source_rows)))
+        return source_rows
 
     monkeypatch.setattr(TableRows, "read", counting)
     options = ["--model_id", str(small_model), "--dataset_id", str(CONVERSATIONS), "--max_samples", str(ROWS)]
@@ -80,10 +80,10 @@ def test_texts_tokenized_together_are_aligned_as_each_alone(source_rows):
     talks = [*talks[: TOKENIZED_AT_ONCE - 1], [{"role": "user", "content": ""}], *talks[TOKENIZED_AT_ONCE - 1 : 150]]
     together = aligner.align_rendered([template.render(talk) for talk in talks])
     assert len(together) == len(talks) > 2 * TOKENIZED_AT_ONCE
-    for talk, found in zip(talks, together, strict=True):
+    for talk, alignment in zip(talks, together, strict=True):
         ids = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
-        assert found.input_ids.tolist() == ids
-        assert np.array_equal(found.positions, aligner.align(talk).positions)
+        assert alignment.input_ids.tolist() == ids
+        assert np.array_equal(alignment.positions, aligner.align(talk).positions)
     assert aligner.align_rendered([]) == []
 
 

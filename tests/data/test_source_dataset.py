@@ -281,8 +281,8 @@ def test_threads_take_turns():
     source = SourceDataset(stream, "", 40, [], "a stream")
     with ThreadPoolExecutor(2) as pool:
         reads = [pool.submit(source.read, first, first + 10) for first in (0, 10, 5, 20)]
-        found = [[row["i"] for row in read.result()] for read in reads]
-    assert found == [list(range(first, first + 10)) for first in (0, 10, 5, 20)]
+        numbers = [[row["i"] for row in read.result()] for read in reads]
+    assert numbers == [list(range(first, first + 10)) for first in (0, 10, 5, 20)]
 
 
 def test_json_lines_in_any_order(chat_file):
@@ -416,10 +416,10 @@ def test_a_driver_tells_its_workers(memory, tmp_path, monkeypatch):
     path = tmp_path / "model.bin"
     path.write_bytes(b"one")
     hash_files(path)
-    told = json.loads(json.dumps(known_hashes()))
+    hashes = json.loads(json.dumps(known_hashes()))
     memory.unlink()
     forget(monkeypatch)
-    remember_hashes({name: [*entry[:3], "e" * 64] for name, entry in told.items()})
+    remember_hashes({name: [*entry[:3], "e" * 64] for name, entry in hashes.items()})
     assert hash_files(path) == "e" * 64
     path.write_bytes(b"another")
     assert hash_files(path) == sha256(b"another")

@@ -29,10 +29,12 @@ def both():
 def test_ids_and_offsets_are_transformers(both, text):
     ours, theirs = both
     expected = theirs(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    found = ours(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    assert found == {name: expected[name] for name in ("input_ids", "offset_mapping")}
-    assert ours.convert_ids_to_tokens(found["input_ids"]) == theirs.convert_ids_to_tokens(found["input_ids"])
-    assert ours.decode(found["input_ids"]) == theirs.decode(found["input_ids"], clean_up_tokenization_spaces=False)
+    encoding = ours(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    assert encoding == {name: expected[name] for name in ("input_ids", "offset_mapping")}
+    assert ours.convert_ids_to_tokens(encoding["input_ids"]) == theirs.convert_ids_to_tokens(encoding["input_ids"])
+    assert ours.decode(encoding["input_ids"]) == theirs.decode(
+        encoding["input_ids"], clean_up_tokenization_spaces=False
+    )
 
 
 def test_several_texts_at_once(both):

@@ -142,8 +142,8 @@ def test_a_file_has_the_same_names_and_types(tmp_path):
         'skip_tokens: ["<a>", "<b>"]\nmax_memory: {0: 60GiB, cpu: 200GiB}\ndevice_map: auto\nmax_samples: null\n'
         "chat_template: |\n  {% for m in messages %}\n  {% endfor %}\n"
     )
-    found = read_config_file(write(tmp_path, text), ExtractConfig)
-    assert ExtractConfig(**{name: one.value for name, one in found.items()}) == ExtractConfig(
+    entries = read_config_file(write(tmp_path, text), ExtractConfig)
+    assert ExtractConfig(**{name: one.value for name, one in entries.items()}) == ExtractConfig(
         **PLACES,
         top_p=1.0,
         seed=7,
@@ -154,7 +154,7 @@ def test_a_file_has_the_same_names_and_types(tmp_path):
         device_map="auto",
         chat_template="{% for m in messages %}\n{% endfor %}\n",
     )
-    assert found["seed"].line == 5 and found["chat_template"].line == 12
+    assert entries["seed"].line == 5 and entries["chat_template"].line == 12
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ def pushed(hub, workplace):
 def test_the_repository_holds_the_folders_files(hub, pushed):
     folder, (hub, _) = pushed[0], hub
     local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found = hub.files("dataset", "user/logits")
-    assert set(found) - set(local) <= {".gitattributes"}
+    remote = hub.files("dataset", "user/logits")
+    assert set(remote) - set(local) <= {".gitattributes"}
     del local[".lock"], local[".checked.json"]
-    assert {name: found[name] for name in local} == local
+    assert {name: remote[name] for name in local} == local
     assert set(local) == {"README.md", "extraction.json", "shards.json", "data/00000/train-00000.parquet"}
 
 
@@ -102,9 +102,9 @@ def test_what_comes_back_is_what_was_written(pushed, workplace):
     result = json.loads(line.removeprefix("RESULT "))
     local = open_dataset(str(pushed[0]))
     expected = [local.read_row(i) for i in range(local.num_rows)]
-    for row, found in zip(expected, result["rows"], strict=True):
+    for row, loaded in zip(expected, result["rows"], strict=True):
         plain = {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}
-        assert found == json.loads(json.dumps(plain))
+        assert loaded == json.loads(json.dumps(plain))
     assert result["read"] == 3 and len(result["revision"]) == 40
     assert "".join(result["extracted"]) == ROWS[3]["answer"]
     assert "Detailed Token Analysis:" in done.stdout
@@ -117,8 +117,8 @@ def test_another_run_replaces_the_rows_of_a_repository(hub, workplace):
         done = extract(workplace, "--output_repo", "user/again", "--output_dir", "again", *flags)
         assert done.returncode == 0, done.stderr
     local = (folder / "again" / "data" / "00000" / "train-00000.parquet").read_bytes()
-    found = hub[0].files("dataset", "user/again")
-    assert {name: data for name, data in found.items() if name.startswith("data/")} == {
+    remote = hub[0].files("dataset", "user/again")
+    assert {name: data for name, data in remote.items() if name.startswith("data/")} == {
         "data/00000/train-00000.parquet": local
     }
 

@@ -150,7 +150,7 @@ def local_rows(folder: Path) -> list:
 @pytest.fixture(scope="module")
 def through_each_fault(hub, server, quick_model, calm_source, quick_run, tmp_path_factory):
     """The finished run, pushed eight shards a commit while one thing goes wrong; then loaded from the Hub."""
-    told, uploads = {}, {}
+    runs, uploads = {}, {}
     for name, faults in EACH_FAULT.items():
         out = tmp_path_factory.mktemp("pushed") / "out"
         shutil.copytree(quick_run, out)
@@ -158,20 +158,20 @@ def through_each_fault(hub, server, quick_model, calm_source, quick_run, tmp_pat
         flags = [*flags_for(quick_model, calm_source, out), "--output_repo", f"user/{name.replace(' ', '-')}"]
         hub.forget_uploads()
         hub.inject(*faults)
-        told[name] = server.run(COMMAND, *flags)
+        runs[name] = server.run(COMMAND, *flags)
         uploads[name] = dict(hub.uploaded)
     hub.clear_faults()
     repos = [f"user/{name.replace(' ', '-')}" for name in EACH_FAULT]
-    return told, uploads, loaded(server, *repos)
+    return runs, uploads, loaded(server, *repos)
 
 
 @pytest.mark.parametrize("name", EACH_FAULT)
 def test_through_each_fault_everything_arrives_once(hub, quick_run, through_each_fault, name):
-    told, uploads, rows = through_each_fault
+    runs, uploads, rows = through_each_fault
     repo = name.replace(" ", "-")
-    assert told[name].returncode == 0, told[name].stderr
-    assert "Loading" not in told[name].stderr and "Traceback" not in told[name].stderr
-    assert TOKEN not in told[name].stderr and SIGNATURE not in told[name].stderr
+    assert runs[name].returncode == 0, runs[name].stderr
+    assert "Loading" not in runs[name].stderr and "Traceback" not in runs[name].stderr
+    assert TOKEN not in runs[name].stderr and SIGNATURE not in runs[name].stderr
     assert on_hub(hub, repo) == files_in(quick_run)
     assert rows[f"user/{repo}"] == local_rows(quick_run)
     commits = our_commits(hub, repo)
