@@ -96,11 +96,7 @@ def token_page(
     return render_page(
         "tokens.html.jinja",
         script="tokens.js",
-        data={
-            "details": _details(tokens, characters, detail),
-            "answer": [token.position for token in tokens if token.status != PROMPT],
-            "strip": [token.position for token in measured],
-        },
+        data=_data(tokens, measured, characters, detail),
         segments=_turns(tokens, characters, messages, measure),
         strip=_strip([measure.of(token) or 0.0 for token in measured], measure),
         listed=_entries(listed, tokens, measure),
@@ -123,11 +119,19 @@ def _turns(tokens: list[TokenAnalysis], characters: list[str], messages: list[di
     ]
 
 
-def _details(
-    tokens: list[TokenAnalysis], characters: list[str], detail: Callable[[TokenAnalysis], dict]
-) -> dict[int, dict]:
+def _data(
+    tokens: list[TokenAnalysis],
+    measured: list[TokenAnalysis],
+    characters: list[str],
+    detail: Callable[[TokenAnalysis], dict],
+) -> dict:
+    """What the page's script reads."""
     parts = characters_of_parts(tokens, characters)
-    return {token.position: _with_parts(token, parts, detail) for token in tokens}
+    return {
+        "details": {token.position: _with_parts(token, parts, detail) for token in tokens},
+        "answer": [token.position for token in tokens if token.status != PROMPT],
+        "strip": [token.position for token in measured],
+    }
 
 
 def _with_parts(token: TokenAnalysis, parts: dict[int, str], detail: Callable[[TokenAnalysis], dict]) -> dict:
