@@ -144,7 +144,14 @@ def quick_model(shared) -> Path:
 @pytest.fixture(scope="session")
 def quick_run(quick_model, calm_source, shared) -> Path:
     """The folder of the run of ``runs.py`` with this model, which nothing disturbed."""
-    return _undisturbed("quick_run", quick_model, calm_source, shared)
+    import runs
+
+    import extract_logits
+
+    def make(folder: Path) -> None:
+        assert extract_logits.main(runs.flags_for(quick_model, calm_source, folder / "out")) == 0
+
+    return shared("quick_run", make) / "out"
 
 
 @pytest.fixture(scope="session")
@@ -153,23 +160,6 @@ def calm_source(shared) -> Path:
     import runs
 
     return shared("calm_source", runs.write_source) / "chats.jsonl"
-
-
-@pytest.fixture(scope="session")
-def calm_run(small_model, calm_source, shared) -> Path:
-    """The folder of such a run that nothing disturbed, with a model that takes long enough to be disturbed by Ray."""
-    return _undisturbed("calm_run", small_model, calm_source, shared)
-
-
-def _undisturbed(name: str, model: Path, source: Path, shared) -> Path:
-    import runs
-
-    import extract_logits
-
-    def make(folder: Path) -> None:
-        assert extract_logits.main(runs.flags_for(model, source, folder / "out")) == 0
-
-    return shared(name, make) / "out"
 
 
 @pytest.fixture(scope="session")
@@ -254,6 +244,17 @@ def opened(browser, tmp_path):
 
 
 @pytest.fixture
+def flags(quick_model, calm_source, tmp_path):
+    """The options of the run of ``runs.py`` with ``quick_model`` into a folder of this name, and more."""
+    import runs
+
+    def of(out, *more) -> list[str]:
+        return [*runs.flags_for(quick_model, calm_source, tmp_path / out), *map(str, more)]
+
+    return of
+
+
+@pytest.fixture
 def chat_file(tmp_path):
     """Write rows as a JSON-lines file and give its path."""
 
@@ -268,7 +269,7 @@ def chat_file(tmp_path):
 # What is slow by what it uses, and by where it is; in this order, longest first, so that no process ends alone.
 SLOW_FIXTURES = {
     *("real_extraction", "other_extraction", "other_checkpoint", "smollm2", "hub", "browser", "hostile_extraction"),
-    *("calm_run", "quick_run", "tiny_model", "small_model", "quick_model"),
+    *("quick_run", "tiny_model", "small_model", "quick_model"),
 }
 SLOW_FILES = (
     *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_resume", "test_device_map", "test_teacher_model"),

@@ -2,16 +2,12 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPO, TEMPLATE, make_tiny_model
+from conftest import TEMPLATE, make_tiny_model
 from transformers import AutoTokenizer
 
 import extract_logits
@@ -224,38 +220,6 @@ def test_a_folder_that_holds_another_run_is_kept(extract, chat_file, tmp_path, c
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
     assert open_dataset(str(tmp_path / "out")).manifest.top_k == 8
-
-
-def test_a_run_that_is_being_replaced_is_kept_until_the_new_one_is_whole(extract, chat_file, tmp_path, small_model):
-    """Ctrl-C while replacing, twice; then a run that finishes."""
-    rows = [{"question": f"{i}?", "answer": "word " * 300} for i in range(60)]
-    out = tmp_path / "out"
-    assert extract(chat_file([GOOD])) == 0
-    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
-    source = chat_file(rows, "long.jsonl")
-    for _ in range(2):
-        interrupted = interrupt_when(out / ".replaced", small_model, source, out)
-        assert interrupted[0] == 130 and f"is kept in {out}/.replaced." in interrupted[1]
-        kept = out / ".replaced"
-        assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("[!.]*") if path.is_file()} == first
-    assert extract(chat_file([GOOD]), "--overwrite", top_k=8) == 0
-    assert open_dataset(str(out)).manifest.top_k == 8 and not (out / ".replaced").exists()
-
-
-def interrupt_when(path, model, source, out) -> tuple[int, str]:
-    """Start replacing the run in a process of its own; SIGINT it a moment after the run has begun."""
-    started = time.time()
-    options = ("--model_id", model, "--dataset_id", source, "--output_dir", out, "--chat_template", TEMPLATE)
-    command = [sys.executable, REPO / "extract_logits.py", *options, "--overwrite", "--batch_tokens", "512"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    shards = out / "shards.json"
-    while not (path.exists() and shards.exists() and shards.stat().st_mtime > started):
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=600)[1]
-    return process.returncode, errors
 
 
 def test_datasets_does_not_take_a_folder_for_its_cached_elder(extract, chat_file, tmp_path):

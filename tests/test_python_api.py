@@ -19,9 +19,9 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_in_a_notebook_function_and_command_write_the_same_files(small_model, calm_source, tmp_path):
+def test_in_a_notebook_function_and_command_write_the_same_files(quick_model, calm_source, tmp_path):
     """A kernel's streams are not a terminal's."""
-    options = options_for(small_model, calm_source, tmp_path / "function")
+    options = options_for(quick_model, calm_source, tmp_path / "function")
     options = {name: value if isinstance(value, int) else str(value) for name, value in options.items()}
     options["max_samples"] = 12
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]

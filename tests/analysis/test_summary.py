@@ -17,11 +17,12 @@ import pytest
 from conftest import CONVERSATIONS, MODEL, REPO, TEMPLATE
 from loopback_hub import LoopbackHub
 from plain_decoder import decode_position
-from runs import shards_in
+from runs import rows_in, shards_in
 
 import extract_logits
 from chat_logits.analysis.summary import summarize
 from chat_logits.data.alignment import AlignmentError
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
@@ -254,20 +255,19 @@ def test_a_template_that_gives_the_same_tokens_changes_nothing(real_extraction, 
 # --- what is a lower bound ---
 
 
-def test_without_draws_entropies_are_lower_bounds(real_extraction, smollm2, tmp_path):
+def test_without_draws_entropies_are_lower_bounds(flags, quick_run, quick_model, tmp_path):
     """Of the same tokens: the nuclei's part of what a dataset with draws says."""
-    pairs = {"model_id": MODEL, "dataset_id": CONVERSATIONS, "output_dir": tmp_path / "out", "chat_template": TEMPLATE}
-    flags = [str(part) for name, value in pairs.items() for part in (f"--{name}", value)]
-    assert extract_logits.main([*flags, "--num_sampled", "0", "--max_samples", "32"]) == 0
-    found = summarize(open_dataset(str(tmp_path / "out")), smollm2[1])
+    assert extract_logits.main(flags("out", "--num_sampled", 0)) == 0
+    tokenizer = load_tokenizer(str(quick_model))
+    found = summarize(open_dataset(str(tmp_path / "out")), tokenizer)
     assert found.entropy_is_bound and json.loads(shown(found).to_json())["entropy_is_bound"] is True
     expected = []
-    for row in pq.read_table(shards_in(tmp_path / "out")[0]).to_pylist():
+    for row in rows_in(tmp_path / "out"):
         for i in range(row["num_tokens"]):
             nucleus = decode_position(row, i, TOP_K, 0)["nucleus"]
             expected.append(-math.fsum(p * math.log(p) for _, p in nucleus))
     assert found.mean_entropy == pytest.approx(math.fsum(expected) / len(expected), rel=1e-9)
-    whole = summarize(open_dataset(str(real_extraction)), smollm2[1])
+    whole = summarize(open_dataset(str(quick_run)), tokenizer)
     print(f"mean entropy at least {found.mean_entropy}, with draws {whole.mean_entropy}")
     assert found.mean_entropy < whole.mean_entropy and found.mean_nll == pytest.approx(whole.mean_nll, rel=1e-5)
     buffer = io.StringIO()
@@ -345,10 +345,10 @@ def test_one_row_group_at_a_time_is_in_memory(faq_extraction):
 # --- all rows ---
 
 
-def test_all_rows_come_in_order(calm_run):
+def test_all_rows_come_in_order(quick_run):
     """60 shards, from some of which rows are missing."""
-    expected = [row for path in shards_in(calm_run) for row in pq.read_table(path).to_pylist()]
-    dataset = open_dataset(str(calm_run))
+    expected = [row for path in shards_in(quick_run) for row in pq.read_table(path).to_pylist()]
+    dataset = open_dataset(str(quick_run))
     assert len(expected) == dataset.num_rows < 180
     assert list(dataset.rows()) == expected
 

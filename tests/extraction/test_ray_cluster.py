@@ -17,24 +17,22 @@ import pytest
 from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
-from ray_runs import Command, Nodes, children, command_line
-from runs import SHARDS, comparable, files_in, flags_for, shards_in, without
+from ray_runs import Command, Nodes, children, command_line, held
+from runs import SHARDS, comparable, files_in, shards_in, without
 
 import extract_logits
 from chat_logits.extraction.folder import WORKERS
 
 
 @pytest.fixture
-def flags(small_model, calm_source, tmp_path):
-    def of(out, *more) -> list[str]:
-        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
-
-    return of
+def undisturbed(quick_run) -> dict[str, bytes]:
+    return files_in(quick_run)
 
 
 @pytest.fixture
-def undisturbed(calm_run) -> dict[str, bytes]:
-    return files_in(calm_run)
+def gate(tmp_path) -> Path:
+    """Where workers that are ``held`` go on as soon as something is there."""
+    return tmp_path / "gate"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +57,9 @@ def nodes(temporary):
         nodes = Nodes()
         yield nodes
     nodes.cluster.shutdown()
+
+
+ONE = ("--num_workers", 1)  # where nothing is shared out: each worker takes ten seconds to begin
 
 
 def on_nodes(nodes: Nodes) -> list[str]:
@@ -98,13 +99,14 @@ def sent(hub: LoopbackHub, repo: str) -> list[str]:
 
 
 def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed_and_another_added(
-    flags, undisturbed, nodes, tmp_path
+    flags, undisturbed, nodes, gate, tmp_path
 ):
-    run = Command(flags("part", *on_nodes(nodes)), tmp_path / "log")
-    run.until(lambda: len(shards_in(tmp_path / "part")) > 8)
+    run = Command(flags("part", *on_nodes(nodes)), tmp_path / "log", first=held(gate))
+    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "part")) > 8)
     nodes.remove(nodes.nodes[0])
     run.until(lambda: "To be computed again" in run.said)
     nodes.nodes.append(nodes.add())
+    gate.touch()
     assert run.wait() == 0, run.said
     assert "it died, or its machine did" in run.said and "Traceback" not in run.said
     assert files_in(tmp_path / "part") == undisturbed
@@ -135,9 +137,10 @@ HUGE = "from chat_logits.storage import disk; disk.COMPRESSED = 1e9"
 
 
 def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_committers_commits(
-    undisturbed, straight, hub, temporary
+    undisturbed, straight, hub, temporary, gate
 ):
-    stopped = straight("straight", "--push_every", 3600, first=HUGE)  # the first shard at once, the others by Ctrl-C
+    # The first shard is committed at once, the others by Ctrl-C.
+    stopped = straight("straight", "--push_every", 3600, first=HUGE + held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said
@@ -158,11 +161,11 @@ def listed(files: dict[str, bytes]) -> list[dict]:
     return json.loads(files["shards.json"])["shards"]
 
 
-def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undisturbed, straight, hub):
+def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undisturbed, straight, hub, gate):
     """Of the same run, so that its old shards are told from its new ones by nothing but the record of the overwrite."""
-    other = straight("renewed", "--max_samples", 9, "--seed", 7)
+    other = straight("renewed", "--max_samples", 9, "--seed", 7, *ONE)
     assert other.wait() == 0, other.said
-    stopped = straight("renewed", "--overwrite", "--push_every", 3600, log="stopped")
+    stopped = straight("renewed", "--overwrite", "--push_every", 3600, log="stopped", first=held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said
@@ -172,16 +175,17 @@ def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undist
     assert again.wait() == 0, again.said
     assert f"{len(kept)} of them only in user/renewed" in again.said
     assert on_hub(hub, "renewed") == undisturbed
-    whole = straight("renewed", "--overwrite", log="whole")  # nothing is left unfinished: it begins anew
+    whole = straight("renewed", "--overwrite", *ONE, log="whole")  # nothing is left unfinished: it begins anew
     assert whole.wait() == 0, whole.said
     assert on_hub(hub, "renewed") == undisturbed and "Going on" not in whole.said
 
 
-def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, straight, hub):
+def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, straight, hub, gate):
     """The token has lost its right in mid-run: nothing is computed for which there is no place."""
-    stopped = straight("revoked", "--push_every", 1)
+    stopped = straight("revoked", "--push_every", 1, first=held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     hub.inject(*(Fault("refuse", step, status=403, times=math.inf) for step in ("preupload", "lfs_batch", "commit")))
+    gate.touch()
     try:
         assert stopped.wait() == 1, stopped.said
     finally:
@@ -190,7 +194,7 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
     told = stopped.said.splitlines()[-2:]
     assert re.match(r"error: --output_repo user/revoked: not found on the Hub, or not yours to see \(403\)", told[0])
     assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
-    again = straight("revoked", log="again")
+    again = straight("revoked", *ONE, log="again")
     assert again.wait() == 0, again.said
     assert on_hub(hub, "revoked") == undisturbed
 
@@ -199,7 +203,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
     hub.inject(Fault("refuse", "commit", status=403, times=math.inf))
     try:
         refused = straight(
-            "refused", "--push_every", 0, first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01"
+            "refused", "--push_every", 0, *ONE, first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01"
         )
         assert refused.wait() == 1, refused.said
     finally:
@@ -315,9 +319,11 @@ def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, un
     assert "Copy ~/.ray/auth_token from the cluster's first machine" in last and len(other.said.splitlines()) < 4
 
 
-def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_on(flags, undisturbed, head, tmp_path):
+def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_on(
+    flags, undisturbed, head, gate, tmp_path
+):
     wanted = flags("headless", "--ray_address", head(dict(os.environ)), "--num_workers", "2")
-    run = Command(wanted, tmp_path / "log")
+    run = Command(wanted, tmp_path / "log", first=held(gate))
     run.until(lambda: len(shards_in(tmp_path / "headless")) > 8)
     gcs = [pid for pid in children(os.getpid()) if b"gcs_server" in command_line(pid).partition(b"\0")[0]]
     folders = re.findall(r"/tmp/ray-\w+", b"".join(map(command_line, gcs)).decode())

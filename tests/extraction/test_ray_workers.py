@@ -1,5 +1,6 @@
 """Shards on Ray: the same rows as one plain process's, whatever happens to workers and the driver meanwhile."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPO
-from ray_runs import Command, is_running, workers_of
+from ray_runs import Command, held, is_running, workers_of
 from runs import ROWS, SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
@@ -20,30 +21,30 @@ from chat_logits.storage.dataset import open_dataset
 
 
 @pytest.fixture
-def flags(small_model, calm_source, tmp_path):
-    def of(out, *more) -> list[str]:
-        return [*flags_for(small_model, calm_source, tmp_path / out), *map(str, more)]
-
-    return of
+def undisturbed(quick_run) -> dict[str, bytes]:
+    return files_in(quick_run)
 
 
 @pytest.fixture
-def undisturbed(calm_run) -> dict[str, bytes]:
-    return files_in(calm_run)
+def gate(tmp_path) -> Path:
+    """Where workers that are ``held`` go on as soon as something is there."""
+    return tmp_path / "gate"
 
 
 def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in_mid_shard_and_one_hangs(
-    flags, undisturbed, tmp_path
+    flags, undisturbed, gate, tmp_path
 ):
     hasty = "from chat_logits.extraction import workers; workers.LONG = 10.0"
-    run = Command(flags("two", "--num_workers", 2), tmp_path / "log", first=hasty)
-    run.until(lambda: len(shards_in(tmp_path / "two")) > 8)
+    slow = held(gate, batches=4, seconds=2)
+    run = Command(flags("two", "--num_workers", 2), tmp_path / "log", first=hasty + slow)
+    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "two")) > 8)
     before = workers_of(run.process.pid)
     assert len(before) == 2
     os.kill(before[0], signal.SIGKILL)
     run.until(lambda: run.said.count("has its model") == 3)
     assert len(set(workers_of(run.process.pid)) - set(before)) == 1
     os.kill(before[1], signal.SIGSTOP)
+    gate.touch()
     assert run.wait() == 0, run.said
     assert "it died, or its machine did\nTo be computed again: source rows" in run.said
     assert re.search(r"no answer for \d+ s; the slowest so far took \d+\nTo be computed again", run.said)
@@ -52,8 +53,8 @@ def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in
     assert not is_running(before[1])
 
 
-def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undisturbed, tmp_path):
-    run = Command(flags("killed", "--num_workers", 2), tmp_path / "log")
+def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undisturbed, gate, tmp_path):
+    run = Command(flags("killed", "--num_workers", 2), tmp_path / "log", first=held(gate))
     run.until(lambda: len(shards_in(tmp_path / "killed")) > 4)
     workers = workers_of(run.process.pid)
     run.process.kill()
@@ -66,9 +67,9 @@ def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undist
     assert files_in(tmp_path / "killed") == undisturbed
 
 
-def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_on(flags, undisturbed, tmp_path):
-    run = Command(flags("stopped", "--num_workers", 2), tmp_path / "log")
-    run.until(lambda: len(shards_in(tmp_path / "stopped")) > 4)
+def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_on(flags, undisturbed, gate, tmp_path):
+    run = Command(flags("stopped", "--num_workers", 2), tmp_path / "log", first=held(gate))
+    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "stopped")) > 4)
     workers = workers_of(run.process.pid)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 143, run.said
@@ -95,7 +96,7 @@ def damaged_source(tmp_path) -> Path:
     return path
 
 
-def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, damaged_source, calm_run, tmp_path):
+def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, damaged_source, quick_run, tmp_path):
     wanted = flags("gap", "--num_workers", 2, "--streaming", "--dataset_id", damaged_source)
     run = Command(wanted, tmp_path / "log")
     assert run.wait() == 1, run.said
@@ -105,7 +106,7 @@ def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, d
     told = run.said.splitlines()[-2:]
     assert told[0].startswith("error: 1 of the shards failed 3 times and were left out; all others are done")
     assert re.match(r"source rows 63 to 65; the last because: .*chats\.parquet", told[1])
-    expected = [row for row in stored(calm_run) if row["source_index"] // 3 != 21]
+    expected = [row for row in stored(quick_run) if row["source_index"] // 3 != 21]
     assert stored(tmp_path / "gap") == expected
     assert len(shards_in(tmp_path / "gap")) == SHARDS - 1
 
@@ -179,12 +180,15 @@ workers.connect = late
     assert re.match(r"error: .*model\.safetensors", run.said.splitlines()[-1])
 
 
-def test_names_stand_in_the_record_as_they_were_given(small_model, calm_source, tmp_path):
+def test_names_stand_in_the_record_as_they_were_given(quick_model, calm_source, tmp_path):
     """With paths relative to where the command is given, which workers know by other names."""
-    relative = [os.path.relpath(path, REPO) for path in (small_model, calm_source)]
-    for out, more in (("plain", []), ("two", ["--num_workers", "2"])):
-        run = Command([*flags_for(*relative, tmp_path / out), "--max_samples", "9", *more], tmp_path / f"{out}.log")
-        assert run.wait() == 0, run.said
+    relative = [os.path.relpath(path, REPO) for path in (quick_model, calm_source)]
+    run = Command(
+        [*flags_for(*relative, tmp_path / "two"), "--max_samples", "9", "--num_workers", "2"], tmp_path / "log"
+    )
+    assert run.wait() == 0, run.said
+    with contextlib.chdir(REPO):
+        assert extract_logits.main([*flags_for(*relative, tmp_path / "plain"), "--max_samples", "9"]) == 0
     assert files_in(tmp_path / "two") == files_in(tmp_path / "plain")
     extraction = json.loads((tmp_path / "two" / "extraction.json").read_text(encoding="utf-8"))
     assert [extraction["model_id"], extraction["dataset_id"]] == relative

@@ -28,14 +28,6 @@ SHORT = ("--max_samples", "36")
 
 
 @pytest.fixture
-def options(quick_model, calm_source, tmp_path):
-    def of(out, *more) -> list[str]:
-        return [*flags_for(quick_model, calm_source, tmp_path / out), *map(str, more)]
-
-    return of
-
-
-@pytest.fixture
 def undisturbed(quick_run, tmp_path) -> dict[str, bytes]:
     """Its files, and a copy of it to work on, in ``tmp_path / "undisturbed"``."""
     shutil.copytree(quick_run, tmp_path / "undisturbed")
@@ -50,11 +42,11 @@ def wait_for(condition, life: Life, seconds: float = 600) -> None:
         time.sleep(0.005)
 
 
-def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(options, undisturbed, tmp_path):
+def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(flags, undisturbed, tmp_path):
     dice, out, moments = random.Random(4), tmp_path / "killed", []
     for life_number in range(10):
         before = len(shards_in(out))
-        life = Life(options("killed"), tmp_path / f"life{life_number}.log")
+        life = Life(flags("killed"), tmp_path / f"life{life_number}.log")
         wanted = before + dice.randint(0, 3)
         wait_for(lambda wanted=wanted: len(shards_in(out)) >= wanted, life)
         time.sleep(dice.uniform(0, 0.3 if dice.random() < 0.3 else 0.05))
@@ -62,7 +54,7 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(options, un
         assert life.wait() == -signal.SIGKILL, life.said
         moments.append(len(shards_in(out)))
     assert len(set(moments)) > 5 and moments[-1] < SHARDS, moments
-    assert Life(options("killed"), tmp_path / "last.log").wait() == 0
+    assert Life(flags("killed"), tmp_path / "last.log").wait() == 0
     found = files_in(out)
     assert found.keys() == undisturbed.keys()
     assert found == undisturbed
@@ -119,32 +111,58 @@ def short_run(quick_model, calm_source, tmp_path_factory) -> dict[str, bytes]:
         ("renamed", r"extraction\.json", 0),
     ],
 )
-def test_stopped_in_any_window_of_writing_the_run_goes_on(options, short_run, tmp_path, when, name, skip):
+def test_stopped_in_any_window_of_writing_the_run_goes_on(flags, short_run, tmp_path, when, name, skip):
     out = tmp_path / "window"
-    life = Life(options("window", *SHORT), tmp_path / "first.log", functools.partial(die_at, when, name, skip))
+    life = Life(flags("window", *SHORT), tmp_path / "first.log", functools.partial(die_at, when, name, skip))
     assert life.wait() == -signal.SIGKILL, life.said
     assert len(shards_in(out)) < 10
-    assert extract_logits.main(options("window", *SHORT)) == 0
+    assert extract_logits.main(flags("window", *SHORT)) == 0
     assert files_in(out) == short_run
     assert not list(out.rglob("*.tmp"))
 
 
-def test_two_processes_are_kept_apart_and_the_second_goes_on_when_the_first_is_dead(options, undisturbed, tmp_path):
+def test_two_processes_are_kept_apart_and_the_second_goes_on_when_the_first_is_dead(flags, undisturbed, tmp_path):
     out = tmp_path / "both"
-    first = Life(options("both"), tmp_path / "first.log")
+    first = Life(flags("both"), tmp_path / "first.log")
     wait_for(lambda: len(shards_in(out)) > 3, first)
     first.kill(signal.SIGSTOP)
     before = files_in(out)
-    second = Life(options("both"), tmp_path / "second.log")
+    second = Life(flags("both"), tmp_path / "second.log")
     assert second.wait() == 2
     assert "another process is extracting into this folder" in second.said
     assert len(second.said.strip().splitlines()) <= 2
-    assert Life(options("both", "--overwrite"), tmp_path / "third.log").wait() == 2
+    assert Life(flags("both", "--overwrite"), tmp_path / "third.log").wait() == 2
     assert files_in(out) == before
     first.kill()
     first.wait()
-    assert extract_logits.main(options("both")) == 0
+    assert extract_logits.main(flags("both")) == 0
     assert files_in(out) == undisturbed
+
+
+def interrupt_in_first_batch() -> None:
+    """In the process: Ctrl-C as soon as a batch has been computed."""
+    import logit_codec
+
+    encode_rows = logit_codec.encode_rows
+
+    def interrupting(*batch) -> list[dict]:
+        logit_codec.encode_rows = encode_rows
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode_rows(*batch)
+
+    logit_codec.encode_rows = interrupting
+
+
+def test_a_run_that_is_being_replaced_is_kept_until_the_new_one_is_whole(flags, undisturbed, tmp_path):
+    """Ctrl-C while replacing, twice; then a run that finishes."""
+    out, wanted = tmp_path / "undisturbed", flags("undisturbed", "--top_k", 8, "--overwrite")
+    for number in range(2):
+        life = Life(wanted, tmp_path / f"{number}.log", interrupt_in_first_batch)
+        assert life.wait() == 130, life.said
+        assert f"is kept in {out}/.replaced." in life.said
+        assert files_in(out / ".replaced") == undisturbed
+    assert extract_logits.main(wanted) == 0
+    assert open_dataset(str(out)).manifest.top_k == 8 and not (out / ".replaced").exists()
 
 
 # --- damage ---
@@ -173,32 +191,32 @@ def empty(path: Path) -> None:
     [cut, empty, swap_with_another, functools.partial(flip, place=0.2), functools.partial(flip, place=0.9)],
     ids=["cut", "empty", "another shard's", "a bit of a page", "a bit of the footer"],
 )
-def test_a_damaged_shard_is_set_aside_and_computed_again(options, undisturbed, tmp_path, capsys, damage):
+def test_a_damaged_shard_is_set_aside_and_computed_again(flags, undisturbed, tmp_path, capsys, damage):
     out = shutil.copytree(tmp_path / "undisturbed", tmp_path / "damaged")
     damage(out / "data/00000/train-00011.parquet")
     damaged = (out / "data/00000/train-00011.parquet").read_bytes()
     capsys.readouterr()
-    assert extract_logits.main(options("damaged")) == 0
+    assert extract_logits.main(flags("damaged")) == 0
     said = capsys.readouterr().err
     assert "data/00000/train-00011.parquet: " in said and "Set aside as" in said
     assert (out / "data/00000/.damaged-train-00011.parquet").read_bytes() == damaged
     assert files_in(out) == undisturbed
 
 
-def test_files_around_that_are_missing_are_made_again(options, undisturbed, tmp_path):
+def test_files_around_that_are_missing_are_made_again(flags, undisturbed, tmp_path):
     out = shutil.copytree(tmp_path / "undisturbed", tmp_path / "bare")
     (out / "shards.json").unlink()
     (out / "README.md").write_text("?")
-    assert extract_logits.main(options("bare")) == 0
+    assert extract_logits.main(flags("bare")) == 0
     assert files_in(out) == undisturbed
 
 
 # --- the same run or another ---
 
 
-def test_another_configuration_is_refused_with_what_differs(options, tmp_path, capsys, undisturbed):
+def test_another_configuration_is_refused_with_what_differs(flags, tmp_path, capsys, undisturbed):
     out = tmp_path / "undisturbed"
-    assert extract_logits.main(options("undisturbed", "--top_k", "8", "--seed", "3", "--dtype", "bfloat16")) == 2
+    assert extract_logits.main(flags("undisturbed", "--top_k", "8", "--seed", "3", "--dtype", "bfloat16")) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     for text in (
         "top_k: 64 there, 8 here",
@@ -211,10 +229,10 @@ def test_another_configuration_is_refused_with_what_differs(options, tmp_path, c
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_another_template_is_told_by_where_it_differs(options, tmp_path, capsys):
+def test_another_template_is_told_by_where_it_differs(flags, tmp_path, capsys):
     other = tmp_path / "other.jinja"
     other.write_text(TEMPLATE.read_text(encoding="utf-8").replace("<|im_start|>", "<|im_begin|>"), encoding="utf-8")
-    flags = options("undisturbed")
+    flags = flags("undisturbed")
     flags[flags.index(str(TEMPLATE))] = str(other)
     assert extract_logits.main(flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -228,20 +246,20 @@ def small_memory() -> None:
     memory_budget.total_memory = lambda _device: 2**26
 
 
-def test_a_run_that_goes_on_keeps_the_budgets_it_began_with(options, undisturbed, tmp_path):
+def test_a_run_that_goes_on_keeps_the_budgets_it_began_with(flags, undisturbed, tmp_path):
     """The machine has less memory the second time: other batches would give other last bits."""
     out = tmp_path / "tight"
-    life = Life(options("tight"), tmp_path / "first.log")
+    life = Life(flags("tight"), tmp_path / "first.log")
     wait_for(lambda: len(shards_in(out)) > 5, life)
     life.kill()
     life.wait()
-    assert Life(options("tight"), tmp_path / "second.log", small_memory).wait() == 0
+    assert Life(flags("tight"), tmp_path / "second.log", small_memory).wait() == 0
     assert files_in(out) == undisturbed
 
 
-def test_a_template_that_asks_for_the_date_gets_the_first_days(options, tmp_path):
+def test_a_template_that_asks_for_the_date_gets_the_first_days(flags, tmp_path):
     dated = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE.read_text(encoding="utf-8")
-    flags = options("dated", "--max_samples", "12")
+    flags = flags("dated", "--max_samples", "12")
     flags[flags.index(str(TEMPLATE))] = dated
     assert extract_logits.main(flags) == 0
     out = tmp_path / "dated"
@@ -270,10 +288,10 @@ def another_day() -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
-    options, undisturbed, tmp_path, number, status
+    flags, undisturbed, tmp_path, number, status
 ):
     out, log = tmp_path / "signalled", tmp_path / "signalled.log"
-    command = [sys.executable, "extract_logits.py", *options("signalled", "--overwrite")]
+    command = [sys.executable, "extract_logits.py", *flags("signalled", "--overwrite")]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file)
     while len(shards_in(out)) < 4:
@@ -308,8 +326,8 @@ def write_forever() -> None:
     original, Stopped.__init__, shard_computer.write_shard = Stopped.__init__, init, slow
 
 
-def test_a_second_signal_leaves_at_once(options, tmp_path):
-    life = Life(options("stuck"), tmp_path / "stuck.log", write_forever)
+def test_a_second_signal_leaves_at_once(flags, tmp_path):
+    life = Life(flags("stuck"), tmp_path / "stuck.log", write_forever)
     wait_for(lambda: "WRITING" in life.said, life)
     life.kill(signal.SIGINT)
     wait_for(lambda: "SIGNAL" in life.said, life)
@@ -336,7 +354,7 @@ exit $first
 
 
 @pytest.mark.parametrize("spare", [None, 0], ids=["seen before", "met on the way"])
-def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(options, undisturbed, tmp_path, spare):
+def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(flags, undisturbed, tmp_path, spare):
     """A file system of its own, once too small for the spare room, once full in the middle of a shard."""
     place = tmp_path / "disk"
     place.mkdir()
@@ -344,7 +362,7 @@ def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(opt
     # Where the end is met on the way, the disk says nothing of it before.
     code += "" if spare is None else f"disk.SPARE, disk.free_bytes = {spare}, lambda folder: 2**40\n"
     code += "sys.exit(extract_logits.main(sys.argv[1:]))"
-    flags = options("disk/out")
+    flags = flags("disk/out")
     command = shlex.join([sys.executable, "-c", code, *flags])
     size = "6m" if spare is None else "2m"
     script = FULL_DISK.format(size=size, place=place, command=command)
@@ -357,11 +375,11 @@ def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(opt
     assert files_in(tmp_path / "copied") == undisturbed
 
 
-def test_a_run_that_cannot_fit_is_refused_before_the_model_loads(options, tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_fit_is_refused_before_the_model_loads(flags, tmp_path, monkeypatch, capsys):
     from chat_logits.storage import disk as disk_space
 
     monkeypatch.setattr(disk_space, "free_bytes", lambda _folder: 100_000)
-    assert extract_logits.main(options("small")) == 1
+    assert extract_logits.main(flags("small")) == 1
     said = capsys.readouterr().err
     assert re.search(r"error: the rest of the run needs about \d\.\d MB, and 100\.0 kB are free in", said)
     assert "Loading" not in said and not (tmp_path / "small").exists()
@@ -370,17 +388,17 @@ def test_a_run_that_cannot_fit_is_refused_before_the_model_loads(options, tmp_pa
 # --- what the command says ---
 
 
-def test_a_finished_run_is_told_again_without_a_model(options, undisturbed, tmp_path):
-    done = run_command("extract_logits.py", *options("undisturbed"))
+def test_a_finished_run_is_told_again_without_a_model(flags, undisturbed, tmp_path):
+    done = run_command("extract_logits.py", *flags("undisturbed"))
     assert done.returncode == 0 and "Loading" not in done.stderr
     assert "160 written, 20 skipped" in done.stdout and files_in(tmp_path / "undisturbed") == undisturbed
 
 
-def test_a_record_that_is_damaged_is_named_and_can_be_replaced(options, undisturbed, tmp_path, capsys):
+def test_a_record_that_is_damaged_is_named_and_can_be_replaced(flags, undisturbed, tmp_path, capsys):
     (tmp_path / "undisturbed" / "extraction.json").write_text('{"format_version": 1}')
-    assert extract_logits.main(options("undisturbed")) == 1
+    assert extract_logits.main(flags("undisturbed")) == 1
     assert "extraction.json has no top_k, top_p" in capsys.readouterr().err
-    assert extract_logits.main(options("undisturbed", "--overwrite")) == 0
+    assert extract_logits.main(flags("undisturbed", "--overwrite")) == 0
     assert files_in(tmp_path / "undisturbed") == undisturbed
 
 
@@ -412,15 +430,15 @@ def unreadable() -> None:
     shard_files.pq.ParquetFile = failing
 
 
-def test_a_disk_that_cannot_be_read_damages_nothing(options, undisturbed, tmp_path):
-    life = Life(options("undisturbed", "--check_shards"), tmp_path / "unread.log", unreadable)
+def test_a_disk_that_cannot_be_read_damages_nothing(flags, undisturbed, tmp_path):
+    life = Life(flags("undisturbed", "--check_shards"), tmp_path / "unread.log", unreadable)
     assert life.wait() == 1
     assert "it cannot be read now" in life.said and "Set aside" not in life.said
     assert files_in(tmp_path / "undisturbed") == undisturbed
 
 
-def test_a_log_that_is_closed_is_no_success(options):
-    command = shlex.join([sys.executable, "extract_logits.py", *options("piped")])
+def test_a_log_that_is_closed_is_no_success(flags):
+    command = shlex.join([sys.executable, "extract_logits.py", *flags("piped")])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} 2>&1 | head -c 100"], cwd=REPO, capture_output=True
     )
@@ -445,8 +463,8 @@ def stuck_source() -> None:
     Reader.align, shard_computer.write_shard = stuck, failing
 
 
-def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_path):
-    life = Life(options("stuck"), tmp_path / "stuck.log", stuck_source)
+def test_a_failure_does_not_wait_for_a_source_that_never_answers(flags, tmp_path):
+    life = Life(flags("stuck"), tmp_path / "stuck.log", stuck_source)
     assert life.wait() == 1
     assert "Read-only file system" in life.said
 
@@ -454,9 +472,9 @@ def test_a_failure_does_not_wait_for_a_source_that_never_answers(options, tmp_pa
 # --- finished shards that have not changed ---
 
 
-def test_shards_as_they_were_written_are_not_read_again_unless_asked_for(options, undisturbed, tmp_path, capsys):
+def test_shards_as_they_were_written_are_not_read_again_unless_asked_for(flags, undisturbed, tmp_path, capsys):
     """A flipped byte with the file's old size and time: seen by --check_shards alone, or once the record is gone."""
-    out, flags = tmp_path / "undisturbed", options("undisturbed")
+    out, flags = tmp_path / "undisturbed", flags("undisturbed")
     shard = shards_in(out)[7]
     before = shard.stat()
     flip(shard, 0.5)
@@ -470,8 +488,8 @@ def test_shards_as_they_were_written_are_not_read_again_unless_asked_for(options
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed", "another run's"])
-def test_a_record_that_does_not_hold_makes_all_shards_be_read(options, undisturbed, tmp_path, capsys, damage):
-    out, flags = tmp_path / "undisturbed", options("undisturbed")
+def test_a_record_that_does_not_hold_makes_all_shards_be_read(flags, undisturbed, tmp_path, capsys, damage):
+    out, flags = tmp_path / "undisturbed", flags("undisturbed")
     shard, record = shards_in(out)[7], out / ".checked.json"
     before, content = shard.stat(), json.loads(record.read_text())
     flip(shard, 0.5)

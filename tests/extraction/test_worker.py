@@ -17,10 +17,10 @@ from chat_logits.storage.manifest import Manifest, shard_path
 
 
 @pytest.fixture
-def assignment(small_model, calm_source, tmp_path):
+def assignment(quick_model, calm_source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / WORKERS).write_text("ours")
-    config = ExtractConfig(**options_for(small_model, calm_source, tmp_path / "out"))
+    config = ExtractConfig(**options_for(quick_model, calm_source, tmp_path / "out"))
     return assign(open_run(config), tmp_path / "out", "ours")
 
 
@@ -32,17 +32,17 @@ def worker(assignment):
 
 
 @pytest.fixture
-def manifest(calm_run) -> Manifest:
-    return Manifest.read(calm_run / "extraction.json", str(calm_run))
+def manifest(quick_run) -> Manifest:
+    return Manifest.read(quick_run / "extraction.json", str(quick_run))
 
 
-def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, manifest, calm_run, tmp_path):
+def test_shards_given_from_several_threads_are_those_of_the_plain_run(worker, manifest, quick_run, tmp_path):
     worker.begin(manifest)
     wanted = [7, 3, 59, 4, 0]
     with ThreadPoolExecutor(len(wanted)) as pool:
         answers = list(pool.map(worker.compute, wanted))
     assert [entry.shard for entry, _ in answers] == wanted
-    there = files_in(calm_run)
+    there = files_in(quick_run)
     assert files_in(tmp_path / "out") == {
         name: there[name] for name in (shard_path("train", shard) for shard in wanted)
     }

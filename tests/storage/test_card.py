@@ -15,13 +15,13 @@ HUB = {"model_id": "org/model", "dataset_id": "org/questions", **COMMITS}
 
 
 @pytest.fixture
-def manifest(calm_run) -> Manifest:
-    return Manifest.read(calm_run / "extraction.json", "here")
+def manifest(quick_run) -> Manifest:
+    return Manifest.read(quick_run / "extraction.json", "here")
 
 
 @pytest.fixture
-def entries(calm_run) -> list[ShardEntry]:
-    return read_shards(calm_run / "shards.json", "here")
+def entries(quick_run) -> list[ShardEntry]:
+    return read_shards(quick_run / "shards.json", "here")
 
 
 def test_the_hub_reads_what_it_filters_and_links_by(manifest, entries):
@@ -90,15 +90,15 @@ def test_the_snippets_name_the_dataset_itself(manifest, entries, repository, nam
     assert f'load_dataset({named}, split="train")[0]' in card
 
 
-def test_the_snippets_run(calm_run, capsys):
+def test_the_snippets_run(quick_run, capsys):
     """With its path; the second imports one file of the toolkit."""
-    card = (calm_run / "README.md").read_text(encoding="utf-8").replace("path/to/this/folder", str(calm_run))
+    card = (quick_run / "README.md").read_text(encoding="utf-8").replace("path/to/this/folder", str(quick_run))
     table, numbers = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert set(re.findall(r"^from (\w+)", numbers, re.MULTILINE)) == {"datasets", "logit_codec"}
     exec(table, {})
     assert "Detailed Token Analysis:" in capsys.readouterr().out
     names = {}
     exec(numbers, names)
-    first = open_dataset(str(calm_run)).read_row(0)
+    first = open_dataset(str(quick_run)).read_row(0)
     assert names["row"]["token_log_probs"] == first["token_log_probs"]
     assert len(names["position"].token_ids) > 1

@@ -24,17 +24,17 @@ FORMAT = (REPO / "FORMAT.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def content(calm_run) -> dict:
+def content(quick_run) -> dict:
     """What a run has written."""
-    return json.loads((calm_run / "extraction.json").read_text(encoding="utf-8"))
+    return json.loads((quick_run / "extraction.json").read_text(encoding="utf-8"))
 
 
 def of(content: dict) -> Manifest:
     return Manifest.from_json(content, "here")
 
 
-def test_a_file_that_is_read_is_written_with_the_same_bytes(calm_run):
-    path = calm_run / "extraction.json"
+def test_a_file_that_is_read_is_written_with_the_same_bytes(quick_run):
+    path = quick_run / "extraction.json"
     assert Manifest.read(path, "here").text == path.read_text(encoding="utf-8")
 
 
@@ -143,8 +143,8 @@ def test_another_run_is_refused_with_what_to_do():
 # --- shards.json ---
 
 
-def test_a_listing_that_is_read_is_written_with_the_same_bytes(calm_run):
-    path = calm_run / "shards.json"
+def test_a_listing_that_is_read_is_written_with_the_same_bytes(quick_run):
+    path = quick_run / "shards.json"
     assert shards_text(read_shards(path, "here")) == path.read_text(encoding="utf-8")
 
 
@@ -154,8 +154,8 @@ def test_other_writers_may_list_path_and_rows_alone(tmp_path):
     assert entry == ShardEntry("data/00001/a.b-01234.parquet", 5) and entry.shard == 1234
 
 
-def test_a_changed_listing_is_refused(calm_run, tmp_path):
-    listing = json.loads((calm_run / "shards.json").read_text())
+def test_a_changed_listing_is_refused(quick_run, tmp_path):
+    listing = json.loads((quick_run / "shards.json").read_text())
     listing["shards"][3]["num_tokens"] += 1
     (tmp_path / "shards.json").write_text(json.dumps(listing))
     with pytest.raises(ToolkitError, match=rf"here: shards.json is damaged \(checksum {listing['crc32']}, expected"):

@@ -7,6 +7,33 @@ from pathlib import Path
 
 from conftest import REPO
 
+# The code that workers get: each waits in front of the batch after its first ones, until a file is there.
+HELD = """
+from chat_logits.extraction import cluster
+def copy(target, copy_code=cluster.copy_code):
+    copy_code(target)
+    with (target / "logit_codec.py").open("a") as file:
+        file.write({code!r})
+cluster.copy_code = copy
+"""
+HOLD = """
+import itertools, pathlib, time
+_encode_rows, _numbers = encode_rows, itertools.count()
+def encode_rows(*batch):
+    number, until = next(_numbers), time.monotonic() + {seconds}
+    while number >= {batches} and time.monotonic() < until and not pathlib.Path({gate!r}).exists():
+        time.sleep(0.05)
+    return _encode_rows(*batch)
+"""
+
+
+def held(gate: Path, batches: int = 12, seconds: float = 600) -> str:
+    """What a command does ``first`` so that its workers are in mid-run, on any machine, until ``gate`` is there.
+
+    Each encodes this many batches at once, and those after them that many seconds late at most.
+    """
+    return HELD.format(code=HOLD.format(gate=str(gate), batches=batches, seconds=seconds))
+
 
 class Command:
     """The command in a process of its own, after ``first`` in Python, with its output in a file."""
