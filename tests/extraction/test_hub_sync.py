@@ -26,7 +26,8 @@ from chat_logits import hub as hub_access
 from chat_logits.extraction import upload as hub_sync
 hub_sync.SHARDS_A_COMMIT, hub_access.PATIENCE = 8, (2, 2, 2, 2)
 import extract_logits
-sys.exit(extract_logits.main(sys.argv[1:]))
+from chat_logits.cli.command_line import leave
+leave(extract_logits.main(sys.argv[1:]))
 """
 # The same, but the pushing thread dies of what is no Exception.
 DYING = COMMAND.replace(
@@ -50,12 +51,14 @@ LIMITED = COMMAND.replace(
 )
 LOAD = """
 import datasets, json, sys
+from chat_logits.cli.command_line import leave
 datasets.disable_progress_bars()
 for repo in sys.argv[1:]:
     repo, _, revision = repo.partition("@")
     rows = datasets.load_dataset(repo, split="train", revision=revision or None)
     rows = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
     print(repo, json.dumps(rows))
+leave(0)
 """
 EACH_FAULT = {
     "none": [],

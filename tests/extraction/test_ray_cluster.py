@@ -42,6 +42,12 @@ def hub():
 
 
 @pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Of runs with a Hub."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
 def temporary(tmp_path_factory) -> Path:
     """Where the nodes' workers have their temporary folders."""
     return tmp_path_factory.mktemp("temporary")
@@ -67,14 +73,14 @@ def on_nodes(nodes: Nodes) -> list[str]:
 
 
 @pytest.fixture
-def straight(flags, nodes, hub, tmp_path):
+def straight(flags, nodes, hub, home):
     """Starts runs without a folder that the nodes share, into a repository on the loopback Hub."""
     made = set()
 
-    def start(repo: str, *more, first: str = "", log: str = "log") -> Command:
+    def start(repo: str, *more, first: str = "") -> Command:
         made.add(REPO / "outputs" / repo)
         wanted = without("--output_dir", flags("nowhere", *on_nodes(nodes), "--output_repo", f"user/{repo}", *more))
-        return Command(wanted, tmp_path / log, hub.environment(tmp_path / "home"), first)
+        return Command(wanted, first, hub.environment(home))
 
     yield start
     for folder in made:
@@ -101,7 +107,7 @@ def sent(hub: LoopbackHub, repo: str) -> list[str]:
 def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed_and_another_added(
     flags, undisturbed, nodes, gate, tmp_path
 ):
-    run = Command(flags("part", *on_nodes(nodes)), tmp_path / "log", first=held(gate))
+    run = Command(flags("part", *on_nodes(nodes)), first=held(gate))
     run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "part")) > 8)
     nodes.remove(nodes.nodes[0])
     run.until(lambda: "To be computed again" in run.said)
@@ -121,7 +127,7 @@ def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait
         wanted = without(
             "--device", flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
         )
-        run = Command([*wanted, "--device_map", "auto"], tmp_path / "log")
+        run = Command([*wanted, "--device_map", "auto"])
         assert run.wait() == 0, run.said
     finally:
         nodes.cluster.remove_node(node, allow_graceful=False)
@@ -148,7 +154,7 @@ def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_commit
     assert 3 < len(kept) < SHARDS and {entry["path"] for entry in listed(files)} == kept
     assert f"{len(kept)} finished shards are in user/straight.\nStopped. What is pushed is kept." in stopped.said
     assert not list(temporary.glob("extract-logits-*")), "the workers have cleared up"
-    again = straight("straight", "--push_every", 2, log="again")
+    again = straight("straight", "--push_every", 2)
     assert again.wait() == 0, again.said
     assert f"{len(kept)} of them only in user/straight" in again.said
     assert not shards_in(REPO / "outputs" / "straight")
@@ -165,17 +171,17 @@ def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undist
     """Of the same run, so that its old shards are told from its new ones by nothing but the record of the overwrite."""
     other = straight("renewed", "--max_samples", 9, "--seed", 7, *ONE)
     assert other.wait() == 0, other.said
-    stopped = straight("renewed", "--overwrite", "--push_every", 3600, log="stopped", first=held(gate))
+    stopped = straight("renewed", "--overwrite", "--push_every", 3600, first=held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said
     kept = shards_on_hub(hub, "renewed")
     assert 3 < len(kept) < SHARDS
-    again = straight("renewed", "--overwrite", log="again")
+    again = straight("renewed", "--overwrite")
     assert again.wait() == 0, again.said
     assert f"{len(kept)} of them only in user/renewed" in again.said
     assert on_hub(hub, "renewed") == undisturbed
-    whole = straight("renewed", "--overwrite", *ONE, log="whole")  # nothing is left unfinished: it begins anew
+    whole = straight("renewed", "--overwrite", *ONE)  # nothing is left unfinished: it begins anew
     assert whole.wait() == 0, whole.said
     assert on_hub(hub, "renewed") == undisturbed and "Going on" not in whole.said
 
@@ -194,17 +200,18 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
     told = stopped.said.splitlines()[-2:]
     assert re.match(r"error: --output_repo user/revoked: not found on the Hub, or not yours to see \(403\)", told[0])
     assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
-    again = straight("revoked", *ONE, log="again")
+    again = straight("revoked", *ONE)
     assert again.wait() == 0, again.said
     assert on_hub(hub, "revoked") == undisturbed
+
+
+HASTY = "from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01"
 
 
 def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_begin(straight, hub):
     hub.inject(Fault("refuse", "commit", status=403, times=math.inf))
     try:
-        refused = straight(
-            "refused", "--push_every", 0, *ONE, first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01"
-        )
+        refused = straight("refused", "--push_every", 0, *ONE, first=HASTY)
         assert refused.wait() == 1, refused.said
     finally:
         hub.clear_faults()
@@ -213,7 +220,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
     assert refused.said.splitlines()[-1] == "error: The run ends, as its shards have no place any more."
     hub.inject(Fault("refuse", "info", status=503, times=math.inf))
     try:
-        away = straight("away", first="from chat_logits import hub_errors; hub_errors.FIRST_PAUSE = 0.01", log="away")
+        away = straight("away", first=HASTY)
         assert away.wait() == 1, away.said
     finally:
         hub.clear_faults()
@@ -308,11 +315,11 @@ def test_a_cluster_that_asks_for_a_token_gets_it_or_the_token_is_named(flags, un
     env = {**os.environ, "HOME": str(home)}
     address = head(env)
     wanted = ["--ray_address", address, "--num_workers", "2"]
-    run = Command(flags("out", *wanted), tmp_path / "log", env)
+    run = Command(flags("out", *wanted), env=env)
     assert run.wait() == 0, run.said
     assert files_in(tmp_path / "out") == undisturbed
     (home / ".ray" / "auth_token").write_text("1" * 64)
-    other = Command(flags("other", *wanted), tmp_path / "other.log", env)
+    other = Command(flags("other", *wanted), env=env)
     assert other.wait() == 1
     last = other.said.splitlines()[-1]
     assert last.startswith(f"error: --ray_address {address}: that cluster asks for a token, and this machine's is")
@@ -323,7 +330,7 @@ def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_o
     flags, undisturbed, head, gate, tmp_path
 ):
     wanted = flags("headless", "--ray_address", head(dict(os.environ)), "--num_workers", "2")
-    run = Command(wanted, tmp_path / "log", first=held(gate))
+    run = Command(wanted, first=held(gate))
     run.until(lambda: len(shards_in(tmp_path / "headless")) > 8)
     gcs = [pid for pid in children(os.getpid()) if b"gcs_server" in command_line(pid).partition(b"\0")[0]]
     folders = re.findall(r"/tmp/ray-\w+", b"".join(map(command_line, gcs)).decode())
@@ -351,33 +358,31 @@ def test_when_the_head_of_the_cluster_dies_it_is_said_and_a_plain_process_goes_o
     ],
 )
 def test_an_address_without_a_cluster_is_told_in_a_line_and_leaves_no_repository(
-    flags, hub, tmp_path, address, status, told
+    flags, hub, home, tmp_path, address, status, told
 ):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}" if address == "LISTENS" else address
         wanted = flags("wrong", "--ray_address", address, "--output_repo", "user/wrong")
         quick = "from chat_logits.extraction import cluster; cluster.PATIENCE = 4.0"
-        run = Command(wanted, tmp_path / "log", hub.environment(tmp_path / "home"), quick)
+        run = Command(wanted, quick, hub.environment(home))
         assert run.wait() == status, run.said
     assert len(run.said.splitlines()) == 1 and run.said.startswith("error: --ray_address ") and told in run.said
     assert not (tmp_path / "wrong").exists() and not hub.has_repo("dataset", "user/wrong")
 
 
 def test_a_cluster_without_gpus_and_a_machine_without_room_are_refused_before_a_repository_is_made(
-    flags, hub, nodes, tmp_path
+    flags, hub, home, nodes, tmp_path
 ):
-    env = hub.environment(tmp_path / "home")
+    env = hub.environment(home)
     wanted = without("--device", flags("none", *on_nodes(nodes), "--output_repo", "user/none"))
-    for number, (more, told) in enumerate(
-        [
-            ([], "has 2 CPUs and no GPU yet. Wait for machines with some, or give --device cpu"),
-            (["--gpus_per_worker", "2", "--device_map", "auto"], "has 2 CPUs and no GPU yet"),
-        ]
+    for more, advice in (
+        ([], ". Wait for machines with some, or give --device cpu"),
+        (["--gpus_per_worker", "2", "--device_map", "auto"], ""),
     ):
-        run = Command([*wanted, *more], tmp_path / f"{number}.log", env)
-        assert run.wait() == 2 and told in run.said.splitlines()[-1], run.said
+        run = Command([*wanted, *more], env=env)
+        assert run.wait() == 2 and f"has 2 CPUs and no GPU yet{advice}" in run.said.splitlines()[-1], run.said
     crowd = flags("none", "--num_workers", 99, "--output_repo", "user/none")
-    run = Command(crowd, tmp_path / "crowd.log", env)
+    run = Command(crowd, env=env)
     assert run.wait() == 2 and "room for" in run.said.splitlines()[-1], run.said
     assert not hub.has_repo("dataset", "user/none") and not (tmp_path / "none" / "extraction.json").exists()
 

@@ -36,7 +36,7 @@ def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in
 ):
     hasty = "from chat_logits.extraction import workers; workers.LONG = 10.0"
     slow = held(gate, batches=4, seconds=2)
-    run = Command(flags("two", "--num_workers", 2), tmp_path / "log", first=hasty + slow)
+    run = Command(flags("two", "--num_workers", 2), first=hasty + slow)
     run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "two")) > 8)
     before = workers_of(run.process.pid)
     assert len(before) == 2
@@ -54,10 +54,10 @@ def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in
 
 
 def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undisturbed, gate, tmp_path):
-    run = Command(flags("killed", "--num_workers", 2), tmp_path / "log", first=held(gate))
+    run = Command(flags("killed", "--num_workers", 2), first=held(gate))
     run.until(lambda: len(shards_in(tmp_path / "killed")) > 4)
     workers = workers_of(run.process.pid)
-    run.process.kill()
+    run.process.send_signal(signal.SIGKILL)
     until = time.monotonic() + 60
     while any(map(is_running, workers)):  # Ray ends what it started; its own agents take a minute
         assert time.monotonic() < until
@@ -68,7 +68,7 @@ def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undist
 
 
 def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_on(flags, undisturbed, gate, tmp_path):
-    run = Command(flags("stopped", "--num_workers", 2), tmp_path / "log", first=held(gate))
+    run = Command(flags("stopped", "--num_workers", 2), first=held(gate))
     run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "stopped")) > 4)
     workers = workers_of(run.process.pid)
     run.process.send_signal(signal.SIGTERM)
@@ -77,7 +77,7 @@ def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_o
     assert len(workers) == 2 and not any(map(is_running, workers))
     printed = shlex.split(run.said.splitlines()[-1])
     assert printed[-2:] == ["--num_workers", "2"]
-    again = Command(printed[2:], tmp_path / "again")
+    again = Command(printed[2:])
     assert again.wait() == 0, again.said
     assert files_in(tmp_path / "stopped") == undisturbed
 
@@ -98,7 +98,7 @@ def damaged_source(tmp_path) -> Path:
 
 def test_a_shard_that_fails_three_times_is_told_and_all_others_are_done(flags, damaged_source, quick_run, tmp_path):
     wanted = flags("gap", "--num_workers", 2, "--streaming", "--dataset_id", damaged_source)
-    run = Command(wanted, tmp_path / "log")
+    run = Command(wanted)
     assert run.wait() == 1, run.said
     assert "Traceback" not in run.said and "Unhandled" not in run.said
     assert run.said.count("To be computed again: source rows 63 to 65") == 2
@@ -125,7 +125,7 @@ def stored(folder: Path) -> list[dict]:
     ],
 )
 def test_wrong_use_is_told_in_a_line(flags, tmp_path, more, told):
-    run = Command(flags("wrong", *more), tmp_path / "log")
+    run = Command(flags("wrong", *more))
     assert run.wait() == 2, run.said
     last = run.said.splitlines()[-1]
     assert last.startswith("error: ") and re.search(told, last)
@@ -133,11 +133,11 @@ def test_wrong_use_is_told_in_a_line(flags, tmp_path, more, told):
 
 
 @pytest.mark.parametrize("more", [["--num_workers", "2"], ["--ray_address", "127.0.0.1:6379"]])
-def test_without_ray_its_requirements_are_named(flags, tmp_path, more):
+def test_without_ray_its_requirements_are_named(flags, more):
     missing = (
         "import importlib.util as u; u.find_spec = lambda name, find=u.find_spec: None if name == 'ray' else find(name)"
     )
-    run = Command(flags("missing", *more), tmp_path / "log", first=missing)
+    run = Command(flags("missing", *more), first=missing)
     assert run.wait() == 2
     assert run.said == "error: workers need Ray, which is not installed: pip install -r requirements-ray.txt\n"
 
@@ -145,7 +145,7 @@ def test_without_ray_its_requirements_are_named(flags, tmp_path, more):
 def test_a_temporary_folder_that_is_too_deep_for_ray_is_told(flags, tmp_path):
     deep = tmp_path / ("deep" * 25)
     deep.mkdir()
-    run = Command(flags("out", "--num_workers", 2), tmp_path / "log", {**os.environ, "TMPDIR": str(deep)})
+    run = Command(flags("out", "--num_workers", 2), env={**os.environ, "TMPDIR": str(deep)})
     assert run.wait() == 1
     assert re.match("error: Ray does not start on this machine: .*TMPDIR", run.said.splitlines()[-1])
 
@@ -154,7 +154,7 @@ def test_an_option_that_is_wrong_for_every_worker_ends_the_run_at_once_as_withou
     wanted = without(
         "--device", flags("wrong", "--num_workers", 2, "--device_map", "auto", "--max_memory", '{"7": "60GiB"}')
     )
-    run = Command(wanted, tmp_path / "log")
+    run = Command(wanted)
     assert run.wait() == 2, run.said
     assert run.said.splitlines()[-1].startswith("error: --max_memory: no place '7'. Available: cpu, disk")
     assert "died" not in run.said and not (tmp_path / "wrong").exists()
@@ -173,7 +173,7 @@ def late(config):
     return connect(config)
 workers.connect = late
 """
-    run = Command(flags("lost", "--num_workers", 2, "--model_id", copy), tmp_path / "log", first=first)
+    run = Command(flags("lost", "--num_workers", 2, "--model_id", copy), first=first)
     assert run.wait() == 1, run.said
     assert re.search(r"Worker \d did not begin \(1 of 2 times\): .*model\.safetensors", run.said)
     assert run.said.count("did not begin (2 of 2 times)") == 2 and "died" not in run.said
@@ -194,8 +194,8 @@ def test_names_stand_in_the_record_as_they_were_given(quick_model, calm_source, 
     assert [extraction["model_id"], extraction["dataset_id"]] == relative
 
 
-def test_a_stream_without_a_length_is_refused(flags, chat_file, tmp_path):
+def test_a_stream_without_a_length_is_refused(flags, chat_file):
     source = chat_file([{"question": "Who?", "answer": "Nobody has counted these."}] * 5)  # nor cached them
-    run = Command(flags("stream", "--num_workers", 2, "--streaming", "--dataset_id", source), tmp_path / "log")
+    run = Command(flags("stream", "--num_workers", 2, "--streaming", "--dataset_id", source))
     assert run.wait() == 2, run.said
     assert "is streamed and nobody knows its length. Leave out --streaming" in run.said

@@ -15,7 +15,10 @@ from itertools import count
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-PRELOADED = ["datasets", "extract_logits", "chat_logits.extraction.run", "transformers.models.llama"]
+# By name: the toolkit and transformers import what is heavy where it is first needed.
+PRELOADED = ["torch", "datasets", "transformers.models.llama.modeling_llama", "extract_logits"]
+PRELOADED += [f"chat_logits.{name}" for name in ("extraction.run", "extraction.upload", "model.batching")]
+PRELOADED += ["chat_logits.cli.extract_report"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PRELOADED, "lives"])
 
@@ -75,11 +78,11 @@ class Server:
     """
 
     def __init__(self, env: dict[str, str], folder: Path):
-        self._env, self._folder, self._numbers = env, folder, count()
+        self.env, self._folder, self._numbers = env, folder, count()
 
     def __enter__(self) -> "Server":
         command, pipes = [sys.executable, __file__], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, cwd=REPO, env=self._env, **pipes)
+        self._process = subprocess.Popen(command, cwd=REPO, env=self.env, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,11 +1,18 @@
 """Runs with workers on Ray: the command in processes of its own, theirs below it, and clusters of nodes."""
 
-import subprocess
-import sys
+import os
+import tempfile
 import time
 from pathlib import Path
 
-from conftest import REPO
+from lives import Server
+
+HUB = ("HF_ENDPOINT", "HF_HOME")
+COMMAND = """
+import sys, extract_logits
+from chat_logits.cli.command_line import leave
+leave(extract_logits.main(sys.argv[1:]))
+"""
 
 # The code that workers get: each waits in front of the batch after its first ones, until a file is there.
 HELD = """
@@ -36,24 +43,21 @@ def held(gate: Path, batches: int = 12, seconds: float = 600) -> str:
 
 
 class Command:
-    """The command in a process of its own, after ``first`` in Python, with its output in a file."""
+    """The command in a process of its own, after ``first`` in Python; ``env`` is this process's where none is given."""
 
-    def __init__(self, flags: list[str], log: Path, env=None, first: str = ""):
-        self.log = log
-        code = f"import sys, extract_logits\n{first}\nsys.exit(extract_logits.main(sys.argv[1:]))"
-        with log.open("w") as file:
-            command = [sys.executable, *(["-c", code] if first else ["extract_logits.py"]), *flags]
-            self.process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file, env=env)
+    def __init__(self, flags: list[str], first: str = "", env: dict[str, str] | None = None):
+        code = f"{first}\n{COMMAND}"
+        wanted = dict(os.environ) if env is None else env
+        server = _server_for(wanted)
+        self.process = server.start(code, *flags, env={**dict.fromkeys(server.env), **wanted})
 
     @property
     def said(self) -> str:
-        return self.log.read_text(encoding="utf-8")
+        return self.process.stdout + self.process.stderr
 
     def wait(self, seconds: float = 900) -> int:
-        try:
-            return self.process.wait(seconds)
-        finally:
-            self.process.kill()
+        self.process.communicate(seconds)
+        return self.process.returncode
 
     def until(self, condition, seconds: float = 600) -> None:
         until = time.monotonic() + seconds
@@ -61,6 +65,19 @@ class Command:
             assert self.process.poll() is None, self.said
             assert time.monotonic() < until, self.said
             time.sleep(0.01)
+
+
+_servers: dict[tuple, tuple[Server, tempfile.TemporaryDirectory]] = {}
+
+
+def _server_for(env: dict[str, str]) -> Server:
+    """One for all runs with this Hub, or with none: libraries read where it is as they are imported."""
+    hub = tuple(map(env.get, HUB))
+    if hub not in _servers:
+        folder = tempfile.TemporaryDirectory()
+        server = Server(env if any(hub) else {**env, "HF_HUB_OFFLINE": "1"}, Path(folder.name))
+        _servers[hub] = server.__enter__(), folder  # both end with this process
+    return _servers[hub][0]
 
 
 def children(pid: int) -> list[int]:
