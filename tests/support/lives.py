@@ -122,11 +122,15 @@ class Forked:
 
     @property
     def stdout(self) -> str:
-        return (self._place / "out").read_text(encoding="utf-8")
+        return self._written("out")
 
     @property
     def stderr(self) -> str:
-        return (self._place / "err").read_text(encoding="utf-8")
+        return self._written("err")
+
+    def _written(self, name: str) -> str:
+        file = self._place / name
+        return file.read_text(encoding="utf-8") if file.exists() else ""  # in its first moments there is none
 
     def poll(self) -> int | None:
         status = self._place / "status"
