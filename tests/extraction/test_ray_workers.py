@@ -134,9 +134,7 @@ def test_wrong_use_is_told_in_a_line(flags, tmp_path, more, told):
 
 @pytest.mark.parametrize("more", [["--num_workers", "2"], ["--ray_address", "127.0.0.1:6379"]])
 def test_without_ray_its_requirements_are_named(flags, more):
-    missing = (
-        "import importlib.util as u; u.find_spec = lambda name, find=u.find_spec: None if name == 'ray' else find(name)"
-    )
+    missing = "from chat_logits.extraction import cluster; cluster.find_spec = lambda name: None"
     run = Command(flags("missing", *more), first=missing)
     assert run.wait() == 2
     assert run.said == "error: workers need Ray, which is not installed: pip install -r requirements-ray.txt\n"
