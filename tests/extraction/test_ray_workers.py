@@ -181,9 +181,7 @@ workers.connect = late
 def test_names_stand_in_the_record_as_they_were_given(quick_model, calm_source, tmp_path):
     """With paths relative to where the command is given, which workers know by other names."""
     relative = [os.path.relpath(path, REPO) for path in (quick_model, calm_source)]
-    run = Command(
-        [*flags_for(*relative, tmp_path / "two"), "--max_samples", "9", "--num_workers", "2"], tmp_path / "log"
-    )
+    run = Command([*flags_for(*relative, tmp_path / "two"), "--max_samples", "9", "--num_workers", "2"])
     assert run.wait() == 0, run.said
     with contextlib.chdir(REPO):
         assert extract_logits.main([*flags_for(*relative, tmp_path / "plain"), "--max_samples", "9"]) == 0
