@@ -135,13 +135,16 @@ def unpack_indices(low, high) -> np.ndarray:
     """Token ids, int32 (n,): ``low | high_bits << 16``.
 
     ``low`` holds n 16-bit numbers (list, array, or little-endian bytes), ``high`` ceil(n/4) bytes with four
-    2-bit entries each, the first in bits 0-1 (bytes, list or array). Raises ValueError where they don't fit.
+    2-bit entries each, the first in bits 0-1 (bytes, list or array). Beside an array, as rows have after
+    ``with_format("numpy")`` or ``"torch"``, bytes have lost the zeros at their end, which are put back. Raises
+    ValueError where they don't fit.
 
     >>> unpack_indices([65535, 0, 0, 1], b"\\x1b").tolist()
     [262143, 131072, 65536, 1]
     """
-    low = _as_numbers(low, "<u2")
-    high = _as_numbers(high, np.uint8)
+    if isinstance(high, bytes) and not isinstance(low, (list, bytes, bytearray, memoryview)):
+        high = bytes(high).ljust(-(-len(low) // 4), b"\0")
+    low, high = _as_numbers(low, "<u2"), _as_numbers(high, np.uint8)
     if len(high) != -(-len(low) // 4):
         raise ValueError(f"{len(high)} bytes of high bits for {len(low)} ids, expected {-(-len(low) // 4)}")
     return low.astype(np.int32) | _high_bits(high)[: len(low)] << 16

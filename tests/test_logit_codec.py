@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import plain_decoder
 import pytest
@@ -145,6 +146,16 @@ def test_ids_survive_packing_in_every_form(ids):
 def test_ids_that_do_not_fit_are_refused(ids):
     with pytest.raises(ValueError, match="expected 0 to 262143"):
         codec.pack_indices(ids)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_high_bits_whose_zeros_a_format_has_cut_off_are_whole_again(kind):
+    """Rows whose packed bytes end in zeros, in the middle too, as ``datasets`` formats them."""
+    all_ids = [[70_000, 1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3], [200_000] * 4, [0, 0, 0, 0, 140_000]]
+    packed = [codec.pack_indices(ids) for ids in all_ids]
+    rows = datasets.Dataset.from_list([{"low": low.tolist(), "high": high} for low, high in packed])
+    found = [codec.unpack_indices(row["low"], row["high"]).tolist() for row in rows.with_format(kind)]
+    assert found == all_ids
 
 
 @given(token_ids, st.integers(1, 3))
