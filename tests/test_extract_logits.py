@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import TEMPLATE, make_tiny_model
 from transformers import AutoTokenizer
 
@@ -210,6 +211,21 @@ def test_missing_or_strange_datasets_are_refused(extract, tmp_path, capsys, name
     (tmp_path / "notes.txt").write_text("hello")
     assert extract(name) == 2
     assert name.removeprefix("./") in refused(capsys)
+
+
+def test_a_model_that_rules_the_answers_out_has_an_infinite_perplexity(extract, chat_file, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model(tmp_path / "sure", vocab_size=49_152)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20_000)
+    model.save_pretrained(folder)
+    assert extract(chat_file([GOOD]), model_id=folder) == 0
+    printed = capsys.readouterr().out
+    nll = float(re.search(r"mean NLL ([\d.]+) nats, perplexity inf", printed)[1])
+    row = open_dataset(str(tmp_path / "out")).read_row(0)
+    assert nll == pytest.approx(-np.mean(row["token_log_probs"]), abs=1e-3) and nll > 709
 
 
 def test_a_folder_that_holds_another_run_is_kept(extract, chat_file, tmp_path, capsys):

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from chat_logits.analysis.row import RowNumbers, row_numbers
+from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
 from chat_logits.analysis.tokens import Prediction, TokenAnalysis
 from logit_codec import ABSENT, CODE_PROBS, MAX_TOKEN_ID, nearest_codes
 
@@ -142,9 +142,8 @@ def comparison_sums(compared: RowComparison) -> np.ndarray:
 def totals_of(sums: np.ndarray) -> ComparisonTotals:
     """Sums over at least one token as means; those of surprisal as perplexities."""
     mean_kl, agreement, nll, other_nll, change = (sums[1:] / sums[0]).tolist()
-    return ComparisonTotals(
-        int(sums[0]), mean_kl, agreement, float(np.exp(nll)), float(np.exp(other_nll)), mean_change=change
-    )
+    perplexities = perplexity_of(nll), perplexity_of(other_nll)
+    return ComparisonTotals(int(sums[0]), mean_kl, agreement, *perplexities, mean_change=change)
 
 
 # --- records ---

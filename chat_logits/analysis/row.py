@@ -51,6 +51,12 @@ def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
     )
 
 
+def perplexity_of(mean_nll: float) -> float:
+    """e to the power of a mean negative log-likelihood in nats: infinite above 709."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(mean_nll))
+
+
 def _plogp(probs: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
     return -(probs * np.where(probs > 0, log_probs, 0)).sum(axis=1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from chat_logits.analysis.row import RowNumbers, row_numbers
+from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
 from chat_logits.analysis.tokens import Prediction, count_text, first_prediction, text_and_before
 from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.data.conversations import question_of
@@ -222,7 +222,7 @@ class _Tally:
         self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
 
     def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
-        perplexity, question = _perplexity(losses.mean()), question_of(row["messages"])
+        perplexity, question = perplexity_of(losses.mean()), question_of(row["messages"])
         summary = ConversationSummary(sample_index, row["source_index"], len(losses), perplexity, question)
         self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, summary], lambda one: one.perplexity)
         self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, summary], lambda one: one.perplexity)
@@ -248,7 +248,7 @@ class _Tally:
             model_id=dataset.manifest.model_id,
             num_conversations=dataset.num_rows,
             num_tokens=tokens,
-            perplexity=_perplexity(means["mean_nll"]),
+            perplexity=perplexity_of(means["mean_nll"]),
             **means,
             top5_is_bound=self.top5_is_bound,
             entropy_is_bound=self.entropy_is_bound,
@@ -275,11 +275,6 @@ class _Tally:
                 share = loss / total if total else 0.0
                 entries.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
         return entries
-
-
-def _perplexity(mean_nll: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(mean_nll))
 
 
 def _reliability_bin(i: int, count: float, confidence: float, right: float) -> ReliabilityBin:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from chat_logits.analysis.row import RowNumbers
+from chat_logits.analysis.row import RowNumbers, perplexity_of
 from chat_logits.data import alignment as chat_alignment
 from chat_logits.data.tokenizer import token_text
 
@@ -157,7 +157,7 @@ def total(tokens: Iterable[TokenAnalysis]) -> Totals:
     extracted = [token for token in tokens if token.is_extracted]
     return Totals(
         num_tokens=len(extracted),
-        perplexity=float(np.exp(np.mean([token.surprisal for token in extracted]))),
+        perplexity=perplexity_of(float(np.mean([token.surprisal for token in extracted]))),
         top1_rate=float(np.mean([token.rank == 1 for token in extracted])),
         mean_entropy=float(np.mean([token.entropy for token in extracted])),
         stored=1 - float(np.mean([token.tail_mass for token in extracted])),

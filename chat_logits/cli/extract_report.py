@@ -1,7 +1,6 @@
 """What the extract command prints: conversations before any model runs, and a finished run in numbers."""
 
-import math
-
+from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.tokens import label_tokens
 from chat_logits.display.token_tables import print_preview
 from chat_logits.extraction.config import ExtractConfig
@@ -30,6 +29,6 @@ def print_extraction(done: Extraction) -> None:
         here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
         where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"
         print(f"Disk           {done.num_bytes / done.tokens:.1f} bytes a token, {where}")
-        print(f"Target tokens  mean NLL {done.mean_nll:.4f} nats, perplexity {math.exp(done.mean_nll):.2f}")
+        print(f"Target tokens  mean NLL {done.mean_nll:.4f} nats, perplexity {perplexity_of(done.mean_nll):.2f}")
     if done.url:
         print(f"Pushed         {done.url}")
