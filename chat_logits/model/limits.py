@@ -15,7 +15,12 @@ class InputLimits:
 
 
 def input_limits(config) -> InputLimits:
-    """The limits that a model's configuration names."""
+    """The limits that a model's configuration names. Raises ToolkitError for a model with an encoder."""
+    if config.is_encoder_decoder:
+        raise ToolkitError(
+            f"model type {config.model_type}: an encoder reads its prompts, so that a conversation is no one text to "
+            "it. Expected a decoder alone, such as Llama, Qwen or Gemma."
+        )
     text = config.get_text_config()
     return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
 

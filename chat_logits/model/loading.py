@@ -5,13 +5,17 @@ memory) for as long as its layer works. Meanwhile its parameters are on "meta", 
 """
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model.limits import from_pretrained
+from chat_logits.model.limits import from_pretrained, load_config
 
+logger = logging.getLogger(__name__)
+
+SHOWN = 3  # tensors that a message names
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 
@@ -51,18 +55,50 @@ def load_model(
 
     A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says; then
     ``offload_folder`` must be there as long as the model is used.
-    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here.
+    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here. Of a
+    vision-language checkpoint the text model is used. Raises ToolkitError where the checkpoint is not whole.
     """
-    from transformers import AutoModelForCausalLM
-
     options = loading_options(dtype, device, device_map, max_memory, offload_folder)
     options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    model = from_pretrained(AutoModelForCausalLM, model_id, revision, gguf_file, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by their names
+    model, loaded = from_pretrained(
+        _auto_class(model_id, revision, gguf_file, trust_remote_code), model_id, revision, gguf_file, **options
+    )
+    _refuse_incomplete(model_id, loaded)
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     return model.eval() if device_map else model.eval().to(device)
+
+
+def _auto_class(model_id: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool):
+    """The class that loads a causal LM; for vision-language models without one of text alone, the whole's."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = type(load_config(model_id, revision, gguf_file, trust_remote_code))
+    is_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+
+
+def _refuse_incomplete(model_id: str, loaded: dict) -> None:
+    """Raise ToolkitError for tensors that transformers has filled at random; tell of those that it has left out."""
+    missing = sorted(loaded["missing_keys"])
+    wrong = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(loaded["mismatched_keys"])]
+    if missing or wrong:
+        lacks = f"{len(missing)} tensors are missing ({_some(missing)})" if missing else ""
+        has = f"{len(wrong)} have another shape ({_some(wrong)})" if wrong else ""
+        raise ToolkitError(
+            f"model {model_id}: its checkpoint is not whole: {' and '.join(filter(None, (lacks, has)))}, which "
+            "transformers fills with random numbers. Copy it again, or take another."
+        )
+    if unused := sorted(loaded["unexpected_keys"]):
+        logger.warning("model %s: %d tensors of its checkpoint are not used (%s)", model_id, len(unused), _some(unused))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} others" if len(names) > SHOWN else "")
 
 
 def loading_options(

@@ -1,0 +1,103 @@
+"""Checkpoints: what is not whole, or is no decoder, is refused by name; of vision-language ones the text is used."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, make_tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config
+
+from chat_logits.errors import ToolkitError
+from chat_logits.model import loading, teacher
+from chat_logits.model.limits import input_limits
+from chat_logits.model.selection import SelectionSettings
+from chat_logits.model.teacher import Request, Teacher
+
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A tiny checkpoint whose tensors have been changed by a function."""
+
+    def of(change) -> str:
+        folder = make_tiny_model(tmp_path, vocab_size=1000)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return of
+
+
+def test_missing_tensors_are_named(changed):
+    folder = changed(lambda tensors: tensors.pop(UP_PROJ))
+    with pytest.raises(ToolkitError, match=rf"not whole: 1 tensors are missing \({UP_PROJ}\)"):
+        loading.load_model(folder)
+
+
+def test_of_many_missing_tensors_the_first_are_named(changed):
+    folder = changed(lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers" in name])
+    with pytest.raises(ToolkitError, match=r"18 tensors are missing \(model\.layers\.0\..* and 15 others\)"):
+        loading.load_model(folder)
+
+
+def test_tensors_of_another_shape_are_named_with_both(changed):
+    folder = changed(lambda tensors: tensors.update({UP_PROJ: torch.zeros(60, 32)}))
+    with pytest.raises(ToolkitError, match=rf"1 have another shape \({UP_PROJ} \[60, 32\] for \[64, 32\]\)"):
+        loading.load_model(folder)
+
+
+def test_tensors_that_the_model_does_not_use_are_told(changed, caplog):
+    folder = changed(lambda tensors: tensors.update({"vision.weight": torch.zeros(2)}))
+    with caplog.at_level(logging.WARNING, "chat_logits"):
+        loading.load_model(folder)
+    assert "1 tensors of its checkpoint are not used (vision.weight)" in caplog.text
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    folder = make_tiny_model(tmp_path, vocab_size=1000, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = loading.load_model(str(folder))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("config", [BartConfig(), T5Config()], ids=["bart", "t5"])
+def test_models_with_an_encoder_are_refused(config):
+    with pytest.raises(ToolkitError, match=f"model type {config.model_type}: an encoder reads its prompts"):
+        input_limits(config)
+
+
+TEXT = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision"),
+    [
+        ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", "image_size": 28, "patch_size": 14}),
+        ("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}),
+    ],
+)
+def test_of_a_vision_language_checkpoint_the_text_is_used(tmp_path, kind, text, vision):
+    """The log-probabilities are those of its own class, whole conversations at once."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config={**TEXT, **text}, vision_config={**VISION, **vision})
+    own = AutoModelForImageTextToText.from_config(config).eval()
+    own.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / name)
+    model = loading.load_model(str(tmp_path))
+    assert input_limits(model.config).vocab_size == 1000
+    teacher.probe(model)
+    ids = np.random.default_rng(0).integers(0, 1000, 30)
+    request = Request(ids, np.arange(1, 30), np.full(29, 0.5))
+    settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=2)
+    found = Teacher(model, 1000).distributions([request], settings).wait()
+    with torch.inference_mode():
+        log_probs = own(torch.tensor(ids)[None]).logits[0].double().log_softmax(-1).numpy()
+    np.testing.assert_allclose(found.token_log_probs, log_probs[np.arange(29), ids[1:]], atol=2e-5)
