@@ -1,103 +1,69 @@
 """Source rows to conversations: lists of ``{"role", "content", ...}`` messages, and the form they are stored in.
 
-Which columns hold the conversation is found from their names alone, once a run, and recorded as ``columns``:
-``{"messages": NAME}`` or ``{"prompt": NAME, "response": NAME}``, with an optional ``"input"`` (Alpaca's) and
-``"system"``.
+What is no text is not turned into one: a row with anything else is skipped with its reason.
 """
 
 import json
+from collections.abc import Collection
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.data.roles import to_role
+from chat_logits.errors import ToolkitError
 
-# In the order they are looked for; a `reference_answer` beside `answer` is a grader's column, never the response.
-FORMATS = (
-    {"messages": "messages"},
-    {"messages": "conversations"},
-    {"prompt": "question", "response": "answer"},
-    {"prompt": "prompt", "response": "completion"},
-    {"prompt": "instruction", "response": "output"},
-    {"prompt": "query", "response": "response"},
-)
-SYSTEM_COLUMNS = ("system", "system_prompt")
-OVERRIDES = "Name the ones that are meant: `messages_column`, or `prompt_column` and `response_column`."
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-}
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
 
 
 class ConversationError(ToolkitError):
     """A source row that is no conversation; the run skips it and counts the message as the reason."""
 
 
-def choose_columns(
-    names: list[str], messages: str | None = None, prompt: str | None = None, response: str | None = None
-) -> dict[str, str]:
-    """The columns that hold the conversation, those named or those found among all ``names``.
-
-    Raises UsageError where a column that was named is missing, or where none or several formats fit.
-    """
-    if messages or prompt or response:
-        columns = _named_columns(messages, prompt, response)
-        missing = [name for name in columns.values() if name not in names]
-        if missing:
-            raise UsageError(f"no column {missing[0]!r}; the dataset has: {', '.join(names)}")
-    else:
-        columns = _detect_columns(names)
-    if columns.get("prompt") == "instruction" and "input" in names:
-        columns["input"] = "input"
-    system = next((name for name in SYSTEM_COLUMNS if name in names), None)
-    return {**columns, "system": system} if system else columns
-
-
-def _named_columns(messages: str | None, prompt: str | None, response: str | None) -> dict[str, str]:
-    if messages and not (prompt or response):
-        return {"messages": messages}
-    if prompt and response and not messages:
-        return {"prompt": prompt, "response": response}
-    raise UsageError("expected `messages_column` alone, or `prompt_column` and `response_column` together")
-
-
-def _detect_columns(names: list[str]) -> dict[str, str]:
-    fitting = [columns for columns in FORMATS if set(columns.values()) <= set(names)]
-    listed = ", ".join(names)
-    if not fitting:
-        known = "; ".join(" + ".join(columns.values()) for columns in FORMATS)
-        raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{OVERRIDES}")
-    if len(fitting) > 1:
-        fits = " and ".join(" + ".join(columns.values()) for columns in fitting)
-        raise UsageError(f"ambiguous columns: {fits} both hold conversations (all columns: {listed}).\n{OVERRIDES}")
-    return dict(fitting[0])
-
-
-def to_conversation(row: dict, columns: dict[str, str], system_prompt: str | None = None) -> list[dict]:
+def to_conversation(
+    row: dict,
+    columns: dict[str, str],
+    system_prompt: str | None = None,
+    template_roles: Collection[str] = (),
+    number_columns: Collection[str] = (),
+    has_arrow_nulls: bool = True,
+) -> list[dict]:
     """The row's messages, ``content`` a string each; ``system_prompt`` goes before those that have none.
 
-    Raises ConversationError, whose message is a skip reason.
+    ``template_roles`` are the roles that the chat template names itself; ``number_columns`` hold integers or booleans
+    and nothing else, which are then texts; with ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
+    dropped at every depth. Raises ConversationError, whose message is a skip reason.
     """
     if "messages" in columns:
-        messages = _turns(row[columns["messages"]])
+        has_arrow_nulls = has_arrow_nulls and not isinstance(row.get(columns["messages"]), str)
+        messages = _turns(row.get(columns["messages"]))
     else:
-        messages = _prompt_turns(row, columns) + _as_turns(row[columns["response"]], "assistant")
+        row = {**row, **{name: _number_text(row.get(name)) for name in number_columns}}
+        messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
+    messages = [_without_nulls(message) for message in messages] if has_arrow_nulls else messages
+    messages = [_message(message, template_roles) for message in messages]
     system = row.get(columns.get("system")) or system_prompt
-    if system and not any(message.get("role") == "system" for message in messages):
-        messages = [{"role": "system", "content": system}, *messages]
-    return _checked(messages)
+    if system and not any(message["role"] == "system" for message in messages):
+        messages = [_message({"role": "system", "content": system}, template_roles), *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ConversationError("no assistant turn")
+    return messages
+
+
+def _number_text(value):
+    return value if value is None else str(value)
 
 
 def _prompt_turns(row: dict, columns: dict[str, str]) -> list[dict]:
-    prompt = row[columns["prompt"]]
-    added = row[columns["input"]] if "input" in columns else None
+    prompt = row.get(columns["prompt"])
+    added = row.get(columns["input"]) if "input" in columns else None
     if isinstance(added, str) and added.strip():
         prompt = f"{prompt}\n\n{added}" if prompt else added
-    return _as_turns(prompt, "user")
+    return _history(row.get(columns.get("history"))) + _as_turns(prompt, "user")
+
+
+def _history(rounds) -> list[dict]:
+    """Earlier rounds, each a question and its answer."""
+    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in rounds or ()):
+        raise ConversationError("a history that is no list of questions with their answers")
+    pairs = [zip(("user", "assistant"), each, strict=True) for each in rounds or ()]
+    return [{"role": role, "content": content} for pair in pairs for role, content in pair]
 
 
 def _as_turns(value, role: str) -> list[dict]:
@@ -106,40 +72,110 @@ def _as_turns(value, role: str) -> list[dict]:
 
 
 def _turns(turns) -> list[dict]:
+    """Messages as a list, as JSON text of one, or as one object of lists."""
+    if isinstance(turns, str):
+        turns = _parsed(turns)
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len(set(map(len, turns.values()))) > 1:
+            raise ConversationError("an object of lists of messages' parts, which differ in length")
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ConversationError("no list of messages")
-    return [turn if turn.get("role") is not None else _from_sharegpt(turn) for turn in turns]
+    return turns
 
 
-def _from_sharegpt(turn: dict) -> dict:
-    speaker = turn.get("from")
-    if speaker is None or "value" not in turn:
-        raise ConversationError("a turn with neither 'role' nor 'from' and 'value'")
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+def _parsed(text: str):
+    """What a JSON text says, None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _message(turn: dict, template_roles: Collection[str]) -> dict:
+    """One checked message of OpenAI's form; ShareGPT's ``from`` and ``value`` are its role and content."""
+    turn = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in turn:
+        if "from" not in turn or "value" not in turn:
+            raise ConversationError("a turn with neither 'role' nor 'from' and 'value'")
+        others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turn = {"role": turn["from"], "content": turn["value"], **others}
+    speaker = turn["role"]
+    if speaker == "function_call":
+        turn = _call_turn(turn)
+    role = to_role(turn["role"], template_roles)
     if role is None:
         raise ConversationError(f"unknown speaker {speaker!r}")
-    return {"role": role, "content": turn["value"]}
+    if "content" in turn:
+        turn["content"] = _text(turn["content"])
+    elif role != "assistant" or set(turn) == {"role"}:
+        raise ConversationError(f"a turn of role {role!r} without content")
+    return _plain({**_with_objects(turn), "role": role})
 
 
-def _checked(messages: list[dict]) -> list[dict]:
-    messages = [_plain({key: value for key, value in message.items() if value is not None}) for message in messages]
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str):
-            raise ConversationError("a message without a role")
-        if not isinstance(content, str | None):
-            raise ConversationError("a message whose content is not text")
-        if content is None and (role != "assistant" or set(message) == {"role"}):
-            raise ConversationError(f"a turn of role {role!r} without content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ConversationError("no assistant turn")
-    return messages
+def _text(content) -> str:
+    if isinstance(content, bytes):
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConversationError("bytes that are no UTF-8 text") from error
+    if isinstance(content, list):
+        return "".join(map(_part_text, content))
+    if not isinstance(content, str):
+        raise ConversationError(f"a message whose content is not text but {type(content).__name__}")
+    return content
+
+
+def _part_text(part) -> str:
+    if isinstance(part, str):
+        return _text(part)
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind not in TEXT_PARTS:
+        raise ConversationError(f"a message whose content is not text: a part of type {kind!r}")
+    text = next((part[name] for name in ("text", "value") if part.get(name) is not None), None)
+    if not isinstance(text, str):
+        raise ConversationError("a message whose content is not text: a part without any")
+    return _text(text)
+
+
+def _without_nulls(value):
+    """Without the nulls that Arrow gives an object whose keys are other rows' alone."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _call_turn(turn: dict) -> dict:
+    """ShareGPT's ``function_call``, whose value is the call as JSON text, as an assistant's turn."""
+    call = _parsed(turn["content"]) if isinstance(turn.get("content"), str) else None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ConversationError("a function_call that is no JSON object with a name")
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def _with_objects(turn: dict) -> dict:
+    """Arguments of calls as objects, where they are JSON text of one, as OpenAI's API gives them."""
+    calls = turn.get("tool_calls")
+    return {**turn, "tool_calls": [*map(_with_object, calls)]} if isinstance(calls, list) else turn
+
+
+def _with_object(call):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = _parsed(function["arguments"])
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _plain(message: dict) -> dict:
     """The message as JSON gives it back, so that what is rendered now is what can be rendered from the stored row."""
     try:
-        return json.loads(json.dumps(message, default=str, allow_nan=False))
+        text = json.dumps(message, default=str, allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+        return json.loads(text)
+    except UnicodeEncodeError as error:
+        raise ConversationError("a text with half of a surrogate pair") from error
     except ValueError as error:
         raise ConversationError("a message with a number that JSON has not") from error
 

@@ -27,8 +27,8 @@ class ParquetRows:
     """
 
     def __init__(self, files: list[str], features, num_rows: int | None = None, footers: dict | None = None):
-        self._files, self._features = files, features
-        self._filesystem = _filesystem_of(files[0])
+        self._files, self.features = files, features
+        self._filesystem = filesystem_of(files[0])
         self._groups: list[tuple[str, int]] = []  # file and number of each row group
         self._ends: list[int] = []  # the row that follows each group
         self._footers: dict[str, list[int]] = dict(footers or {})  # rows of each row group of a file
@@ -121,8 +121,8 @@ class ParquetRows:
     def _decode(self, table: pa.Table) -> list[dict]:
         import datasets
 
-        cast = datasets.table.table_cast(table, self._features.arrow_schema)
-        info = datasets.DatasetInfo(features=self._features)
+        cast = datasets.table.table_cast(table, self.features.arrow_schema)
+        info = datasets.DatasetInfo(features=self.features)
         return list(datasets.Dataset(cast, info=info, fingerprint="rows"))
 
 
@@ -155,7 +155,7 @@ class _GroupReader:
         return batch
 
 
-def _filesystem_of(file: str):
+def filesystem_of(file: str):
     """The one of ``datasets``, which knows the listing already; and one for all threads, as each would get its own."""
     import fsspec
     from huggingface_hub import constants

@@ -1,17 +1,31 @@
 """Source rows as aligned conversations: everything that decides what a row becomes, before any model runs."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from chat_logits.data.alignment import Aligner, Alignment
+from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
-from chat_logits.data.conversations import ConversationError, choose_columns, to_conversation, to_stored
+from chat_logits.data.conversations import ConversationError, to_conversation, to_stored
+from chat_logits.data.json_rows import BadRow
+from chat_logits.data.roles import leaves_trace, roles_named_in
 from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
-from chat_logits.data.templates import THREE_WAYS, PrefixError, TemplateChoice, TemplateError, choose_template
+from chat_logits.data.templates import (
+    THREE_WAYS,
+    PrefixError,
+    TemplateChoice,
+    TemplateError,
+    choose_template,
+    template_text,
+)
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.errors import ToolkitError
+
+NO_MASK = "no token to extract: the assistant mask is empty"
 
 
 @dataclass(frozen=True)
@@ -32,12 +46,14 @@ class Aligned:
 class Reader:
     """The source rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
 
+    ``convert`` is ``to_conversation`` with all but the source row.
     ``first_ready`` and ``first_skipped`` are the first source rows, aligned already when the reader was opened.
     """
 
     source: SourceDataset
     columns: dict[str, str]
     system_prompt: str | None
+    convert: Callable[[dict], list[dict]]
     choice: TemplateChoice
     aligner: Aligner
     max_length: int | None
@@ -45,6 +61,7 @@ class Reader:
     num_rows: int | None
     first_ready: list[Aligned] = field(default_factory=list)
     first_skipped: list[dict] = field(default_factory=list)
+    _shown: dict[str, bool | None] = field(default_factory=dict, repr=False)  # roles, by ``leaves_trace``
 
     @property
     def tokens_a_row(self) -> float:
@@ -72,8 +89,10 @@ class Reader:
         conversations, rendered, skipped = {}, {}, []
         for index, row in enumerate(self.source.read(first, end), start=first):
             try:
-                conversations[index] = to_conversation(row, self.columns, self.system_prompt)
-                rendered[index] = self.choice.render(conversations[index])
+                conversations[index] = self.convert(_readable(row))
+                text, spans = self.choice.render(conversations[index])
+                self._refuse_vanished(conversations[index], text)
+                rendered[index] = text, spans
             except (ConversationError, TemplateError) as error:
                 if isinstance(error, PrefixError) and index < FIRST_ROWS:
                     raise
@@ -86,13 +105,26 @@ class Reader:
                 ready.append(Aligned(index, to_stored(conversations[index]), alignment, alignment.positions))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
 
+    def _refuse_vanished(self, conversation: list[dict], text: str) -> None:
+        """Raise ConversationError where the template shows nothing of a message, so that no answer is scored without
+        its question."""
+        for message in conversation:
+            role, content = message["role"], (message.get("content") or "").strip()
+            if role == "assistant" or not content:
+                continue
+            if role not in self._shown:
+                self._shown[role] = leaves_trace(role, self.choice.template.text_or_none)
+            is_shown = self._shown[role]
+            if not is_shown and (is_shown is False or content not in text):
+                raise ConversationError(f"a turn of role {role!r}, of which the chat template shows nothing")
+
     def _refuse(self, alignment: Alignment) -> str | None:
         """Why an aligned conversation is skipped, None where it is not."""
         if self.max_length and len(alignment.input_ids) > self.max_length:
             return f"longer than {self.max_length} tokens"
         if alignment.input_ids.max(initial=0) >= self.vocab_size:
             return f"a token beyond the model's {self.vocab_size} embeddings"
-        return None if len(alignment.positions) else "no token to extract: the assistant mask is empty"
+        return None if len(alignment.positions) else NO_MASK
 
 
 def open_reader(
@@ -108,13 +140,22 @@ def open_reader(
     )
     columns = choose_columns(source.column_names, config.messages_column, config.prompt_column, config.response_column)
     refuse_wide_vocabulary(tokenizer)
-    conversations = _first_conversations(source, columns, config)
+    convert = partial(
+        to_conversation,
+        columns=columns,
+        system_prompt=config.system_prompt,
+        template_roles=roles_named_in(template_text(config.chat_template, tokenizer)),
+        number_columns=source.number_columns & set(columns.values()),
+        has_arrow_nulls=source.has_arrow_nulls,
+    )
+    conversations = _first_conversations(source, convert)
     choice = choose_template(config.chat_template, tokenizer, config.template_kwargs, template_date, conversations)
     skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
     reader = Reader(
         source=source,
         columns=columns,
         system_prompt=config.system_prompt,
+        convert=convert,
         choice=choice,
         aligner=Aligner(tokenizer, choice.template, skipped),
         max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
@@ -124,11 +165,18 @@ def open_reader(
     return _proven(reader)
 
 
-def _first_conversations(source: SourceDataset, columns: dict, config: SourceConfig) -> list[list[dict]]:
+def _readable(row: dict | BadRow) -> dict:
+    """The row. Raises ConversationError where the source could not read it."""
+    if isinstance(row, BadRow):
+        raise ConversationError(row.reason)
+    return row
+
+
+def _first_conversations(source: SourceDataset, convert: Callable[[dict], list[dict]]) -> list[list[dict]]:
     conversations = []
     for row in source.first_rows:
         try:
-            conversations.append(to_conversation(row, columns, config.system_prompt))
+            conversations.append(convert(_readable(row)))
         except ConversationError:
             continue  # the run counts it
     return conversations
@@ -143,5 +191,6 @@ def _proven(reader: Reader) -> Reader:
     if not ready:
         reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
-        raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).\n{THREE_WAYS}")
+        advice = f"\n{THREE_WAYS}" if any(entry["reason"] == NO_MASK for entry in skipped) else ""
+        raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).{advice}")
     return replace(reader, first_ready=ready, first_skipped=skipped)

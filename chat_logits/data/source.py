@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from chat_logits.data.hashing import hash_files
+from chat_logits.data.json_rows import BadRow, JsonRows
 from chat_logits.data.parquet_rows import ParquetRows
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
@@ -16,7 +17,11 @@ from chat_logits.hub_errors import explain_hub_error
 
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+FILE_FORMATS = {
+    **dict.fromkeys((".json", ".jsonl", ".jsonl.gz"), "json"),
+    **{".parquet": "parquet", ".csv": "csv"},
+}
+SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
 
 
 @dataclass
@@ -27,14 +32,15 @@ class SourceDataset:
     length is recorded nowhere; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's in errors.
     """
 
-    rows: "TableRows | ParquetRows | StreamRows"
+    rows: "TableRows | ParquetRows | JsonRows | StreamRows"
     revision: str
     num_rows: int | None
-    first_rows: list[dict]
+    first_rows: list[dict | BadRow]
     name: str
+    number_columns: frozenset[str] = frozenset()  # of integers or booleans, and nothing else
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
 
-    def read(self, first: int, end: int) -> list[dict]:
+    def read(self, first: int, end: int) -> list[dict | BadRow]:
         """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order.
 
         Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
@@ -44,8 +50,14 @@ class SourceDataset:
             return known + self.rows.read(first + len(known), end)  # even if none: a wrong card is said each time
 
     @property
+    def has_arrow_nulls(self) -> bool:
+        """Whether objects have other rows' keys as nulls, which are not the data's."""
+        return not isinstance(self.rows, JsonRows)
+
+    @property
     def column_names(self) -> list[str]:
-        return list(self.first_rows[0])
+        """Those of all first rows: in JSON, each has its own."""
+        return list(dict.fromkeys(name for row in self.first_rows if isinstance(row, dict) for name in row))
 
     def footers(self) -> dict[str, list[int]]:
         """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
@@ -58,7 +70,7 @@ class TableRows:
 
     def __init__(self, table):
         self._table = table
-        self.num_rows = len(table)
+        self.num_rows, self.features = len(table), table.features
 
     def read(self, first: int, end: int) -> list[dict]:
         end = min(end, self.num_rows)
@@ -69,7 +81,7 @@ class StreamRows:
     """Rows of a ``datasets.IterableDataset``: those before are read too, and going back starts over."""
 
     def __init__(self, stream, num_rows: int | None):
-        self._stream, self.num_rows = stream, num_rows
+        self._stream, self.num_rows, self.features = stream, num_rows, stream.features
         self._open: Iterator[dict] | None = None
         self._next_row = 0
 
@@ -101,10 +113,16 @@ def open_source(
     name = f"`dataset_id` {dataset_id}, `split` {split}"
     with explained(name):
         rows = _open_rows(arguments, split, streaming, footers)
-        first_rows = rows.read(0, FIRST_ROWS if rows.num_rows is None else min(FIRST_ROWS, rows.num_rows))
+        end = FIRST_ROWS if rows.num_rows is None else min(FIRST_ROWS, rows.num_rows)
+        first_rows: list[dict | BadRow] = [*rows.read(0, end)]
     if not first_rows:
         raise UsageError(f"{name}: no rows")
-    return SourceDataset(rows, commit, rows.num_rows, first_rows, name)
+    bad = [row for row in first_rows if isinstance(row, BadRow)]
+    if len(bad) == len(first_rows):
+        raise UsageError(f"{name}: none of the first {len(bad)} rows can be read; the first is {bad[0].reason}")
+    readable = [row for row in first_rows if isinstance(row, dict)]
+    numbers = _number_columns(rows.features) if rows.features else _all_numbers(readable)
+    return SourceDataset(rows, commit, rows.num_rows, first_rows, name, numbers)
 
 
 def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
@@ -115,7 +133,7 @@ def _locate(dataset_id: str, config: str | None, revision: str | None, split: st
             raise UsageError(f"`dataset_id` {dataset_id}: local, so it has no `dataset_revision` or `dataset_config`")
         content = hash_files(path)
         return content, _local_arguments(path, config, split, content)
-    if path.suffix in FILE_FORMATS:
+    if file_format(path):
         raise UsageError(f"`dataset_id` {dataset_id}: no such file")
     commit = resolve_commit(dataset_id, "dataset", revision)
     return commit, {"path": dataset_id, "name": config, "revision": commit}
@@ -123,17 +141,71 @@ def _locate(dataset_id: str, config: str | None, revision: str | None, split: st
 
 def _open_rows(
     arguments: dict, split: str, streaming: bool, footers: dict | None
-) -> TableRows | ParquetRows | StreamRows:
+) -> TableRows | ParquetRows | JsonRows | StreamRows:
     import datasets
 
+    if "saved" in arguments:
+        return TableRows(_saved_table(arguments["saved"], split))
+    builder = datasets.load_dataset_builder(**arguments)
+    if (files := _json_files(builder.config, split)) is not None:
+        return JsonRows(files if streaming else datasets.DownloadManager().download(files), streaming)
     if not streaming:
         return TableRows(datasets.load_dataset(**arguments, split=split))
-    builder = datasets.load_dataset_builder(**arguments)
     stream = builder.as_streaming_dataset(split)
     splits = builder.info.splits
     recorded = splits[split].num_examples or None if splits and split in splits else None
     files = _parquet_files(builder.config, split)
     return ParquetRows(files, stream.features, recorded, footers) if files else StreamRows(stream, recorded)
+
+
+def _saved_table(folder: Path, split: str):
+    """One split of what ``save_to_disk`` has written. Raises UsageError, with those there are, for one that is not."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if split not in tables:
+        raise UsageError(
+            f"`split` {split}: the saved dataset {folder} has none of that name, but: {', '.join(map(str, tables))}"
+        )
+    return tables[split]
+
+
+def _json_files(config, split: str) -> list[str] | None:
+    """The files of a split of JSON, None for other formats and for rows within one field of a file.
+
+    Raises UsageError, with those there are, for a split that is not.
+    """
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    if not isinstance(config, JsonConfig) or config.field:
+        return None
+    if split not in config.data_files:
+        raise UsageError(f"`split` {split}: there is none of that name, but: {', '.join(map(str, config.data_files))}")
+    return list(config.data_files[split])
+
+
+def _all_numbers(rows: list[dict]) -> frozenset[str]:
+    """Keys that have integers or booleans in all rows that have them."""
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+    return frozenset(name for name, types in kinds.items() if types <= {int, bool})
+
+
+def _number_columns(features) -> frozenset[str]:
+    """Columns of integers or booleans. ``features`` are of ``datasets``, None where nobody knows them."""
+    import datasets
+
+    kinds = {name: kind.dtype for name, kind in (features or {}).items() if isinstance(kind, datasets.Value)}
+    return frozenset(name for name, kind in kinds.items() if kind == "bool" or kind.startswith(("int", "uint")))
+
+
+def file_format(path: Path) -> str | None:
+    """What ``datasets`` calls the format of a file with this name, None for one that is not read."""
+    endings = [ending for ending in FILE_FORMATS if path.name.endswith(ending)]
+    return FILE_FORMATS[max(endings, key=len)] if endings else None
 
 
 def _parquet_files(config, split: str) -> list[str]:
@@ -151,10 +223,12 @@ def _local_arguments(path: Path, config: str | None, split: str, content: str) -
 
     cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
     if path.is_dir():
-        return {"path": str(path), "name": config, **cache}
-    if path.suffix not in FILE_FORMATS:
+        is_saved = any((path / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
+        return {"saved": path} if is_saved else {"path": str(path), "name": config, **cache}
+    kind = file_format(path)
+    if kind is None:
         raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
-    return {"path": FILE_FORMATS[path.suffix], "data_files": {split: str(path)}, **cache}
+    return {"path": kind, "data_files": {split: str(path)}, **cache}
 
 
 @contextmanager

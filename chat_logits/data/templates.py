@@ -185,7 +185,7 @@ def choose_template(
     ``conversations``; else its spans are derived from prefixes. So is a model's own that has them, as some (SmolLM3's)
     take the header in. Raises UsageError for a template that is missing or does not parse.
     """
-    text = read_template(argument) if argument is not None else _own_template(tokenizer)
+    text = template_text(argument, tokenizer)
     compile_template(text)
     date = date or (datetime.date.today().isoformat() if "strftime_now" in text else None)
     template = ChatTemplate(text, tokenizer.special_tokens_map, kwargs, date)
@@ -201,7 +201,13 @@ def choose_template(
     return TemplateChoice(template, "prefixes of each conversation")
 
 
-def _own_template(tokenizer) -> str:
+def template_text(argument: str | None, tokenizer) -> str:
+    """The text of ``argument`` (a path or a template), or the tokenizer's own template where there is none.
+
+    Raises UsageError for a template that is missing.
+    """
+    if argument is not None:
+        return read_template(argument)
     template = tokenizer.chat_template
     if template is None:
         raise UsageError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
-from chat_logits.data.source import FILE_FORMATS
+from chat_logits.data.source import file_format
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
@@ -60,7 +60,7 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
     commits: dict[str, Any] = {}
     for kind in ("model", "dataset"):
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
-        is_file = kind == "dataset" and Path(name).suffix in FILE_FORMATS
+        is_file = kind == "dataset" and file_format(Path(name)) is not None
         if Path(name).exists():
             if revision:
                 raise UsageError(f"`{kind}_revision` {revision}: {name} is local, which has no revisions")

@@ -1,12 +1,15 @@
 """Source rows to conversations, and the form they are stored in."""
 
 import datetime
+import decimal
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat_logits.data.conversations import ConversationError, choose_columns, from_stored, to_conversation, to_stored
+from chat_logits.data.columns import choose_columns
+from chat_logits.data.conversations import ConversationError, from_stored, to_conversation, to_stored
 from chat_logits.errors import ToolkitError, UsageError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -28,6 +31,65 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
 )
 def test_every_format_becomes_the_same_conversation(row):
     assert to_conversation(row, choose_columns(list(row))) == [USER, ASSISTANT]
+
+
+def parts(*texts, name="text"):
+    return [{"type": "text", name: text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": parts("H", "i")}, {"role": "assistant", "content": parts("Hello")}]},
+        {"messages": [{"role": "user", "content": parts("Hi", name="value")}, ASSISTANT]},
+        {"messages": [{"role": "user", "content": ["H", "i"]}, ASSISTANT]},
+        {"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}},
+        {"messages": json.dumps([USER, ASSISTANT])},
+        {"messages": [{"role": "Human", "content": "Hi"}, {"role": "GPT", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": b"Hi"}, {"role": "bot", "content": "Hello"}]},
+        {"conversations": [{"from": "User", "value": "Hi"}, {"from": "model", "value": "Hello"}]},
+        {"prompt": b"Hi", "completion": b"Hello"},
+    ],
+    ids=lambda row: repr(row)[:60],
+)
+def test_other_shapes_become_the_same_conversation(row):
+    assert to_conversation(row, choose_columns(list(row))) == [USER, ASSISTANT]
+
+
+def test_whole_columns_of_numbers_are_texts_and_single_numbers_are_not():
+    columns = {"prompt": "question", "response": "answer"}
+    row = {"question": "2 + 5?", "answer": 7}
+    assert to_conversation(row, columns, number_columns={"answer"})[1]["content"] == "7"
+    assert to_conversation({**row, "answer": False}, columns, number_columns={"answer"})[1]["content"] == "False"
+    with pytest.raises(ConversationError, match="content is not text but int"):
+        to_conversation(row, columns)
+
+
+def test_alpacas_history_comes_before_the_question():
+    row = {"instruction": "And in May?", "input": "", "output": "Warm.", "history": [["Winter?", "Cold."]]}
+    texts = [message["content"] for message in to_conversation(row, choose_columns(list(row)))]
+    assert texts == ["Winter?", "Cold.", "And in May?", "Warm."]
+    assert to_conversation({**row, "history": None}, choose_columns(list(row)))[0]["content"] == "And in May?"
+
+
+def test_roles_that_the_template_names_keep_their_names():
+    row = {"messages": [{"role": "developer", "content": "Be kind"}, USER, ASSISTANT]}
+    assert to_conversation(row, {"messages": "messages"})[0]["role"] == "system"
+    assert to_conversation(row, {"messages": "messages"}, template_roles={"developer"})[0]["role"] == "developer"
+
+
+def test_calls_in_every_form_are_the_same_object():
+    """OpenAI's arguments are JSON in a string; ShareGPT's call is a turn; Arrow adds other rows' keys as nulls."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    as_text = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    with_nulls = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "k": None}}}
+    expected = [USER, {"role": "assistant", "tool_calls": [call]}]
+    for each in (call, as_text, with_nulls):
+        row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [each]}]}
+        assert to_conversation(row, {"messages": "messages"}) == expected
+    value = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]
+    assert to_conversation({"conversations": turns}, {"messages": "conversations"}) == expected
 
 
 def test_an_alpaca_input_follows_the_instruction():
@@ -132,7 +194,8 @@ def test_ambiguous_columns_are_listed(columns):
         ({"messages": "Hi"}, "no list of messages"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "a turn of role 'assistant' without content"),
         ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a turn with neither 'role' nor 'from' and 'value'"),
-        ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "a message without a role"),
+        ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "unknown speaker 1"),
+        ({"messages": [{"role": "narrator", "content": "Hi"}, ASSISTANT]}, "unknown speaker 'narrator'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "content is not text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown speaker 'alien'"),
         ({"conversations": [{"value": "x"}]}, "a turn with neither 'role' nor 'from' and 'value'"),
@@ -142,6 +205,15 @@ def test_ambiguous_columns_are_listed(columns):
         ({"conversations": [None]}, "no list of messages"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown speaker"),
         ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON has not"),
+        ({"question": "When?", "answer": datetime.datetime(2024, 1, 1)}, "content is not text but datetime"),
+        ({"question": "How many?", "answer": 0.5}, "content is not text but float"),
+        ({"question": "Which?", "answer": decimal.Decimal("1.50")}, "content is not text but Decimal"),
+        ({"question": b"Hi \xff", "answer": "Hello"}, "bytes that are no UTF-8 text"),
+        ({"question": "Hi \ud83d", "answer": "Hello"}, "a text with half of a surrogate pair"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["Hi"]}}, "differ in length"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT]}, "a part without any"),
+        ({"conversations": [{"from": "function_call", "value": "find it"}]}, "a function_call that is no JSON"),
+        ({"instruction": "Hi", "output": "Hello", "history": ["Ho"]}, "a history that is no list of questions"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(row, reason):

@@ -10,9 +10,13 @@ from conftest import CONVERSATIONS, MODEL, TEMPLATE
 import extract_logits
 from chat_logits.data import templates
 from chat_logits.data.alignment import TOKENIZED_AT_ONCE, Aligner
-from chat_logits.data.source import FIRST_ROWS, TableRows, open_source
+from chat_logits.data.config import SourceConfig
+from chat_logits.data.json_rows import JsonRows
+from chat_logits.data.reader import open_reader
+from chat_logits.data.source import FIRST_ROWS, open_source
 from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import load_tokenizer, skipped_token_ids
+from chat_logits.model.limits import InputLimits
 
 ROWS, SHARD = 50, 20
 PREFIXES = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -41,14 +45,14 @@ def counted(monkeypatch, function: str) -> Counter:
 )
 def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypatch, template):
     renderings, proofs = counted(monkeypatch, "render"), counted(monkeypatch, "text_by_transformers")
-    reads, read = Counter(), TableRows.read
+    reads, read = Counter(), JsonRows.read
 
     def counting(rows, first, end):
         source_rows = read(rows, first, end)
         reads.update(range(first, first + len(source_rows)))
         return source_rows
 
-    monkeypatch.setattr(TableRows, "read", counting)
+    monkeypatch.setattr(JsonRows, "read", counting)
     options = ["--model_id", str(small_model), "--dataset_id", str(CONVERSATIONS), "--max_samples", str(ROWS)]
     options += ["--rows_per_shard", str(SHARD), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
     options += ["--chat_template", template] if template else []
@@ -57,6 +61,37 @@ def test_a_source_row_is_read_and_rendered_once(small_model, tmp_path, monkeypat
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()[FIRST_ROWS:ROWS]
     answers = [json.loads(line)["conversations"][1]["value"] for line in lines]
     assert {renderings[answer] for answer in answers} == {proofs[answer] for answer in answers} == {1}
+
+
+SPEAKERS = """{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}
+{% elif m.role == 'assistant' %}A: {% generation %}{{ m.content }}{% endgeneration %}
+
+{% elif m.role == 'note' %}{{ raise_exception('one note is the most') if loop.index > 1 else m.content }}
+{% endif %}{% endfor %}"""
+
+
+def test_a_conversation_with_a_turn_that_the_template_does_not_show_is_skipped(chat_file):
+    """Whatever its words: "Yes" stands in the answer as well. What the template refuses to be asked is looked up."""
+    asked, answer = ("user", "Right?"), ("assistant", "Yes, it is.")
+    talks = [
+        [asked, answer],
+        [("system", "Yes"), asked, answer],
+        [asked, ("tool", "7"), answer],
+        [("system", "  "), asked, answer],
+        [("note", "Be brief."), asked, answer],
+        [asked, ("note", "Be brief."), answer],
+        [("narrator", "Once upon a time"), asked, answer],
+    ]
+    rows = [{"messages": [dict(zip(("role", "content"), turn, strict=True)) for turn in talk]} for talk in talks]
+    config = SourceConfig(dataset_id=str(chat_file(rows)), chat_template=SPEAKERS)
+    reader = open_reader(config, load_tokenizer(str(MODEL)), InputLimits(49_152, None))
+    assert [aligned.source_index for aligned in reader.first_ready] == [0, 3, 4]
+    assert reader.first_skipped == [
+        {"row": 1, "reason": "a turn of role 'system', of which the chat template shows nothing"},
+        {"row": 2, "reason": "a turn of role 'tool', of which the chat template shows nothing"},
+        {"row": 5, "reason": "the chat template refuses it: one note is the most"},
+        {"row": 6, "reason": "unknown speaker 'narrator'"},
+    ]
 
 
 @pytest.mark.parametrize("known", [0, 3, 32])

@@ -1,5 +1,6 @@
 """Rows at random from Parquet and streams, against ``datasets``' own; and hashes that need no second reading."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -73,6 +74,40 @@ def destroy(path, groups: range) -> None:
         start = column.dictionary_page_offset or column.data_page_offset
         data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(data)
+
+
+# --- saved and compressed ---
+
+
+def test_splits_of_a_saved_dataset_are_told_apart(tmp_path):
+    tables = {name: datasets.Dataset.from_list([{"prompt": name}] * 2) for name in ("first", "second")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    source = open_source(str(tmp_path / "saved"), split="second")
+    assert source.num_rows == 2 and source.first_rows == [{"prompt": "second"}] * 2
+    with pytest.raises(UsageError, match=r"`split` train: the saved dataset .* but: first, second"):
+        open_source(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_table_is_the_split_train(tmp_path, streaming):
+    datasets.Dataset.from_list(chat_rows(0, 70), features=FEATURES).save_to_disk(tmp_path / "saved")
+    source = open_source(str(tmp_path / "saved"), streaming=streaming)
+    assert source.num_rows == 70 and source.number_columns == set()
+    assert [row["messages"] for row in source.read(40, 50)] == [row["messages"] for row in chat_rows(40, 10)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_compressed_lines_are_read(tmp_path, streaming):
+    lines = "".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(100))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    source = open_source(str(tmp_path / "rows.jsonl.gz"), streaming=streaming)
+    assert [row["prompt"] for row in source.read(30, 90)] == [f"{i}?" for i in range(30, 90)]
+
+
+def test_columns_of_whole_numbers_are_known(tmp_path):
+    rows = [{"n": 1, "x": 0.5, "b": True, "s": "1", "mixed": 1 if i else "one"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert open_source(str(tmp_path / "rows.jsonl")).number_columns == {"n", "b"}
 
 
 # --- Parquet ---
@@ -296,8 +331,8 @@ def test_json_lines_in_any_order(chat_file):
 def test_a_stream_that_breaks_off_is_explained(tmp_path, good):
     """Among the first rows, which are read when it is opened, and behind them."""
     (tmp_path / "chats").mkdir()
-    (tmp_path / "chats" / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * good)
-    (tmp_path / "chats" / "b.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    (tmp_path / "chats" / "a.csv").write_text("question,answer\n" + "a,b\n" * good)
+    (tmp_path / "chats" / "b.csv").write_text("question,answer\na,b\na,b,c,d\n")
     with pytest.raises(UsageError, match="/chats, `split` train: ") as raised:
         source = open_source(str(tmp_path / "chats"), streaming=True)
         assert good > FIRST_ROWS and len(source.read(0, good)) == good

@@ -1,0 +1,59 @@
+"""Which columns of a source hold the conversation: found from their names alone, once a run, and recorded.
+
+``columns`` is ``{"messages": NAME}`` or ``{"prompt": NAME, "response": NAME}``, with an optional ``"input"`` and
+``"history"`` (Alpaca's) and ``"system"``.
+"""
+
+from chat_logits.errors import UsageError
+
+# In the order they are looked for; a `reference_answer` beside `answer` is a grader's column, never the response.
+FORMATS = (
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"prompt": "question", "response": "answer"},
+    {"prompt": "prompt", "response": "completion"},
+    {"prompt": "instruction", "response": "output"},
+    {"prompt": "query", "response": "response"},
+)
+SYSTEM_COLUMNS = ("system", "system_prompt")
+OVERRIDES = "Name the ones that are meant: `messages_column`, or `prompt_column` and `response_column`."
+
+
+def choose_columns(
+    names: list[str], messages: str | None = None, prompt: str | None = None, response: str | None = None
+) -> dict[str, str]:
+    """The columns that hold the conversation, those named or those found among all ``names``.
+
+    Raises UsageError where a column that was named is missing, or where none or several formats fit.
+    """
+    if messages or prompt or response:
+        columns = _named_columns(messages, prompt, response)
+        missing = [name for name in columns.values() if name not in names]
+        if missing:
+            raise UsageError(f"no column {missing[0]!r}; the dataset has: {', '.join(names)}")
+    else:
+        columns = _detect_columns(names)
+    if columns.get("prompt") == "instruction":
+        columns |= {name: name for name in ("input", "history") if name in names}
+    system = next((name for name in SYSTEM_COLUMNS if name in names), None)
+    return {**columns, "system": system} if system else columns
+
+
+def _named_columns(messages: str | None, prompt: str | None, response: str | None) -> dict[str, str]:
+    if messages and not (prompt or response):
+        return {"messages": messages}
+    if prompt and response and not messages:
+        return {"prompt": prompt, "response": response}
+    raise UsageError("expected `messages_column` alone, or `prompt_column` and `response_column` together")
+
+
+def _detect_columns(names: list[str]) -> dict[str, str]:
+    fitting = [columns for columns in FORMATS if set(columns.values()) <= set(names)]
+    listed = ", ".join(names)
+    if not fitting:
+        known = "; ".join(" + ".join(columns.values()) for columns in FORMATS)
+        raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{OVERRIDES}")
+    if len(fitting) > 1:
+        fits = " and ".join(" + ".join(columns.values()) for columns in fitting)
+        raise UsageError(f"ambiguous columns: {fits} both hold conversations (all columns: {listed}).\n{OVERRIDES}")
+    return dict(fitting[0])
