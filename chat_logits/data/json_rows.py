@@ -39,14 +39,14 @@ class JsonRows:
 
     def read(self, first: int, end: int) -> list[dict | BadRow]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
-        found: list[dict | BadRow] = []
+        rows: list[dict | BadRow] = []
         if first < end:
             for number, raw in self._rows(first):
                 if number >= end:
                     break
                 if number >= first:
-                    found.append(_parsed(raw))
-        return found
+                    rows.append(_parsed(raw))
+        return rows
 
     def _rows(self, first: int) -> Iterator[tuple[int, bytes | object]]:
         """Rows with their numbers, from the last mark before ``first`` on; lines are not parsed yet."""

@@ -140,14 +140,7 @@ def open_reader(
     )
     columns = choose_columns(source.column_names, config.messages_column, config.prompt_column, config.response_column)
     refuse_wide_vocabulary(tokenizer)
-    convert = partial(
-        to_conversation,
-        columns=columns,
-        system_prompt=config.system_prompt,
-        template_roles=roles_named_in(template_text(config.chat_template, tokenizer)),
-        number_columns=source.number_columns & set(columns.values()),
-        has_arrow_nulls=source.has_arrow_nulls,
-    )
+    convert = _converter(source, columns, config, template_text(config.chat_template, tokenizer))
     conversations = _first_conversations(source, convert)
     choice = choose_template(config.chat_template, tokenizer, config.template_kwargs, template_date, conversations)
     skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
@@ -163,6 +156,20 @@ def open_reader(
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
     return _proven(reader)
+
+
+def _converter(
+    source: SourceDataset, columns: dict[str, str], config: SourceConfig, template: str
+) -> Callable[[dict], list[dict]]:
+    """``to_conversation`` for the rows of this source and a chat template's text."""
+    return partial(
+        to_conversation,
+        columns=columns,
+        system_prompt=config.system_prompt,
+        template_roles=roles_named_in(template),
+        number_columns=source.number_columns & set(columns.values()),
+        has_arrow_nulls=source.has_arrow_nulls,
+    )
 
 
 def _readable(row: dict | BadRow) -> dict:
