@@ -150,7 +150,8 @@ def _open_rows(
     if (files := _json_files(builder.config, split)) is not None:
         return JsonRows(files if streaming else datasets.DownloadManager().download(files), streaming)
     if not streaming:
-        return TableRows(datasets.load_dataset(**arguments, split=split))
+        builder.download_and_prepare()
+        return TableRows(builder.as_dataset(split))
     stream = builder.as_streaming_dataset(split)
     splits = builder.info.splits
     recorded = splits[split].num_examples or None if splits and split in splits else None
