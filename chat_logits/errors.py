@@ -4,6 +4,8 @@ Both commands print such an error as its message alone and leave with its ``exit
 bug, and keeps its traceback under ``debug``.
 """
 
+NAMED = 3  # names that a message lists, of many
+
 
 class ToolkitError(Exception):
     """A failure that the message explains: what was found, what was expected, what to do next."""
@@ -15,3 +17,13 @@ class UsageError(ToolkitError):
     """Wrong use: an option, a template or a dataset that the caller has to change."""
 
     exit_status = 2
+
+
+def first_names(names: list[str]) -> str:
+    """Names in a message, of many the first ones.
+
+    >>> first_names(["seed", "split"]), first_names(["seed", "split", "dtype", "top_k", "top_p"])
+    ('seed, split', 'seed, split, dtype and 2 others')
+    """
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")

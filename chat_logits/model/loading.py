@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.model.limits import from_pretrained, load_config
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 3  # tensors that a message names
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 
@@ -87,18 +86,16 @@ def _refuse_incomplete(model_id: str, loaded: dict) -> None:
     missing = sorted(loaded["missing_keys"])
     wrong = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(loaded["mismatched_keys"])]
     if missing or wrong:
-        lacks = f"{len(missing)} tensors are missing ({_some(missing)})" if missing else ""
-        has = f"{len(wrong)} have another shape ({_some(wrong)})" if wrong else ""
+        lacks = f"{len(missing)} tensors are missing ({first_names(missing)})" if missing else ""
+        has = f"{len(wrong)} have another shape ({first_names(wrong)})" if wrong else ""
         raise ToolkitError(
             f"model {model_id}: its checkpoint is not whole: {' and '.join(filter(None, (lacks, has)))}, which "
             "transformers fills with random numbers. Copy it again, or take another."
         )
     if unused := sorted(loaded["unexpected_keys"]):
-        logger.warning("model %s: %d tensors of its checkpoint are not used (%s)", model_id, len(unused), _some(unused))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} others" if len(names) > SHOWN else "")
+        logger.warning(
+            "model %s: %d tensors of its checkpoint are not used (%s)", model_id, len(unused), first_names(unused)
+        )
 
 
 def loading_options(

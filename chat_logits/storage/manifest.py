@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import ToolkitError, UsageError, first_names
 
 FORMAT_VERSION = 1
 EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
@@ -46,7 +46,7 @@ FINGERPRINT_KEYS = (
     "attn_implementation",
 )
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
-SHOWN, NAMED = 40, 3  # in a message: characters of a value, keys that are missing
+SHOWN = 40  # characters of a value in a message
 
 
 # --- extraction.json ---
@@ -118,7 +118,7 @@ class Manifest(RunInputs):
             raise ToolkitError(f"{place}: format_version {version!r}, expected {FORMAT_VERSION}")
         required = [key for key in KEYS if key in FINGERPRINT_KEYS or key in ("model_id", "dataset_id")]
         if missing := [key for key in required if key not in content]:
-            raise ToolkitError(f"{place}: {EXTRACTION_FILE} has no {_first_names(missing)}")
+            raise ToolkitError(f"{place}: {EXTRACTION_FILE} has no {first_names(missing)}")
         known = {key: content[key] for key in KEYS if key in content}
         for key, value in known.items():
             if not _fits(key, value):
@@ -174,16 +174,6 @@ def _expected(key: str) -> str:
     kind = KEYS[key]
     name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
     return f"{name} of at least {LEAST[key]}" if key in LEAST else name
-
-
-def _first_names(names: list[str]) -> str:
-    """Names in a message, of many the first ones.
-
-    >>> _first_names(["seed", "split"]), _first_names(["seed", "split", "dtype", "top_k", "top_p"])
-    ('seed, split', 'seed, split, dtype and 2 others')
-    """
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
 
 
 def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError:
