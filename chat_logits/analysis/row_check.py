@@ -89,7 +89,7 @@ class _Output:
         import torch
 
         from chat_logits.model.loading import input_device
-        from chat_logits.model.teacher import PROBE_TOLERANCE
+        from chat_logits.model.probe import PROBE_TOLERANCE
 
         ids = torch.from_numpy(input_ids)[None].to(input_device(model))
         with torch.inference_mode():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import logit_codec
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
-from chat_logits.model import loading, teacher
+from chat_logits.model import loading, probe
 from chat_logits.model.batching import Batches
 from chat_logits.model.memory import choose_budget
 from chat_logits.model.selection import PendingDistributions
@@ -113,7 +113,7 @@ class ShardComputer:
             config.max_memory,
             self._stack.enter_context(scratch_folder()) if config.device_map else None,
         )
-        self.cache_agrees = teacher.probe(self.model)
+        self.cache_agrees = probe.probe_model(self.model)
         if not self.cache_agrees and config.prefix_cache:
             logger.info("Shared prefixes are not cached: this model's cache does not give the plain logits")
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config
 
 from chat_logits.errors import ToolkitError
-from chat_logits.model import loading, teacher
+from chat_logits.model import loading
 from chat_logits.model.limits import input_limits
+from chat_logits.model.probe import probe_model
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Request, Teacher
 
@@ -93,7 +94,7 @@ def test_of_a_vision_language_checkpoint_the_text_is_used(tmp_path, kind, text, 
         shutil.copy(MODEL / name, tmp_path / name)
     model = loading.load_model(str(tmp_path))
     assert input_limits(model.config).vocab_size == 1000
-    teacher.probe(model)
+    probe_model(model)
     ids = np.random.default_rng(0).integers(0, 1000, 30)
     request = Request(ids, np.arange(1, 30), np.full(29, 0.5))
     settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=2)

@@ -15,7 +15,7 @@ from runs import assert_alike, rows_in
 import extract_logits
 from chat_logits.errors import ToolkitError
 from chat_logits.extraction import shard_computer
-from chat_logits.model import batching, teacher
+from chat_logits.model import batching, probe
 from chat_logits.model import memory as memory_budget
 from chat_logits.model.batching import Budget
 from chat_logits.model.teacher import Teacher
@@ -95,7 +95,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
         raise torch.OutOfMemoryError("tried to allocate")
 
     monkeypatch.setattr(batching, "Budget", lambda tokens, logit_rows: Budget(tokens, min(logit_rows, 4)))
-    monkeypatch.setattr(teacher, "probe", lambda _model: False)
+    monkeypatch.setattr(probe, "probe_model", lambda _model: False)
     monkeypatch.setattr(Teacher, "_forward", full)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1

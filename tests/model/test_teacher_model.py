@@ -14,6 +14,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model import loading, selection
 from chat_logits.model import teacher as teacher_model
 from chat_logits.model.batching import Batches, shared_prefix
+from chat_logits.model.probe import probe_model
 from chat_logits.model.selection import PendingDistributions, SelectionSettings
 from chat_logits.model.teacher import Teacher
 
@@ -92,7 +93,7 @@ def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_shared_prefix_gives_the_reference_rows(model_type):
     model = random_model(model_type)
-    assert teacher_model.probe(model)
+    assert probe_model(model)
     prefix = np.random.default_rng(4).integers(0, 1000, 9)
     requests = []
     for ending in random_requests(1000, [5, 20, 11]):
@@ -161,7 +162,7 @@ def test_a_model_without_a_plain_cache_goes_without_shared_prefixes():
     torch.manual_seed(0)
     sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     model = MambaForCausalLM(MambaConfig(**sizes)).eval()
-    assert not teacher_model.probe(model)
+    assert not probe_model(model)
     requests = random_requests(1000, [5, 20, 11])
     torch.testing.assert_close(rows(model, requests, 7), plain_logits(model, requests), atol=2e-5, rtol=1e-5)
 
@@ -177,7 +178,7 @@ def test_the_probe_finds_a_cache_that_does_not_agree():
         return forward(*args, **kwargs)
 
     model.model.forward = forgetful
-    assert not teacher_model.probe(model)
+    assert not probe_model(model)
 
 
 def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
@@ -190,7 +191,7 @@ def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
     leaky.weight = model.lm_head.weight
     model.lm_head = leaky
     with pytest.raises(ToolkitError, match="differ from the reference forward pass by"):
-        teacher_model.probe(model)
+        probe_model(model)
 
 
 def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_codec.Distributions:
@@ -360,7 +361,7 @@ def test_a_missing_model_is_explained(tmp_path):
 def test_bfloat16_runs_and_stays_near_float32(tmp_path):
     folder = make_tiny_model(tmp_path, vocab_size=49_152)
     half, full = (loading.load_model(str(folder), dtype=dtype) for dtype in ("bfloat16", "auto"))
-    teacher_model.probe(half)
+    probe_model(half)
     requests = random_requests(49_152, [30])
     settings = SelectionSettings(top_k=8, top_p=0.98, num_sampled=4)
     found, expected = (Teacher(model, 100).distributions(requests, settings).wait() for model in (half, full))
