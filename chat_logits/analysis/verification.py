@@ -109,7 +109,10 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
     device = loading.choose_device(None)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
     logger.info("Loading %s on %s …", shown, device)
-    model = loading.load_model(source, revision, gguf_file, dtype, device, attention, trust_remote_code)
+    base = manifest.base_revision if is_commit(manifest.base_revision or "") else None
+    model = loading.load_model(
+        source, revision, gguf_file, dtype, device, attention, trust_remote_code, base_revision=base
+    )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:
         raise ToolkitError(

@@ -13,6 +13,7 @@ from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
+from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.manifest import Manifest, RunInputs
 
@@ -25,12 +26,13 @@ logger = logging.getLogger(__name__)
 class OpenedRun:
     """What a run reads, with its options as they are carried out, and what is recorded of both.
 
-    ``model_commit`` is the model's Hub commit, None for a folder.
+    ``model_commit`` is the model's Hub commit, ``base_commit`` that of an adapter's base, None for folders.
     """
 
     config: ExtractConfig
     reader: Reader
     model_commit: str | None
+    base_commit: str | None
     described: RunInputs
 
 
@@ -42,13 +44,30 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     """
     config = locate(config, recorded)
     commit = config.model_revision
-    limits = input_limits(load_config(config.model_id, commit, config.gguf_file, config.trust_remote_code))
+    weights_id, weights_commit, base_revision = _weights(config, recorded)
+    limits = input_limits(load_config(weights_id, weights_commit, config.gguf_file, config.trust_remote_code))
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
     reader = open_reader(config, tokenizer, limits, recorded.template_date if recorded else None, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
-    return OpenedRun(config, reader, commit, _describe(config, reader, commit))
+    base_commit = weights_commit if base_revision else None
+    return OpenedRun(config, reader, commit, base_commit, _describe(config, reader, commit, base_revision))
+
+
+def _weights(config: ExtractConfig, recorded: RunInputs | None) -> tuple[str, str | None, str | None]:
+    """Where most of the weights are: the model, or an adapter's base; their commit; and the base's revision.
+
+    The commit is None for a folder, the revision None for a model that is no adapter.
+    """
+    base = find_base(config.model_id, config.model_revision, config.gguf_file)
+    if base is None:
+        return config.model_id, config.model_revision, None
+    if Path(base.model_id).exists():
+        return base.model_id, None, hash_files(base.model_id)
+    known = recorded.base_revision if recorded else None
+    commit = known if known and is_commit(known) else resolve_commit(base.model_id, "model", base.revision)
+    return base.model_id, commit, commit
 
 
 def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
@@ -84,7 +103,7 @@ def _as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
     return replace(config, **filled)
 
 
-def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> RunInputs:
+def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_revision: str | None) -> RunInputs:
     return RunInputs(
         top_k=config.top_k,
         top_p=config.top_p,
@@ -93,6 +112,7 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None) -> RunI
         rows_per_shard=config.rows_per_shard,
         model_id=config.model_id,
         model_revision=commit or hash_files(config.model_id),
+        base_revision=base_revision,
         gguf_file=config.gguf_file,
         tokenizer_fingerprint=tokenizer_fingerprint(reader.aligner.tokenizer),
         dataset_id=config.dataset_id,

@@ -112,6 +112,7 @@ class ShardComputer:
             config.device_map,
             config.max_memory,
             self._stack.enter_context(scratch_folder()) if config.device_map else None,
+            self.opened.base_commit,
         )
         self.cache_agrees = probe.probe_model(self.model)
         if not self.cache_agrees and config.prefix_cache:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
 from chat_logits.model.limits import from_pretrained, load_config
 
 logger = logging.getLogger(__name__)
@@ -49,26 +50,47 @@ def load_model(
     device_map: str | None = None,
     max_memory: dict | None = None,
     offload_folder: Path | None = None,
+    base_revision: str | None = None,
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
     A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says; then
     ``offload_folder`` must be there as long as the model is used.
     A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here. Of a
-    vision-language checkpoint the text model is used. Raises ToolkitError where the checkpoint is not whole.
+    vision-language checkpoint the text model is used. An adapter is merged into its base, which is taken at
+    ``base_revision``, by default the one that the adapter names. Raises ToolkitError where a checkpoint is not whole.
     """
+    base = find_base(model_id, revision, gguf_file)
+    if base and device_map:
+        raise UsageError(f"`device_map`: model {model_id} is an adapter; merge it, save the model, and give that")
     options = loading_options(dtype, device, device_map, max_memory, offload_folder)
     options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by their names
-    model, loaded = from_pretrained(
-        _auto_class(model_id, revision, gguf_file, trust_remote_code), model_id, revision, gguf_file, **options
-    )
-    _refuse_incomplete(model_id, loaded)
+    if base is None:
+        model = _load_whole(model_id, revision, gguf_file, options)
+    else:
+        model = _load_adapted(base, model_id, revision, base_revision, options)
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     return model.eval() if device_map else model.eval().to(device)
+
+
+def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, options: dict):
+    auto_class = _auto_class(model_id, revision, gguf_file, options["trust_remote_code"])
+    model, loaded = from_pretrained(auto_class, model_id, revision, gguf_file, **options)
+    _refuse_incomplete(model_id, loaded)
+    return model
+
+
+def _load_adapted(base: Base, model_id: str, revision: str | None, base_revision: str | None, options: dict):
+    if base.model_id == model_id:
+        options = {**options, **NO_ADAPTER}
+    elif find_base(base.model_id, base_revision or base.revision):
+        raise ToolkitError(f"model {model_id}: an adapter on {base.model_id}, which is an adapter itself; merge that")
+    logger.info("Merging the adapter %s into %s …", model_id, base.model_id)
+    return merge(_load_whole(base.model_id, base_revision or base.revision, None, options), model_id, revision)
 
 
 def _auto_class(model_id: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool):

@@ -45,6 +45,7 @@ FINGERPRINT_KEYS = (
     "dtype",
     "attn_implementation",
 )
+IF_PRESENT = ("base_revision",)  # of these, those that have a value decide the rows too
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 SHOWN = 40  # characters of a value in a message
 
@@ -67,6 +68,7 @@ class RunInputs:
     rows_per_shard: int
     model_id: str
     model_revision: str
+    base_revision: str | None = None
     gguf_file: str | None
     tokenizer_fingerprint: str
     dataset_id: str
@@ -140,14 +142,17 @@ class Manifest(RunInputs):
     @cached_property
     def fingerprint(self) -> str:
         """Of the run: SHA-256 (hex) of the canonical JSON of the keys that decide the rows."""
-        return hashlib.sha256(canonical({key: getattr(self, key) for key in FINGERPRINT_KEYS})).hexdigest()
+        deciding = {key: getattr(self, key) for key in (*FINGERPRINT_KEYS, *IF_PRESENT)}
+        present = {key: value for key, value in deciding.items() if value is not None or key not in IF_PRESENT}
+        return hashlib.sha256(canonical(present)).hexdigest()
 
     def differences(self, wanted: RunInputs, **more: object) -> list[str]:
         """How this run differs from one that is wanted: a text for each key that decides the rows.
 
         ``wanted`` may be a whole manifest; ``more`` are keys that it lacks.
         """
-        here = {key: getattr(wanted, key) for key in FINGERPRINT_KEYS if hasattr(wanted, key)} | more
+        keys = [key for key in (*FINGERPRINT_KEYS, *IF_PRESENT) if hasattr(wanted, key)]
+        here = {key: getattr(wanted, key) for key in keys} | more
         return [
             f"{key}: {describe_difference(getattr(self, key), value)}"
             for key, value in here.items()
@@ -156,7 +161,7 @@ class Manifest(RunInputs):
 
 
 KEYS = {item.name: item.type for item in fields(Manifest) if item.name != "others"}
-OPTIONAL = {"mask_source", "versions", "licenses", "batch_tokens", "batch_logit_rows", "prefix_cache"}
+OPTIONAL = {*IF_PRESENT, "mask_source", "versions", "licenses", "batch_tokens", "batch_logit_rows", "prefix_cache"}
 
 
 def _fits(key: str, value: object) -> bool:

@@ -160,3 +160,14 @@ def test_a_changed_listing_is_refused(quick_run, tmp_path):
     (tmp_path / "shards.json").write_text(json.dumps(listing))
     with pytest.raises(ToolkitError, match=rf"here: shards.json is damaged \(checksum {listing['crc32']}, expected"):
         read_shards(tmp_path / "shards.json", "here")
+
+
+def test_a_base_model_is_one_of_the_keys_that_decide_the_rows_where_there_is_one(content):
+    """Added to the canonical JSON that FORMAT.md has; a run without one keeps its fingerprint and its file."""
+    plain, adapted = of(content), of({**content, "base_revision": "a" * 40})
+    assert "base_revision" not in plain.as_json() and of(plain.as_json()).fingerprint == plain.fingerprint
+    deciding = {key: content[key] for key in FINGERPRINT_KEYS} | {"base_revision": "a" * 40}
+    text = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert adapted.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    (difference,) = adapted.differences(plain)
+    assert difference.startswith("base_revision: ")
