@@ -4,20 +4,18 @@ The finished shards are the state of a run. Whatever else is in the folder can b
 ``extraction.json``.
 """
 
-import json
 import logging
 import os
 import shutil
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import filelock
 from tqdm import tqdm
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.extraction.lock import FolderLock, FolderLost
 from chat_logits.storage.card import place_in_code, render_card
 from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
 from chat_logits.storage.manifest import (
@@ -26,15 +24,14 @@ from chat_logits.storage.manifest import (
     SHARDS_FILE,
     Manifest,
     ShardEntry,
-    canonical,
-    read_json,
     shards_text,
 )
+from chat_logits.storage.record import RECORD, ShardRecord
 from chat_logits.storage.shard import DamagedShard, check_shard
 
 logger = logging.getLogger(__name__)
 
-REPLACED, LOCK, DAMAGED, RECORD = ".replaced", ".lock", ".damaged-", ".checked.json"
+REPLACED, DAMAGED = ".replaced", ".damaged-"
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
 REPLACED_REPO, DONE = ".output_repo", " done"  # in .replaced: whose run is to be replaced too, and whose has been
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
@@ -56,7 +53,7 @@ class RunFolder:
         self.manifest: Manifest
         self.recomputed: set[int] = set()
         self._is_described, self._due = True, 0.0
-        self._lock = filelock.FileLock(path / LOCK)
+        self._lock = FolderLock(path)
         _check_place(path)
         if path.is_dir():
             self._acquire()
@@ -77,9 +74,23 @@ class RunFolder:
     def close(self) -> None:
         """Leave the folder to others, with what it says of its shards up to date."""
         if not self._is_described:
-            with suppress(OSError):  # a full disk, as was said before; the next process makes them anew
+            with suppress(OSError, FolderLost):  # as was said before; the next process makes them anew
                 self.describe_shards()
-        self._lock.release(force=True)
+        self._lock.release()
+
+    def check_place(self) -> None:
+        """Raise FolderLost where the path does not lead to the run's folder any more: asked before every write."""
+        self._lock.check()
+
+    def admit_workers(self, token: str) -> None:
+        """Let workers write here that have this token."""
+        self._write(WORKERS, token)
+
+    def dismiss_workers(self) -> None:
+        """Let no worker write here any more."""
+        with suppress(FolderLost):
+            self.check_place()
+            (self.path / WORKERS).unlink(missing_ok=True)
 
     @property
     def is_replacing(self) -> bool:
@@ -110,8 +121,12 @@ class RunFolder:
         return marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
 
     def _mark_replaced(self, lines: list[str]) -> None:
+        self.check_place()
         (self.path / REPLACED).mkdir(exist_ok=True)
-        write_text(self.path / REPLACED / REPLACED_REPO, "\n".join(lines))
+        self._write(f"{REPLACED}/{REPLACED_REPO}", "\n".join(lines))
+
+    def _write(self, name: str, text: str) -> None:
+        write_text(self.path / name, text, self.check_place)
 
     def count_shards(self) -> int:
         """Shards that are in the folder, checked or not."""
@@ -131,7 +146,7 @@ class RunFolder:
                 self._mark_replaced([repo])
             if self.is_replacing:
                 self._set_aside()
-            write_text(self.path / EXTRACTION_FILE, manifest.text)
+            self._write(EXTRACTION_FILE, manifest.text)
             self.describe_shards()
 
     def resume(self, manifest: Manifest, check_all: bool = False) -> None:
@@ -145,8 +160,9 @@ class RunFolder:
             self._record.load()
         with room_or_stop(self.path):
             if not (self.path / EXTRACTION_FILE).exists():
-                write_text(self.path / EXTRACTION_FILE, manifest.text)
+                self._write(EXTRACTION_FILE, manifest.text)
             for leftover in self.path.glob("data/*/.*.tmp"):
+                self.check_place()
                 leftover.unlink(missing_ok=True)
             self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
             for entry in self.entries.values():
@@ -177,7 +193,7 @@ class RunFolder:
         """Write ``shards.json``, the card, and the record of checked shards."""
         texts = {**self.files_around(list(self.entries.values())), RECORD: self._record.text()}
         for name, text in texts.items():
-            write_text(self.path / name, text)
+            self._write(name, text)
         self._is_described = True
 
     def files_around(self, entries: list[ShardEntry]) -> dict[str, str]:
@@ -188,13 +204,37 @@ class RunFolder:
             CARD_FILE: render_card(self.manifest, entries, self._place),
         }
 
+    def check_finished(self) -> None:
+        """Bring the files around the shards up to date, and see that each shard that they list is there.
+
+        Raises FolderLost, and ToolkitError for a shard that is not there or has another size.
+        """
+        if not self._is_described:
+            with room_or_stop(self.path):
+                self.describe_shards()
+        missing = [entry.path for entry in self.entries.values() if self._size(entry.path) != entry.num_bytes]
+        self.check_place()
+        if missing:
+            raise ToolkitError(
+                f"`output_dir` {self.path}: shards that were finished are not there any more, or have another size: "
+                f"{first_names(missing)}. The same command computes them again."
+            )
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return (self.path / path).stat().st_size
+        except OSError:
+            return None
+
     def finish(self) -> None:
-        """Remove the run that was replaced, now that the new one is whole."""
+        """Remove the run that was replaced, now that the new one is whole. Raises as ``check_finished``."""
+        self.check_finished()
         shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     def _enter(self) -> None:
         """Make and lock a folder that was not there at first. Raises UsageError if another process was quicker."""
-        if self._lock.is_locked:
+        if self._lock.is_held:
+            self.check_place()
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -202,13 +242,7 @@ class RunFolder:
             raise UsageError(f"`output_dir` {self.path}: another process has begun a run here. Give the command again.")
 
     def _acquire(self) -> None:
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UsageError(
-                f"`output_dir` {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
-                "choose another folder."
-            ) from error
+        self._lock.acquire()
         (self.path / WORKERS).unlink(missing_ok=True)  # of a process that was killed: its workers may live on a while
 
     def _read_manifest(self) -> Manifest | None:
@@ -221,6 +255,7 @@ class RunFolder:
         kept = (replaced / CARD_FILE).exists()  # the last part: the run that lies there is whole
         for part in PARTS:
             here, there = self.path / part, replaced / part
+            self.check_place()
             if not kept and here.exists() and not there.exists():
                 here.rename(there)
             elif here.is_dir():
@@ -241,6 +276,7 @@ class RunFolder:
             return known or check_shard(self.path, relative, self.manifest.fingerprint, self.manifest.rows_per_shard)
         except DamagedShard as error:
             aside = path.with_name(DAMAGED + path.name)
+            self.check_place()
             path.rename(aside)
             logger.warning("%s\nSet aside as %s; its source rows are computed again.", error, aside)
             return None
@@ -259,51 +295,3 @@ def _check_place(folder: Path) -> None:
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
         raise UsageError(f"`output_dir` {folder}: the folder holds other files, such as {present[0].name}")
-
-
-class ShardRecord:
-    """The finished shards of the run ``fingerprint`` in ``folder``, so that resuming it need not read them again.
-
-    A shard is taken as recorded where the file has still the size and the time of change that it was written with.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = folder, fingerprint
-        self._known: dict[str, tuple[int, ShardEntry]] = {}
-
-    def load(self) -> None:
-        """Take up what an earlier process has left; nothing where that is damaged or about another run."""
-        path = self.folder / RECORD
-        try:
-            content = read_json(path, RECORD) if path.exists() else {}
-        except ToolkitError:
-            return
-        crc = content.pop("crc32", None)
-        if content.get("fingerprint") == self.fingerprint and crc == zlib.crc32(canonical(content)):
-            entries = [(changed, ShardEntry(**entry)) for changed, entry in content["shards"]]
-            self._known = {entry.path: (changed, entry) for changed, entry in entries}
-
-    def note(self, entry: ShardEntry) -> None:
-        """Remember a shard that is whole now."""
-        changed, size = self._state(entry.path)
-        if changed and size == entry.num_bytes:
-            self._known[entry.path] = (changed, entry)
-
-    def unchanged(self, path: str) -> ShardEntry | None:
-        """The entry of a shard that is as it was when it was noted, else None."""
-        changed, entry = self._known.get(path, (None, None))
-        return entry if entry and self._state(path) == (changed, entry.num_bytes) else None
-
-    def text(self) -> str:
-        """The record's file."""
-        shards = [[changed, entry.as_json()] for changed, entry in self._known.values()]
-        content = {"fingerprint": self.fingerprint, "shards": shards}
-        return json.dumps({**content, "crc32": zlib.crc32(canonical(content))}, ensure_ascii=False)
-
-    def _state(self, path: str) -> tuple[int, int]:
-        """Time of change (ns) and size of a file, zeros where it is not seen (yet)."""
-        try:
-            state = (self.folder / path).stat()
-        except OSError:
-            return 0, 0
-        return state.st_mtime_ns, state.st_size

@@ -83,6 +83,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
             run.begin_or_resume(recorded)
             run.compute_missing()
+        folder.check_finished()
         if sync:
             sync.finish()
         folder.finish()
@@ -98,12 +99,12 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
         find_ray(config.ray_address)
         from chat_logits.extraction.workers import RayWorkers
 
-        return lambda opened, folder: RayWorkers(opened, folder.path)
+        return lambda opened, folder: RayWorkers(opened, folder)
     from chat_logits.extraction.shard_computer import ShardComputer
     from chat_logits.model import loading
 
     device = loading.choose_device(config.device)
-    return lambda opened, folder: closing(ShardComputer(opened, device, folder.path))
+    return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 
 def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:

@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -19,7 +18,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.cluster import connect, first_line, listens
-from chat_logits.extraction.folder import WORKERS
+from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.run_description import OpenedRun
 from chat_logits.extraction.shard_plan import AHEAD, ATTEMPTS, ShardPlan, pause_after
 from chat_logits.extraction.worker import ShardWorker, assign
@@ -60,8 +59,8 @@ class RayWorkers:
     Raises UsageError where this machine has not that many accelerators, ToolkitError where no worker can begin.
     """
 
-    def __init__(self, opened: OpenedRun, folder: Path):
-        self.config, self.folder, self._opened = opened.config, folder.absolute(), opened
+    def __init__(self, opened: OpenedRun, folder: RunFolder):
+        self.config, self.folder, self._opened = opened.config, folder, opened
         if opened.reader.source.num_rows is None:
             raise UsageError(
                 f"`num_workers`: {self.config.dataset_id} is streamed and nobody knows its length. Leave out "
@@ -82,7 +81,7 @@ class RayWorkers:
 
     def __exit__(self, *_: object) -> None:
         """End all workers. Those that have begun clear up what they have on their machines' disks."""
-        (self.folder / WORKERS).unlink(missing_ok=True)
+        self.folder.dismiss_workers()
         if self._is_cluster_gone:
             return  # Ray would wait for it
         try:
@@ -109,7 +108,7 @@ class RayWorkers:
         self._plan = ShardPlan(shards, self.config.num_workers)
         if self._plan.is_empty:
             return
-        (self.folder / WORKERS).write_text(self._token, encoding="utf-8")
+        self.folder.admit_workers(self._token)
         self._manifest, self._finished = manifest, finished
         self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
         with progress() as self._bar:  # its speed is of working hours alone
@@ -121,7 +120,7 @@ class RayWorkers:
 
     def _start(self) -> None:
         logger.info("Starting %s …", self._share.described)
-        self._assignment = ray.put(assign(self._opened, self.folder, self._token))  # once for a machine
+        self._assignment = ray.put(assign(self._opened, self.folder.path.absolute(), self._token))  # once for a machine
         actors = ray.remote(ShardWorker).options(max_concurrency=AHEAD + 1, **self._share.options)
         self._workers = [Worker(number, actors.remote()) for number in range(1, self.config.num_workers + 1)]
         for worker in self._workers:

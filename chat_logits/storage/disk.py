@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,31 +24,54 @@ COMPRESSED = 0.6  # of a position's columns, measured with SmolLM2 on real answe
 
 
 @contextmanager
-def written_whole(path: Path, is_shared: bool = False) -> Iterator[Path]:
+def written_whole(
+    path: Path, is_shared: bool = False, check_place: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Within, a hidden temporary file to write, which then gets the name ``path``; where writing fails, it is removed.
 
     Its name is its own where the folder ``is_shared`` with processes that may write a file of the same name.
+    ``check_place`` raises where the folder is not the one that is meant: asked before each change of what is in it.
     """
+    check_place()
     own = f".{secrets.token_hex(4)}" if is_shared else ""
     temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
         yield temporary
-        flush_and_rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        flush_and_rename(temporary, path, check_place)
+    except BaseException as error:
+        lost = _what_is_wrong(check_place)
+        if is_shared or not lost:  # in another folder, a name that is not its own may be another's
+            temporary.unlink(missing_ok=True)
+        if lost and isinstance(error, OSError):
+            raise lost from error
         raise
 
 
-def flush_and_rename(temporary: Path, path: Path) -> None:
+def _what_is_wrong(check_place: Callable[[], None]) -> ToolkitError | None:
+    try:
+        check_place()
+    except ToolkitError as error:
+        return error
+    return None
+
+
+def flush_and_rename(temporary: Path, path: Path, check_place: Callable[[], None] = lambda: None) -> None:
     """Give a finished file its name, so that after a crash of the machine it is whole or not there."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    check_place()
     temporary.rename(path)
 
 
-def write_text(path: Path, content: str) -> None:
+def make_folders(root: Path, inner: Path) -> None:
+    """Make the folders ``inner`` within ``root``, which is there: where it is gone, it is not made again."""
+    for folder in [*reversed(inner.parents[:-1]), inner]:
+        (root / folder).mkdir(exist_ok=True)
+
+
+def write_text(path: Path, content: str, check_place: Callable[[], None] = lambda: None) -> None:
     """Write a file so that a reader sees the old content or the new, never half."""
-    with written_whole(path) as temporary:
+    with written_whole(path, check_place=check_place) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 

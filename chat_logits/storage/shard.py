@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.disk import room_or_stop, written_whole
+from chat_logits.storage.disk import make_folders, room_or_stop, written_whole
 from chat_logits.storage.manifest import Manifest, ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
@@ -67,15 +67,15 @@ def write_shard(
     ``check_place`` raises where the folder is not the run's: asked before anything is written, and again before the
     shard gets its name. Raises DiskFull where there is no room.
     """
-    check_place()
     relative = shard_path(manifest.split, shard)
     path, table = folder / relative, pa.Table.from_pylist(rows, schema=SCHEMA)
     with room_or_stop(folder, table.nbytes):  # uncompressed: more than the file will have
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, is_shared=True) as temporary:
-            _write_table(temporary, table, _description(manifest, shard, table, skipped))
-            check_place()
-    return _entry(relative, table, skipped, path.stat().st_size)
+        described = _description(manifest, shard, table, skipped)
+        with written_whole(path, is_shared=True, check_place=check_place) as temporary:
+            make_folders(folder, Path(relative).parent)
+            _write_table(temporary, table, described)
+            size = temporary.stat().st_size
+    return _entry(relative, table, skipped, size)
 
 
 def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict]) -> dict:

@@ -74,14 +74,14 @@ def die_at(when: str, name: str, skip: int) -> None:
     original = disk.flush_and_rename
     seen = []
 
-    def deadly(temporary: Path, path: Path) -> None:
+    def deadly(temporary: Path, path: Path, *rest) -> None:
         seen.extend([path] if re.fullmatch(name, path.name) else [])
         strikes = len(seen) > skip
         if strikes and when == "half written":
             os.truncate(temporary, temporary.stat().st_size // 2)
         if strikes and when != "renamed":
             os.kill(os.getpid(), signal.SIGKILL)
-        original(temporary, path)
+        original(temporary, path, *rest)
         if strikes:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,58 @@
+"""Which finished shards of a folder were whole when they were seen last, so that resuming a run need not read them."""
+
+import json
+import zlib
+from pathlib import Path
+
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.manifest import ShardEntry, canonical, read_json
+
+RECORD = ".checked.json"
+
+
+class ShardRecord:
+    """The finished shards of the run ``fingerprint`` in ``folder``, so that resuming it need not read them again.
+
+    A shard is taken as recorded where the file has still the size and the time of change that it was written with.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        self._known: dict[str, tuple[int, ShardEntry]] = {}
+
+    def load(self) -> None:
+        """Take up what an earlier process has left; nothing where that is damaged or about another run."""
+        path = self.folder / RECORD
+        try:
+            content = read_json(path, RECORD) if path.exists() else {}
+        except ToolkitError:
+            return
+        crc = content.pop("crc32", None)
+        if content.get("fingerprint") == self.fingerprint and crc == zlib.crc32(canonical(content)):
+            entries = [(changed, ShardEntry(**entry)) for changed, entry in content["shards"]]
+            self._known = {entry.path: (changed, entry) for changed, entry in entries}
+
+    def note(self, entry: ShardEntry) -> None:
+        """Remember a shard that is whole now."""
+        changed, size = self._state(entry.path)
+        if changed and size == entry.num_bytes:
+            self._known[entry.path] = (changed, entry)
+
+    def unchanged(self, path: str) -> ShardEntry | None:
+        """The entry of a shard that is as it was when it was noted, else None."""
+        changed, entry = self._known.get(path, (None, None))
+        return entry if entry and self._state(path) == (changed, entry.num_bytes) else None
+
+    def text(self) -> str:
+        """The record's file."""
+        shards = [[changed, entry.as_json()] for changed, entry in self._known.values()]
+        content = {"fingerprint": self.fingerprint, "shards": shards}
+        return json.dumps({**content, "crc32": zlib.crc32(canonical(content))}, ensure_ascii=False)
+
+    def _state(self, path: str) -> tuple[int, int]:
+        """Time of change (ns) and size of a file, zeros where it is not seen (yet)."""
+        try:
+            state = (self.folder / path).stat()
+        except OSError:
+            return 0, 0
+        return state.st_mtime_ns, state.st_size
