@@ -126,6 +126,7 @@ def test_datasets_opens_the_folder_with_the_formats_features(real_extraction, st
             "messages": listed(message),
             "source_index": value("int64"),
             "alignment_checksum": value("uint32"),
+            "tools": value("string"),
         }
     )
     assert list(loaded["train"]) == stored[1]

@@ -120,12 +120,14 @@ class DatasetSummary:
     the tails, ``entropy_is_bound``, and each entropy is at least so much. Calibration is the most probable token's
     against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
     nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
-    of the vocabulary by their total loss.
+    of the vocabulary by their total loss. ``turns_left_out`` of the assistant are marked not to be trained on, and were
+    not extracted.
     """
 
     dataset_id: str
     model_id: str
     num_conversations: int
+    turns_left_out: int
     num_tokens: int
     mean_nll: float
     perplexity: float
@@ -185,6 +187,7 @@ class _Tally:
         self.reliability = np.zeros((3, BINS))  # positions, probabilities, target tokens
         self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
         self.kept: Any = 0  # becomes (K + 1,) int64
+        self.turns_left_out = 0
         self.top5_is_bound = self.entropy_is_bound = False
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.token_counts, self.token_losses = np.zeros(vocab_size, np.int64), np.zeros(vocab_size)
@@ -196,6 +199,7 @@ class _Tally:
         token_ids = alignment.input_ids[alignment.positions]
         numbers = row_numbers(row, token_ids)
         losses = -numbers.log_probs
+        self.turns_left_out += alignment.turns_left_out
         self.sums.update(
             mean_nll=losses.sum(),
             top1_rate=(numbers.ranks == 1).sum(),
@@ -247,6 +251,7 @@ class _Tally:
             dataset_id=dataset.dataset_id,
             model_id=dataset.manifest.model_id,
             num_conversations=dataset.num_rows,
+            turns_left_out=self.turns_left_out,
             num_tokens=tokens,
             perplexity=perplexity_of(means["mean_nll"]),
             **means,

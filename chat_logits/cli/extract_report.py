@@ -1,7 +1,7 @@
 """What the extract command prints: conversations before any model runs, and a finished run in numbers."""
 
 from chat_logits.analysis.row import perplexity_of
-from chat_logits.analysis.tokens import label_tokens
+from chat_logits.analysis.tokens import count_text, label_tokens
 from chat_logits.display.token_tables import print_preview
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run import Extraction
@@ -24,6 +24,9 @@ def print_extraction(done: Extraction) -> None:
     print(f"Conversations  {done.conversations:,} written, {sum(done.skipped.values()):,} skipped")
     for reason, count in done.skipped.items():
         print(f"               {count:,} × {reason}")
+    if done.turns_left_out:
+        turns = count_text(done.turns_left_out, "turn")
+        print(f"Left out       {turns} marked not to be trained on (weight, train, loss)")
     print(f"Tokens         {done.tokens:,} extracted")
     if done.mean_nll is not None:
         here = f"{done.bytes_in_folder:,} bytes in {done.folder}"

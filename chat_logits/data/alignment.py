@@ -8,16 +8,18 @@ What is left are the *extracted positions*: the tokens whose predicting distribu
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from chat_logits.data.conversations import from_stored
+from chat_logits.data.conversations import ConversationError, from_stored
+from chat_logits.data.marks import left_out_spans
 from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
 from chat_logits.data.tokenizer import THINK_TAGS, special_token_ids
+from chat_logits.data.tools import from_stored_tools
 from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
@@ -31,6 +33,7 @@ EMPTY_THINK_REASON = "empty think block"
 SPECIAL_REASON = "special token"
 CHOSEN_REASON = "--skip_tokens"
 AFTER_END_REASON = "after the end of the turn"
+LEFT_OUT_REASON = "marked not to be trained on"
 FIRST_TOKEN_REASON = "first token: nothing predicts it"
 
 
@@ -43,11 +46,13 @@ class Alignment:
     """A conversation as the model sees it.
 
     ``input_ids`` (T,) int64; ``reasons`` has one entry a token: None where it is extracted, else why not;
-    ``positions`` (n,) int64 of the extracted tokens themselves (each is predicted one position earlier).
+    ``positions`` (n,) int64 of the extracted tokens themselves (each is predicted one position earlier);
+    ``turns_left_out`` of the assistant are marked not to be trained on.
     """
 
     input_ids: np.ndarray
     reasons: list[str | None]
+    turns_left_out: int = 0
 
     @property
     def positions(self) -> np.ndarray:
@@ -67,6 +72,9 @@ class RecordedAlignment(Protocol):
     def chat_template(self) -> str: ...
 
     @property
+    def tools_template(self) -> str | None: ...
+
+    @property
     def template_kwargs(self) -> dict: ...
 
     @property
@@ -75,12 +83,27 @@ class RecordedAlignment(Protocol):
     @property
     def skipped_token_ids(self) -> list[int]: ...
 
+    @property
+    def all_turns(self) -> bool: ...
+
+
+class Rendered(NamedTuple):
+    """A conversation's text, the spans of the assistant's turns in it, and which of these are left out."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    left_out: frozenset[int] = frozenset()
+
 
 class Aligner:
-    """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids."""
+    """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids.
 
-    def __init__(self, tokenizer, template: ChatTemplate, skipped_ids: frozenset[int]):
+    Turns that are marked not to be trained on are left out, but with ``all_turns``.
+    """
+
+    def __init__(self, tokenizer, template: ChatTemplate, skipped_ids: frozenset[int], all_turns: bool = False):
         self.tokenizer, self.template, self.skipped_ids = tokenizer, template, skipped_ids
+        self.all_turns = all_turns
         self.special_ids = special_token_ids(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
@@ -91,40 +114,58 @@ class Aligner:
     def from_recorded(cls, tokenizer, recorded: RecordedAlignment) -> "Aligner":
         """As the extraction that has recorded this aligned."""
         template = ChatTemplate(
-            recorded.chat_template, tokenizer.special_tokens_map, recorded.template_kwargs, recorded.template_date
+            text=recorded.chat_template,
+            special_tokens=tokenizer.special_tokens_map,
+            kwargs=recorded.template_kwargs,
+            date=recorded.template_date,
+            tools_text=recorded.tools_template,
         )
-        return cls(tokenizer, template, frozenset(recorded.skipped_token_ids))
+        return cls(tokenizer, template, frozenset(recorded.skipped_token_ids), recorded.all_turns)
 
-    def align(self, conversation: list[dict]) -> Alignment:
-        """Render, tokenize, mask and skip. Raises TemplateError where the template refuses the conversation."""
-        return self.align_rendered([self.template.render(conversation)])[0]
+    def align(self, conversation: list[dict], tools: list[dict] | None = None) -> Alignment:
+        """Render with the conversation's ``tools``, tokenize, mask and skip.
 
-    def align_rendered(self, rendered: list[tuple[str, list[tuple[int, int]]]]) -> list[Alignment]:
-        """An alignment for each text with its spans, as ``ChatTemplate.render`` gives them; tokenized in batches."""
+        Raises TemplateError where the template refuses the conversation, ConversationError where its marks are not
+        understood.
+        """
+        rendered = self.marked(conversation, *self.template.with_tools(tools).render(conversation))
+        return self.align_rendered([rendered])[0]
+
+    def marked(self, conversation: list[dict], text: str, spans: list[tuple[int, int]]) -> Rendered:
+        """A rendered conversation with the turns that are left out. Raises ConversationError as ``left_out_spans``."""
+        return Rendered(text, spans, frozenset() if self.all_turns else left_out_spans(conversation, spans))
+
+    def align_rendered(self, rendered: Sequence[tuple]) -> list[Alignment]:
+        """An alignment for each ``Rendered``, or text with its spans alone; tokenized in batches."""
         alignments = []
         for start in range(0, len(rendered), TOKENIZED_AT_ONCE):
-            batch = rendered[start : start + TOKENIZED_AT_ONCE]
+            batch = [Rendered(*one) for one in rendered[start : start + TOKENIZED_AT_ONCE]]
             encoded = self.tokenizer(
-                [text for text, _ in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                [one.text for one in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            alignments += [self._mask(*one, *ids) for one, ids in zip(batch, tokens, strict=True)]
+            alignments += [self._mask(one, *ids) for one, ids in zip(batch, tokens, strict=True)]
         return alignments
 
-    def _mask(self, text: str, spans: list[tuple[int, int]], ids: list[int], offsets: list) -> Alignment:
+    def _mask(self, rendered: Rendered, ids: list[int], offsets: list) -> Alignment:
         """Which tokens are the assistant's, and which of those are skipped."""
+        text = rendered.text
         input_ids = np.array(ids, np.int64)
         extents = token_extents(offsets, self.tokenizer.convert_ids_to_tokens(ids))
         reasons: list[str | None] = [PROMPT] * len(input_ids)
-        for start, end in spans:
+        for span, (start, end) in enumerate(rendered.spans):
             inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
+            if span in rendered.left_out:
+                for i in inside:
+                    reasons[i] = LEFT_OUT_REASON
+                continue
             for i in inside:
                 reasons[i] = self._skip_reason(int(input_ids[i]))
             self._skip_by_text(reasons, inside, extents, text, start, end)
             self._skip_after_end(reasons, inside, extents, input_ids, text, end)
         if reasons and reasons[0] is None:
             reasons[0] = FIRST_TOKEN_REASON
-        return Alignment(input_ids, reasons)
+        return Alignment(input_ids, reasons, len(rendered.left_out))
 
     def _skip_reason(self, token_id: int) -> str | None:
         if token_id not in self.skipped_ids:
@@ -183,21 +224,23 @@ class RowAligner:
 
         Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
         """
-        conversation = from_stored(row["messages"])
+        conversation, tools = from_stored(row["messages"]), from_stored_tools(row["tools"])
         if self._aligner is None:
-            self._aligner = self._choose(conversation)
+            self._aligner = self._choose(conversation, tools)
         try:
-            alignment = self._aligner.align(conversation)
-        except TemplateError as error:
+            alignment = self._aligner.align(conversation, tools)
+        except (TemplateError, ConversationError) as error:
             raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
         if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
-            raise AlignmentError(_explain_mismatch(row, alignment, self._recorded, conversation))
+            raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
         return alignment
 
-    def _choose(self, conversation: list[dict]) -> Aligner:
+    def _choose(self, conversation: list[dict], tools: list[dict] | None) -> Aligner:
         tokenizer, recorded = self._recorded.tokenizer, self._recorded.template
-        choice = choose_template(self._chat_template, tokenizer, recorded.kwargs, recorded.date, [conversation])
-        return Aligner(tokenizer, choice.template, self._recorded.skipped_ids)
+        choice = choose_template(
+            self._chat_template, tokenizer, recorded.kwargs, recorded.date, [conversation], [tools]
+        )
+        return Aligner(tokenizer, choice.template, self._recorded.skipped_ids, self._recorded.all_turns)
 
 
 def align_row(
@@ -212,9 +255,9 @@ def align_row(
     return RowAligner(tokenizer, extraction, chat_template).align(row)
 
 
-def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner, conversation: list[dict]) -> str:
+def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner) -> str:
     """Where the rebuilt conversation first differs, known if the recorded template still gives the tokens."""
-    original = recorded.align(conversation)
+    original = recorded.align(from_stored(row["messages"]), from_stored_tools(row["tools"]))
     if original.checksum != row["alignment_checksum"]:
         return (
             f"column alignment_checksum: the rebuilt conversation ({len(rebuilt.input_ids)} tokens) is not the "

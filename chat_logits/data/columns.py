@@ -1,8 +1,10 @@
 """Which columns of a source hold the conversation: found from their names alone, once a run, and recorded.
 
 ``columns`` is ``{"messages": NAME}`` or ``{"prompt": NAME, "response": NAME}``, with an optional ``"input"`` and
-``"history"`` (Alpaca's) and ``"system"``.
+``"history"`` (Alpaca's), ``"system"`` and ``"tools"``.
 """
+
+from collections.abc import Iterable
 
 from chat_logits.errors import UsageError
 
@@ -16,27 +18,51 @@ FORMATS = (
     {"prompt": "query", "response": "response"},
 )
 SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOLS_COLUMNS = ("tools", "functions", "tool_defs")
 OVERRIDES = "Name the ones that are meant: `messages_column`, or `prompt_column` and `response_column`."
 
 
 def choose_columns(
-    names: list[str], messages: str | None = None, prompt: str | None = None, response: str | None = None
+    names: list[str],
+    messages: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    tools: str | None = None,
 ) -> dict[str, str]:
     """The columns that hold the conversation, those named or those found among all ``names``.
 
-    Raises UsageError where a column that was named is missing, or where none or several formats fit.
+    ``tools`` is "" where no column's definitions of tools are meant. Raises UsageError where a column that was named
+    is missing, or where none or several formats fit.
     """
     if messages or prompt or response:
         columns = _named_columns(messages, prompt, response)
-        missing = [name for name in columns.values() if name not in names]
-        if missing:
-            raise UsageError(f"no column {missing[0]!r}; the dataset has: {', '.join(names)}")
+        _refuse_missing(columns.values(), names)
     else:
         columns = _detect_columns(names)
     if columns.get("prompt") == "instruction":
         columns |= {name: name for name in ("input", "history") if name in names}
     system = next((name for name in SYSTEM_COLUMNS if name in names), None)
-    return {**columns, "system": system} if system else columns
+    columns |= {"system": system} if system else {}
+    tools = _tools_column(names) if tools is None else tools
+    if tools:
+        _refuse_missing([tools], names)
+    return columns | ({"tools": tools} if tools else {})
+
+
+def _tools_column(names: list[str]) -> str | None:
+    found = [name for name in TOOLS_COLUMNS if name in names]
+    if len(found) > 1:
+        raise UsageError(
+            f"ambiguous columns: {' and '.join(found)} all hold tools (all columns: {', '.join(names)}).\n"
+            "Name the one that is meant, or '' for none: `tools_column`."
+        )
+    return found[0] if found else None
+
+
+def _refuse_missing(wanted: Iterable[str], names: list[str]) -> None:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise UsageError(f"no column {missing[0]!r}; the dataset has: {', '.join(names)}")
 
 
 def _named_columns(messages: str | None, prompt: str | None, response: str | None) -> dict[str, str]:

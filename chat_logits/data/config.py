@@ -38,6 +38,13 @@ class SourceConfig(Config):
     response_column: str | None = option(
         None, help="column with the answer, or messages", unset="found by its name", group=READ, metavar="NAME"
     )
+    tools_column: str | None = option(
+        None,
+        help="column with the tools of each conversation, or '' for none",
+        unset="found by its name",
+        group=READ,
+        metavar="NAME",
+    )
     system_prompt: str | None = option(
         None, help="system message for conversations without one", unset="none", group=READ, metavar="TEXT"
     )
@@ -66,6 +73,12 @@ class SourceConfig(Config):
         group=EXTRACTED,
         metavar="JSON",
         check_value=_refuse_reserved,
+    )
+    all_turns: bool = option(
+        False,
+        help="extract answers marked not to be trained on (weight 0, train or loss false) too",
+        unset="they are left out",
+        group=EXTRACTED,
     )
     skip_tokens: tuple[str, ...] = option(
         (),

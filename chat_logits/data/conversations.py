@@ -16,6 +16,10 @@ class ConversationError(ToolkitError):
     """A source row that is no conversation; the run skips it and counts the message as the reason."""
 
 
+class NothingToExtract(ConversationError):
+    """A conversation in which there is nothing to extract, through no fault of its own."""
+
+
 def to_conversation(
     row: dict,
     columns: dict[str, str],
@@ -36,13 +40,13 @@ def to_conversation(
     else:
         row = {**row, **{name: _number_text(row.get(name)) for name in number_columns}}
         messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
-    messages = [_without_nulls(message) for message in messages] if has_arrow_nulls else messages
+    messages = [without_nulls(message) for message in messages] if has_arrow_nulls else messages
     messages = [_message(message, template_roles) for message in messages]
     system = row.get(columns.get("system")) or system_prompt
     if system and not any(message["role"] == "system" for message in messages):
         messages = [_message({"role": "system", "content": system}, template_roles), *messages]
     if not any(message["role"] == "assistant" for message in messages):
-        raise ConversationError("no assistant turn")
+        raise NothingToExtract("no assistant turn")
     return messages
 
 
@@ -138,11 +142,11 @@ def _part_text(part) -> str:
     return _text(text)
 
 
-def _without_nulls(value):
+def without_nulls(value):
     """Without the nulls that Arrow gives an object whose keys are other rows' alone."""
     if isinstance(value, dict):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _call_turn(turn: dict) -> dict:
@@ -155,13 +159,19 @@ def _call_turn(turn: dict) -> dict:
 
 
 def _with_objects(turn: dict) -> dict:
-    """Arguments of calls as objects, where they are JSON text of one, as OpenAI's API gives them."""
-    calls = turn.get("tool_calls")
-    return {**turn, "tool_calls": [*map(_with_object, calls)]} if isinstance(calls, list) else turn
+    """Calls as a list of objects, also where they are JSON text of one, and their arguments as objects, where they are
+    JSON text of one, as OpenAI's API gives them."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = turn["tool_calls"]
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ConversationError("tool_calls that are no list of objects")
+    return {**turn, "tool_calls": [*map(_with_object, calls)]}
 
 
-def _with_object(call):
-    function = call.get("function") if isinstance(call, dict) else None
+def _with_object(call: dict) -> dict:
+    function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     arguments = _parsed(function["arguments"])

@@ -23,17 +23,20 @@ from chat_logits.data.templates import (
     template_text,
 )
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
-from chat_logits.errors import ToolkitError
+from chat_logits.data.tools import missing_name, shows_tools, to_stored_tools, to_tools
+from chat_logits.errors import ToolkitError, UsageError
 
+DEFINITIONS = "definitions of tools"  # among the roles that a template shows, of which none has a space
 NO_MASK = "no token to extract: the assistant mask is empty"
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """A source row that is ready for the model."""
+    """A source row that is ready for the model; ``messages`` and ``tools`` are as they are stored."""
 
     source_index: int
     messages: list[dict]
+    tools: str | None
     alignment: Alignment
     positions: np.ndarray
 
@@ -46,14 +49,14 @@ class Aligned:
 class Reader:
     """The source rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
 
-    ``convert`` is ``to_conversation`` with all but the source row.
+    ``convert`` gives a source row's messages and tools, as ``to_conversation`` and ``to_tools`` do.
     ``first_ready`` and ``first_skipped`` are the first source rows, aligned already when the reader was opened.
     """
 
     source: SourceDataset
     columns: dict[str, str]
     system_prompt: str | None
-    convert: Callable[[dict], list[dict]]
+    convert: Callable[[dict], tuple[list[dict], list[dict] | None]]
     choice: TemplateChoice
     aligner: Aligner
     max_length: int | None
@@ -86,13 +89,15 @@ class Reader:
 
     def _align_more(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
         """Rows that were not aligned before: each is rendered once, and their texts are tokenized together."""
-        conversations, rendered, skipped = {}, {}, []
+        stored, rendered, skipped = {}, {}, []
         for index, row in enumerate(self.source.read(first, end), start=first):
             try:
-                conversations[index] = self.convert(_readable(row))
-                text, spans = self.choice.render(conversations[index])
-                self._refuse_vanished(conversations[index], text)
-                rendered[index] = text, spans
+                conversation, tools = self.convert(_readable(row))
+                text, spans = self.choice.render(conversation, tools)
+                self._refuse_vanished(conversation, text)
+                self._refuse_vanished_tools(conversation, tools or self.choice.template.kwargs.get("tools"), text)
+                rendered[index] = self.aligner.marked(conversation, text, spans)
+                stored[index] = to_stored(conversation), to_stored_tools(tools)
             except (ConversationError, TemplateError) as error:
                 if isinstance(error, PrefixError) and index < FIRST_ROWS:
                     raise
@@ -102,7 +107,7 @@ class Reader:
             if reason := self._refuse(alignment):
                 skipped.append({"row": index, "reason": reason})
             else:
-                ready.append(Aligned(index, to_stored(conversations[index]), alignment, alignment.positions))
+                ready.append(Aligned(index, *stored[index], alignment, alignment.positions))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
 
     def _refuse_vanished(self, conversation: list[dict], text: str) -> None:
@@ -117,6 +122,22 @@ class Reader:
             is_shown = self._shown[role]
             if not is_shown and (is_shown is False or content not in text):
                 raise ConversationError(f"a turn of role {role!r}, of which the chat template shows nothing")
+
+    def _refuse_vanished_tools(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
+        """Raise ConversationError where the template shows nothing of a tool, so that no answer is scored without the
+        tools that it was written with."""
+        if not tools:
+            return
+        template = self.choice.template.with_tools(tools)
+        if DEFINITIONS not in self._shown:
+            self._shown[DEFINITIONS] = shows_tools(template.text_or_none)
+        are_shown = self._shown[DEFINITIONS]
+        if are_shown is None:
+            are_shown = template.text_or_none(conversation, tools=None) != text
+        if not are_shown:
+            raise ConversationError("tools, of which the chat template shows nothing (`tools_column` '' for none)")
+        if (name := missing_name(tools, text)) is not None:
+            raise ConversationError(f"a tool {name!r:.60}, which the chat template does not show")
 
     def _refuse(self, alignment: Alignment) -> str | None:
         """Why an aligned conversation is skipped, None where it is not."""
@@ -138,11 +159,24 @@ def open_reader(
     source = open_source(
         config.dataset_id, config.dataset_config, config.dataset_revision, config.split, config.streaming, footers
     )
-    columns = choose_columns(source.column_names, config.messages_column, config.prompt_column, config.response_column)
+    columns = choose_columns(
+        source.column_names,
+        config.messages_column,
+        config.prompt_column,
+        config.response_column,
+        config.tools_column,
+    )
+    if "tools" in columns and "tools" in config.template_kwargs:
+        raise UsageError(
+            f"`template_kwargs`: it has tools, and so has the column {columns['tools']!r}; for those of the option "
+            "alone, leave the column out: `tools_column` ''"
+        )
     refuse_wide_vocabulary(tokenizer)
-    convert = _converter(source, columns, config, template_text(config.chat_template, tokenizer))
-    conversations = _first_conversations(source, convert)
-    choice = choose_template(config.chat_template, tokenizer, config.template_kwargs, template_date, conversations)
+    convert = _converter(source, columns, config, tokenizer)
+    conversations, tools = _first_conversations(source, convert)
+    choice = choose_template(
+        config.chat_template, tokenizer, config.template_kwargs, template_date, conversations, tools
+    )
     skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
     reader = Reader(
         source=source,
@@ -150,7 +184,7 @@ def open_reader(
         system_prompt=config.system_prompt,
         convert=convert,
         choice=choice,
-        aligner=Aligner(tokenizer, choice.template, skipped),
+        aligner=Aligner(tokenizer, choice.template, skipped, config.all_turns),
         max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
@@ -159,17 +193,19 @@ def open_reader(
 
 
 def _converter(
-    source: SourceDataset, columns: dict[str, str], config: SourceConfig, template: str
-) -> Callable[[dict], list[dict]]:
-    """``to_conversation`` for the rows of this source and a chat template's text."""
-    return partial(
+    source: SourceDataset, columns: dict[str, str], config: SourceConfig, tokenizer
+) -> Callable[[dict], tuple[list[dict], list[dict] | None]]:
+    """``to_conversation`` and ``to_tools`` for the rows of this source and the roles of a tokenizer's template."""
+    texts = {template_text(config.chat_template, tokenizer, has_tools) for has_tools in (False, True)}
+    to_messages = partial(
         to_conversation,
         columns=columns,
         system_prompt=config.system_prompt,
-        template_roles=roles_named_in(template),
+        template_roles=frozenset().union(*map(roles_named_in, texts)),
         number_columns=source.number_columns & set(columns.values()),
         has_arrow_nulls=source.has_arrow_nulls,
     )
+    return lambda row: (to_messages(row), to_tools(row.get(columns.get("tools")), source.has_arrow_nulls))
 
 
 def _readable(row: dict | BadRow) -> dict:
@@ -179,14 +215,17 @@ def _readable(row: dict | BadRow) -> dict:
     return row
 
 
-def _first_conversations(source: SourceDataset, convert: Callable[[dict], list[dict]]) -> list[list[dict]]:
-    conversations = []
+def _first_conversations(source: SourceDataset, convert: Callable) -> tuple[list[list[dict]], list[list[dict] | None]]:
+    """Messages and tools of the first rows that are conversations."""
+    conversations, their_tools = [], []
     for row in source.first_rows:
         try:
-            conversations.append(convert(_readable(row)))
+            conversation, tools = convert(_readable(row))
         except ConversationError:
             continue  # the run counts it
-    return conversations
+        conversations.append(conversation)
+        their_tools.append(tools)
+    return conversations, their_tools
 
 
 def _proven(reader: Reader) -> Reader:

@@ -6,7 +6,9 @@ the spans come from rendering the conversation's prefixes.
 """
 
 import datetime
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,12 +66,22 @@ class PrefixError(TemplateError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text with what is fixed when it renders: variables, the date, the tokenizer's special tokens."""
+    """A template's text with what is fixed when it renders: variables, the date, the tokenizer's special tokens.
+
+    ``tools_text`` is another text for conversations with tools, None where it is the same.
+    """
 
     text: str
     special_tokens: dict[str, str]
     kwargs: dict
     date: str | None = None
+    tools_text: str | None = None
+
+    def with_tools(self, tools: list[dict] | None) -> "ChatTemplate":
+        """The template for a conversation with these tools of its own, itself for one without."""
+        if tools is None:
+            return self
+        return replace(self, text=self.tools_text or self.text, kwargs={**self.kwargs, "tools": tools}, tools_text=None)
 
     @property
     def has_generation_blocks(self) -> bool:
@@ -163,32 +175,55 @@ class TemplateChoice:
     mask_source: str
     own: ChatTemplate | None = None
 
-    def render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, conversation: list[dict], tools: list[dict] | None = None) -> tuple[str, list[tuple[int, int]]]:
         """As ``ChatTemplate.render``, proven by transformers' rendering: of the model's own, where a shipped one stands
-        for it.
+        for it. ``tools`` are the conversation's.
 
         Raises TemplateError, also where the two texts differ.
         """
-        text, spans = self.template.render(conversation)
-        if (self.own or self.template).text_by_transformers(conversation) != text:
+        text, spans = self.template.with_tools(tools).render(conversation)
+        if (self.own or self.template).with_tools(tools).text_by_transformers(conversation) != text:
             other = "the model's own template" if self.own else "transformers does"
             raise TemplateError(f"the {self.mask_source} renders it otherwise than {other}")
         return text, spans
 
 
 def choose_template(
-    argument: str | None, tokenizer, kwargs: dict, date: str | None, conversations: list[list[dict]]
+    argument: str | None,
+    tokenizer,
+    kwargs: dict,
+    date: str | None,
+    conversations: list[list[dict]],
+    tools: Sequence[list[dict] | None] = (),
 ) -> TemplateChoice:
-    """The template to use: ``argument`` (a path or the template's text), or None for the tokenizer's own.
+    """The template to use: ``argument`` (a path, the template's text, or the name of one of the tokenizer's), or None
+    for the tokenizer's own, and for conversations with tools that for tools, if there is one.
 
-    One without generation blocks is replaced by the shipped template that renders the same, over ``PROBES`` and over
-    ``conversations``; else its spans are derived from prefixes. So is a model's own that has them, as some (SmolLM3's)
-    take the header in. Raises UsageError for a template that is missing or does not parse.
+    ``tools`` are those of each of the ``conversations``, or nothing. One without generation blocks is replaced by the
+    shipped template that renders the same, over ``PROBES`` and over ``conversations``; else its spans are derived from
+    prefixes. So is a model's own that has them, as some (SmolLM3's) take the header in.
+    Raises UsageError for a template that is missing or does not parse.
     """
-    text = template_text(argument, tokenizer)
-    compile_template(text)
-    date = date or (datetime.date.today().isoformat() if "strftime_now" in text else None)
+    text = template_text(argument, tokenizer, kwargs.get("tools") is not None)
+    for_tools = template_text(argument, tokenizer, has_tools=True)
+    date = date or (datetime.date.today().isoformat() if "strftime_now" in text + for_tools else None)
     template = ChatTemplate(text, tokenizer.special_tokens_map, kwargs, date)
+    pairs = list(itertools.zip_longest(conversations, tools))
+    if for_tools == text:
+        return _choose_text(template, argument, pairs)
+    plain = _choose_text(template, argument, [pair for pair in pairs if not pair[1]])
+    calling = _choose_text(replace(template, text=for_tools), argument, [pair for pair in pairs if pair[1]])
+    sources = f"{plain.mask_source}; with tools, {calling.mask_source}"
+    return TemplateChoice(
+        template=replace(plain.template, tools_text=calling.template.text),
+        mask_source=plain.mask_source if plain.mask_source == calling.mask_source else sources,
+        own=replace(template, tools_text=for_tools),
+    )
+
+
+def _choose_text(template: ChatTemplate, argument: str | None, conversations: list[tuple]) -> TemplateChoice:
+    """The choice for one text; ``conversations`` are pairs of messages and tools."""
+    compile_template(template.text)
     if argument is not None and template.has_generation_blocks:
         return TemplateChoice(template, "generation blocks of --chat_template")
     own_texts: dict[tuple[int, bool], str | None] = {}
@@ -201,47 +236,86 @@ def choose_template(
     return TemplateChoice(template, "prefixes of each conversation")
 
 
-def template_text(argument: str | None, tokenizer) -> str:
-    """The text of ``argument`` (a path or a template), or the tokenizer's own template where there is none.
+def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> str:
+    """The text of ``argument`` (a path, a template, or the name of one of the tokenizer's), or the tokenizer's own
+    template where there is none.
 
-    Raises UsageError for a template that is missing.
+    Of several, transformers takes the one named "tool_use" for conversations with tools, else "default". Raises
+    UsageError for a template that is missing.
     """
-    if argument is not None:
-        return read_template(argument)
     template = tokenizer.chat_template
+    if argument is not None:
+        return template[argument] if isinstance(template, dict) and argument in template else read_template(argument)
     if template is None:
         raise UsageError(
             "the tokenizer has no chat template: is this a base model? Expected a chat model, or `chat_template` with "
             "the template that the model was trained with."
         )
-    return template.get("default", next(iter(template.values()))) if isinstance(template, dict) else template
+    if not isinstance(template, dict):
+        return template
+    wanted = [name for name in (("tool_use",) * has_tools + ("default",)) if name in template]
+    if not wanted:
+        raise UsageError(
+            f"the tokenizer has several chat templates, and none is named default: {', '.join(sorted(template))}. "
+            "Choose one by its name: `chat_template`."
+        )
+    return template[wanted[0]]
 
 
 def _render_alike(
     template: ChatTemplate,
     shipped: ChatTemplate,
-    conversations: list[list[dict]],
+    conversations: list[tuple[list[dict], list[dict] | None]],
     own_texts: dict[tuple[int, bool], str | None],
 ) -> bool:
-    """Whether both give the same texts. ``own_texts`` keeps the first one's, for the next that it is compared with."""
-    for i, conversation in enumerate((*PROBES, TOOL_PROBE, *conversations)):
+    """Whether both give the same texts. ``own_texts`` keeps the first one's, for the next that it is compared with.
+
+    A shipped template may refuse tools, though the family's own renders or drops them.
+    """
+    is_shown = False
+    for i, (conversation, tools) in enumerate(_compared(template, conversations)):
+        own_one, our_one = (_with_tools_alone(one, tools) for one in (template, shipped))
         for prompt in (False, True):
             if (i, prompt) not in own_texts:
-                own_texts[i, prompt] = template.text_or_none(conversation, add_generation_prompt=prompt)
-            own, ours = own_texts[i, prompt], shipped.text_or_none(conversation, add_generation_prompt=prompt)
-            if own != ours and not (ours is None and _has_tools(conversation, template.kwargs)):
+                own_texts[i, prompt] = own_one.text_or_none(conversation, add_generation_prompt=prompt)
+            own, ours = own_texts[i, prompt], our_one.text_or_none(conversation, add_generation_prompt=prompt)
+            if own != ours and not (ours is None and _has_tools(conversation, tools)):
                 return False
-    return True
+            is_shown |= ours is not None
+    return is_shown
 
 
-def _has_tools(conversation: list[dict], kwargs: dict) -> bool:
-    """Whether a shipped template may refuse the conversation, though the family's own renders or drops its tools."""
-    return "tools" in kwargs or any(message.get("tool_calls") or message["role"] == "tool" for message in conversation)
+def _compared(template: ChatTemplate, conversations: list[tuple]) -> list[tuple[list[dict], list[dict] | None]]:
+    """What tells templates apart, with tools: the probes without any, and whatever is there of those that have some."""
+    tools_of_all = template.kwargs.get("tools")
+    probes = [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
+    given = [(conversation, tools or tools_of_all) for conversation, tools in conversations]
+    return [*probes, (PROBES[0], tools_of_all), *given]
+
+
+def _with_tools_alone(template: ChatTemplate, tools: list[dict] | None) -> ChatTemplate:
+    """The template with these tools in the place of those that all conversations have."""
+    kwargs = {name: value for name, value in template.kwargs.items() if name != "tools"}
+    return replace(template, kwargs=kwargs).with_tools(tools)
+
+
+def _has_tools(conversation: list[dict], tools: list[dict] | None) -> bool:
+    return bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in conversation)
+
+
+def portable_template(argument: str | None) -> str | None:
+    """``argument`` as it holds on other machines: in the place of a path, the file's text."""
+    is_path = argument is not None and not _is_template(argument) and Path(argument).expanduser().is_file()
+    return read_template(argument) if argument is not None and is_path else argument
+
+
+def _is_template(argument: str) -> bool:
+    return "{%" in argument or "{{" in argument
 
 
 def read_template(argument: str) -> str:
     """The text of ``argument``, a path or a template. Raises UsageError for a path that does not exist."""
-    if "{%" in argument or "{{" in argument:
+    if _is_template(argument):
         return argument
     path = Path(argument).expanduser()
     if not path.is_file():

@@ -43,6 +43,7 @@ def summary_page(summary: DatasetSummary) -> str:
 def _tiles(summary) -> list[tuple[str, str]]:
     return [
         ("Conversations", f"{summary.num_conversations:,}"),
+        *([("Turns left out by marks", f"{summary.turns_left_out:,}")] if summary.turns_left_out else []),
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Perplexity", short_perplexity(summary.perplexity)),
         ("Top-1", f"{summary.top1_rate:.1%}"),

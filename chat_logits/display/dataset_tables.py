@@ -86,6 +86,7 @@ def _print_totals(summary: DatasetSummary, console: Console) -> None:
     entropy = entropy_text(summary.mean_entropy, summary.entropy_is_bound)
     lines = {
         "Conversations": f"{summary.num_conversations:,}",
+        **_left_out(summary),
         "Tokens": f"{summary.num_tokens:,} extracted",
         "Target tokens": f"mean NLL {summary.mean_nll:.4f} nats, perplexity {short_perplexity(summary.perplexity)}",
         "": f"top-1 {summary.top1_rate:.1%}, top-5 {at_least}{summary.top5_rate:.1%}, "
@@ -96,6 +97,12 @@ def _print_totals(summary: DatasetSummary, console: Console) -> None:
     for name, text in lines.items():
         for i, part in enumerate(Text(text).wrap(console, width - INDENT)):
             console.print(Text(f"{'' if i else name:<{INDENT}}{part.plain.rstrip()}"), soft_wrap=True)
+
+
+def _left_out(summary: DatasetSummary) -> dict[str, str]:
+    """Turns that were not extracted, where there are any."""
+    turns = count_text(summary.turns_left_out, "turn")
+    return {"Left out": f"{turns} marked not to be trained on"} if summary.turns_left_out else {}
 
 
 def _calibration_table(summary: DatasetSummary) -> Table:

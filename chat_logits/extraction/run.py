@@ -34,7 +34,8 @@ class Extraction:
     """A finished run: what was stored and what was skipped, in ``folder`` and, where it was pushed, at ``url``.
 
     ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` are of all shards and
-    ``bytes_in_folder`` of those that are in the folder, ``mean_nll`` is the target tokens' mean negative log-likelihood
+    ``bytes_in_folder`` of those that are in the folder, ``turns_left_out`` those of the written conversations that are
+    marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood
     in nats, None without tokens. ``config`` repeats the run: with the commits that were read of Hub repositories.
     """
 
@@ -43,6 +44,7 @@ class Extraction:
     url: str | None
     conversations: int
     skipped: dict[str, int]
+    turns_left_out: int
     tokens: int
     num_bytes: int
     bytes_in_folder: int
@@ -259,6 +261,7 @@ class Run:
             url=self.sync.repository.url if self.sync else None,
             conversations=sum(entry.num_rows for entry in entries),
             skipped=dict(sum((Counter(entry.skipped) for entry in entries), Counter()).most_common()),
+            turns_left_out=sum(entry.turns_left_out for entry in entries),
             tokens=tokens,
             num_bytes=sum(entry.num_bytes for entry in entries),
             bytes_in_folder=sum(entry.num_bytes for entry in self.folder.entries.values()),

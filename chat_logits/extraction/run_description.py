@@ -124,10 +124,12 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_re
         columns=reader.columns,
         system_prompt=reader.system_prompt,
         chat_template=reader.choice.template.text,
+        tools_template=reader.choice.template.tools_text,
         template_kwargs=reader.choice.template.kwargs,
         template_date=reader.choice.template.date,
         mask_source=reader.choice.mask_source,
         skipped_token_ids=sorted(reader.aligner.skipped_ids),
+        all_turns=reader.aligner.all_turns,
         versions={name: metadata.version(name) for name in VERSIONED},
     )
 

@@ -78,7 +78,9 @@ class ShardComputer:
 
         def finish(shard: SourceShard, rows: list[dict]) -> None:
             rows.sort(key=lambda row: row["source_index"])
-            finished(write_shard(folder, manifest, shard.number, rows, shard.skipped, self.check_place))
+            stored = {row["source_index"] for row in rows}
+            left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index in stored)
+            finished(write_shard(folder, manifest, shard.number, rows, shard.skipped, self.check_place, left_out))
 
         with ReadWriteThreads() as threads:
             read = threads.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
@@ -162,6 +164,7 @@ def append_rows(rows: list[dict], members: list[Aligned], pending: PendingDistri
             "messages": aligned.messages,
             "source_index": aligned.source_index,
             "alignment_checksum": aligned.alignment.checksum,
+            "tools": aligned.tools,
         }
         for aligned, columns in zip(members, encoded, strict=True)
     ]

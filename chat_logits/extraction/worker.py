@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from chat_logits.data import hashing
-from chat_logits.data.templates import read_template
+from chat_logits.data.templates import portable_template
 from chat_logits.errors import ToolkitError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import WORKERS
@@ -56,9 +56,8 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     config = opened.config
     paths = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
     paths = {name: str(Path(path).absolute()) if Path(path).exists() else path for name, path in paths.items()}
-    template = config.chat_template and read_template(config.chat_template)
     return Assignment(
-        config=replace(config, chat_template=template, **paths),
+        config=replace(config, chat_template=portable_template(config.chat_template), **paths),
         pinned=replace(opened.described, **paths),
         folder=None if config.uploads_without_folder else folder,
         token=token,

@@ -66,6 +66,7 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 | `num_tokens` | n |
 | `token_log_probs` | n floats: the target tokens' log-probabilities, not quantised |
 | `messages`, `source_index`, `alignment_checksum` | the conversation, its row in the source, a CRC of its tokens |
+| `tools` | the tools that it offers, as JSON text, or null |
 
 ## Where it comes from
 

@@ -39,9 +39,11 @@ FINGERPRINT_KEYS = (
     "columns",
     "system_prompt",
     "chat_template",
+    "tools_template",
     "template_kwargs",
     "template_date",
     "skipped_token_ids",
+    "all_turns",
     "dtype",
     "attn_implementation",
 )
@@ -80,10 +82,12 @@ class RunInputs:
     columns: dict
     system_prompt: str | None
     chat_template: str
+    tools_template: str | None
     template_kwargs: dict
     template_date: str | None
     mask_source: str | None = None
     skipped_token_ids: list
+    all_turns: bool
     versions: dict | None = None
 
 
@@ -167,7 +171,7 @@ OPTIONAL = {*IF_PRESENT, "mask_source", "versions", "licenses", "batch_tokens", 
 def _fits(key: str, value: object) -> bool:
     kind: Any = KEYS[key]
     if isinstance(value, bool):
-        return kind == bool | None
+        return kind in (bool, bool | None)
     if kind is float:
         return isinstance(value, int | float)
     if kind is list:
@@ -210,6 +214,8 @@ def describe_difference(there: object, here: object) -> str:
 class ShardEntry:
     """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats.
 
+    ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` of the
+    stored conversations are marked not to be trained on.
     Reading needs the first two alone; other writers may leave out the rest.
     """
 
@@ -219,6 +225,8 @@ class ShardEntry:
     nll: float = 0.0
     num_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    turns_left_out: int = 0
 
     @property
     def shard(self) -> int:
@@ -273,6 +281,8 @@ def _is_entry(shard: object) -> bool:
         "nll": (int, float),
         "num_bytes": int,
         "skipped": dict,
+        "bad": dict,
+        "turns_left_out": int,
     }
     return (
         isinstance(shard, dict)
@@ -280,7 +290,7 @@ def _is_entry(shard: object) -> bool:
         and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
         and shard_number(shard["path"]) is not None
         and shard["num_rows"] >= 0
-        and all(isinstance(count, int) for count in shard.get("skipped", {}).values())
+        and all(isinstance(count, int) for name in ("skipped", "bad") for count in shard.get(name, {}).values())
     )
 
 

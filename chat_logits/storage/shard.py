@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         pa.field("messages", pa.list_(_MESSAGE)),
         pa.field("source_index", pa.int64()),
         pa.field("alignment_checksum", pa.uint32()),
+        pa.field("tools", pa.string()),
     ]
 )
 _SPLIT_STREAMS = ("top_indices_low", "sampled_indices_low", "logsumexp", "token_log_probs")
@@ -61,24 +62,26 @@ def write_shard(
     rows: list[dict],
     skipped: list[dict],
     check_place: Callable[[], None] = lambda: None,
+    turns_left_out: int = 0,
 ) -> ShardEntry:
     """Write one finished shard of a run: its stored rows, in order, and which source rows were ``skipped``, and why.
 
+    ``skipped`` has "row" and "reason", and of a bad record "place", too; ``turns_left_out`` are the marked ones.
     ``check_place`` raises where the folder is not the run's: asked before anything is written, and again before the
     shard gets its name. Raises DiskFull where there is no room.
     """
     relative = shard_path(manifest.split, shard)
     path, table = folder / relative, pa.Table.from_pylist(rows, schema=SCHEMA)
     with room_or_stop(folder, table.nbytes):  # uncompressed: more than the file will have
-        described = _description(manifest, shard, table, skipped)
+        described = _description(manifest, shard, table, skipped, turns_left_out)
         with written_whole(path, is_shared=True, check_place=check_place) as temporary:
             make_folders(folder, Path(relative).parent)
             _write_table(temporary, table, described)
             size = temporary.stat().st_size
-    return _entry(relative, table, skipped, size)
+    return _entry(relative, table, described, size)
 
 
-def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict]) -> dict:
+def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict], turns_left_out: int) -> dict:
     """The shard's own metadata, which goes into its footer."""
     first = shard * manifest.rows_per_shard
     described = {
@@ -87,6 +90,7 @@ def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[
         "end_row": first + len(table) + len(skipped),
         "skipped": skipped,
         "num_rows": len(table),
+        "turns_left_out": turns_left_out,
         "row_crc32": row_checksums(table),
     }
     return {**described, "crc32": zlib.crc32(canonical(described))}
@@ -122,6 +126,8 @@ def row_checksums(table: pa.Table) -> list[int]:
 def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
     if pa.types.is_binary(kind):
         return column.to_pylist()
+    if pa.types.is_string(kind):
+        return [canonical(value) for value in column.to_pylist()]
     if pa.types.is_integer(kind):
         return [value.to_bytes(8, "little", signed=True) for value in column.to_pylist()]
     if pa.types.is_struct(kind.value_type):
@@ -133,7 +139,9 @@ def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
     return [np.ascontiguousarray(values[a:b]).view(np.uint8) for a, b in itertools.pairwise(offsets)]
 
 
-def _entry(path: str, table: pa.Table, skipped: list[dict], size: int) -> ShardEntry:
+def _entry(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry:
+    """The entry of a shard; ``described`` is its own metadata."""
+    skipped = described["skipped"]
     log_probs = table["token_log_probs"].combine_chunks().values.to_numpy()
     return ShardEntry(
         path=path,
@@ -142,6 +150,8 @@ def _entry(path: str, table: pa.Table, skipped: list[dict], size: int) -> ShardE
         nll=-float(log_probs.sum(dtype=float)),
         num_bytes=size,
         skipped=dict(Counter(entry["reason"] for entry in skipped)),
+        bad=dict(Counter(entry["reason"] for entry in skipped if "place" in entry)),
+        turns_left_out=described.get("turns_left_out", 0),
     )
 
 
@@ -159,7 +169,7 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
             raise DamagedShard(f"{path}: source rows {covered[:1]} to {covered[-1:]}, expected those from {first} on")
         if row_checksums(table) != described.get("row_crc32"):
             raise DamagedShard(f"{path}: its rows are not those that were written (checksums differ)")
-        return _entry(path, table, described["skipped"], file.stat().st_size)
+        return _entry(path, table, described, file.stat().st_size)
 
 
 def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: int | None = None) -> Iterator[dict]:
@@ -255,6 +265,7 @@ def _is_described(metadata) -> bool:
         isinstance(metadata, dict)
         and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
         and isinstance(metadata.get("row_crc32", []), list)
+        and isinstance(metadata.get("turns_left_out", 0), int)
         and all(isinstance(entry, dict) and {"row", "reason"} <= entry.keys() for entry in metadata["skipped"])
     )
 

@@ -158,12 +158,15 @@ def stored(smollm2):
         "skipped_token_ids": sorted(skipped_token_ids(tokenizer)),
         "template_kwargs": {},
         "template_date": None,
+        "tools_template": None,
+        "all_turns": False,
     }
     aligned = Aligner.from_recorded(tokenizer, SimpleNamespace(**extraction)).align(assistant("Paris, France"))
     row = {
         "messages": to_stored(assistant("Paris, France")),
         "num_tokens": len(aligned.positions),
         "alignment_checksum": aligned.checksum,
+        "tools": None,
     }
     return row, extraction, aligned
 

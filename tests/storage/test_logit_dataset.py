@@ -178,6 +178,7 @@ def test_metadata_says_what_the_shard_covers(real_extraction):
         "end_row": 32,
         "num_rows": 32,
         "skipped": [],
+        "turns_left_out": 0,
     }
 
 
@@ -222,7 +223,7 @@ def test_row_checksums_are_as_the_format_says(real_extraction):
         messages = [[message["role"], message["content"], message["extra"]] for message in row["messages"]]
         parts += [struct.pack(f"<{n}f", *row["token_log_probs"])]
         parts += [json.dumps(messages, separators=(",", ":"), ensure_ascii=False).encode()]
-        parts += [struct.pack("<qq", row["source_index"], row["alignment_checksum"])]
+        parts += [struct.pack("<qq", row["source_index"], row["alignment_checksum"]), json.dumps(row["tools"]).encode()]
         assert zlib.crc32(b"".join(parts)) == expected
 
 

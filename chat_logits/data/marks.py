@@ -1,0 +1,42 @@
+"""Marks on messages that say which turns are not to be trained on: their tokens are not extracted.
+
+``weight`` is OpenAI's and Mistral's, ``train`` axolotl's, ``loss`` ms-swift's: 0 or false on an answer leaves it out.
+"""
+
+from chat_logits.data.conversations import ConversationError, NothingToExtract
+
+MARKS = ("weight", "train", "loss")
+
+
+def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> frozenset[int]:
+    """Which of a rendering's spans, one a turn of the assistant, are marked not to be trained on.
+
+    Raises ConversationError where a mark is not understood, or spans and turns are not one to one;
+    NothingToExtract where no turn is left.
+    """
+    answers = [message for message in conversation if message["role"] == "assistant"]
+    marked = frozenset(i for i, answer in enumerate(answers) if is_left_out(answer))
+    if not marked:
+        return marked
+    if len(marked) == len(answers):
+        raise NothingToExtract(f"every answer is marked not to be trained on ({', '.join(MARKS)})")
+    if len(spans) != len(answers):
+        raise ConversationError(
+            f"answers are marked not to be trained on, but the chat template has {len(spans)} turns for {len(answers)}"
+        )
+    return marked
+
+
+def is_left_out(message: dict) -> bool:
+    """Whether a message is marked not to be trained on. Raises ConversationError where that is not clear.
+
+    >>> is_left_out({"weight": 0}), is_left_out({"train": True}), is_left_out({"role": "assistant"})
+    (True, False, False)
+    """
+    values = {name: message[name] for name in MARKS if message.get(name) is not None}
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ConversationError(f"an answer with {name} {value!r:.40}, expected 0 or 1, false or true")
+    if len(set(map(bool, values.values()))) > 1:
+        raise ConversationError(f"an answer whose marks contradict each other: {', '.join(values)}")
+    return not all(values.values())

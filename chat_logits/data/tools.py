@@ -1,0 +1,105 @@
+"""The tools that a source row offers its model: their definitions as the chat template is given them and as stored.
+
+A definition is an object, passed on as it stands: templates know OpenAI's form, and many know others.
+"""
+
+import json
+from collections.abc import Callable
+
+from chat_logits.data.conversations import ConversationError, without_nulls
+from chat_logits.errors import ToolkitError
+
+SENTINEL = "xq7_seldom_3vk"
+PROBED: dict = {
+    "type": "function",
+    "function": {
+        "name": SENTINEL,
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"near": {"type": "string", "description": "A place."}}},
+    },
+}
+PROBE = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+
+
+def to_tools(value: object, has_arrow_nulls: bool = True) -> list[dict] | None:
+    """The definitions in a row's column of tools, None for a row without any.
+
+    ``value`` is a list of objects or of JSON texts of such, or JSON text of a list; null, an empty text and an empty
+    list are no tools. With ``has_arrow_nulls``, objects that are no JSON text have other rows' keys as nulls, which
+    are dropped. Raises ConversationError for anything else.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, str):
+        value, has_arrow_nulls = _parsed(value) if value.strip() else None, False
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise ConversationError(f"tools that are no list of objects but {type(value).__name__}")
+    return [_tool(entry, has_arrow_nulls) for entry in value]
+
+
+def _tool(entry: object, has_arrow_nulls: bool) -> dict:
+    if isinstance(entry, str):
+        entry = _parsed(entry)
+    elif has_arrow_nulls:
+        entry = without_nulls(entry)
+    if not isinstance(entry, dict) or not entry:
+        raise ConversationError(f"tools that are no list of objects: an entry is {json_kind(entry)}")
+    try:
+        text = json.dumps(entry, allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConversationError("tools with a text that is no UTF-8") from error
+    except (ValueError, TypeError) as error:
+        raise ConversationError(f"tools with a value that JSON has not: {error}") from error
+    return json.loads(text)
+
+
+def json_kind(value: object) -> str:
+    """What a value is, for a message."""
+    return "empty" if value in ({}, [], "") else type(value).__name__
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"tools in a text that is no JSON: {str(error).partition(':')[0]}") from error
+
+
+def to_stored_tools(tools: list[dict] | None) -> str | None:
+    """The ``tools`` column: JSON without spaces, keys in their order, None without tools."""
+    return None if tools is None else json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+
+
+def from_stored_tools(text: str | None) -> list[dict] | None:
+    """The tools that ``to_stored_tools`` was given. Raises ToolkitError for a text that is no list of objects."""
+    if text is None:
+        return None
+    try:
+        tools = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ToolkitError(f"column tools: no JSON: {error}") from error
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise ToolkitError(f"column tools: found {text:.40}, expected null or a list of objects")
+    return tools
+
+
+def shows_tools(render: Callable[..., str | None]) -> bool | None:
+    """Whether a chat template shows the definitions of tools, None where it refuses the conversation asked with.
+
+    ``render(conversation, tools=…)`` gives a conversation's text, None where it is refused.
+    """
+    text = render(PROBE, tools=[PROBED])
+    return None if text is None else SENTINEL in text
+
+
+def missing_name(tools: list[dict], text: str) -> str | None:
+    """The first tool whose name is not in a rendered text, None where all are."""
+    names = (tool.get("name") or (tool.get("function") or {}).get("name") for tool in map(_with_function, tools))
+    return next((name for name in names if isinstance(name, str) and name not in text), None)
+
+
+def _with_function(tool: dict) -> dict:
+    return tool if isinstance(tool.get("function"), dict) else {**tool, "function": None}
