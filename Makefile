@@ -42,3 +42,4 @@ bench: .venv/ready
 	$(IN) demo/fetch.py
 	$(IN) benchmarks/bench.py
 	$(IN) benchmarks/bench_pages.py
+	$(IN) benchmarks/bench_rendering.py

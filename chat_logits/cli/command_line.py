@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,7 +65,7 @@ def run_command(
     except KeyboardInterrupt as stopped:
         return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
     except Exception as error:
-        print(redact(as_typed(_explained(error, debug), kinds)), file=sys.stderr)
+        print(_made_fit(_explained(error, debug), kinds), file=sys.stderr)
         return error.exit_status if isinstance(error, ToolkitError) else 1
     return 0
 
@@ -97,6 +98,24 @@ def _explained(error: Exception, debug: bool) -> str:
     return f"error: {type(error).__name__}: {error}\nThis was not expected; --debug shows where it happened."
 
 
+def _made_fit(text: str, kinds: tuple[type[Config], ...]) -> str:
+    """A message as it is printed: options as they are typed, no secrets, and nothing that would act in a terminal."""
+    return _shown(redact(as_typed(text, kinds)))
+
+
+def _shown(text: str) -> str:
+    from chat_logits.display.text import visible_lines  # with NumPy, which help does not wait for
+
+    return visible_lines(text)
+
+
+class _FitRecord(logging.LogRecord):
+    """What any library logs, which may be a dataset's, a model's or the Hub's words."""
+
+    def getMessage(self) -> str:
+        return _shown(super().getMessage())
+
+
 class _BesideBars(logging.Handler):
     """Prints what the package tells on standard error, as it is, without disturbing progress bars."""
 
@@ -105,14 +124,17 @@ class _BesideBars(logging.Handler):
         self._kinds = kinds
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(redact(as_typed(self.format(record), self._kinds)), file=sys.stderr)
+        tqdm.write(_made_fit(self.format(record), self._kinds), file=sys.stderr)
 
 
 @contextmanager
 def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
-    """Within, what the package logs from this level on is printed."""
+    """Within, what the package logs from this level on is printed; nothing that any library says acts there."""
     package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds)
-    before = package.level, package.propagate
+    before, format_warning = (package.level, package.propagate), warnings.formatwarning
+    make_record = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_FitRecord)
+    warnings.formatwarning = lambda *args, **options: _shown(format_warning(*args, **options))
     package.addHandler(handler)
     package.setLevel(level.upper())
     package.propagate = False
@@ -121,6 +143,8 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         package.level, package.propagate = before
+        logging.setLogRecordFactory(make_record)
+        warnings.formatwarning = format_warning
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.tokens import count_text, label_tokens
+from chat_logits.display.text import visible
 from chat_logits.display.token_tables import print_preview
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run import Extraction
@@ -16,14 +17,14 @@ def preview(config: ExtractConfig, count: int) -> None:
         tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
         print_preview(f"Source row {aligned.source_index}", tokens)
     for entry in skipped:
-        print(f"Source row {entry['row']} would be skipped: {entry['reason']}")
+        print(f"Source row {entry['row']} would be skipped: {visible(entry['reason'])}")
 
 
 def print_extraction(done: Extraction) -> None:
     """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
     print(f"Conversations  {done.conversations:,} written, {sum(done.skipped.values()):,} skipped")
     for reason, count in done.skipped.items():
-        print(f"               {count:,} × {reason}")
+        print(f"               {count:,} × {visible(reason)}")
     if done.turns_left_out:
         turns = count_text(done.turns_left_out, "turn")
         print(f"Left out       {turns} marked not to be trained on (weight, train, loss)")

@@ -119,6 +119,7 @@ class Aligner:
             kwargs=recorded.template_kwargs,
             date=recorded.template_date,
             tools_text=recorded.tools_template,
+            apart=True,
         )
         return cls(tokenizer, template, frozenset(recorded.skipped_token_ids), recorded.all_turns)
 

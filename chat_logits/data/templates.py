@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from chat_logits.data.render_process import OverLimit, render_process
 from chat_logits.data.rendering import compile_text, render, text_by_transformers
 from chat_logits.errors import ToolkitError, UsageError
 
@@ -58,6 +59,10 @@ class TemplateError(ToolkitError):
     """A conversation that the template cannot render; the run skips it and counts the message as the reason."""
 
 
+class TemplateLimit(TemplateError):
+    """A template that takes more time or memory than rendering a conversation takes."""
+
+
 class PrefixError(TemplateError):
     """A conversation whose prefixes do not render to prefixes of one another, so that spans cannot be derived."""
 
@@ -69,6 +74,7 @@ class ChatTemplate:
     """A template's text with what is fixed when it renders: variables, the date, the tokenizer's special tokens.
 
     ``tools_text`` is another text for conversations with tools, None where it is the same.
+    One that nobody here has chosen, as a downloaded dataset's, renders ``apart``: in a process with limits.
     """
 
     text: str
@@ -76,6 +82,7 @@ class ChatTemplate:
     kwargs: dict
     date: str | None = None
     tools_text: str | None = None
+    apart: bool = False
 
     def with_tools(self, tools: list[dict] | None) -> "ChatTemplate":
         """The template for a conversation with these tools of its own, itself for one without."""
@@ -111,11 +118,13 @@ class ChatTemplate:
             return None
 
     def _render(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+        renders = render_process().render if self.apart else render
         try:
-            text, spans = render(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
+            return renders(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
+        except OverLimit as error:
+            raise TemplateLimit(f"the chat template goes beyond what a template is given: {error}") from error
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {error}") from error
-        return text, spans
 
     def _prefix_spans(self, conversation: list[dict], whole: str) -> list[tuple[int, int]]:
         """Each turn from the end of its generation prompt to the end of the conversation up to it."""
@@ -223,6 +232,7 @@ def choose_template(
 
 def _choose_text(template: ChatTemplate, argument: str | None, conversations: list[tuple]) -> TemplateChoice:
     """The choice for one text; ``conversations`` are pairs of messages and tools."""
+    _refuse_bomb(template, conversations)
     compile_template(template.text)
     if argument is not None and template.has_generation_blocks:
         return TemplateChoice(template, "generation blocks of --chat_template")
@@ -234,6 +244,21 @@ def _choose_text(template: ChatTemplate, argument: str | None, conversations: li
     if template.has_generation_blocks:
         return TemplateChoice(template, "generation blocks of the model's own template")
     return TemplateChoice(template, "prefixes of each conversation")
+
+
+def _refuse_bomb(template: ChatTemplate, conversations: list[tuple]) -> None:
+    """Render the first conversations where time and memory are limited, before the template is trusted here.
+
+    Raises UsageError where it takes more; what else it raises is for the run to see.
+    """
+    limited, probes = replace(template, apart=True), [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
+    for conversation, tools in (*probes, *conversations):
+        try:
+            limited.with_tools(tools)._render(conversation)
+        except TemplateLimit as error:
+            raise UsageError(str(error)) from error
+        except TemplateError:
+            continue
 
 
 def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> str:

@@ -39,6 +39,11 @@ def visible(text: str) -> str:
     return "".join(character if character.isprintable() else code_of(character) for character in text)
 
 
+def visible_lines(text: str) -> str:
+    """As ``visible``, with its lines as they are; for messages, whatever a dataset, a model or the Hub says in them."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def code_of(character: str) -> str:
     r"""A character by its code, such as ``\x1b`` or ``\u202e``; a byte of a partial character (PEP 383) as a byte."""
     code = ord(character)
@@ -76,5 +81,6 @@ def plain(value):
 
 
 def json_text(value) -> str:
-    """JSON for people to read."""
-    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+    """JSON for people to read; characters that would act in a terminal are escaped, as JSON escapes them."""
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+    return "".join(c if c == "\n" or is_plain(c) else json.dumps(c)[1:-1] for c in text)

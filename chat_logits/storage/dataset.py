@@ -14,7 +14,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
-from chat_logits.storage.shard import read_shard_rows, shard_sizes
+from chat_logits.storage.shard import read_shard_rows, refuse_special, shard_sizes
 from logit_codec import RowError, validate_row
 
 
@@ -132,6 +132,7 @@ def _fetch(dataset_id: str, name: str, revision: str | None) -> Path:
 
 def _local_file(dataset_id: str, name: str) -> Path:
     path = Path(dataset_id) / name
+    refuse_special(path, f"{dataset_id}: {name}")
     if not path.is_file():
         raise _missing(dataset_id, name)
     return path

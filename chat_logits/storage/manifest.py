@@ -4,6 +4,7 @@ FORMAT.md, "Files", is the specification.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -270,7 +271,11 @@ def read_shards(path: Path, place: str) -> list[ShardEntry]:
     expected = zlib.crc32(canonical(shards))
     if listing.get("crc32", expected) != expected:
         raise ToolkitError(f"{name} is damaged (checksum {listing['crc32']!s:.{SHOWN}}, expected {expected})")
-    return [ShardEntry(**shard) for shard in shards]
+    entries = [ShardEntry(**shard) for shard in shards]
+    for one, following in itertools.pairwise(entries):
+        if one.shard >= following.shard:
+            raise ToolkitError(f"{name} lists {following.path} after {one.path}, expected each once, in order")
+    return entries
 
 
 def _is_entry(shard: object) -> bool:

@@ -24,7 +24,7 @@ class ShardRecord:
         """Take up what an earlier process has left; nothing where that is damaged or about another run."""
         path = self.folder / RECORD
         try:
-            content = read_json(path, RECORD) if path.exists() else {}
+            content = read_json(path, RECORD) if path.is_file() else {}
         except ToolkitError:
             return
         crc = content.pop("crc32", None)

@@ -20,7 +20,14 @@ from chat_logits.storage.disk import make_folders, room_or_stop, written_whole
 from chat_logits.storage.manifest import Manifest, ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
+MIB = 2**20
+# What a file may ask a reader for: uncompressed bytes of a row group, some whatever its size and so many for each byte
+# that it has (real ones: up to 5), and bytes of one row's messages and tools.
+GROUP_LEAST, GROUP_RATIO, MESSAGES = 128 * MIB, 100, 64 * MIB
 METADATA_KEY = "logit_extraction"
+WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4}  # bytes of a value
+LEVELS = 4  # bytes of a value's definition and repetition level
+PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}  # encodings of texts in which each is written out
 FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
 
 _ENTRIES = [
@@ -162,6 +169,8 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
     """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
     file = folder / path
     with _opened(file, path, fingerprint) as (parquet, described):
+        for group in range(parquet.metadata.num_row_groups):
+            _refuse_bomb(parquet, group, path)
         table = parquet.read()
         first, rows = ShardEntry(path, 0).shard * rows_per_shard, table["source_index"].to_pylist()
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
@@ -182,6 +191,7 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
             wanted = rows if only is None else [only] if only in rows else []
             if not wanted:
                 continue
+            _refuse_bomb(file, group, path)
             table = file.read_row_group(group)
             for offset in wanted:
                 yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
@@ -204,9 +214,40 @@ def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
 @contextmanager
 def _opened(source, path: str, fingerprint: str):
     """The shard as a Parquet file and its footer's own metadata, schema and metadata checked."""
+    if isinstance(source, (str, Path)):
+        refuse_special(Path(source), path)
     with _named(path), pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file:
         check_schema(file.schema_arrow, path)
         yield file, _described(file, path, fingerprint)
+
+
+def refuse_special(file: Path, name: str) -> None:
+    """Raise DamagedShard for what is there and no file of a disk: reading a pipe or a device may have no end."""
+    if file.exists() and not file.is_file():
+        raise DamagedShard(f"{name}: a folder, a pipe or a device, expected a file")
+
+
+def _refuse_bomb(file: pq.ParquetFile, group: int, path: str) -> None:
+    """Raise DamagedShard where a row group would take far more memory than its bytes in the file: before it is read."""
+    chunks = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
+    stored, unpacked = (sum(map(size, chunks)) for size in (lambda chunk: chunk.total_compressed_size, _unpacked))
+    most = GROUP_LEAST + GROUP_RATIO * stored
+    if unpacked > most:
+        raise DamagedShard(
+            f"{path}: row group {group} has {stored:,} bytes in the file and takes up to {unpacked:,} in memory, "
+            f"expected {most:,} at most"
+        )
+
+
+def _unpacked(chunk) -> int:
+    """Bytes that a column of a row group takes in memory at most, by the footer."""
+    width = WIDTHS.get(chunk.physical_type)
+    if min(chunk.total_uncompressed_size, chunk.total_compressed_size, chunk.num_values) < 0:
+        raise ValueError("a size below 0 in the footer")
+    if width:
+        return max(chunk.total_uncompressed_size, chunk.num_values * (width + LEVELS))
+    repeats = 1 if PLAIN.issuperset(chunk.encodings) else chunk.num_values  # of a dictionary's entry, or of a prefix
+    return chunk.total_uncompressed_size * max(1, repeats) + chunk.num_values * (8 + LEVELS)
 
 
 def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
@@ -219,6 +260,11 @@ def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> 
 
 def _checked_row(row: pa.Table, offset: int, described: dict, path: str) -> dict:
     """Row ``offset`` of the shard, a table of one row."""
+    size = row["messages"].nbytes + row["tools"].nbytes
+    if size > MESSAGES:
+        raise DamagedShard(
+            f"{path}: row {offset} has {size:,} bytes of messages and tools, expected {MESSAGES:,} at most"
+        )
     expected = described.get("row_crc32")
     if expected is not None and row_checksums(row) != expected[offset : offset + 1]:
         raise DamagedShard(f"{path}: row {offset} is not what was written (its checksum differs)")

@@ -1,0 +1,161 @@
+"""Rendering in a process of its own, for templates that nobody here has chosen: a template is a program.
+
+Jinja's sandbox keeps it from files and from Python; what it may take of time and memory is limited here. One process
+renders conversation after conversation, and another one takes its place when it was ended. Both ways go lines of JSON,
+so that whatever a template makes of that process, this one reads text.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+MIB = 2**20
+SECONDS, MEMORY = 5.0, 1024 * MIB  # of CPU time for a conversation; bytes of address space
+LENGTH_LEAST, LENGTH_RATIO = MIB, 16  # characters of a text: some in any case, and so many for each that comes in
+SHOWN = 300  # characters of what a template says in an error
+START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from chat_logits.data.render_process import serve
+serve()
+"""
+
+
+class OverLimit(Exception):
+    """A rendering that takes more time, memory or text than a template is given."""
+
+
+class RefusedRendering(Exception):
+    """What the template raised, in words."""
+
+
+class RenderProcess:
+    """Renders in a process that begins when it is first needed; any thread may ask."""
+
+    def __init__(self):
+        self._process: subprocess.Popen | None = None
+        self._settings: list | None = None  # what the process knows: template, variables, date
+        self._lock = threading.Lock()
+
+    def render(
+        self, text: str, conversation: list[dict], variables: dict, date: str | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """As ``rendering.render``. Raises OverLimit, and RefusedRendering for whatever the template raises."""
+        with self._lock:
+            answer = self._ask([text, variables, date], conversation)
+        if "text" in answer:
+            return answer["text"], [(start, end) for start, end in answer["spans"]]
+        raise (OverLimit if answer["is_over"] else RefusedRendering)(answer["error"])
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with suppress(OSError):  # what was not sent any more
+                process.communicate()
+
+    def _begin(self) -> subprocess.Popen:
+        if self._process is None:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            command = [sys.executable, "-c", START, json.dumps(sys.path)]
+            self._process, self._settings = subprocess.Popen(command, **pipes), None
+        return self._process
+
+    def _ask(self, settings: list, conversation: list[dict]) -> dict:
+        process = self._begin()
+        assert process.stdin and process.stdout
+        asked = [conversation, None if settings == self._settings else settings]
+        try:
+            process.stdin.write(_line(asked))
+            process.stdin.flush()
+            answered = process.stdout.readline()
+        except OSError:
+            answered = b""
+        except BaseException:
+            self.close()  # its answer would be taken for the next one's
+            raise
+        if not answered.endswith(b"\n"):
+            self.close()
+            return {"error": f"it took more than {SECONDS:.0f} s of computing, or too much memory", "is_over": True}
+        answer = json.loads(answered)
+        self._settings = settings if "text" in answer else None  # it may not have got so far
+        return answer
+
+
+@cache
+def _process_of(_pid: int) -> RenderProcess:
+    process = RenderProcess()
+    atexit.register(process.close)
+    return process
+
+
+def render_process() -> RenderProcess:
+    """The one of this process; one that was forked gets its own."""
+    return _process_of(os.getpid())
+
+
+# --- in the process ---
+
+
+def serve() -> None:
+    """Answer each line on standard input with one on standard output, until there are no more."""
+    lines, answers = sys.stdin.buffer, sys.stdout.buffer
+    limit_time, settings = _set_limits(), [None]
+    for line in iter(lines.readline, b""):
+        limit_time(SECONDS)
+        answer = _answer(line, settings)
+        limit_time(0)
+        answers.write(answer)
+        answers.flush()
+
+
+def _answer(line: bytes, settings: list) -> bytes:
+    """The answer to a line; ``settings`` has those of the lines before, and then this one's."""
+    from chat_logits.data.rendering import render
+
+    try:
+        conversation, given = json.loads(line)
+        settings[0] = given or settings[0]
+        template, variables, date = settings[0]
+        text, spans = render(template, conversation, variables, date)
+        most = LENGTH_LEAST + LENGTH_RATIO * len(line)
+        if len(text) <= most:
+            return _line({"text": text, "spans": spans})
+        error = f"it made a text of {len(text):,} characters, expected {most:,} at most"
+        return _line({"error": error, "is_over": True})
+    except MemoryError:
+        return _line({"error": f"it took more than {MEMORY // MIB:,} MiB of memory", "is_over": True})
+    except Exception as error:  # a template is a program: it may raise anything
+        return _line({"error": str(error)[:SHOWN] or type(error).__name__, "is_over": False})
+
+
+def _line(value) -> bytes:
+    """A line of JSON; of what JSON does not have, its type's name, as ``rendering`` shows it to templates."""
+    return json.dumps(value, default=lambda other: f"<{type(other).__name__}>").encode() + b"\n"
+
+
+def _set_limits():
+    """Limit memory, leave Ctrl-C to the process that asks; gives what sets the CPU time until the system ends this.
+
+    Where the system has no such limits, there are none.
+    """
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return lambda _seconds: None
+    for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # macOS
+            hard = resource.getrlimit(kind)[1]
+            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    return lambda seconds: signal.setitimer(signal.ITIMER_PROF, seconds)
