@@ -1,13 +1,17 @@
 """The Hub's repositories by name and commit, and its client: what every room may ask of it."""
 
 import re
+import time
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError
 from chat_logits.hub_errors import Failure, HubUnreachable, explain_hub_error
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SHORT_WAIT = re.compile(r"[0-9]")  # seconds that the client may sleep within a request
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
+
+_last_sign = [time.monotonic()]  # of the Hub, or to it
 
 
 def configure_client() -> None:
@@ -28,7 +32,34 @@ def _patient_client():
 
     client = default_client_factory()
     client.timeout = PATIENCE
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks["request"], _note_sign],
+        "response": [*hooks["response"], _note_sign, _refuse_long_waits],
+    }
     return client
+
+
+def _note_sign(_: object) -> None:
+    _last_sign[0] = time.monotonic()
+
+
+def seconds_of_silence() -> float:
+    """Since a request of this process to the Hub began, or an answer did, with ``configure_client``'s client."""
+    return time.monotonic() - _last_sign[0]
+
+
+def _refuse_long_waits(response) -> None:
+    """Raise what the Hub's client raises where it would sleep for as long as an answer asks, whatever else there is to
+    do; who has asked decides."""
+    from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
+
+    if response.status_code != 429 and response.status_code < 500:
+        return
+    asked, limit = response.headers.get("retry-after", "").strip(), parse_ratelimit_headers(response.headers)
+    if (asked and not SHORT_WAIT.fullmatch(asked)) or (limit and not limit.remaining):
+        response.read()
+        hf_raise_for_status(response)
 
 
 def is_commit(revision: str) -> bool:

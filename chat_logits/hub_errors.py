@@ -9,11 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from chat_logits.errors import ToolkitError, UsageError
 
 FIRST_PAUSE = 1.0  # seconds until the second attempt
+FOR_EVER = 10.0**8  # seconds: three years, which a lock can still wait for
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 Answer = TypeVar("Answer")
 # Tokens, and what gives an address the right to be written to.
@@ -102,10 +104,25 @@ def retry_after(error: BaseException) -> float | None:
     answer = Failure(error).answer
     if answer is None:
         return None
-    asked, limit = answer.headers.get("retry-after", ""), parse_ratelimit_headers(answer.headers)
-    if asked.strip().isdigit():
+    asked, limit = answer.headers.get("retry-after", "").strip(), parse_ratelimit_headers(answer.headers)
+    seconds = _seconds_of(asked)
+    if seconds is None and limit and limit.remaining == 0:
+        seconds = float(limit.reset_in_seconds)
+    return None if seconds is None else min(seconds, FOR_EVER)
+
+
+def _seconds_of(asked: str) -> float | None:
+    """Seconds from now that a ``Retry-After`` names, as a number or as a date; None for what is neither.
+
+    >>> _seconds_of("7"), _seconds_of("Wed, 21 Oct 2015 07:28:00 GMT"), _seconds_of("²")
+    (7.0, 0.0, None)
+    """
+    if asked.isascii() and asked.isdigit():
         return float(asked)
-    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What the Hub's clients raise, in words, and whether to try again; with the types of the HTTP client at hand."""
 
+import time
 from collections import Counter
+from email.utils import formatdate
 
 import huggingface_hub
 import pytest
@@ -76,6 +78,27 @@ def test_the_hub_says_how_long_to_wait():
     assert hub_errors.retry_after(answered(errors.HfHubHTTPError, 429, **{"retry-after": "7"})) == 7
     limit = {"ratelimit": '"api";r=0;t=55'}
     assert hub_errors.retry_after(answered(errors.HfHubHTTPError, 429, **limit)) == 55
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [("3600", 3600, 3600), ("1000000000", 1e8, 1e8), ("9" * 400, 1e8, 1e8), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)],
+)
+def test_however_long_the_hub_asks_for_it_is_a_time_that_can_be_waited_for(asked, least, most):
+    assert least <= hub_errors.retry_after(answered(errors.HfHubHTTPError, 429, **{"retry-after": asked})) <= most
+
+
+def test_a_date_is_so_many_seconds_from_now():
+    asked = formatdate(time.time() + 1000, usegmt=True)
+    assert 900 < hub_errors.retry_after(answered(errors.HfHubHTTPError, 503, **{"retry-after": asked})) <= 1000
+
+
+@pytest.mark.parametrize("asked", ["²", "soon", "", "-3", "1.5", "Wed, 99 Oct 2015"])
+def test_what_is_no_time_asks_for_none(asked):
+    response = client.Response(
+        429, headers=[(b"retry-after", asked.encode("latin-1"))], request=client.Request("GET", "http://hub/x")
+    )
+    assert hub_errors.retry_after(errors.HfHubHTTPError("said", response=response)) is None
 
 
 RETRIES = hub_errors.Retries(passing=6, unknown=2, refused=1, longest=10.0, longest_asked=100.0)

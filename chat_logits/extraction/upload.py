@@ -10,12 +10,14 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.remote_run import RemoteRun
+from chat_logits.hub import seconds_of_silence
 from chat_logits.hub_errors import BESIDE, LAST, START, explain_hub_error, is_transient, redact, retry_after
 from chat_logits.storage.manifest import ShardEntry, another_run
 from chat_logits.storage.repository import Repository
@@ -23,6 +25,8 @@ from chat_logits.storage.repository import Repository
 logger = logging.getLogger(__name__)
 
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
+SILENCE = 900.0  # seconds without a request or an answer until the end of a run stops waiting, ...
+SLOWEST = 20_000  # ... and bytes a second at which the largest shard may go up meanwhile
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
 
 
@@ -39,6 +43,7 @@ class HubSync:
         self.remote = RemoteRun(repository, folder)
         self._commits: deque[float] = deque(maxlen=COMMITS_AN_HOUR)  # when each was begun
         self._pushed_at: float | None = None
+        self._waited_until = 0.0  # by the thread, which then is silent by its own will
         self._failures: Counter[str] = Counter()  # in a row, by kind
         self._changed = threading.Condition()
         self._is_closing = self._is_closed = self._is_done = False
@@ -97,9 +102,21 @@ class HubSync:
             while self._thread.is_alive():
                 self._thread.join(0.2)
                 bar.update(total - self.left - bar.n)
+                self._refuse_silence()
         if not self._is_done:
             reason = explain_hub_error(self._fatal or RuntimeError("stopped"), self.repository.name)
             raise ToolkitError(f"{reason}\n{self._rest()}") from self._fatal
+
+    def _refuse_silence(self) -> None:
+        """Raise ToolkitError where neither a request nor an answer has begun for long: one may come a byte at a time.
+
+        The run does not wait for the thread any more.
+        """
+        silent = min(seconds_of_silence(), time.monotonic() - self._waited_until)
+        largest = max((entry.num_bytes for entry in self.remote.entries.values()), default=0)
+        if silent > SILENCE + largest / SLOWEST:
+            self.close()
+            raise ToolkitError(f"{self.repository.name}: no answer for {silent:,.0f} s\n{self._rest()}")
 
     def _rest(self) -> str:
         """A line about what is not on the Hub: how much, where it is, and what to do."""
@@ -182,7 +199,7 @@ class HubSync:
             wait = self._commits[0] + HOUR - time.monotonic()
             if wait > 0:
                 self._warn(f"{self.repository.name}: {COMMITS_AN_HOUR} commits in an hour; the next in {wait:.0f} s")
-                self._sleep(wait, until_closing=False)
+                self._sleep(wait)
         self._commits.append(time.monotonic())
 
     def _pause(self, error: Exception, closing: bool) -> None:
@@ -195,13 +212,26 @@ class HubSync:
         next_step = "Trying again" if closing else "The run goes on, and the Hub is asked again"
         when = f" in {asked:.0f} s" if asked else ""
         self._warn(f"{explain_hub_error(error, self.repository.name)}\n{next_step}{when}.")
-        self._sleep(seconds, until_closing=asked is None and not closing)
+        if closing:
+            self._sleep(seconds)
+        elif asked is None:
+            self._sleep(seconds, until=lambda: self._is_closing)
+        elif not self._sleep(seconds, until=lambda: self._is_closing and self._left_of_wait > LAST.longest_asked):
+            raise error  # the end waits no longer for what was asked in the middle than for what is asked then
 
-    def _sleep(self, seconds: float, until_closing: bool) -> None:
-        until = time.monotonic() + seconds
+    @property
+    def _left_of_wait(self) -> float:
+        return self._waited_until - time.monotonic()
+
+    def _sleep(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait so long, less where the push is closed, or ``until()`` is true. Returns whether it never was."""
+        self._waited_until = time.monotonic() + seconds
         with self._changed:
-            while time.monotonic() < until and not (self._is_closed or (until_closing and self._is_closing)):
-                self._changed.wait(until - time.monotonic())
+            while self._left_of_wait > 0 and not self._is_closed:
+                if until():
+                    return False
+                self._changed.wait(self._left_of_wait)
+        return True
 
     def _warn(self, text: str) -> None:
         """Say what is wrong once, and not again while it stays so."""

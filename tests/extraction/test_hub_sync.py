@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -249,6 +250,34 @@ def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_mo
     status, said = extract("dead")
     assert status == 0 and "Loading" not in said
     assert on_hub(hub, "dead") == files_in(quick_run)
+
+
+@pytest.mark.parametrize("asked", ["3600", "1000000000", "a date in an hour", "²"])
+def test_a_long_wait_that_was_asked_for_in_the_middle_does_not_hold_the_end(hub, extract, quick_run, asked):
+    """By the third commit. What is no time at all is as if nothing had been asked."""
+    repo, header = f"asked-{asked[0]}" if asked.isascii() else "asked", asked
+    if asked.startswith("a date"):
+        header = formatdate(time.time() + 3600, usegmt=True)
+    hub.inject(Fault("refuse", "commit", status=429, headers={"Retry-After": header}, skip=2))
+    status, said = extract(repo)
+    if asked == "²":
+        assert status == 0, said
+    else:
+        assert status == 1, said
+        assert f"error: --output_repo user/{repo}: too many requests, says the Hub (429)\n" in said
+        assert "shards are not on the Hub yet; all are in" in said and "Traceback" not in said
+        assert extract(repo)[0] == 0
+    assert on_hub(hub, repo) == files_in(quick_run)
+
+
+def test_an_answer_that_comes_a_byte_at_a_time_does_not_hold_the_end(hub, extract, quick_run):
+    hub.inject(Fault("drip", "commit", seconds=0.4, skip=2))
+    status, said = extract("drip", code=COMMAND.replace("import extract", "hub_sync.SILENCE = 3\nimport extract", 1))
+    hub.clear_faults()
+    assert status == 1, said
+    assert re.search(r"error: --output_repo user/drip: no answer for \d+ s\n\d+ of 60 shards are not on the Hub", said)
+    assert extract("drip")[0] == 0
+    assert on_hub(hub, "drip") == files_in(quick_run)
 
 
 def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extract, quick_run, tmp_path):

@@ -275,9 +275,19 @@ class Call(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         body = b"" if self.command == "HEAD" else response.body
+        if self.hit_by("drip"):
+            self._drip(body)
+            return
         for start in range(0, len(body), CHUNK):
             record.sent += len(body[start : start + CHUNK])
             self.wfile.write(body[start : start + CHUNK])
+
+    def _drip(self, body: bytes) -> None:
+        for byte in body:
+            if self._left_within(self.fault.seconds):
+                break
+            self.wfile.write(bytes([byte]))
+        self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         """Silent: `LoopbackHub.requests` is the log."""
@@ -340,7 +350,7 @@ class LoopbackHub:
         rate: float,
         *,
         steps: Iterable[str] = WRITE_STEPS + READ_STEPS,
-        kinds: Iterable[str] = tuple(kind for kind in KINDS if kind != "stall"),
+        kinds: Iterable[str] = tuple(kind for kind in KINDS if kind not in ("stall", "drip")),
     ) -> None:
         """Hit each request of these steps with probability `rate`, the same way for the same seed."""
         self._faults.draw_from(RandomFaults(seed, rate, steps, kinds))
