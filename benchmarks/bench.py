@@ -34,6 +34,7 @@ from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
 from chat_logits.model import loading, teacher  # noqa: E402
 from chat_logits.model import selection as token_selection  # noqa: E402
 from chat_logits.model.memory import MIB, choose_budget, peak_memory  # noqa: E402
+from chat_logits.model.probe import probe_model  # noqa: E402
 from chat_logits.storage.disk import DiskWatch  # noqa: E402
 from chat_logits.storage.shard import SCHEMA  # noqa: E402
 
@@ -79,7 +80,8 @@ def extraction(model, opened, prefix_cache: bool) -> int:
     """The command's run, model loading aside, into a temporary folder; gives the bytes written."""
     with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
-        here = ShardComputer(opened, model.device, folder.path, model=model, cache_agrees=prefix_cache)
+        here = ShardComputer(opened, model.device, folder.path, model=model)
+        here.sharing = replace(probe_model(model), prefix=prefix_cache)
         run = extraction_run.Run(opened, folder, here, None, watch)
         run.begin_or_resume(None)
         run.compute_missing()

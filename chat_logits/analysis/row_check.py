@@ -14,7 +14,6 @@ IN_PLACE = SHIFTS.index(0)
 # in float16 and 2e-3 in bfloat16. Another position's distribution costs nats.
 KL_LIMITS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
 POSITION_FACTOR = 10  # a single position's KL may be larger by so much
-MASK = 1e4  # logits beyond it are masks, and say nothing of rounding
 NO_TAIL = 1e-30  # of the probability: below, float32 may find nothing to draw
 LEAST_REST = 1e-9  # of the probability, for the rest where the codes leave nothing
 
@@ -89,14 +88,15 @@ class _Output:
         import torch
 
         from chat_logits.model.loading import input_device
-        from chat_logits.model.probe import PROBE_TOLERANCE
+        from chat_logits.model.probe import NOTHING, TOLERANCE
 
         ids = torch.from_numpy(input_ids)[None].to(input_device(model))
         with torch.inference_mode():
             logits = model(ids, use_cache=False).logits[0].float().cpu()
             self.logsumexp = torch.cat([part.double().logsumexp(-1) for part in logits.split(64)]).numpy()
-        self.logits, sizes = logits.numpy(), logits.abs().numpy()
-        self.tolerance = PROBE_TOLERANCE[model.dtype] * max(1.0, float(sizes.max(where=sizes < MASK, initial=0)))
+            is_mask = logits < logits.amax(dim=-1, keepdim=True) - NOTHING
+            largest = logits.abs().masked_fill_(is_mask, 0).max().item()
+        self.logits, self.tolerance = logits.numpy(), TOLERANCE[model.dtype] * max(1.0, largest)
 
     def log_probs(self, at: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Of ``ids`` (n, m) at the outputs ``at`` (n,), float64 (n, m)."""

@@ -21,7 +21,7 @@ import logit_codec
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, probe
-from chat_logits.model.batching import Batches
+from chat_logits.model.batching import Batches, Sharing
 from chat_logits.model.memory import choose_budget
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
@@ -53,7 +53,7 @@ class ShardComputer:
     folder: Path | None
     check_place: Callable[[], None] = field(default=lambda: None)
     model: object = None
-    cache_agrees: bool = False
+    sharing: Sharing | None = None
     _stack: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     def describe(self) -> Manifest:
@@ -88,9 +88,10 @@ class ShardComputer:
             if first is None:
                 return
             self.load_model()
+            assert self.sharing is not None
             settings = replace(manifest, **self._budget(manifest))
             with progress() as bar:
-                run_shards(self.model, settings, itertools.chain([first], read), threads, finish, bar)
+                run_shards(self.model, settings, self.sharing, itertools.chain([first], read), threads, finish, bar)
 
     def close(self) -> None:
         """Leave nothing behind of a spread model, which is of no use afterwards."""
@@ -116,9 +117,9 @@ class ShardComputer:
             self._stack.enter_context(scratch_folder()) if config.device_map else None,
             self.opened.base_commit,
         )
-        self.cache_agrees = probe.probe_model(self.model)
-        if not self.cache_agrees and config.prefix_cache:
-            logger.info("Shared prefixes are not cached: this model's cache does not give the plain logits")
+        self.sharing = probe.probe_model(self.model)
+        for line in self.sharing.restrictions(config.prefix_cache):
+            logger.info("%s", line)
 
     def _budget(self, recorded: Manifest | None = None) -> dict:
         """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
@@ -127,13 +128,15 @@ class ShardComputer:
         chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
         options = {"batch_tokens": config.batch_tokens, "batch_logit_rows": config.logit_memory}
         kept = {name: getattr(recorded, name, None) for name, option in options.items() if option is None}
-        cached = config.prefix_cache and self.cache_agrees and getattr(recorded, "prefix_cache", None) is not False
+        agrees = self.sharing is not None and self.sharing.prefix
+        cached = config.prefix_cache and agrees and getattr(recorded, "prefix_cache", None) is not False
         return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}
 
 
 def run_shards(
     model,
     settings: Manifest,
+    sharing: Sharing,
     shards: Iterable[SourceShard],
     threads: "ReadWriteThreads",
     finish: Callable[[SourceShard, list[dict]], None],
@@ -141,9 +144,10 @@ def run_shards(
 ) -> None:
     """Compute these shards, and have each finished in the writing thread by ``finish(shard, rows)``.
 
-    ``settings`` say what is kept of a distribution, and how batches are formed. Rows are in the order of the batches.
+    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold.
+    Rows are in the order of the batches.
     """
-    batches, started = Batches(model, settings), time.monotonic()
+    batches, started = Batches(model, settings, sharing), time.monotonic()
     for shard in shards:
         rows: list[dict] = []
         bar.update(len(shard.skipped))

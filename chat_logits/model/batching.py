@@ -1,6 +1,7 @@
 """Aligned conversations through the model: which share a forward pass and a prefix; smaller batches if need be."""
 
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError
 from chat_logits.model.selection import PendingDistributions, SelectionSettings
 from chat_logits.model.teacher import Request, Teacher
+from logit_codec import Distributions
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,41 @@ class Budget:
 
     def halved(self) -> "Budget":
         return Budget(max(1, self.tokens // 2), max(1, self.logit_rows // 2))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a model's conversations may share so that each has the logits that it has alone.
+
+    ``batch`` says what a batch may hold: "padded", any of them; "equal", those of one length, read to their ends; or
+    one "alone". ``prefix`` is whether a prefix's cache may be shared. Conversations of more than ``up_to`` tokens
+    (None: there are none) share nothing. ``limit``, in nats, is what rows of logits may differ by, root mean square.
+    """
+
+    batch: str = "padded"
+    prefix: bool = True
+    up_to: int | None = None
+    limit: float = 0.0
+
+    def less(self, other: "Sharing") -> "Sharing":
+        """What both allow."""
+        batch = max(self.batch, other.batch, key=("padded", "equal", "alone").index)
+        limits = [limit for limit in (self.up_to, other.up_to) if limit is not None]
+        return Sharing(batch, self.prefix and other.prefix, min(limits, default=None), max(self.limit, other.limit))
+
+    def restrictions(self, prefix_cache: bool) -> list[str]:
+        """What conversations may not share, in lines; ``prefix_cache`` is whether it is wanted."""
+        lines = []
+        if self.batch != "padded":
+            together = "those of one length in a batch" if self.batch == "equal" else "each alone"
+            lines.append(f"Conversations are read whole, {together}: logits of this model depend on what stands behind")
+        if prefix_cache and not self.prefix:
+            lines.append("Shared prefixes are not cached: this model's cache does not give the plain logits")
+        if self.up_to is not None:
+            lines.append(
+                f"Conversations of more than {self.up_to} tokens, a window of the model, are computed each alone"
+            )
+        return lines
 
 
 def plan_batches(lengths: list[int], rows: list[int], budget: Budget) -> list[list[int]]:
@@ -84,27 +121,33 @@ class Batches:
     """Computes shards of conversations as a run's ``settings`` say; ``input_tokens`` have been read so far.
 
     ``settings`` has the attributes ``top_k``, ``top_p``, ``num_sampled``, ``seed``, ``batch_tokens``,
-    ``batch_logit_rows`` and ``prefix_cache``.
+    ``batch_logit_rows`` and ``prefix_cache``; ``sharing`` is what the probe found. The first batch whose
+    conversations share anything is held against two of them alone; ToolkitError is raised where they differ.
     """
 
-    def __init__(self, model, settings):
+    def __init__(self, model, settings, sharing: Sharing):
         self.budget = Budget(settings.batch_tokens, settings.batch_logit_rows)
         self.settings = SelectionSettings(settings.top_k, settings.top_p, settings.num_sampled)
         self.seed, self.prefix_cache = settings.seed, settings.prefix_cache
         self.teacher = Teacher(model, self.budget.logit_rows)
+        self.sharing = sharing.less(Sharing(up_to=self.teacher.length_switch))
         self.input_tokens = 0
+        self._is_checked = False
 
     def compute(self, ready: list[Aligned]) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
         """Batches of the conversations with their results, in no particular order."""
-        switch = self.teacher.length_switch
-        short = [aligned for aligned in ready if not switch or len(aligned.input_ids) <= switch]
-        for prefix, group in self._by_prefix(short):
+        most = math.inf if self.sharing.up_to is None else self.sharing.up_to
+        self.teacher.reads_whole = self._reads_whole
+        for prefix, group in self._by_prefix([aligned for aligned in ready if len(aligned.input_ids) <= most]):
             held = self._hold(prefix)
             yield from self._compute_group(self._plan(group, held), held)
         self._hold(NO_PREFIX)
-        yield from self._compute_group(
-            [[aligned] for aligned in ready if switch and len(aligned.input_ids) > switch], 0
-        )
+        self.teacher.reads_whole = True
+        yield from self._compute_group([[aligned] for aligned in ready if len(aligned.input_ids) > most], 0)
+
+    @property
+    def _reads_whole(self) -> bool:
+        return self.sharing.batch != "padded" or self.teacher.length_switch is not None
 
     def _hold(self, prefix: np.ndarray) -> int:
         """Have the teacher hold a prefix, or none where there is no room for it; gives its length."""
@@ -119,7 +162,7 @@ class Batches:
 
     def _by_prefix(self, ready: list[Aligned]) -> list[tuple[np.ndarray, list[Aligned]]]:
         """The conversations that have the prefix most worth sharing, and the others."""
-        if not self.prefix_cache:
+        if not (self.prefix_cache and self.sharing.prefix):
             return [(NO_PREFIX, ready)]
         limits = [int(aligned.positions[0]) - 1 for aligned in ready]
         prefix = shared_prefix([aligned.input_ids for aligned in ready], limits)
@@ -139,8 +182,28 @@ class Batches:
                 self._shrink(members)
                 waiting = [batch for some in (members, *waiting) for batch in self._plan(some, shared)]
                 continue
+            self._check_first(members, pending, shared)
             self.input_tokens += sum(len(aligned.input_ids) for aligned in members)
             yield members, pending
+
+    def _check_first(self, members: list[Aligned], pending: PendingDistributions, shared: int) -> None:
+        """Hold the first batch that shares anything against its longest and its most padded conversation alone."""
+        if self._is_checked or (len(members) == 1 and not shared):
+            return
+        self._is_checked = True
+        ends = np.cumsum([len(aligned.positions) for aligned in members])
+        teacher = Teacher(self.teacher.model, self.budget.logit_rows)
+        teacher.reads_whole = True
+        for place in sorted({0, len(members) - 1}):
+            aligned = members[place]
+            alone = teacher.distributions([self._request(aligned)], self.settings).wait()
+            difference = _difference(pending.wait(), slice(ends[place] - len(aligned.positions), ends[place]), alone)
+            if not difference <= self.sharing.limit:
+                raise ToolkitError(
+                    f"first batch: log-probabilities of source row {aligned.source_index} differ from those of the "
+                    f"conversation alone by {difference:.3g} nats (root mean square), expected at most "
+                    f"{self.sharing.limit:.3g}. Try `attn_implementation` eager, `dtype` float32 or `batch_tokens` 1."
+                )
 
     def _attempt(self, members: list[Aligned]) -> PendingDistributions | None:
         """The batch's results, or None where memory was too small, with nothing left that holds what there was."""
@@ -153,13 +216,27 @@ class Batches:
 
     def _plan(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
         """Batches, the longest first: it fails first if one must. The others are mixed, so that their pace is even."""
-        full = [int(aligned.positions[-1]) for aligned in group]  # what stands behind is not read
-        lengths = [max(length - shared, -(-length // CACHED_A_TOKEN) if shared else 0) for length in full]
-        rows = [len(aligned.positions) for aligned in group]
-        batches = [[group[i] for i in batch] for batch in plan_batches(lengths, rows, self.budget)]
+        batches = [batch for some in self._alike(group) for batch in self._plan_alike(some, shared)]
         rest = batches[1:]
         random.Random(0).shuffle(rest)
         return batches[:1] + rest
+
+    def _alike(self, group: list[Aligned]) -> list[list[Aligned]]:
+        """Those that may share a batch; the longest first, where there are several kinds."""
+        if self.sharing.batch == "padded":
+            return [group]
+        by_length: dict[int, list[Aligned]] = {}
+        for aligned in sorted(group, key=lambda aligned: -len(aligned.input_ids)):
+            by_length.setdefault(len(aligned.input_ids), []).append(aligned)
+        if self.sharing.batch == "equal":
+            return list(by_length.values())
+        return [[aligned] for some in by_length.values() for aligned in some]
+
+    def _plan_alike(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
+        full = [len(aligned.input_ids) if self.teacher.reads_whole else int(aligned.positions[-1]) for aligned in group]
+        lengths = [max(length - shared, -(-length // CACHED_A_TOKEN) if shared else 0) for length in full]
+        rows = [len(aligned.positions) for aligned in group]
+        return [[group[i] for i in batch] for batch in plan_batches(lengths, rows, self.budget)]
 
     def _request(self, aligned: Aligned) -> Request:
         uniforms = logit_codec.draw_uniforms(self.seed, aligned.source_index, len(aligned.positions))
@@ -178,6 +255,19 @@ class Batches:
             torch.cuda.empty_cache()
         now = f"{self.budget.tokens} tokens and {self.budget.logit_rows} logit rows"
         logger.warning("Out of memory: going on with batches of %s", now)
+
+
+def _difference(found: Distributions, rows: slice, alone: Distributions) -> float:
+    """Root mean square difference of the target log-probabilities, or of the logsumexps if that is more, in nats."""
+    with np.errstate(invalid="ignore"):  # both may be -inf
+        errors = [
+            np.where(there == here, 0, there - here)
+            for there, here in (
+                (found.token_log_probs[rows], alone.token_log_probs),
+                (found.logsumexp[rows], alone.logsumexp),
+            )
+        ]
+    return float(max(np.sqrt(np.square(error).mean()) for error in errors))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

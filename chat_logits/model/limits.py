@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from chat_logits.errors import ToolkitError
 from chat_logits.hub_errors import explain_loading
 
+# What configurations call the most tokens that a model can read.
+LENGTHS = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
+    *("max_target_positions", "context_length", "model_max_length"),
+)
+
 
 @dataclass(frozen=True)
 class InputLimits:
@@ -22,7 +28,13 @@ def input_limits(config) -> InputLimits:
             "it. Expected a decoder alone, such as Llama, Qwen or Gemma."
         )
     text = config.get_text_config()
-    return InputLimits(text.vocab_size, getattr(text, "max_position_embeddings", None))
+    return InputLimits(text.vocab_size, most_positions(text))
+
+
+def most_positions(text_config) -> int | None:
+    """The most tokens that a text model's configuration says it can read: the least that it names, None for none."""
+    named = [getattr(text_config, name, None) for name in LENGTHS]
+    return min((length for length in named if type(length) is int and length > 0), default=None)
 
 
 def load_config(

@@ -1,57 +1,257 @@
-"""The check at start-up: what ``Teacher`` gives on a short batch against the model's reference forward pass."""
+"""The check at start-up: what a model's conversations may share so that their logits stay the reference forward pass's.
+
+Random conversations go through ``Teacher`` as a run's do: in a padded batch, read no further than the last row, rows in
+pieces, after a shared prefix. They are some 50 tokens long, and once more as long as it takes to pass the windows,
+chunks and the like that the config names, up to ``LONGEST``: a start costs about as much as one batch. Beyond a window
+that was not passed, conversations share nothing.
+
+Rows of logits are compared by the root mean square of their difference, in nats, over the entries that are not masked.
+A right computation in another order differs by roundings, which are in proportion to the row's spread (its standard
+deviation); another position's row, wrong padding or a part of the model left out differ by a good part of the spread.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chat_logits.errors import ToolkitError
+from chat_logits.model.batching import OUT_OF_MEMORY, Sharing, is_out_of_memory
+from chat_logits.model.limits import most_positions
 from chat_logits.model.loading import input_device
 from chat_logits.model.teacher import Request, Teacher
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared prefix may be kept in
-# What a probe's logits may differ by, relative to the largest: half a dozen roundings of the dtype.
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# What a row may differ by, relative to its spread: in a deep network of random weights, half a dozen roundings.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+NOISE_FACTOR = 3  # a model whose own rows differ more when a batch is larger may differ by so much of that
+MOST_NOISE = 0.3  # of the spread; another position's row differs by about 1.4
+NOTHING = 88.0  # nats below the largest logit of a row: a probability that counts as 0 in float32, and every mask
+SHORT = 24  # tokens of the prefix of short conversations
+ENDINGS = (24, 24, 12)  # tokens behind it
+LONGEST = {"cpu": 256, "other": 4096}  # tokens of a window that is passed: a third, or a fourth, of a batch
+WINDOWS = re.compile("window|chunk|block_(size|len)|compress|local_(radius|attn)")
+BLOCKS = re.compile("block_(size|len)|compress")
+COUNTED = re.compile(r"layer|pattern|head|rope|theta|expert|group")  # no lengths
 
 
-def probe_model(model) -> bool:
-    """Compare what ``Teacher`` gives on a short padded batch with the model's reference forward pass.
+class Conversations(NamedTuple):
+    """Three random conversations that share a ``prefix``, two of one length; and one with ``early`` rows alone."""
 
-    Raises ToolkitError where the rows differ. Returns whether a shared prefix's cache may be used: whether the
-    model has a plain key-value cache, and rows computed after it agree as well.
+    prefix: np.ndarray
+    sharing: list[Request]
+    early: Request
+
+    @property
+    def all(self) -> list[Request]:
+        return [*self.sharing, self.early]
+
+
+# How the batches of each kind of sharing hold the conversations of ``all``, and whether these are read to their ends.
+BATCHES: dict[str, tuple[list[slice], bool]] = {
+    "padded": ([slice(0, 3), slice(3, 4)], False),
+    "equal": ([slice(0, 2), slice(2, 3), slice(3, 4)], True),
+    "alone": ([slice(i, i + 1) for i in range(4)], True),
+}
+
+
+def probe_model(model) -> Sharing:
+    """What conversations may share with this model. Raises ToolkitError where even one alone gives other logits.
+
+    That is so for a model that is not causal, too, and for one whose forward pass needs more than token ids.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = np.random.default_rng(0).integers(0, vocabulary, 32)
-    parts = [np.concatenate([ids[:8], ids[8:16]]), np.concatenate([ids[:8], ids[16:]])]
-    requests = [Request(part, np.arange(9, len(part)), np.zeros(len(part) - 9)) for part in parts]
-    expected = _reference_rows(model, requests)
-    limit = PROBE_TOLERANCE.get(model.dtype, 6e-2) * max(1.0, expected.abs().max().item())
-    teacher = Teacher(model, logit_rows=7)
-    difference = _difference(teacher, requests, expected)
-    if not difference <= limit:
-        raise ToolkitError(
-            f"model check: logits of selected rows differ from the reference forward pass by {difference:.3g}, "
-            f"expected at most {limit:.3g}. Nothing was extracted; try `attn_implementation` eager or `dtype` float32."
-        )
-    return _cache_agrees(teacher, ids[:8], requests, expected, limit)
+    try:
+        return _probe(model)
+    except ToolkitError:
+        raise
+    except Exception as error:
+        raise _fails(error) from error
+
+
+def named_windows(config) -> list[int]:
+    """Lengths, in tokens, at which a model's attention may begin to work otherwise, by the names in its config."""
+    text = config.get_text_config()
+    chosen, others = _named(text, re.compile("topk")), _named(text, WINDOWS)
+    blocks = _named(text, BLOCKS)  # of several tokens each, of which some are chosen
+    found = chosen | others | {number * size for number in chosen for size in blocks}
+    reached = most_positions(text)
+    return sorted(each for each in found if reached is None or each < reached)
+
+
+def _named(text_config, names: re.Pattern) -> set[int]:
+    """The numbers above 1 under keys of these names."""
+    found: set[int] = set()
+    for key, value in text_config.to_dict().items():
+        if names.search(key) and not COUNTED.search(key):
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            found |= {each for each in values if type(each) is int and each > 1}
+    return found
+
+
+def row_differences(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each row of logits (n, V), in nats (n,), over what is not masked in both.
+
+    Infinite for other shapes, NaN for logits that are NaN.
+    """
+    if found.shape != expected.shape:
+        return expected.new_full(expected.shape[:1], torch.inf)
+    floor = expected.amax(dim=-1, keepdim=True) - NOTHING
+    counted = ((expected > floor) | (found > floor)).sum(dim=-1)
+    squares = (torch.maximum(found, floor) - torch.maximum(expected, floor)).square().sum(dim=-1)
+    return (squares / counted).sqrt()
+
+
+def row_limits(expected: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
+    """What each row of logits (n, V) may differ by, in nats (n,): a share of its spread, and the last rounding."""
+    counted = expected > expected.amax(dim=-1, keepdim=True) - NOTHING
+    number = counted.sum(dim=-1)
+    mean = expected.where(counted, 0).sum(dim=-1, keepdim=True) / number[:, None]
+    spread = ((expected - mean).square().where(counted, 0).sum(dim=-1) / number).sqrt()
+    return tolerance * spread + torch.finfo(dtype).eps * expected.where(counted, 0).abs().amax(dim=-1)
 
 
 @torch.inference_mode()
+def _probe(model) -> Sharing:
+    windows, device = named_windows(model.config), input_device(model).type
+    longest = LONGEST.get(device, LONGEST["other"])
+    passed = max((each for each in windows if each <= longest), default=0)
+    conversations = _conversations(model, SHORT)
+    expected = _reference_rows(model, conversations.all)
+    tolerance = _tolerance(model, conversations.all[0], expected)
+    sharing = _sharing(model, conversations, expected, tolerance)
+    if passed > SHORT - 4:
+        try:
+            conversations = _conversations(model, passed + 8)
+            expected = _rows(model, conversations, "alone")
+            sharing = sharing.less(_sharing(model, conversations, expected, tolerance))
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            passed = 0
+    return sharing.less(Sharing(up_to=min((each for each in windows if each > max(passed, SHORT)), default=None)))
+
+
+def _conversations(model, shared: int) -> Conversations:
+    """Conversations whose prefix has ``shared`` tokens; the early rows are in its first half."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    random = np.random.default_rng(0)
+    prefix = random.integers(0, vocabulary, shared)
+    texts = [np.concatenate([prefix, random.integers(0, vocabulary, more)]) for more in ENDINGS]
+    sharing = [_request(ids, shared + 1, len(ids) - 4) for ids in texts]
+    return Conversations(prefix, sharing, _request(texts[0], max(1, shared // 2 - 16), shared // 2))
+
+
+def _request(ids: np.ndarray, first: int, end: int) -> Request:
+    return Request(ids, np.arange(first, end), np.zeros(end - first))
+
+
 def _reference_rows(model, requests: list[Request]) -> torch.Tensor:
     inputs = [torch.from_numpy(r.input_ids)[None].to(input_device(model)) for r in requests]
-    plain = [model(ids).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
+    plain = [model(ids, use_cache=False).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
     return torch.cat(plain).float()
 
 
-def _difference(teacher: Teacher, requests: list[Request], expected: torch.Tensor) -> float:
-    logits = torch.cat(list(teacher.row_logits(requests)))
-    return (logits - expected).abs().max().item() if logits.shape == expected.shape else float("inf")
+def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
+    """What rows may differ by, relative to their spread: the dtype's, or by the model's own noise if that is more.
+
+    The noise is what the reference forward pass itself changes by when a batch holds a conversation three times.
+    """
+    least = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        return least
+    ids = torch.from_numpy(request.input_ids).repeat(3, 1).to(input_device(model))
+    found = model(ids, use_cache=False).logits[1, request.positions - 1].float()
+    alone = expected[: len(request.positions)]
+    relative = row_differences(found, alone) / row_limits(alone, 1.0, model.dtype)
+    return max(least, min(MOST_NOISE, NOISE_FACTOR * relative.max().item()))
 
 
-def _cache_agrees(teacher: Teacher, prefix: np.ndarray, requests, expected: torch.Tensor, limit: float) -> bool:
+def _sharing(model, conversations: Conversations, expected: torch.Tensor, tolerance: float) -> Sharing:
+    """The most that these conversations may share. Raises ToolkitError for a model that is not to be used."""
+    limits = row_limits(expected, tolerance, model.dtype)
+    excess = {}
+    for batch in BATCHES:
+        differences = _differences(partial(_rows, model, conversations, batch), expected)
+        if (differences <= limits).all():
+            break
+        worst = (differences / limits).nan_to_num(torch.inf).argmax()
+        excess[batch] = differences[worst].item(), limits[worst].item()
+    else:
+        raise _refusal(expected, *excess["alone"])
+    if batch != "padded":
+        _refuse_foresight(model, conversations.early, tolerance)
+    prefix = batch == "padded" and _cache_agrees(model, conversations, expected, limits)
+    return Sharing(batch, prefix, None, limits.max().item())
+
+
+def _rows(model, conversations: Conversations, batch: str) -> torch.Tensor:
+    """The rows of ``conversations.all`` as a run computes them; in pieces, but for a conversation alone."""
+    slices, whole = BATCHES[batch]
+    teacher = Teacher(model, logit_rows=1000 if batch == "alone" else 7)
+    teacher.reads_whole |= whole
+    return torch.cat([rows for part in slices for rows in teacher.row_logits(conversations.all[part])])
+
+
+def _differences(compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
+    """Infinite where the computation fails otherwise than for want of memory, as some do for a batch or a cache."""
     try:
-        teacher.hold_prefix(prefix)
-        if not all(type(layer) in PLAIN_LAYERS for layer in teacher._prefix_cache.layers):
-            return False
-        return _difference(teacher, requests, expected) <= limit
-    except Exception:  # whatever a model without such a cache does when it is given one
+        return row_differences(compute(), expected)
+    except Exception as error:
+        if isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error):
+            raise
+        return expected.new_full(expected.shape[:1], torch.inf)
+
+
+def _cache_agrees(model, conversations: Conversations, expected: torch.Tensor, limits: torch.Tensor) -> bool:
+    """Whether the model has a plain key-value cache, for which there is room, and the rows behind a prefix agree."""
+    count = sum(len(request.positions) for request in conversations.sharing)
+
+    def compute() -> torch.Tensor:
+        teacher = Teacher(model, logit_rows=7)
+        teacher.hold_prefix(conversations.prefix)
+        if not teacher.holds_plain_cache(PLAIN_LAYERS):
+            return expected.new_empty(0)
+        return torch.cat(list(teacher.row_logits(conversations.sharing)))
+
+    try:
+        return bool((_differences(compute, expected[:count]) <= limits[:count]).all())
+    except OUT_OF_MEMORY:
         return False
+
+
+def _refuse_foresight(model, early: Request, tolerance: float) -> None:
+    """Raise ToolkitError where rows change with the tokens behind them, the length being the same."""
+    others = early.input_ids.copy()
+    others[early.positions[-1] :] = np.roll(others[early.positions[-1] :], 1)
+    teacher = Teacher(model, logit_rows=1000)
+    teacher.reads_whole = True
+    expected, found = (torch.cat(list(teacher.row_logits([early.with_ids(ids)]))) for ids in (early.input_ids, others))
+    if not (row_differences(found, expected) <= row_limits(expected, tolerance, model.dtype)).all():
+        raise ToolkitError(
+            "model check: the logits change with the tokens behind, so the model has seen what it is to predict. "
+            "Expected a causal model; a BERT or its like is one only with is_decoder in its config.json."
+        )
+
+
+def _refusal(expected: torch.Tensor, difference: float, limit: float) -> ToolkitError:
+    if torch.isnan(expected).any() or (expected == torch.inf).any() or (expected == -torch.inf).all(dim=-1).any():
+        return ToolkitError("model check: the model's logits are not finite; try `dtype` float32")
+    return ToolkitError(
+        f"model check: logits of selected rows differ from the reference forward pass by {difference:.3g} nats "
+        f"(root mean square of a row), expected at most {limit:.3g}. Nothing was extracted; try `attn_implementation` "
+        "eager or `dtype` float32."
+    )
+
+
+def _fails(error: Exception) -> ToolkitError:
+    if isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error):
+        return ToolkitError("out of memory with four short conversations; use a smaller `dtype` or another device")
+    first = str(error).strip().partition("\n")[0]
+    return ToolkitError(
+        f"model check: the forward pass over token ids alone fails ({type(error).__name__}: {first}). Expected a model "
+        "of text; try `attn_implementation` eager."
+    )

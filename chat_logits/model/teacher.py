@@ -29,6 +29,10 @@ class Request:
     positions: np.ndarray
     uniforms: np.ndarray
 
+    def with_ids(self, input_ids: np.ndarray) -> "Request":
+        """The same positions of another conversation."""
+        return Request(input_ids, self.positions, self.uniforms)
+
     @property
     def read_ids(self) -> np.ndarray:
         """The tokens the model has to read: up to the one that predicts the last extracted one, and no further."""
@@ -56,7 +60,8 @@ def length_switch(config) -> int | None:
 class Teacher:
     """A model as it is run: its rows in pieces of bounded size, and a shared prefix's cache.
 
-    ``logit_rows`` bounds the rows of logits at once.
+    ``logit_rows`` bounds the rows of logits at once. With ``reads_whole`` conversations are read to their ends, which
+    matters where logits depend on a batch's length.
     """
 
     def __init__(self, model, logit_rows: int):
@@ -64,6 +69,7 @@ class Teacher:
         self._prefix_ids = np.zeros(0, np.int64)
         self._prefix_cache: Any = None  # transformers', if there is one
         self.length_switch = length_switch(model.config)
+        self.reads_whole = self.length_switch is not None
         takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
         self._cache_name = "cache" if takes_cache else "past_key_values"
 
@@ -75,6 +81,10 @@ class Teacher:
             inputs = torch.from_numpy(ids)[None].to(self.device)
             with self._head_inputs(lambda hidden: hidden[:, -1:]):
                 self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
+
+    def holds_plain_cache(self, kinds: tuple[type, ...]) -> bool:
+        """Whether every layer of the prefix's cache is of one of these kinds."""
+        return all(type(layer) in kinds for layer in self._prefix_cache.layers)
 
     def distributions(self, requests: list[Request], settings: SelectionSettings) -> PendingDistributions:
         """What the model says at every extracted position of the requests, one after another.
@@ -123,7 +133,7 @@ class Teacher:
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
         """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
         shared = len(self._prefix_ids)
-        read = [request.input_ids if self.length_switch else request.read_ids for request in requests]
+        read = [request.input_ids if self.reads_whole else request.read_ids for request in requests]
         lengths = [len(ids) - shared for ids in read]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for row, sequence in zip(ids, read, strict=True):

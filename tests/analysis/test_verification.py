@@ -55,6 +55,7 @@ def rewritten(tmp_path):
         kept = pq.read_table(path).to_pylist()[: len(ROWS)]
         if change:
             change(kept)
+        (tmp_path / "copy").mkdir()
         entry = shard.write_shard(tmp_path / "copy", manifest, 0, kept, [])
         (tmp_path / "copy" / EXTRACTION_FILE).write_text(manifest.text)
         (tmp_path / "copy" / SHARDS_FILE).write_text(shards_text([entry]))

@@ -91,7 +91,7 @@ def test_layers_on_disk_give_the_same_rows(checkpoint, device_map):
     assert spread.dtype == torch.float32
     assert_same_rows(spread, plain)
     assert offloaded(spread) == away
-    assert probe_model(spread) and probe_model(plain)
+    assert probe_model(spread).prefix and probe_model(plain).prefix
 
 
 def test_embeddings_on_disk_give_the_same_rows(checkpoint):
@@ -100,7 +100,7 @@ def test_embeddings_on_disk_give_the_same_rows(checkpoint):
     assert offloaded(spread) == {name for name, _ in plain.named_parameters(remove_duplicate=False)}
     assert spread.device.type == "meta" and loading.input_device(spread).type == "cpu"
     assert_same_rows(spread, plain)
-    assert probe_model(spread) and probe_model(plain)
+    assert probe_model(spread).prefix and probe_model(plain).prefix
 
 
 def test_a_model_that_fits_is_not_spread(checkpoint):
@@ -116,7 +116,7 @@ def test_the_probe_sees_a_cache_that_does_not_serve_on_disk_as_well(tmp_path):
     sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path)
     spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
-    assert offloaded(spread) and not probe_model(spread)
+    assert offloaded(spread) and not probe_model(spread).prefix
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -239,7 +239,7 @@ def test_no_operation_mixes_devices(family, spread):
     beginning = np.random.default_rng(4).integers(0, 1000, 9)
     with pretended_devices():
         place(model, dict(zip(PARTS, SPREADS[spread], strict=True)))
-        assert probe_model(model) and probe_model(plain)
+        assert probe_model(model).prefix and probe_model(plain).prefix
         for some, prefix, logit_rows in ((requests, (), 1000), (with_beginning(requests, beginning), beginning, 7)):
             found = rows(model, some, logit_rows, prefix)
             assert found.device == loading.input_device(model)

@@ -102,3 +102,19 @@ def test_of_a_vision_language_checkpoint_the_text_is_used(tmp_path, kind, text, 
     with torch.inference_mode():
         log_probs = own(torch.tensor(ids)[None]).logits[0].double().log_softmax(-1).numpy()
     np.testing.assert_allclose(found.token_log_probs, log_probs[np.arange(29), ids[1:]], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [
+        ("llama", {"max_position_embeddings": 77}, 77),
+        ("gpt2", {"n_positions": 77}, 77),
+        ("mpt", {"max_seq_len": 77}, 77),
+        ("trocr", {"max_position_embeddings": 77}, 77),
+        ("bloom", {}, None),
+        ("llama", {"max_position_embeddings": 100, "max_target_positions": 77}, 77),
+        ("mamba", {"max_seq_len": 77}, 77),
+    ],
+)
+def test_the_most_tokens_that_a_model_reads_whatever_its_configuration_calls_them(kind, sizes, expected):
+    assert input_limits(AutoConfig.for_model(kind, **sizes)).positions == expected

@@ -62,7 +62,7 @@ def test_the_prefix_is_computed_once(extract, tmp_path, monkeypatch):
         for row in ROWS
     ]
     extract([*chats, odd])
-    assert held[0] == 8 and held[1] > 20 and held[2:] == [0, 0]  # the probe's, the shard's; then none
+    assert held[0] == 24 and held[1] > 20 and held[2:] == [0, 0]  # the probe's, the shard's; then none
     assert json.loads((tmp_path / "out" / "extraction.json").read_text())["prefix_cache"] is True
 
 
@@ -95,7 +95,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
         raise torch.OutOfMemoryError("tried to allocate")
 
     monkeypatch.setattr(batching, "Budget", lambda tokens, logit_rows: Budget(tokens, min(logit_rows, 4)))
-    monkeypatch.setattr(probe, "probe_model", lambda _model: False)
+    monkeypatch.setattr(probe, "probe_model", lambda _model: batching.Sharing(prefix=False))
     monkeypatch.setattr(Teacher, "_forward", full)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1

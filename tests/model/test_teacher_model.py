@@ -93,7 +93,7 @@ def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_shared_prefix_gives_the_reference_rows(model_type):
     model = random_model(model_type)
-    assert probe_model(model)
+    assert probe_model(model).prefix
     prefix = np.random.default_rng(4).integers(0, 1000, 9)
     requests = []
     for ending in random_requests(1000, [5, 20, 11]):
@@ -131,13 +131,13 @@ def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
     rng = np.random.default_rng(2)
     beginning = rng.integers(0, 1000, 12)
     ready = [
-        Aligned(i, [], Alignment(ids, []), np.arange(20, length))
+        Aligned(i, [], None, Alignment(ids, []), np.arange(20, length))
         for i, length in enumerate((50, 90, 40, 66, 64, 200))
         for ids in [np.concatenate([beginning, rng.integers(0, 1000, length - 12)])]
     ]
     settings = SimpleNamespace(top_k=8, top_p=0.98, num_sampled=4, seed=0, prefix_cache=True)
     settings.batch_tokens = settings.batch_logit_rows = 1000
-    batches = Batches(model, settings)
+    batches = Batches(model, settings, probe_model(model))
     seen = []
     for members, found in batches.compute(ready):
         seen += [aligned.source_index for aligned in members]
@@ -162,7 +162,7 @@ def test_a_model_without_a_plain_cache_goes_without_shared_prefixes():
     torch.manual_seed(0)
     sizes = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     model = MambaForCausalLM(MambaConfig(**sizes)).eval()
-    assert not probe_model(model)
+    assert not probe_model(model).prefix
     requests = random_requests(1000, [5, 20, 11])
     torch.testing.assert_close(rows(model, requests, 7), plain_logits(model, requests), atol=2e-5, rtol=1e-5)
 
@@ -178,7 +178,7 @@ def test_the_probe_finds_a_cache_that_does_not_agree():
         return forward(*args, **kwargs)
 
     model.model.forward = forgetful
-    assert not probe_model(model)
+    assert not probe_model(model).prefix
 
 
 def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
