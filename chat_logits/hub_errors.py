@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import math
 import random
 import re
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from chat_logits.errors import ToolkitError, UsageError
 
 FIRST_PAUSE = 1.0  # seconds until the second attempt
+SAID = 200  # characters of the Hub's own sentence
 FOR_EVER = 10.0**8  # seconds: three years, which a lock can still wait for
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 Answer = TypeVar("Answer")
@@ -45,6 +47,10 @@ def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitEr
         return ToolkitError(f"{name}: {_advice(failure)}")
     if failure.is_unreachable:
         return HubUnreachable(f"{name}: the Hub cannot be reached")
+    if failure.is_html:
+        return HubUnreachable(
+            f"{name}: HTML in place of the Hub's JSON. A network that wants a login, or a proxy, may have answered"
+        )
     if failure.is_broken:
         return HubUnreachable(f"{name}: the connection to the Hub broke ({str(error) or 'no answer in time'})")
     if failure.has(HFValidationError):
@@ -89,7 +95,7 @@ def failure_kind(error: BaseException) -> str:
         return "final"
     if failure.status is not None:
         return "passing" if failure.status in PASSING or failure.status >= 500 else "refused"
-    return "passing" if failure.is_unreachable or failure.is_broken else "unknown"
+    return "passing" if failure.is_unreachable or failure.is_broken or failure.is_html else "unknown"
 
 
 def is_transient(error: BaseException) -> bool:
@@ -212,6 +218,23 @@ class Failure:
         client = _client()
         return self.has(client.NetworkError, client.TimeoutException, client.RemoteProtocolError)
 
+    @property
+    def is_html(self) -> bool:
+        """Whether a page came where JSON was expected."""
+        documents = [cause.doc for cause in self.causes if isinstance(cause, json.JSONDecodeError)]
+        return any(document.lstrip()[:1] == "<" for document in documents)
+
+    @property
+    def said(self) -> str:
+        """The sentence that the Hub has given its refusal, in one line; empty without one."""
+        if self.answer is None:
+            return ""
+        try:
+            said = self.answer.headers.get("x-error-message") or self.answer.json()["error"]
+        except Exception:  # a body that was not read, or is of another form
+            return ""
+        return " ".join(said.split())[:SAID] if isinstance(said, str) else ""
+
 
 @functools.cache
 def _client() -> Any:
@@ -225,6 +248,8 @@ def _advice(failure: Failure) -> str:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
 
     status, first = failure.status, failure.causes[0]
+    if status is not None and status >= 500:
+        return f"the Hub fails ({status})"
     if failure.has(GatedRepoError):
         return f"gated ({status}). Ask for access on its page, then set HF_TOKEN to a token that has it."
     if failure.has(RevisionNotFoundError):
@@ -232,14 +257,31 @@ def _advice(failure: Failure) -> str:
     if failure.has(EntryNotFoundError):
         return f"a file is missing on the Hub ({status}): {first}"
     if status in (401, 403, 404):
-        return (
-            f"not found on the Hub, or not yours to see ({status}). "
-            "Check the name; for a private repository set HF_TOKEN to a token that may read or write it."
-        )
+        return _refusal(failure)
     if status in (409, 412):
         return f"somebody else's commit came first ({status})"
     if status == 429:
         return "too many requests, says the Hub (429)"
-    if status is not None and status >= 500:
-        return f"the Hub fails ({status})"
     return f"the Hub answered {status}: {str(first).partition(chr(10))[0]}"
+
+
+def _refusal(failure: Failure) -> str:
+    """401, 403 and 404: which of a wrong name, a missing login and a missing right it is, as far as the Hub tells."""
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    status, has_token = failure.status, huggingface_hub.get_token() is not None
+    said = f": {failure.said}" if failure.said else ""
+    if not has_token and status in (401, 403):
+        return (
+            f"not found on the Hub, or not yours to see: you are not logged in ({status}). Check the name; for a "
+            "repository that is private, or to be written to, log in with hf auth login, or set HF_TOKEN to a token."
+        )
+    if status == 401 and not failure.has(RepositoryNotFoundError):
+        return f"the Hub does not take the token ({status}{said}). Log in anew with hf auth login, or set HF_TOKEN."
+    if status == 403 and said:
+        return f"the Hub refuses ({status}{said}). Put that right there, or set HF_TOKEN to a token that has the right."
+    return (
+        f"not found on the Hub, or not yours to see ({status}). "
+        "Check the name; for a private repository set HF_TOKEN to a token that may read or write it."
+    )

@@ -1,5 +1,6 @@
 """What the Hub's clients raise, in words, and whether to try again; with the types of the HTTP client at hand."""
 
+import json
 import time
 from collections import Counter
 from email.utils import formatdate
@@ -55,16 +56,43 @@ def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, 
         (answered(errors.RevisionNotFoundError, 404), "no such revision on the Hub (404)", False),
         (answered(errors.RemoteEntryNotFoundError, 404), "a file is missing on the Hub (404)", False),
         (answered(errors.RepositoryNotFoundError, 401), "not found on the Hub, or not yours to see (401)", False),
+        (answered(errors.HfHubHTTPError, 401), "the Hub does not take the token (401). Log in anew", False),
+        (
+            answered(errors.HfHubHTTPError, 403, **{"x-error-message": "You have exceeded your\tstorage limit."}),
+            "the Hub refuses (403: You have exceeded your storage limit.)",
+            False,
+        ),
+        (answered(errors.RemoteEntryNotFoundError, 503), "the Hub fails (503)", True),
         (answered(errors.HfHubHTTPError, 412), "somebody else's commit came first (412)", True),
         (answered(errors.HfHubHTTPError, 429), "too many requests", True),
         (answered(errors.HfHubHTTPError, 503), "the Hub fails (503)", True),
         (answered(errors.HfHubHTTPError, 418), "the Hub answered 418", False),
     ],
 )
-def test_an_answer_is_explained_and_is_final_or_not(error, words, passes):
+def test_an_answer_is_explained_and_is_final_or_not(monkeypatch, error, words, passes):
+    monkeypatch.setenv("HF_TOKEN", "hf_dummydummy")
     explained = hub_errors.explain_hub_error(error, "model user/x")
     assert type(explained) is ToolkitError and words in str(explained)
     assert hub_errors.is_transient(error) == passes
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_without_a_token_the_login_is_missing(monkeypatch, status):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    error = answered(errors.HfHubHTTPError, status, **{"x-error-message": "Invalid username or password."})
+    said = str(hub_errors.explain_hub_error(error, "model user/x"))
+    assert f"you are not logged in ({status})" in said and "hf auth login, or set HF_TOKEN" in said
+
+
+def test_a_page_in_place_of_json_is_told_and_may_pass():
+    request = client.Request("GET", "http://hub/x")
+    with pytest.raises(ValueError, match="Expecting value") as raised:
+        client.Response(200, content=b"\n<!doctype html><title>Log in</title>", request=request).json()
+    explained = hub_errors.explain_hub_error(wrapped(raised.value), "model user/x")
+    assert str(explained).startswith("model user/x: HTML in place of the Hub's JSON.")
+    assert isinstance(explained, hub_errors.HubUnreachable) and hub_errors.is_transient(wrapped(raised.value))
+    broken = json.JSONDecodeError("Expecting value", "{", 1)  # some file's
+    assert str(hub_errors.explain_hub_error(wrapped(broken), "model user/x")) == "model user/x: outer"
 
 
 def test_what_is_no_hub_id_is_wrong_use():

@@ -4,15 +4,17 @@ FORMAT.md, "Files", is the specification. From the Hub come ``extraction.json``,
 footer and the one row group that has the row, or one after another where all rows are read.
 """
 
+import difflib
+import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
-from chat_logits.hub_errors import explain_hub_error
+from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
 from chat_logits.storage.shard import read_shard_rows, refuse_special, shard_sizes
 from logit_codec import RowError, validate_row
@@ -114,10 +116,48 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     is_local = Path(dataset_id).is_dir()
     if is_local and revision is not None:
         raise UsageError(f"`revision` {revision}: {dataset_id} is a local folder, which has no revisions")
-    revision = None if is_local else resolve_commit(dataset_id, "dataset", revision)
+    revision = None if is_local else _commit_of(dataset_id, revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
     shards = read_shards(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
     return StoredDataset(dataset_id, revision, manifest, shards)
+
+
+def _commit_of(dataset_id: str, revision: str | None) -> str:
+    """The commit of a Hub dataset. Raises UsageError, with the nearest folder, where a folder seems to be meant."""
+    path = Path(dataset_id)
+    with suppress(RuntimeError):  # of a user that is not there
+        path = path.expanduser()
+    if path.is_file():
+        raise UsageError(f"{dataset_id}: a file, expected the folder that extraction.json is in, such as {path.parent}")
+    nearest = _nearest_folder(path)
+    if _is_path(dataset_id):
+        raise UsageError(
+            f"{dataset_id}: no such folder" + (f"; the nearest that is there is {nearest}" if nearest else "")
+        )
+    try:
+        return resolve_commit(dataset_id, "dataset", revision)
+    except ToolkitError as error:
+        if nearest is None or not (nearest / EXTRACTION_FILE).is_file():
+            raise
+        raise type(error)(f"{error}\nNor is there such a folder; the nearest that is there is {nearest}") from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether this can be nothing but a path."""
+    return name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1
+
+
+def _nearest_folder(path: Path) -> Path | None:
+    """The folder with the most similar path, part by part, None where nothing is similar."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        if not (found / part).is_dir():
+            names = [entry.name for entry in found.iterdir() if entry.is_dir()] if os.access(found, os.R_OK) else []
+            part = next(iter(difflib.get_close_matches(part, names, 1)), "")
+            if not part:
+                return None
+        found /= part
+    return found
 
 
 def _fetch(dataset_id: str, name: str, revision: str | None) -> Path:
@@ -152,7 +192,9 @@ def _explained(dataset_id: str, name: str):
         yield
     except ToolkitError:
         raise
-    except (huggingface_hub.errors.EntryNotFoundError, FileNotFoundError) as error:
-        raise _missing(dataset_id, name) from error
     except Exception as error:
+        is_missing = isinstance(error, huggingface_hub.errors.EntryNotFoundError | FileNotFoundError)
+        failure = Failure(error)
+        if is_missing and failure.status in (None, 404) and not (failure.is_unreachable or failure.is_broken):
+            raise _missing(dataset_id, name) from error
         raise explain_hub_error(error, f"dataset {dataset_id}") from error

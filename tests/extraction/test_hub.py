@@ -1,11 +1,13 @@
 """Extraction to the Hub and exploration from it, through the real clients against a Hub on loopback."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 from conftest import REPO, TEMPLATE, run_command
+from hub_faults import Fault
 from lives import Server
 from loopback_hub import LoopbackHub
 
@@ -192,6 +194,30 @@ def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
     done = server.run(EXPLORE, "--logit_dataset_id", "user/questions", cwd=folder)
     assert done.returncode == 1
     assert "user/questions: no extraction.json in it, so it is no logit dataset" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("refuse", "/resolve/", status=501, times=math.inf), "the Hub fails (501)"),
+        (Fault("refuse", "info", status=500, times=math.inf), "the Hub fails (500)"),
+        (Fault("stray", "info"), "HTML in place of the Hub's JSON"),
+        (
+            Fault("refuse", "info", status=403, headers={"X-Error-Message": "Your plan has ended."}),
+            "the Hub refuses (403: Your plan has ended.)",
+        ),
+    ],
+    ids=["a file", "the repository", "a page", "a sentence"],
+)
+def test_exploring_tells_the_hubs_trouble_as_the_hubs(hub, pushed, workplace, tmp_path, fault, words):
+    hub, repo = hub[0], f"user/trouble-{fault.kind}-{fault.status}"  # of which nothing is in the cache
+    hub.add_repo("dataset", repo, files=hub.files("dataset", f"user/{pushed[0].name}"))
+    hub.inject(fault)
+    done = workplace[1].run(EXPLORE, repo, cwd=tmp_path)
+    hub.clear_faults()
+    assert done.returncode == 1
+    assert f"error: dataset {repo}: {words}" in done.stderr and "logit dataset" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_what_one_process_uploads_another_commits_and_the_file_may_be_gone(tmp_path):

@@ -105,6 +105,27 @@ def test_damaged_files_around_are_named(copy, name, content, message):
         open_dataset(str(copy)).read_row(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("./outputs/dmeo", r"no such folder; the nearest that is there is outputs/demo$"),
+        ("a/b/c", "no such folder$"),
+        ("outptus/demo", r"\nNor is there such a folder; the nearest that is there is outputs/demo$"),
+        (
+            "outputs/demo/extraction.json",
+            "a file, expected the folder that extraction.json is in, such as outputs/demo$",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_with_the_nearest_that_is(
+    real_extraction, tmp_path, monkeypatch, name, told
+):
+    shutil.copytree(real_extraction, tmp_path / "outputs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ToolkitError, match=rf"{name}: .*{told}"):
+        open_dataset(name)
+
+
 def test_damaged_json_is_named(copy):
     (copy / "extraction.json").write_text("{")
     with pytest.raises(ToolkitError, match=r"extraction\.json is no JSON"):

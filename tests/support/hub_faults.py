@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-KINDS = ("refuse", "cut", "lost", "slow", "conflict", "stall", "drip")
+KINDS = ("refuse", "cut", "lost", "slow", "conflict", "stall", "drip", "stray")
 WRITE_STEPS = ("preupload", "lfs_batch", "lfs_put", "commit")
 READ_STEPS = ("info", "tree")
 PASSING_STATUSES = (429, 500, 502, 503, 504)
@@ -21,6 +21,7 @@ class Fault:
     lost      carries out the call and closes the connection instead of answering
     slow      carries out the call and answers `seconds` later
     conflict  lets somebody else's commit land first, on the branch that the call is about
+    stray     answers with a page, as a network does that wants a login
     drip      carries out the call and answers a byte every `seconds`
     stall     neither carries out the call nor answers, until the client or the hub hangs up
     """

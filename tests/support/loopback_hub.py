@@ -350,7 +350,7 @@ class LoopbackHub:
         rate: float,
         *,
         steps: Iterable[str] = WRITE_STEPS + READ_STEPS,
-        kinds: Iterable[str] = tuple(kind for kind in KINDS if kind not in ("stall", "drip")),
+        kinds: Iterable[str] = tuple(kind for kind in KINDS if kind not in ("stall", "drip", "stray")),
     ) -> None:
         """Hit each request of these steps with probability `rate`, the same way for the same seed."""
         self._faults.draw_from(RandomFaults(seed, rate, steps, kinds))
@@ -409,6 +409,8 @@ class LoopbackHub:
 
     def answer(self, call: Call) -> Response:
         try:
+            if call.hit_by("stray"):
+                return Response(200, b"<!doctype html><title>Log in</title>", {"Content-Type": "text/html"})
             if call.hit_by("refuse"):
                 status = call.fault.status
                 raise HubError(status, "", HTTPStatus(status).phrase, call.fault.headers)
