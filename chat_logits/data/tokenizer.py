@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+from chat_logits.data.tokenizer_files import refuse_rebuilt
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
 from logit_codec import MAX_TOKEN_ID
@@ -18,7 +19,10 @@ BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 def load_tokenizer(
     tokenizer_id: str, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
 ):
-    """A fast tokenizer from a Hub id or local folder. Raises ToolkitError where there is none."""
+    """A fast tokenizer from a Hub id or local folder.
+
+    Raises ToolkitError where there is none, or where it gives other ids than the ``tokenizer.json`` beside it.
+    """
     # The library's threads would compete with the model's, and each process forked afterwards prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
@@ -32,6 +36,8 @@ def load_tokenizer(
         raise explain_loading(error, f"tokenizer of {tokenizer_id}") from error
     if not tokenizer.is_fast:
         raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
+    if not gguf_file and type(tokenizer).__module__.startswith("transformers."):  # what code does on purpose is its own
+        refuse_rebuilt(tokenizer, tokenizer_id, revision)
     return tokenizer
 
 

@@ -1,7 +1,8 @@
 """A tokenizer read from its files by ``tokenizers`` alone, without transformers, where its fingerprint is known.
 
-``AutoTokenizer`` may change what the files say. Where the fingerprint of the files is the recorded one, it has not, and
-ids, offsets and texts are the same; elsewhere ``load_tokenizer`` is needed.
+``AutoTokenizer`` may change what the files say: classes of some families bring their own regex, NFC or normalizer.
+Where the fingerprint of the files is the recorded one, it has not, and ids, offsets and texts are the same; elsewhere
+``load_tokenizer`` is needed, which refuses a tokenizer that gives other ids than its file.
 """
 
 import json
@@ -9,6 +10,22 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from chat_logits.errors import ToolkitError
+
+# Texts on which tokenizers differ: spaces, digits, contractions, composed and combining characters, emoji, code.
+PROBES = (
+    *(" two  three   spaces", "tab\tand\n\nnewlines \r\n", "trailing ", "under_score-dash", "MixedCase UPPER lower"),
+    *("1234567 3.14 2024-05-06 1,000", "I'm you're it'S don't we'll", 'what?! (yes) "no" …', "a/b\\c@d#e"),
+    *(
+        "caf\u00e9 cafe\u0301 ﬁ \u212b \u1e69",
+        "naïve straße \u0130I\u0307",
+        "नमस्ते",
+        "مرحبا",
+        "\u1112\u1161\u11ab 한국어",
+    ),
+    *("東京都に行く。", "１２ＡＢ", "🙂 👩🏽‍🚀", "zero\u200bwidth\u00a0space", "\x00\x1b[31m"),
+    *("def f(x):\n    return x**2  # \t", "for (i=0;i<10;++i){a[i]+=0x1F;}", "https://example.org/?q=1&r=%20"),
+)
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -73,6 +90,28 @@ def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | No
         return FileTokenizer(Tokenizer.from_file(str(files[0])), config)
     except Exception:  # files of another form: load_tokenizer says what is wrong with them
         return None
+
+
+def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
+    """Raise ToolkitError where a transformers tokenizer gives a text of ``PROBES`` other ids than its own file does.
+
+    A tokenizer without a ``tokenizer.json`` at hand is what it is.
+    """
+    file = _file(source, commit, "tokenizer.json")
+    if file is None:
+        return
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    for text in PROBES:
+        expected = own.encode(text, add_special_tokens=False).ids
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != expected:
+            raise ToolkitError(
+                f"tokenizer of {source}: {type(tokenizer).__name__} of transformers makes {text!r} into {found}, the "
+                f"file tokenizer.json into {expected}. The file's is right where its model was trained with it: give "
+                'tokenizer_config.json the "tokenizer_class" PreTrainedTokenizerFast.'
+            )
 
 
 def _file(source: str, commit: str | None, name: str) -> Path | None:

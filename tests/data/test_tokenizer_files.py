@@ -7,10 +7,12 @@ import pytest
 from conftest import MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from chat_logits.data.tokenizer import _byte_characters, token_text, tokenizer_fingerprint
-from chat_logits.data.tokenizer_files import read_tokenizer
+from chat_logits.data.tokenizer import _byte_characters, load_tokenizer, token_text, tokenizer_fingerprint
+from chat_logits.data.tokenizer_files import PROBES, read_tokenizer
+from chat_logits.errors import ToolkitError
 
 TEXTS = [
     "",
@@ -87,3 +89,100 @@ def test_bytes_have_the_characters_of_byte_level_bpe():
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     assert _byte_characters() == {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+# --- tokenizers that transformers rebuilds ---
+
+
+def folder_of(tmp_path, tokenizer_class: str, change=None):
+    """SmolLM2's tokenizer with another class of transformers named beside it, and a change of its own form."""
+    form = json.loads((MODEL / "tokenizer.json").read_text(encoding="utf-8"))
+    if change:
+        change(form)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form), encoding="utf-8")
+    config = json.loads((MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
+    content = json.dumps({**config, "tokenizer_class": tokenizer_class})
+    (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
+    return str(tmp_path)
+
+
+def compose(form) -> None:
+    form["normalizer"] = {"type": "NFC"}
+
+
+COMPOSED = "caf\u00e9 cafe\u0301 ﬁ \u212b \u1e69"
+REBUILT = [
+    ("Qwen2Tokenizer", None, "tab\tand\n\nnewlines \r\n"),  # its own regex
+    ("GPTNeoXTokenizer", None, COMPOSED),  # NFC that the file has not
+    ("GPT2Tokenizer", compose, COMPOSED),  # without the NFC that the file has
+]
+
+
+@pytest.mark.parametrize(("tokenizer_class", "change", "text"), REBUILT)
+def test_a_tokenizer_that_gives_other_ids_than_its_file_is_refused(tmp_path, tokenizer_class, change, text):
+    """The message has the first text on which the two differ, and both ids, as each of the libraries gives them."""
+    folder = folder_of(tmp_path, tokenizer_class, change)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = {each: (theirs.encode(each, add_special_tokens=False), own.encode(each).ids) for each in PROBES}
+    different = [each for each, (one, other) in ids.items() if one != other]
+    assert different[0] == text
+    with pytest.raises(ToolkitError) as raised:
+        load_tokenizer(folder)
+    found, expected = ids[text]
+    assert f"makes {text!r} into {found}, the file tokenizer.json into {expected}." in str(raised.value)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_a_tokenizer_that_keeps_to_its_file_is_loaded(tmp_path, tokenizer_class):
+    tokenizer = load_tokenizer(folder_of(tmp_path, tokenizer_class))
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text).ids for text in PROBES)
+
+
+def test_the_way_out_that_the_message_names_is_one(tmp_path):
+    with pytest.raises(ToolkitError, match='"tokenizer_class" PreTrainedTokenizerFast'):
+        load_tokenizer(folder_of(tmp_path, "Qwen2Tokenizer"))
+    assert load_tokenizer(folder_of(tmp_path, "PreTrainedTokenizerFast"))
+
+
+def test_reading_refuses_it_as_extraction_does(tmp_path, real_extraction):
+    """A dataset whose tokenizer has become a rebuilt one since."""
+    from chat_logits.analysis.opening import open_with_tokenizer
+
+    folder = folder_of(tmp_path, "Qwen2Tokenizer")
+    with pytest.raises(ToolkitError, match="Qwen2Tokenizer of transformers makes"):
+        open_with_tokenizer(str(real_extraction), tokenizer_id=folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_sentencepiece_like_files(tmp_path, family):
+    """A file with spaces as underscores and its own normalizer, under a class that has its own of both."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *map(chr, range(33, 127)),
+        "▁",
+        "é",
+        "東",
+    ]
+    normalizer = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+    }
+    model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
+    model |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "dropout": None}
+    form = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": None, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**form, "post_processor": None, "decoder": None}))
+    name = {"llama": "LlamaTokenizer", "gemma": "GemmaTokenizer"}[family]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **special}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    same = all(theirs.encode(text, add_special_tokens=False) == own.encode(text).ids for text in PROBES)
+    assert not same
+    with pytest.raises(ToolkitError, match=f"of {tmp_path}: .*Tokenizer.* of transformers makes .* into "):
+        load_tokenizer(str(tmp_path))
