@@ -17,7 +17,8 @@ def preview(config: ExtractConfig, count: int) -> None:
         tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
         print_preview(f"Source row {aligned.source_index}", tokens)
     for entry in skipped:
-        print(f"Source row {entry['row']} would be skipped: {visible(entry['reason'])}")
+        place = f" ({visible(entry['place'])})" if "place" in entry else ""
+        print(f"Source row {entry['row']}{place} would be skipped: {visible(entry['reason'])}")
 
 
 def print_extraction(done: Extraction) -> None:

@@ -4,11 +4,15 @@ What is no text is not turned into one: a row with anything else is skipped with
 """
 
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection
 
 from chat_logits.data.roles import to_role
 from chat_logits.errors import ToolkitError
 
+logger = logging.getLogger(__name__)
+
+SPOKEN = ("role", "content", "from", "value")  # who says what; what is no text there is refused
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
 
 
@@ -20,6 +24,11 @@ class NothingToExtract(ConversationError):
     """A conversation in which there is nothing to extract, through no fault of its own."""
 
 
+def tell_left_out(key: str, kind: str) -> None:
+    """Log that a key of messages is left out."""
+    logger.warning("Messages are stored without %r: JSON has no %s, and the template does not read it", key, kind)
+
+
 def to_conversation(
     row: dict,
     columns: dict[str, str],
@@ -27,12 +36,16 @@ def to_conversation(
     template_roles: Collection[str] = (),
     number_columns: Collection[str] = (),
     has_arrow_nulls: bool = True,
+    template_words: Collection[str] = (),
+    tell: Callable[[str, str], None] = tell_left_out,
 ) -> list[dict]:
     """The row's messages, ``content`` a string each; ``system_prompt`` goes before those that have none.
 
     ``template_roles`` are the roles that the chat template names itself; ``number_columns`` hold integers or booleans
     and nothing else, which are then texts; with ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
-    dropped at every depth. Raises ConversationError, whose message is a skip reason.
+    dropped at every depth. A message's key whose value JSON has not, such as a time, is left out where it is not among
+    the ``template_words``, and ``tell`` gets its name and type.
+    Raises ConversationError, whose message is a skip reason.
     """
     if "messages" in columns:
         has_arrow_nulls = has_arrow_nulls and not isinstance(row.get(columns["messages"]), str)
@@ -41,6 +54,7 @@ def to_conversation(
         row = {**row, **{name: _number_text(row.get(name)) for name in number_columns}}
         messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
     messages = [without_nulls(message) for message in messages] if has_arrow_nulls else messages
+    messages = [_with_json_alone(message, template_words, tell) for message in messages]
     messages = [_message(message, template_roles) for message in messages]
     system = row.get(columns.get("system")) or system_prompt
     if system and not any(message["role"] == "system" for message in messages):
@@ -178,10 +192,34 @@ def _with_object(call: dict) -> dict:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
+def _with_json_alone(message: dict, template_words: Collection[str], tell: Callable[[str, str], None]) -> dict:
+    """The message without keys whose values JSON has not, and the template does not read."""
+    kept = {}
+    for key, value in message.items():
+        if key in SPOKEN or _is_json(value):
+            kept[key] = value
+        elif key in template_words:
+            raise ConversationError(f"a message whose {key!r} is {type(value).__name__}, which JSON has not")
+        else:
+            tell(str(key), type(value).__name__)
+    return kept
+
+
+def _is_json(value: object) -> bool:
+    """Whether JSON has all types in a value; a number that it has not, such as NaN, is another matter."""
+    try:
+        json.dumps(value)
+    except (TypeError, RecursionError):
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def _plain(message: dict) -> dict:
     """The message as JSON gives it back, so that what is rendered now is what can be rendered from the stored row."""
     try:
-        text = json.dumps(message, default=str, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(message, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
         return json.loads(text)
     except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@
 """
 
 from chat_logits.data.conversations import ConversationError, NothingToExtract
+from chat_logits.data.templates import TemplateError
 
 MARKS = ("weight", "train", "loss")
 
@@ -11,7 +12,7 @@ MARKS = ("weight", "train", "loss")
 def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> frozenset[int]:
     """Which of a rendering's spans, one a turn of the assistant, are marked not to be trained on.
 
-    Raises ConversationError where a mark is not understood, or spans and turns are not one to one;
+    Raises ConversationError where a mark is not understood, TemplateError where spans and turns are not one to one,
     NothingToExtract where no turn is left.
     """
     answers = [message for message in conversation if message["role"] == "assistant"]
@@ -21,7 +22,7 @@ def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> fr
     if len(marked) == len(answers):
         raise NothingToExtract(f"every answer is marked not to be trained on ({', '.join(MARKS)})")
     if len(spans) != len(answers):
-        raise ConversationError(
+        raise TemplateError(
             f"answers are marked not to be trained on, but the chat template has {len(spans)} turns for {len(answers)}"
         )
     return marked

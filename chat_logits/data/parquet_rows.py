@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,11 +34,26 @@ class ParquetRows:
         self._ends: list[int] = []  # the row that follows each group
         self._footers: dict[str, list[int]] = dict(footers or {})  # rows of each row group of a file
         self._indexed = 0  # files that _groups and _ends cover
+        self._columns: list[str] | None = None  # that are decoded, all without
         self._reader: _GroupReader | None = None
         self._recorded = num_rows
         if num_rows is None:
             self._index(files)
         self.num_rows = self._counted() if num_rows is None else num_rows
+
+    def keep(self, columns: list[str]) -> None:
+        """Decode these columns alone from now on."""
+        self.features = type(self.features)({name: self.features[name] for name in columns})
+        self._columns, self._reader = columns, None
+
+    def place(self, row: int) -> str:
+        """A row's file and its number in it, from 1, in words."""
+        found = self._find(row)
+        if found is None:
+            return f"row {row}"
+        file = self._groups[found][0]
+        group = next(i for i, (name, _) in enumerate(self._groups) if name == file)
+        return f"{name_in_dataset(file)}, row {row - (self._ends[group - 1] if group else 0) + 1}"
 
     def read(self, first: int, end: int) -> list[dict]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
@@ -113,10 +129,10 @@ class ParquetRows:
     def _reopened(self, reader: "_GroupReader | None", file: str, group: int) -> "_GroupReader":
         """At another row group, in the open file if it is in that one."""
         if reader is not None and reader.file == file:
-            return _GroupReader(file, reader.opened, group)
+            return _GroupReader(file, reader.opened, group, self._columns)
         if reader is not None:
             reader.opened.close(force=True)
-        return _GroupReader(file, self._open(file), group)
+        return _GroupReader(file, self._open(file), group, self._columns)
 
     def _decode(self, table: pa.Table) -> list[dict]:
         import datasets
@@ -129,9 +145,9 @@ class ParquetRows:
 class _GroupReader:
     """One row group of an open file, decoded batch by batch. Only going back behind the batch at hand starts over."""
 
-    def __init__(self, file: str, opened: pq.ParquetFile, group: int):
+    def __init__(self, file: str, opened: pq.ParquetFile, group: int, columns: list[str] | None):
         self.file, self.opened, self._group = file, opened, group
-        self._batches = opened.iter_batches(BATCH_ROWS, row_groups=[group])
+        self._batches = opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
         self._batch = self._next_batch()
         self._start = 0  # the row, of the group, that the batch begins with
 
@@ -153,6 +169,11 @@ class _GroupReader:
         if batch is None:
             raise OSError("it has fewer rows than its footer said")
         return batch
+
+
+def name_in_dataset(file: str) -> str:
+    """A file's name as people know it, wherever it lies on this machine."""
+    return HUB_FOLDER.sub("", file) if "://" in file else PurePath(file).name
 
 
 def filesystem_of(file: str):

@@ -1,18 +1,24 @@
 """Source rows as aligned conversations: everything that decides what a row becomes, before any model runs."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
 from chat_logits.data.alignment import Aligner, Alignment
 from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
-from chat_logits.data.conversations import ConversationError, to_conversation, to_stored
-from chat_logits.data.json_rows import BadRow
-from chat_logits.data.roles import leaves_trace, roles_named_in
+from chat_logits.data.conversations import (
+    ConversationError,
+    NothingToExtract,
+    tell_left_out,
+    to_conversation,
+    to_stored,
+)
+from chat_logits.data.roles import leaves_trace, roles_named_in, words_of
 from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
 from chat_logits.data.templates import (
     THREE_WAYS,
@@ -22,10 +28,14 @@ from chat_logits.data.templates import (
     choose_template,
     template_text,
 )
+from chat_logits.data.text_rows import BadRow
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.data.tools import missing_name, shows_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError
 
+logger = logging.getLogger(__name__)
+
+TOLD = 10  # bad rows that are named in the log
 DEFINITIONS = "definitions of tools"  # among the roles that a template shows, of which none has a space
 NO_MASK = "no token to extract: the assistant mask is empty"
 
@@ -36,9 +46,9 @@ class Aligned:
 
     source_index: int
     messages: list[dict]
-    tools: str | None
     alignment: Alignment
     positions: np.ndarray
+    tools: str | None = None
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -65,6 +75,7 @@ class Reader:
     first_ready: list[Aligned] = field(default_factory=list)
     first_skipped: list[dict] = field(default_factory=list)
     _shown: dict[str, bool | None] = field(default_factory=dict, repr=False)  # roles, by ``leaves_trace``
+    _told: list[int] = field(default_factory=list, repr=False)  # bad rows
 
     @property
     def tokens_a_row(self) -> float:
@@ -76,7 +87,8 @@ class Reader:
         return len(self.first_ready) + len(self.first_skipped)
 
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
-        """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``.
+        """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``,
+        bad records with their "place".
 
         Together they are fewer than asked for only where the rows end. Raises PrefixError where the prefixes of one of
         the ``FIRST_ROWS`` do not nest; such rows are skipped further on.
@@ -101,17 +113,29 @@ class Reader:
             except (ConversationError, TemplateError) as error:
                 if isinstance(error, PrefixError) and index < FIRST_ROWS:
                     raise
-                skipped.append({"row": index, "reason": str(error)})
+                is_bad = isinstance(error, ConversationError) and not isinstance(error, NothingToExtract)
+                skipped.append(self.bad_row(index, str(error)) if is_bad else {"row": index, "reason": str(error)})
         ready = []
         for index, alignment in zip(rendered, self.aligner.align_rendered(list(rendered.values())), strict=True):
             if reason := self._refuse(alignment):
                 skipped.append({"row": index, "reason": reason})
             else:
-                ready.append(Aligned(index, *stored[index], alignment, alignment.positions))
+                messages, definitions = stored[index]
+                ready.append(Aligned(index, messages, alignment, alignment.positions, definitions))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
 
+    def bad_row(self, row: int, reason: str) -> dict:
+        """The entry of a skipped source row that is a bad record, with its place. The first ones are logged."""
+        place = self.source.place(row)
+        self._told.append(row)
+        if len(self._told) <= TOLD:
+            logger.warning("Skipped: %s: %s", place, reason)
+        if len(self._told) == TOLD:
+            logger.warning("Further bad rows are counted, and named in the shards alone")
+        return {"row": row, "reason": reason, "place": place}
+
     def _refuse_vanished(self, conversation: list[dict], text: str) -> None:
-        """Raise ConversationError where the template shows nothing of a message, so that no answer is scored without
+        """Raise TemplateError where the template shows nothing of a message, so that no answer is scored without
         its question."""
         for message in conversation:
             role, content = message["role"], (message.get("content") or "").strip()
@@ -121,10 +145,10 @@ class Reader:
                 self._shown[role] = leaves_trace(role, self.choice.template.text_or_none)
             is_shown = self._shown[role]
             if not is_shown and (is_shown is False or content not in text):
-                raise ConversationError(f"a turn of role {role!r}, of which the chat template shows nothing")
+                raise TemplateError(f"a turn of role {role!r}, of which the chat template shows nothing")
 
     def _refuse_vanished_tools(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
-        """Raise ConversationError where the template shows nothing of a tool, so that no answer is scored without the
+        """Raise TemplateError where the template shows nothing of a tool, so that no answer is scored without the
         tools that it was written with."""
         if not tools:
             return
@@ -135,9 +159,9 @@ class Reader:
         if are_shown is None:
             are_shown = template.text_or_none(conversation, tools=None) != text
         if not are_shown:
-            raise ConversationError("tools, of which the chat template shows nothing (`tools_column` '' for none)")
+            raise TemplateError("tools, of which the chat template shows nothing (`tools_column` '' for none)")
         if (name := missing_name(tools, text)) is not None:
-            raise ConversationError(f"a tool {name!r:.60}, which the chat template does not show")
+            raise TemplateError(f"a tool {name!r:.60}, which the chat template does not show")
 
     def _refuse(self, alignment: Alignment) -> str | None:
         """Why an aligned conversation is skipped, None where it is not."""
@@ -156,16 +180,23 @@ def open_reader(
     ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
     ``footers`` are those of another process's source.
     """
+    choose = partial(
+        choose_columns,
+        messages=config.messages_column,
+        prompt=config.prompt_column,
+        response=config.response_column,
+        tools=config.tools_column,
+    )
     source = open_source(
-        config.dataset_id, config.dataset_config, config.dataset_revision, config.split, config.streaming, footers
+        config.dataset_id,
+        config.dataset_config,
+        config.dataset_revision,
+        config.split,
+        config.streaming,
+        footers,
+        needed=lambda names: choose(names).values(),
     )
-    columns = choose_columns(
-        source.column_names,
-        config.messages_column,
-        config.prompt_column,
-        config.response_column,
-        config.tools_column,
-    )
+    columns = choose(source.column_names)
     if "tools" in columns and "tools" in config.template_kwargs:
         raise UsageError(
             f"`template_kwargs`: it has tools, and so has the column {columns['tools']!r}; for those of the option "
@@ -204,6 +235,8 @@ def _converter(
         template_roles=frozenset().union(*map(roles_named_in, texts)),
         number_columns=source.number_columns & set(columns.values()),
         has_arrow_nulls=source.has_arrow_nulls,
+        template_words=frozenset().union(*map(words_of, texts)),
+        tell=cache(tell_left_out),
     )
     return lambda row: (to_messages(row), to_tools(row.get(columns.get("tools")), source.has_arrow_nulls))
 

@@ -23,6 +23,11 @@ def roles_named_in(template: str) -> frozenset[str]:
     return frozenset(QUOTED.findall(template))
 
 
+def words_of(template: str) -> frozenset[str]:
+    """All words of a chat template, among them the keys of messages that it reads."""
+    return frozenset(re.findall(r"\w+", template))
+
+
 def to_role(speaker: object, template_roles: Collection[str] = ()) -> str | None:
     """The role of a speaker, None for an unknown one. What the template names itself keeps its name, but for those who
     ask and answer.

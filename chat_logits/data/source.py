@@ -1,16 +1,20 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
+import dataclasses
+import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from chat_logits.data.csv_rows import CsvRows
 from chat_logits.data.hashing import hash_files
-from chat_logits.data.json_rows import BadRow, JsonRows
-from chat_logits.data.parquet_rows import ParquetRows
+from chat_logits.data.json_rows import JsonRows
+from chat_logits.data.parquet_rows import ParquetRows, name_in_dataset
+from chat_logits.data.text_rows import BadRow, TextRows
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
@@ -18,8 +22,9 @@ from chat_logits.hub_errors import explain_hub_error
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 FILE_FORMATS = {
-    **dict.fromkeys((".json", ".jsonl", ".jsonl.gz"), "json"),
-    **{".parquet": "parquet", ".csv": "csv"},
+    **{kind + packed: "json" for kind in (".json", ".jsonl") for packed in ("", ".gz", ".zst")},
+    **{".csv" + packed: "csv" for packed in ("", ".gz", ".zst")},
+    ".parquet": "parquet",
 }
 SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
 
@@ -29,14 +34,16 @@ class SourceDataset:
     """One split of a dataset, whose rows are read in any order.
 
     ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream whose
-    length is recorded nowhere; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's in errors.
+    length is recorded nowhere; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's in errors;
+    ``column_names`` are all there are, whichever are read, in JSON those of all first rows.
     """
 
-    rows: "TableRows | ParquetRows | JsonRows | StreamRows"
+    rows: "TableRows | ParquetRows | TextRows | StreamRows"
     revision: str
     num_rows: int | None
     first_rows: list[dict | BadRow]
     name: str
+    column_names: list[str] = field(default_factory=list)
     number_columns: frozenset[str] = frozenset()  # of integers or booleans, and nothing else
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
 
@@ -52,12 +59,12 @@ class SourceDataset:
     @property
     def has_arrow_nulls(self) -> bool:
         """Whether objects have other rows' keys as nulls, which are not the data's."""
-        return not isinstance(self.rows, JsonRows)
+        return not isinstance(self.rows, TextRows)
 
-    @property
-    def column_names(self) -> list[str]:
-        """Those of all first rows: in JSON, each has its own."""
-        return list(dict.fromkeys(name for row in self.first_rows if isinstance(row, dict) for name in row))
+    def place(self, row: int) -> str:
+        """Where a row stands, in words: its file, and the line or row in it, as far as they are known."""
+        with self._reading, explained(self.name):
+            return self.rows.place(row)
 
     def footers(self) -> dict[str, list[int]]:
         """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
@@ -66,11 +73,28 @@ class SourceDataset:
 
 
 class TableRows:
-    """Rows of a memory-mapped ``datasets.Dataset``."""
+    """Rows of a memory-mapped ``datasets.Dataset``, made of ``files``, where these are Parquet."""
 
-    def __init__(self, table):
-        self._table = table
+    def __init__(self, table, files: Sequence[str] = ()):
+        self._table, self._files = table, files
         self.num_rows, self.features = len(table), table.features
+
+    def keep(self, columns: list[str]) -> None:
+        """Decode these columns alone from now on."""
+        self._table = self._table.select_columns(columns)
+        self.features = self._table.features
+
+    def place(self, row: int) -> str:
+        """A row's file and its number in it, from 1, in words; its number alone where the files are not here."""
+        import pyarrow.parquet as pq
+
+        before = row
+        for file in self._files if all(map(os.path.isfile, self._files)) else ():
+            count = pq.read_metadata(file).num_rows
+            if before < count:
+                return f"{name_in_dataset(file)}, row {before + 1}"
+            before -= count
+        return f"row {row + 1}"
 
     def read(self, first: int, end: int) -> list[dict]:
         end = min(end, self.num_rows)
@@ -84,6 +108,15 @@ class StreamRows:
         self._stream, self.num_rows, self.features = stream, num_rows, stream.features
         self._open: Iterator[dict] | None = None
         self._next_row = 0
+
+    def keep(self, columns: list[str]) -> None:
+        """Decode these columns alone from now on."""
+        self._stream = self._stream.select_columns(columns)
+        self.features, self._open = self._stream.features, None
+
+    def place(self, row: int) -> str:
+        """A row's number, from 1, in words."""
+        return f"row {row + 1}"
 
     def read(self, first: int, end: int) -> list[dict]:
         if first >= end:
@@ -102,10 +135,12 @@ def open_source(
     split: str = "train",
     streaming: bool = False,
     footers: dict[str, list[int]] | None = None,
+    needed: Callable[[list[str]], Collection[str]] | None = None,
 ) -> SourceDataset:
     """Open one split; ``footers`` are another process's of the same revision.
 
-    Raises UsageError for wrong names and ToolkitError where the Hub refuses.
+    ``needed`` says which of all columns are to be decoded, all of them by default. Raises UsageError for wrong names,
+    and ToolkitError where the Hub refuses.
     """
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"`split` {split}: expected a split's name alone; `max_samples` N reads its first N rows")
@@ -113,6 +148,11 @@ def open_source(
     name = f"`dataset_id` {dataset_id}, `split` {split}"
     with explained(name):
         rows = _open_rows(arguments, split, streaming, footers)
+    names = list(rows.features or ())
+    if needed and not isinstance(rows, TextRows) and names:
+        wanted = set(needed(names))
+        rows.keep([column for column in names if column in wanted])
+    with explained(name):
         end = FIRST_ROWS if rows.num_rows is None else min(FIRST_ROWS, rows.num_rows)
         first_rows: list[dict | BadRow] = [*rows.read(0, end)]
     if not first_rows:
@@ -122,7 +162,8 @@ def open_source(
         raise UsageError(f"{name}: none of the first {len(bad)} rows can be read; the first is {bad[0].reason}")
     readable = [row for row in first_rows if isinstance(row, dict)]
     numbers = _number_columns(rows.features) if rows.features else _all_numbers(readable)
-    return SourceDataset(rows, commit, rows.num_rows, first_rows, name, numbers)
+    names = names or list(dict.fromkeys(column for row in readable for column in row))
+    return SourceDataset(rows, commit, rows.num_rows, first_rows, name, names, numbers)
 
 
 def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
@@ -141,21 +182,21 @@ def _locate(dataset_id: str, config: str | None, revision: str | None, split: st
 
 def _open_rows(
     arguments: dict, split: str, streaming: bool, footers: dict | None
-) -> TableRows | ParquetRows | JsonRows | StreamRows:
+) -> TableRows | ParquetRows | TextRows | StreamRows:
     import datasets
 
     if "saved" in arguments:
         return TableRows(_saved_table(arguments["saved"], split))
     builder = datasets.load_dataset_builder(**arguments)
-    if (files := _json_files(builder.config, split)) is not None:
-        return JsonRows(files if streaming else datasets.DownloadManager().download(files), streaming)
+    if (rows := _text_rows(builder.config, split, streaming)) is not None:
+        return rows
+    files = _parquet_files(builder.config, split)
     if not streaming:
         builder.download_and_prepare()
-        return TableRows(builder.as_dataset(split))
+        return TableRows(builder.as_dataset(split), files)
     stream = builder.as_streaming_dataset(split)
     splits = builder.info.splits
     recorded = splits[split].num_examples or None if splits and split in splits else None
-    files = _parquet_files(builder.config, split)
     return ParquetRows(files, stream.features, recorded, footers) if files else StreamRows(stream, recorded)
 
 
@@ -172,18 +213,39 @@ def _saved_table(folder: Path, split: str):
     return tables[split]
 
 
-def _json_files(config, split: str) -> list[str] | None:
-    """The files of a split of JSON, None for other formats and for rows within one field of a file.
+def _text_rows(config, split: str, streaming: bool) -> TextRows | None:
+    """The rows of a split of JSON or CSV, None for other formats and for rows within one field of a JSON file.
 
-    Raises UsageError, with those there are, for a split that is not.
+    Raises UsageError, with those there are, for a split that is not, and for CSV of a form that is not read.
     """
+    import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.json.json import JsonConfig
 
-    if not isinstance(config, JsonConfig) or config.field:
+    is_json, is_csv = isinstance(config, JsonConfig) and not config.field, isinstance(config, CsvConfig)
+    if not is_json and not is_csv:
         return None
     if split not in config.data_files:
         raise UsageError(f"`split` {split}: there is none of that name, but: {', '.join(map(str, config.data_files))}")
-    return list(config.data_files[split])
+    names = list(config.data_files[split])
+    files = names if streaming else datasets.DownloadManager().download(names)
+    if is_json:
+        return JsonRows(files, streaming, names)
+    return CsvRows(files, streaming, names, **_csv_form(config))
+
+
+def _csv_form(config) -> dict:
+    """Delimiter and quotes of CSV files. Raises UsageError where a dataset's card names more than these."""
+    plain = type(config)()
+    known = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "quotechar")
+    others = [
+        each.name
+        for each in dataclasses.fields(config)
+        if each.name not in known and getattr(config, each.name) != getattr(plain, each.name)
+    ]
+    if others:
+        raise UsageError(f"CSV files with {', '.join(others)}: expected a header and no options but the delimiter")
+    return {"delimiter": config.sep, "quotechar": config.quotechar}
 
 
 def _all_numbers(rows: list[dict]) -> frozenset[str]:

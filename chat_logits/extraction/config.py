@@ -7,7 +7,7 @@ from pathlib import Path
 from chat_logits.data.config import SourceConfig
 from chat_logits.errors import UsageError
 from chat_logits.model.config import ModelConfig
-from chat_logits.options import EXTRACTED, SPREAD, WRITTEN, option
+from chat_logits.options import EXTRACTED, READ, SPREAD, WRITTEN, option
 
 DEFAULT_OUTPUTS = Path("outputs")
 
@@ -34,6 +34,13 @@ class ExtractConfig(SourceConfig, ModelConfig):
     Raises UsageError, naming the option, its value and what was expected.
     """
 
+    max_bad_rows: float = option(
+        0.01,
+        help="end the run at more bad source rows: a share (below 1) of the first thousand, then of all, or a number",
+        group=READ,
+        metavar="SHARE_OR_N",
+        least=0,
+    )
     top_k: int = option(64, help="most probable tokens considered", group=EXTRACTED, metavar="K", least=1)
     top_p: float = option(
         0.98,

@@ -15,6 +15,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from chat_logits.errors import ToolkitError
+from chat_logits.extraction.bad_rows import BadRows, explain_reasons
 from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
@@ -199,6 +200,8 @@ class Run:
         """Compute the shards that are missing; loads the model only if there are any."""
         finished = self.finished
         self._log_state(finished)
+        self._bad_rows = BadRows(self.opened.config.max_bad_rows, finished.values())
+        self._bad_rows.check()
         if self.sync:
             self.sync.start()
         try:
@@ -239,6 +242,7 @@ class Run:
         is_described = upload is None and self.folder.add(entry)
         if self.sync:
             self.sync.add(entry, upload)
+        self._bad_rows.add(entry)
         if is_described:
             self.watch.check_rest(self.folder.entries.values(), self.finished.values())
 
@@ -252,15 +256,19 @@ class Run:
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
     def summarize(self) -> Extraction:
-        """The run in numbers."""
+        """The run in numbers. Raises ToolkitError where there are none."""
         entries = self.finished.values()
         tokens = sum(entry.num_tokens for entry in entries)
+        skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
+        if not tokens:
+            reasons = explain_reasons(skipped)
+            raise ToolkitError(f"nothing was extracted from {skipped.total():,} source rows: {reasons}")
         return Extraction(
             config=self.opened.config,
             folder=self.folder.path,
             url=self.sync.repository.url if self.sync else None,
             conversations=sum(entry.num_rows for entry in entries),
-            skipped=dict(sum((Counter(entry.skipped) for entry in entries), Counter()).most_common()),
+            skipped=dict(skipped.most_common()),
             turns_left_out=sum(entry.turns_left_out for entry in entries),
             tokens=tokens,
             num_bytes=sum(entry.num_bytes for entry in entries),

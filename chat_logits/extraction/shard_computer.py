@@ -14,15 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import logit_codec
 from chat_logits.data.reader import Aligned, Reader
+from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, probe
 from chat_logits.model.batching import Batches, Sharing
-from chat_logits.model.memory import choose_budget
+from chat_logits.model.memory import choose_budget, fits_alone
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
 from chat_logits.storage.manifest import Manifest, ShardEntry
@@ -77,10 +79,12 @@ class ShardComputer:
         assert folder is not None
 
         def finish(shard: SourceShard, rows: list[dict]) -> None:
-            rows.sort(key=lambda row: row["source_index"])
+            bad = [self.opened.reader.bad_row(row["source_index"], row["bad"]) for row in rows if "bad" in row]
+            skipped = sorted([*shard.skipped, *bad], key=lambda entry: entry["row"])
+            rows = sorted((row for row in rows if "bad" not in row), key=lambda row: row["source_index"])
             stored = {row["source_index"] for row in rows}
             left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index in stored)
-            finished(write_shard(folder, manifest, shard.number, rows, shard.skipped, self.check_place, left_out))
+            finished(write_shard(folder, manifest, shard.number, rows, skipped, self.check_place, left_out))
 
         with ReadWriteThreads() as threads:
             read = threads.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
@@ -144,15 +148,23 @@ def run_shards(
 ) -> None:
     """Compute these shards, and have each finished in the writing thread by ``finish(shard, rows)``.
 
-    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold.
-    Rows are in the order of the batches.
+    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold. Rows
+    are in the order of the batches; one that cannot be computed is ``{"source_index", "bad": reason}``.
     """
     batches, started = Batches(model, settings, sharing), time.monotonic()
     for shard in shards:
         rows: list[dict] = []
         bar.update(len(shard.skipped))
-        for members, pending in batches.compute(shard.ready):
-            threads.write(append_rows, rows, members, pending)
+        fitting: dict[bool, list[Aligned]] = {True: [], False: []}
+        for aligned in shard.ready:
+            fitting[fits_alone(model, len(aligned.input_ids), len(aligned.positions))].append(aligned)
+        threads.write(append_bad, rows, fitting[False], NO_ROOM)
+        bar.update(len(fitting[False]))
+        for members, pending in batches.compute(fitting[True]):
+            if pending is None:
+                threads.write(append_bad, rows, members, NO_ROOM)
+            else:
+                threads.write(append_rows, rows, members, pending)
             bar.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
             bar.update(len(members))
         threads.write(finish, shard, rows)
@@ -160,18 +172,26 @@ def run_shards(
 
 
 def append_rows(rows: list[dict], members: list[Aligned], pending: PendingDistributions) -> None:
-    """Encode a batch, and append its stored rows to those of its shard."""
+    """Encode a batch, and append its stored rows to those of its shard; bad ones where logits were not finite."""
     encoded = logit_codec.encode_rows(pending.wait(), [len(aligned.positions) for aligned in members])
-    rows += [
-        {
-            **columns,
-            "messages": aligned.messages,
-            "source_index": aligned.source_index,
-            "alignment_checksum": aligned.alignment.checksum,
-            "tools": aligned.tools,
-        }
-        for aligned, columns in zip(members, encoded, strict=True)
-    ]
+    for aligned, columns in zip(members, encoded, strict=True):
+        if not np.isfinite(columns["logsumexp"]).all():
+            append_bad(rows, [aligned], NOT_FINITE)
+            continue
+        rows.append(
+            {
+                **columns,
+                "messages": aligned.messages,
+                "source_index": aligned.source_index,
+                "alignment_checksum": aligned.alignment.checksum,
+                "tools": aligned.tools,
+            }
+        )
+
+
+def append_bad(rows: list[dict], members: list[Aligned], reason: str) -> None:
+    """Append to a shard's rows that these cannot be computed."""
+    rows += [{"source_index": aligned.source_index, "bad": reason} for aligned in members]
 
 
 class ReadWriteThreads:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+PIECES = 16  # times fewer logit rows, from one attempt with a single conversation to the next
 NO_PREFIX = np.zeros(0, np.int64)
 CACHED_A_TOKEN = 4  # tokens of a batch's cache for each token of the budget, which bounds it under a long prefix
 
@@ -134,8 +135,11 @@ class Batches:
         self.input_tokens = 0
         self._is_checked = False
 
-    def compute(self, ready: list[Aligned]) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
-        """Batches of the conversations with their results, in no particular order."""
+    def compute(self, ready: list[Aligned]) -> Iterator[tuple[list[Aligned], PendingDistributions | None]]:
+        """Batches of the conversations with their results, in no particular order.
+
+        None in the place of results is of a conversation for which memory is too small, though it is alone.
+        """
         most = math.inf if self.sharing.up_to is None else self.sharing.up_to
         self.teacher.reads_whole = self._reads_whole
         for prefix, group in self._by_prefix([aligned for aligned in ready if len(aligned.input_ids) <= most]):
@@ -174,12 +178,17 @@ class Batches:
 
     def _compute_group(
         self, waiting: list[list[Aligned]], shared: int
-    ) -> Iterator[tuple[list[Aligned], PendingDistributions]]:
+    ) -> Iterator[tuple[list[Aligned], PendingDistributions | None]]:
         while waiting:
             members = waiting.pop(0)
             pending = self._attempt(members)
+            if pending is None and len(members) == 1:
+                pending = self._attempt_in_pieces(members)
+                if pending is None:
+                    yield members, None
+                    continue
             if pending is None:
-                self._shrink(members)
+                self._shrink()
                 waiting = [batch for some in (members, *waiting) for batch in self._plan(some, shared)]
                 continue
             self._check_first(members, pending, shared)
@@ -197,7 +206,10 @@ class Batches:
         for place in sorted({0, len(members) - 1}):
             aligned = members[place]
             alone = teacher.distributions([self._request(aligned)], self.settings).wait()
-            difference = _difference(pending.wait(), slice(ends[place] - len(aligned.positions), ends[place]), alone)
+            found, rows = pending.wait(), slice(ends[place] - len(aligned.positions), ends[place])
+            if not (np.isfinite(alone.logsumexp).all() or np.isfinite(found.logsumexp[rows]).all()):
+                continue  # a bad row, whichever way it is computed
+            difference = _difference(found, rows, alone)
             if not difference <= self.sharing.limit:
                 raise ToolkitError(
                     f"first batch: log-probabilities of source row {aligned.source_index} differ from those of the "
@@ -213,6 +225,19 @@ class Batches:
             if not is_out_of_memory(error):
                 raise
             return None
+
+    def _attempt_in_pieces(self, members: list[Aligned]) -> PendingDistributions | None:
+        """The same with fewer and fewer logit rows at once. The budget stays: one conversation is no measure of it."""
+        try:
+            while self.teacher.logit_rows > 1:
+                self.teacher.logit_rows = max(1, self.teacher.logit_rows // PIECES)
+                _empty_cache()
+                if (pending := self._attempt(members)) is not None:
+                    return pending
+            return None
+        finally:
+            self.teacher.logit_rows = self.budget.logit_rows
+            _empty_cache()
 
     def _plan(self, group: list[Aligned], shared: int) -> list[list[Aligned]]:
         """Batches, the longest first: it fails first if one must. The others are mixed, so that their pace is even."""
@@ -242,19 +267,18 @@ class Batches:
         uniforms = logit_codec.draw_uniforms(self.seed, aligned.source_index, len(aligned.positions))
         return Request(aligned.input_ids, aligned.positions, uniforms)
 
-    def _shrink(self, members: list[Aligned]) -> None:
-        if len(members) == 1 and self.budget.logit_rows == 1:
-            longest = len(members[0].input_ids)
-            raise ToolkitError(
-                f"out of memory with a single conversation of {longest} tokens (source row {members[0].source_index}). "
-                f"Skip such with `max_length` {longest - 1}, or use a smaller dtype or another device."
-            )
+    def _shrink(self) -> None:
         self.budget = self.budget.halved()
         self.teacher.logit_rows = self.budget.logit_rows
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _empty_cache()
         now = f"{self.budget.tokens} tokens and {self.budget.logit_rows} logit rows"
         logger.warning("Out of memory: going on with batches of %s", now)
+
+
+def _empty_cache() -> None:
+    """Give back what a failed attempt has left reserved."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _difference(found: Distributions, rows: slice, alone: Distributions) -> float:

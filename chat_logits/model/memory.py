@@ -89,6 +89,17 @@ def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bo
     return logits + kept + tokens * (_layer_bytes(model) + longest * 5) + cached
 
 
+def fits_alone(model, length: int, rows: int) -> bool:
+    """Whether a conversation of ``length`` tokens with ``rows`` extracted ones may be tried in a batch of its own.
+
+    On a CPU alone the formula says so, before the system ends the process; other devices refuse what is too much.
+    """
+    device = input_device(model)
+    if device.type != "cpu":
+        return True
+    return peak_memory(model, Budget(length, 1), length, rows, prefix_cache=False) <= _room(model, device)
+
+
 def _vocabulary(model) -> int:
     return model.get_output_embeddings().weight.shape[0]
 

@@ -151,12 +151,14 @@ def test_an_alpaca_input_without_instruction_is_the_prompt():
     assert to_conversation({**row, "instruction": "Hi", "input": " \n"}, columns) == [USER, ASSISTANT]
 
 
-def test_keys_that_json_has_not_are_stored_as_text():
-    """WildChat's messages carry timestamps: what the template sees now is what a stored row gives back."""
-    stamped = {**ASSISTANT, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}
-    conversation = to_conversation({"messages": [USER, stamped]}, {"messages": "messages"})
-    assert conversation[1] == {**ASSISTANT, "timestamp": "2024-05-01 12:30:00"}
-    assert from_stored(to_stored(conversation)) == conversation
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 5, 1, 12, 30), [{"at": b"x"}], {"sum": decimal.Decimal(1)}])
+def test_keys_that_json_has_not_are_left_out_aloud_or_the_row_is(value):
+    """WildChat's messages carry timestamps. No text is made of them: a template that reads one gets none."""
+    row, told = {"messages": [USER, {**ASSISTANT, "timestamp": value, "score": 1}]}, []
+    found = to_conversation(row, {"messages": "messages"}, tell=lambda *about: told.append(about))
+    assert found == [USER, {**ASSISTANT, "score": 1}] and told == [("timestamp", type(value).__name__)]
+    with pytest.raises(ConversationError, match=f"a message whose 'timestamp' is {type(value).__name__}, which JSON"):
+        to_conversation(row, {"messages": "messages"}, template_words={"message", "timestamp"})
 
 
 def test_sharegpt_roles():
@@ -213,6 +215,11 @@ def test_ambiguous_columns_are_listed(columns):
         ({"messages": {"role": ["user", "assistant"], "content": ["Hi"]}}, "differ in length"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT]}, "a part without any"),
         ({"conversations": [{"from": "function_call", "value": "find it"}]}, "a function_call that is no JSON"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": "find it"}]},
+            "tool_calls that are no list of objects",
+        ),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": ["find"]}]}, "tool_calls that are no list"),
         ({"instruction": "Hi", "output": "Hello", "history": ["Ho"]}, "a history that is no list of questions"),
     ],
 )

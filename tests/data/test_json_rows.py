@@ -3,11 +3,13 @@
 import gzip
 import json
 
+import pyarrow as pa
 import pytest
 
-from chat_logits.data import json_rows
-from chat_logits.data.json_rows import BadRow, JsonRows
+from chat_logits.data import text_rows
+from chat_logits.data.json_rows import JsonRows
 from chat_logits.data.source import open_source
+from chat_logits.data.text_rows import BadRow
 from chat_logits.errors import UsageError
 
 ROWS = [
@@ -21,7 +23,13 @@ def lines(rows) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@pytest.fixture(params=["lines", "windows lines", "no last newline", "empty lines", "list", "gzip", "BOM", "two files"])
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.fixture(
+    params=["lines", "windows lines", "no last newline", "empty lines", "list", "gzip", "zstd", "BOM", "two files"]
+)
 def files(request, tmp_path) -> list[str]:
     """The rows in files of every kind."""
     whole, pretty = lines(ROWS), json.dumps(ROWS, indent=2)
@@ -32,10 +40,11 @@ def files(request, tmp_path) -> list[str]:
         "empty lines": [whole.replace("\n", "\n\n \n").encode()],
         "list": [pretty.encode()],
         "gzip": [gzip.compress(whole.encode())],
+        "zstd": [zstd(whole[:900].encode()) + zstd(whole[900:].encode())],  # two frames, as parallel writers leave
         "BOM": [b"\xef\xbb\xbf" + whole.encode()],
         "two files": [json.dumps(ROWS[:25]).encode(), lines(ROWS[25:]).encode()],
     }[request.param]
-    ending = ".jsonl.gz" if request.param == "gzip" else ".jsonl"
+    ending = {"gzip": ".jsonl.gz", "zstd": ".jsonl.zst"}.get(request.param, ".jsonl")
     paths = [tmp_path / f"{number}{ending}" for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
@@ -44,11 +53,22 @@ def files(request, tmp_path) -> list[str]:
 
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_rows_are_as_they_stand_in_any_order(files, is_streamed, monkeypatch):
-    monkeypatch.setattr(json_rows, "MARK_EVERY", 4)  # so that places are found again
+    monkeypatch.setattr(text_rows, "MARK_EVERY", 4)  # so that places are found again
     rows = JsonRows(files, is_streamed)
     assert rows.num_rows == (None if is_streamed else 60)
     for first, end in ((0, 3), (50, 55), (7, 31), (24, 27), (0, 100), (59, 70), (60, 61), (5, 5)):
         assert rows.read(first, end) == ROWS[first:end]
+
+
+def test_a_row_has_a_place(files, monkeypatch, request):
+    """Row 37: where it stands, counted in the file itself."""
+    monkeypatch.setattr(text_rows, "MARK_EVERY", 4)
+    kind, rows = request.node.callspec.params["files"], JsonRows(files)
+    name = files[-1].rpartition("/")[2]
+    place = {"list": "entry 38", "empty lines": "line 112", "two files": "line 13"}.get(kind, "line 38")
+    for _ in range(2):
+        assert rows.place(37) == f"{name}, {place}"
+        rows.read(0, 60)
 
 
 def test_lines_that_are_no_rows_are_told_in_their_places(tmp_path):

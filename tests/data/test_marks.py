@@ -7,6 +7,7 @@ from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import ConversationError, NothingToExtract
 from chat_logits.data.marks import left_out_spans
 from chat_logits.data.reader import open_reader
+from chat_logits.data.templates import TemplateError
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.model.limits import InputLimits
 
@@ -55,7 +56,7 @@ def test_marks_on_other_speakers_say_nothing_of_answers():
         ([{"loss": []}, {}], ConversationError, r"an answer with loss \[\], expected"),
         ([{"weight": 0, "train": True}, {}], ConversationError, "marks contradict each other: weight, train"),
         ([{"weight": 0}, {"loss": False}], NothingToExtract, "every answer is marked not to be trained on"),
-        ([{"weight": 0}, {}], ConversationError, "the chat template has 1 turns for 2"),
+        ([{"weight": 0}, {}], TemplateError, "the chat template has 1 turns for 2"),
     ],
 )
 def test_marks_that_are_not_understood_say_why(marks, error, reason):

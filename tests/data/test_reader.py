@@ -90,7 +90,7 @@ def test_a_conversation_with_a_turn_that_the_template_does_not_show_is_skipped(c
         {"row": 1, "reason": "a turn of role 'system', of which the chat template shows nothing"},
         {"row": 2, "reason": "a turn of role 'tool', of which the chat template shows nothing"},
         {"row": 5, "reason": "the chat template refuses it: one note is the most"},
-        {"row": 6, "reason": "unknown speaker 'narrator'"},
+        {"row": 6, "reason": "unknown speaker 'narrator'", "place": "chats.jsonl, line 7"},
     ]
 
 

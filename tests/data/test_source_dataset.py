@@ -331,8 +331,12 @@ def test_json_lines_in_any_order(chat_file):
 def test_a_stream_that_breaks_off_is_explained(tmp_path, good):
     """Among the first rows, which are read when it is opened, and behind them."""
     (tmp_path / "chats").mkdir()
-    (tmp_path / "chats" / "a.csv").write_text("question,answer\n" + "a,b\n" * good)
-    (tmp_path / "chats" / "b.csv").write_text("question,answer\na,b\na,b,c,d\n")
+    for name, rows in (("a", good), ("b", 9)):
+        table = pa.table({"question": ["a"] * rows, "answer": ["b"] * rows})
+        with pa.ipc.new_stream(tmp_path / "chats" / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    whole = (tmp_path / "chats" / "b.arrow").read_bytes()
+    (tmp_path / "chats" / "b.arrow").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="/chats, `split` train: ") as raised:
         source = open_source(str(tmp_path / "chats"), streaming=True)
         assert good > FIRST_ROWS and len(source.read(0, good)) == good
@@ -458,3 +462,39 @@ def test_a_driver_tells_its_workers(memory, tmp_path, monkeypatch):
     assert hash_files(path) == "e" * 64
     path.write_bytes(b"another")
     assert hash_files(path) == sha256(b"another")
+
+
+# --- columns that are not needed ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_beside_the_text_is_not_decoded(tmp_path, streaming, monkeypatch):
+    """It needs Pillow, and bytes that are a picture; here are neither."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
+    rows = [
+        {"image": {"bytes": b"no picture", "path": None}, "question": f"{i}?", "answer": f"{i}."} for i in range(40)
+    ]
+    (tmp_path / "chats").mkdir()
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "chats" / "a.parquet")
+    monkeypatch.setattr(datasets.config, "PIL_AVAILABLE", False)
+    with pytest.raises(UsageError, match="Pillow"):
+        open_source(str(tmp_path / "chats"), streaming=streaming)
+    source = open_source(str(tmp_path / "chats"), streaming=streaming, needed=lambda _names: ("question", "answer"))
+    assert source.column_names == ["image", "question", "answer"]
+    assert source.read(0, 99) == [{"question": f"{i}?", "answer": f"{i}."} for i in range(40)]
+    assert source.place(33) == "a.parquet, row 34"
+
+
+def test_a_row_of_several_parquet_files_has_its_place_in_one(tmp_path):
+    folder = write_folder(tmp_path / "chats")
+    names = sorted(file.name for file in folder.glob("*.parquet"))
+    for streaming in (False, True):
+        source = open_source(str(folder), streaming=streaming)
+        assert [source.place(row) for row in (0, 219, 220, 659)] == [
+            f"{names[0]}, row 1",
+            f"{names[0]}, row 220",
+            f"{names[1]}, row 1",
+            f"{names[2]}, row 220",
+        ]

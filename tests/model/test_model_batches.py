@@ -100,7 +100,9 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
     message = capsys.readouterr().err
-    assert "out of memory with a single conversation of" in message and "--max_length" in message
+    assert f"{len(ROWS)} of {len(ROWS)} source rows are bad" in message
+    assert f"{len(ROWS)} × too large for the memory, though alone in its batch. Such are left out" in message
+    assert "--max_length" in message and "chats.jsonl, line 1: too large for the memory" in message
 
 
 @pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("shard_computer", "write_shard")])

@@ -256,11 +256,14 @@ def test_a_vocabulary_smaller_than_k_leaves_places_absent():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_finite_stop_the_run(bad):
-    logits = np.zeros((1, 8), np.float32)
-    logits[0, 2] = bad
-    with pytest.raises(ToolkitError, match="not finite"):
-        select(logits, [0.5], 2, 0.9, 1)
+def test_logits_that_are_not_finite_show_in_their_own_position(bad):
+    logits = np.zeros((3, 8), np.float32)
+    logits[1, 2] = bad
+    found = select(logits, [0.5] * 3, 2, 0.9, 1)
+    assert np.isfinite(found.logsumexp).tolist() == [True, False, True]
+    alone = select(np.zeros((1, 8), np.float32), [0.5], 2, 0.9, 1)
+    for name in ("top_ids", "top_probs", "sampled_ids", "logsumexp"):
+        np.testing.assert_array_equal(getattr(found, name)[2], getattr(alone, name)[0])
 
 
 def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):

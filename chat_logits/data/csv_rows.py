@@ -1,0 +1,102 @@
+"""Rows of CSV files as texts: each field as it stands there, so that 007 is no 7, NA no null and an empty one is empty.
+
+``datasets`` reads CSV through pandas, which guesses types and nulls, and ends at the first record that does not fit.
+"""
+
+import csv
+from collections.abc import Generator, Iterator
+from typing import Any, BinaryIO
+
+from chat_logits.data.text_rows import BadRow, Entry, TextRows
+from chat_logits.errors import UsageError
+
+csv.field_size_limit(2**31 - 1)  # characters; Python's own limit of 131,072 is shorter than a conversation may be
+
+
+class CsvRows(TextRows):
+    """The rows of CSV files, whose first records name the columns. Empty lines are none.
+
+    A record with more or fewer fields, or with a quote that is not closed, is a bad row. Raises UsageError for a
+    header that names a column twice.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        is_streamed: bool = False,
+        names: list[str] | None = None,
+        delimiter: str = ",",
+        quotechar: str = '"',
+    ):
+        self._dialect: dict[str, Any] = {"delimiter": delimiter, "quotechar": quotechar, "strict": True}
+        self._headers: dict[int, tuple[list[str], int, int]] = {}  # names, and where the first record begins
+        super().__init__(files, is_streamed, names)
+
+    def _entries(self, file: int, place: int, line: int) -> Iterator[Entry]:
+        _, first, first_line = self._header(file)
+        at: tuple[int, int] | None = (place, line) if place >= first else (first, first_line)
+        while at is not None:
+            at = yield from self._records(file, *at)
+
+    def _records(self, file: int, place: int, line: int) -> Generator[Entry, None, tuple[int, int] | None]:
+        """The records from a place on, as lists of texts. Returns where to go on behind the first line of one that is
+        not closed, None at the end."""
+        with self._open(file, place) as opened:
+            lines = _Lines(opened, place, line)
+            reader = csv.reader(lines, **self._dialect)
+            while True:
+                lines.begin_record()
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return None
+                except csv.Error as error:
+                    yield Entry(lines.first, lines.first_line, BadRow(f"a record that is no CSV: {error}"))
+                    return lines.second, lines.first_line + 1
+                if fields:
+                    yield Entry(lines.first, lines.first_line, fields)
+
+    def _header(self, file: int) -> tuple[list[str], int, int]:
+        if file not in self._headers:
+            with self._open(file) as opened:
+                lines = _Lines(opened, 0, 1)
+                try:
+                    names = next((fields for fields in csv.reader(lines, **self._dialect) if fields), [])
+                except csv.Error as error:
+                    raise UsageError(f"{self._names[file]}: its header is no CSV: {error}") from error
+            if len(set(names)) < len(names):
+                raise UsageError(f"{self._names[file]}: its header names a column twice: {', '.join(names)}")
+            self._headers[file] = names, lines.place, lines.line
+        return self._headers[file]
+
+    def _parse(self, _file: int, raw: list[str]) -> dict | BadRow:
+        names = self._header(_file)[0]
+        if len(raw) != len(names):
+            return BadRow(f"a record of {len(raw)} fields, expected {len(names)}")
+        try:
+            "".join(raw).encode("utf-8")
+        except UnicodeEncodeError:
+            return BadRow("a record that is no UTF-8 text")
+        return dict(zip(names, raw, strict=True))
+
+
+class _Lines:
+    """The lines of a file as texts. ``place`` and ``line`` are behind those that were read, ``first`` and
+    ``first_line`` where the record begins, ``second`` its second line's place."""
+
+    def __init__(self, opened: BinaryIO, place: int, line: int):
+        self._opened, self.place, self.line = opened, place, line
+        self.begin_record()
+
+    def begin_record(self) -> None:
+        self.first, self.first_line, self.second = self.place, self.line, self.place
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        text = next(self._opened)
+        self.second = self.second if self.line > self.first_line else self.place + len(text)
+        text_start = text.removeprefix(b"\xef\xbb\xbf") if self.place == 0 else text
+        self.place, self.line = self.place + len(text), self.line + 1
+        return text_start.decode("utf-8", "surrogateescape")
