@@ -16,11 +16,11 @@ DEFAULTS = {
     **dict.fromkeys(("model_revision", "gguf_file", "batch_tokens", "logit_memory", "device", "device_map")),
     **dict.fromkeys(("max_memory", "attn_implementation", "dataset_config", "dataset_revision", "messages_column")),
     **dict.fromkeys(("prompt_column", "response_column", "system_prompt", "max_samples", "max_length")),
-    **dict.fromkeys(("chat_template", "output_repo", "output_revision", "output_dir", "ray_address")),
-    **dict.fromkeys(("trust_remote_code", "streaming", "private", "overwrite", "check_shards"), False),
+    **dict.fromkeys(("tools_column", "chat_template", "output_repo", "output_revision", "output_dir", "ray_address")),
+    **dict.fromkeys(("all_turns", "trust_remote_code", "streaming", "private", "overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},
     **{"keep_tokens": (), "top_k": 64, "top_p": 0.98, "num_sampled": 16, "seed": 0, "push_every": 300.0},
-    **{"rows_per_shard": 256, "num_workers": 1, "gpus_per_worker": 1},
+    **{"max_bad_rows": 0.01, "rows_per_shard": 256, "num_workers": 1, "gpus_per_worker": 1},
 }
 # An option, a value that is no longer in its range, the nearest that is, and the range in words.
 EDGES = [
@@ -33,6 +33,7 @@ EDGES = [
     ("seed", 2**63, 2**63 - 1, "expected 0 to 9223372036854775807"),
     ("rows_per_shard", 0, 1, "expected 1 or more"),
     ("push_every", -0.1, 0, "expected 0 or more"),
+    ("max_bad_rows", -0.1, 0, "expected 0 or more"),
     ("max_samples", 0, 1, "expected 1 or more"),
     ("max_length", 1, 2, "expected 2 or more"),
     ("batch_tokens", 0, 1, "expected 1 or more"),
