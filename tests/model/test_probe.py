@@ -51,7 +51,7 @@ def conversations(lengths: list[int], shared: int = 0, behind: int = 3) -> list[
     texts = [np.concatenate([beginning, random.integers(0, 1000, length - shared)]) for length in lengths]
     positions = [np.arange(shared + 1, length - behind) for length in lengths]
     return [
-        Aligned(i, [], None, Alignment(ids, []), at) for i, (ids, at) in enumerate(zip(texts, positions, strict=True))
+        Aligned(i, [], Alignment(ids, []), at) for i, (ids, at) in enumerate(zip(texts, positions, strict=True))
     ]
 
 

@@ -131,7 +131,7 @@ def test_conversations_on_both_sides_of_a_length_switch_stay_apart():
     rng = np.random.default_rng(2)
     beginning = rng.integers(0, 1000, 12)
     ready = [
-        Aligned(i, [], None, Alignment(ids, []), np.arange(20, length))
+        Aligned(i, [], Alignment(ids, []), np.arange(20, length))
         for i, length in enumerate((50, 90, 40, 66, 64, 200))
         for ids in [np.concatenate([beginning, rng.integers(0, 1000, length - 12)])]
     ]
