@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -66,7 +67,9 @@ def redact(text: str) -> str:
     """
     import huggingface_hub
 
-    token = huggingface_hub.get_token()
+    token = None
+    with suppress(OSError):  # no folder to look for it in
+        token = huggingface_hub.get_token()
     return SECRETS.sub("…", text.replace(token, "…") if token else text)
 
 

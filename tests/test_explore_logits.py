@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_what_is_missing_is_noticed_before_anything_heavy_is_imported(real_extra
     )
     options = [part.format(real_extraction) for part in given]
     done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=REPO)
-    assert done.stdout == "2 []\n" and "no such file or folder" in done.stderr
+    assert done.stdout == "2 []\n" and re.search("no such (file or )?folder", done.stderr)
 
 
 @pytest.mark.parametrize("given", [str(TEMPLATE), TEMPLATE.read_text(encoding="utf-8")])
@@ -142,7 +143,7 @@ def test_another_tokenizer_is_refused(real_extraction, tmp_path):
     [
         (["--sample_index", "32"], 2, "has 32 rows, 0 to 31"),
         (["--chat_template", "missing.jinja"], 2, "no such file"),
-        (["--logit_dataset_id", "/no/such/folder"], 2, "no such file or folder, and no Hub id"),
+        (["--logit_dataset_id", "/no/such/folder"], 2, "/no/such/folder: no such folder"),
         (["--top_n", "0"], 2, "--top_n 0: expected 1 or more"),
     ],
 )

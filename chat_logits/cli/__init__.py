@@ -1,0 +1,19 @@
+"""The two commands' first moments: until signals end them in order, Ctrl-C ends them with a line."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+COMMANDS = ("extract_logits", "explore_logits")
+SIGNALLED = 128  # and the signal's number: what shells give
+
+
+def leave_at_once(number: int, _frame: object = None) -> None:
+    """End the process, whatever it is doing."""
+    os.write(2, b"Stopped.\n")
+    os._exit(SIGNALLED + number)
+
+
+if Path(sys.argv[0]).stem.replace("-", "_") in COMMANDS:  # not where Python code or a notebook imports this
+    signal.signal(signal.SIGINT, leave_at_once)

@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from chat_logits.cli import SIGNALLED, leave_at_once
 from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_options, refuse_missing
+from chat_logits.cli.streams import named_failures, open_closed_streams, print_no_more, show_all_characters
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.options import Config
+from chat_logits.storage.disk import nearest_existing
 
 STDOUT = "-"  # as the name of a file to write
-SIGNALLED = 128  # and the signal's number: what shells give
 Options = TypeVar("Options", bound=CommonOptions)
 
 
@@ -51,22 +53,25 @@ def run_command(
     ``--debug``. ``closed_pipe`` is the status where nobody reads what is printed any more: 0 for a command that only
     prints.
     """
-    _show_all_characters()
+    open_closed_streams()
+    show_all_characters()
     debug = False
-    try:
-        options, given = _read(kinds[-1], parser, argv)
-        debug = options.debug
-        with stop_on_signals(), _printed_log(options.log_level, kinds):
-            command(options, given)
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has what it wanted
-        _print_no_more()
-        return closed_pipe
-    except KeyboardInterrupt as stopped:
-        return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
-    except Exception as error:
-        print(_made_fit(_explained(error, debug), kinds), file=sys.stderr)
-        return error.exit_status if isinstance(error, ToolkitError) else 1
+    with named_failures():
+        try:
+            options, given = _read(kinds[-1], parser, argv)
+            debug = options.debug
+            _check_environment()
+            with stop_on_signals(), _printed_log(options.log_level, kinds):
+                command(options, given)
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader (head, less) has what it wanted
+            print_no_more()
+            return closed_pipe
+        except KeyboardInterrupt as stopped:
+            return SIGNALLED + getattr(stopped, "number", signal.SIGINT)
+        except Exception as error:
+            print(_made_fit(_explained(error, debug), kinds), file=sys.stderr)
+            return error.exit_status if isinstance(error, ToolkitError) else 1
     return 0
 
 
@@ -78,16 +83,12 @@ def _read(kind: type[Config], parser: CommandParser, argv: list[str]) -> tuple[A
     return kind(**values), given
 
 
-def _print_no_more() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _show_all_characters() -> None:
-    """A terminal without a character shows its code. A notebook's streams take all, and need no change."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+def _check_environment() -> None:
+    """Raise UsageError where the Hub's client has no place on this machine."""
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        place = os.environ.get(name)
+        if place and not nearest_existing(Path(place).expanduser()).is_dir():
+            raise UsageError(f"{name} {place}: no folder, and none can be made there. Set it to one, or unset it.")
 
 
 def _explained(error: Exception, debug: bool) -> str:
@@ -157,7 +158,7 @@ def stop_on_signals() -> Iterator[None]:
 
     def stop(number: int, _frame) -> None:
         if received:
-            os._exit(SIGNALLED + number)
+            leave_at_once(number)
         received.append(number)
         raise Stopped(number)
 
@@ -189,7 +190,7 @@ def leave_torch_out() -> None:
 def leave(status: int) -> None:
     """Leave the process without waiting for threads, of which one may be at a read that never ends."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+        with suppress(OSError, AttributeError):  # nobody reads, a full disk, closed
             stream.flush()
     os._exit(status)
 

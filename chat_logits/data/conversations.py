@@ -263,7 +263,7 @@ def _from_stored(message: dict) -> dict:
 def _extra_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ToolkitError(f"column messages: extra is no JSON object: {error}") from error
     if not isinstance(value, dict):
         raise ToolkitError(f"column messages: extra is no JSON object: {text:.40}")

@@ -357,3 +357,5 @@ def compile_template(text: str):
         return compile_text(text)
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"chat template, line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise UsageError("chat template: its expressions or blocks are nested too deep to be read") from error

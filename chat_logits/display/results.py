@@ -18,7 +18,7 @@ from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
 from chat_logits.display.page import framed
 from chat_logits.display.tables import default_console
-from chat_logits.display.text import json_text
+from chat_logits.display.text import json_text, whole_texts
 from chat_logits.display.token_page import analysis_page, comparison_page
 from chat_logits.display.token_tables import print_analysis, print_comparison
 
@@ -84,10 +84,11 @@ class ShownTokens(ShownPage):
     to_dicts: Callable[[], list[dict]]
 
     def to_frame(self):
-        """A pandas DataFrame, a row per shown token. Needs pandas."""
+        """A pandas DataFrame, a row per shown token, which can be written as JSON and Parquet: bytes that are no whole
+        character are U+FFFD in its texts. Needs pandas."""
         import pandas
 
-        return pandas.DataFrame(self.to_dicts())
+        return pandas.DataFrame(whole_texts(self.to_dicts()))
 
 
 class ShownAnalysis(ShownTokens, Analysis):

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import unicodedata
 from dataclasses import asdict, is_dataclass
 
 import numpy as np
 
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
+OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # than those of lone bytes
 JOINERS = "\u200c\u200d"  # what emoji and some scripts need between their characters
 
 
@@ -76,8 +78,21 @@ def plain(value):
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, str):
-        return value.encode(errors="surrogateescape").decode(errors="replace")
+        return _whole(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def whole_texts(value):
+    """The value with its texts, at any depth, as UTF-8 can have them: lone bytes as U+FFFD."""
+    if isinstance(value, dict):
+        return {key: whole_texts(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [whole_texts(entry) for entry in value]
+    return _whole(value) if isinstance(value, str) else value
+
+
+def _whole(text: str) -> str:
+    return OTHER_SURROGATES.sub("\ufffd", text).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def json_text(value) -> str:

@@ -3,6 +3,7 @@
 FORMAT.md, "Files", is the specification.
 """
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -50,6 +51,7 @@ FINGERPRINT_KEYS = (
 )
 IF_PRESENT = ("base_revision",)  # of these, those that have a value decide the rows too
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
+DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 SHOWN = 40  # characters of a value in a message
 
 
@@ -177,11 +179,23 @@ def _fits(key: str, value: object) -> bool:
         return isinstance(value, int | float)
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, int) for item in value)
+    if key in DATES and isinstance(value, str):
+        return bool(DATE.fullmatch(value)) and _is_day(value)
     return isinstance(value, kind) and (key not in LEAST or value >= LEAST[key])
+
+
+def _is_day(value: str) -> bool:
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _expected(key: str) -> str:
     kind = KEYS[key]
+    if key in DATES:
+        return "a day such as 2024-02-29, or null"
     name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
     return f"{name} of at least {LEAST[key]}" if key in LEAST else name
 

@@ -119,7 +119,7 @@ def test_the_command_gives_all_three_forms(real_extraction, other_extraction, tm
         (["--html", "-"], "--html -: no name of a file"),
         (["--html", "same", "--json", "same"], "--html and --json: both name same, expected two files"),
         (["--verify", "0"], "--verify 0: expected 1 or more"),
-        (["--compare", "/no/such/folder"], "no such file or folder, and no Hub id"),
+        (["--compare", "/no/such/folder"], "/no/such/folder: no such folder"),
     ],
 )
 def test_wrong_use_ends_in_a_line(real_extraction, capsys, options, words):

@@ -95,12 +95,19 @@ def test_a_key_that_decides_the_rows_must_be_there(content, key):
         ("template_kwargs", [], r"template_kwargs \[\], expected dict"),
         ("skipped_token_ids", [1, "2"], r"skipped_token_ids \[1, '2'\], expected list of int"),
         ("prefix_cache", "yes", r"prefix_cache 'yes', expected bool \| None"),
+        ("template_date", "2023-02-29", "template_date '2023-02-29', expected a day such as 2024-02-29, or null"),
+        ("template_date", "today", "template_date 'today', expected a day such as 2024-02-29, or null"),
+        ("template_date", 20240229, "template_date 20240229, expected a day such as 2024-02-29, or null"),
         ("split", ["train"] * 99, r"split \['train'.{32}, expected str$"),
     ],
 )
 def test_a_value_that_a_key_cannot_have_is_named(content, key, value, words):
     with pytest.raises(ToolkitError, match=f"here: extraction.json has {words}"):
         of({**content, key: value})
+
+
+def test_a_day_is_one(content):
+    assert of({**content, "template_date": "2024-02-29"}).template_date == "2024-02-29"
 
 
 def test_numbers_may_be_written_either_way(content):
