@@ -268,7 +268,7 @@ def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> s
     Of several, transformers takes the one named "tool_use" for conversations with tools, else "default". Raises
     UsageError for a template that is missing.
     """
-    template = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)  # one that was read from its files alone has none
     if argument is not None:
         return template[argument] if isinstance(template, dict) and argument in template else read_template(argument)
     if template is None:

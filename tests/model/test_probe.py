@@ -50,9 +50,7 @@ def conversations(lengths: list[int], shared: int = 0, behind: int = 3) -> list[
     beginning = random.integers(0, 1000, shared)
     texts = [np.concatenate([beginning, random.integers(0, 1000, length - shared)]) for length in lengths]
     positions = [np.arange(shared + 1, length - behind) for length in lengths]
-    return [
-        Aligned(i, [], Alignment(ids, []), at) for i, (ids, at) in enumerate(zip(texts, positions, strict=True))
-    ]
+    return [Aligned(i, [], Alignment(ids, []), at) for i, (ids, at) in enumerate(zip(texts, positions, strict=True))]
 
 
 def compute(model, ready: list[Aligned], sharing: Sharing, tokens: int = 1000) -> list[list[int]]:
