@@ -5,7 +5,7 @@ What is no text is not turned into one: a row with anything else is skipped with
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from chat_logits.data.roles import to_role
 from chat_logits.errors import ToolkitError
@@ -36,24 +36,25 @@ def to_conversation(
     template_roles: Collection[str] = (),
     number_columns: Collection[str] = (),
     has_arrow_nulls: bool = True,
+    features: Mapping[str, object] | None = None,
     template_words: Collection[str] = (),
     tell: Callable[[str, str], None] = tell_left_out,
 ) -> list[dict]:
     """The row's messages, ``content`` a string each; ``system_prompt`` goes before those that have none.
 
     ``template_roles`` are the roles that the chat template names itself; ``number_columns`` hold integers or booleans
-    and nothing else, which are then texts; with ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
-    dropped at every depth. A message's key whose value JSON has not, such as a time, is left out where it is not among
-    the ``template_words``, and ``tell`` gets its name and type.
-    Raises ConversationError, whose message is a skip reason.
+    and nothing else, which are then texts. With ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
+    dropped at every depth, but in values that the columns' ``features``, of ``datasets``, say are JSON. A message's key
+    whose value JSON has not, such as a time, is left out where it is not among the ``template_words``, and ``tell`` gets
+    its name and type. Raises ConversationError, whose message is a skip reason.
     """
+    if has_arrow_nulls:
+        row = {name: without_nulls(row.get(name), (features or {}).get(name)) for name in columns.values()}
     if "messages" in columns:
-        has_arrow_nulls = has_arrow_nulls and not isinstance(row.get(columns["messages"]), str)
         messages = _turns(row.get(columns["messages"]))
     else:
         row = {**row, **{name: _number_text(row.get(name)) for name in number_columns}}
         messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
-    messages = [without_nulls(message) for message in messages] if has_arrow_nulls else messages
     messages = [_with_json_alone(message, template_words, tell) for message in messages]
     messages = [_message(message, template_roles) for message in messages]
     system = row.get(columns.get("system")) or system_prompt
@@ -156,11 +157,18 @@ def _part_text(part) -> str:
     return _text(text)
 
 
-def without_nulls(value):
-    """Without the nulls that Arrow gives an object whose keys are other rows' alone."""
+def without_nulls(value, feature: object = None):
+    """Without the nulls that Arrow gives an object whose keys are other rows' alone.
+
+    ``feature`` is the value's type in ``datasets``: what is kept as JSON has its own nulls, which stay.
+    """
+    if getattr(feature, "_type", "") == "Json":
+        return value
     if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        kinds = feature if isinstance(feature, dict) else {}
+        return {key: without_nulls(entry, kinds.get(key)) for key, entry in value.items() if entry is not None}
+    kind = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return [without_nulls(entry, kind) for entry in value] if isinstance(value, list) else value
 
 
 def _call_turn(turn: dict) -> dict:

@@ -227,6 +227,7 @@ def _converter(
     source: SourceDataset, columns: dict[str, str], config: SourceConfig, tokenizer
 ) -> Callable[[dict], tuple[list[dict], list[dict] | None]]:
     """``to_conversation`` and ``to_tools`` for the rows of this source and the roles of a tokenizer's template."""
+    features = source.rows.features or {}
     texts = {template_text(config.chat_template, tokenizer, has_tools) for has_tools in (False, True)}
     to_messages = partial(
         to_conversation,
@@ -235,10 +236,12 @@ def _converter(
         template_roles=frozenset().union(*map(roles_named_in, texts)),
         number_columns=source.number_columns & set(columns.values()),
         has_arrow_nulls=source.has_arrow_nulls,
+        features=features,
         template_words=frozenset().union(*map(words_of, texts)),
         tell=cache(tell_left_out),
     )
-    return lambda row: (to_messages(row), to_tools(row.get(columns.get("tools")), source.has_arrow_nulls))
+    name = columns.get("tools", "")
+    return lambda row: (to_messages(row), to_tools(row.get(name), source.has_arrow_nulls, features.get(name)))
 
 
 def _readable(row: dict | BadRow) -> dict:

@@ -21,29 +21,28 @@ PROBED: dict = {
 PROBE = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 
 
-def to_tools(value: object, has_arrow_nulls: bool = True) -> list[dict] | None:
+def to_tools(value: object, has_arrow_nulls: bool = True, feature: object = None) -> list[dict] | None:
     """The definitions in a row's column of tools, None for a row without any.
 
     ``value`` is a list of objects or of JSON texts of such, or JSON text of a list; null, an empty text and an empty
     list are no tools. With ``has_arrow_nulls``, objects that are no JSON text have other rows' keys as nulls, which
-    are dropped. Raises ConversationError for anything else.
+    are dropped, as by ``without_nulls``. Raises ConversationError for anything else.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
-        value, has_arrow_nulls = _parsed(value) if value.strip() else None, False
+        value = _parsed(value) if value.strip() else None
+    elif has_arrow_nulls:
+        value = without_nulls(value, feature)
     if value is None or value == []:
         return None
     if not isinstance(value, list):
         raise ConversationError(f"tools that are no list of objects but {type(value).__name__}")
-    return [_tool(entry, has_arrow_nulls) for entry in value]
+    return [*map(_tool, value)]
 
 
-def _tool(entry: object, has_arrow_nulls: bool) -> dict:
-    if isinstance(entry, str):
-        entry = _parsed(entry)
-    elif has_arrow_nulls:
-        entry = without_nulls(entry)
+def _tool(entry: object) -> dict:
+    entry = _parsed(entry) if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not entry:
         raise ConversationError(f"tools that are no list of objects: an entry is {json_kind(entry)}")
     try:
