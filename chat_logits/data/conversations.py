@@ -45,8 +45,8 @@ def to_conversation(
     ``template_roles`` are the roles that the chat template names itself; ``number_columns`` hold integers or booleans
     and nothing else, which are then texts. With ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
     dropped at every depth, but in values that the columns' ``features``, of ``datasets``, say are JSON. A message's key
-    whose value JSON has not, such as a time, is left out where it is not among the ``template_words``, and ``tell`` gets
-    its name and type. Raises ConversationError, whose message is a skip reason.
+    whose value JSON has not, such as a time, is left out where it is not among the ``template_words``, and ``tell``
+    gets its name and type. Raises ConversationError, whose message is a skip reason.
     """
     if has_arrow_nulls:
         row = {name: without_nulls(row.get(name), (features or {}).get(name)) for name in columns.values()}
