@@ -273,16 +273,8 @@ SLOW_FIXTURES = {
 }
 SLOW_FILES = (
     *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_resume", "test_folder_faults"),
-    *(
-        "test_device_map",
-        "test_teacher_model",
-        "test_model_batches",
-        "test_extract_logits",
-        "test_verification",
-        "test_summary",
-        "test_hub",
-        "test_docs",
-    ),
+    *("test_device_map", "test_teacher_model", "test_model_batches", "test_extract_logits", "test_verification"),
+    *("test_summary", "test_hub", "test_docs"),
     *("test_any_model_any_dataset", "test_comparison", "test_notebook", "test_install", "test_loopback_hub"),
     *("test_real_extraction", "test_explore_logits", "test_fuzz", "test_source_dataset", "test_card", "test_worker"),
 )

@@ -201,11 +201,11 @@ class Batches:
             return
         self._is_checked = True
         ends = np.cumsum([len(aligned.positions) for aligned in members])
-        teacher = Teacher(self.teacher.model, self.budget.logit_rows)
-        teacher.reads_whole = True
         for place in sorted({0, len(members) - 1}):
             aligned = members[place]
-            alone = teacher.distributions([self._request(aligned)], self.settings).wait()
+            if (alone := self._alone(aligned)) is None:
+                logger.warning("The first batch was not checked: out of memory with a conversation of it alone")
+                return
             found, rows = pending.wait(), slice(ends[place] - len(aligned.positions), ends[place])
             if not (np.isfinite(alone.logsumexp).all() or np.isfinite(found.logsumexp[rows]).all()):
                 continue  # a bad row, whichever way it is computed
@@ -216,6 +216,17 @@ class Batches:
                     f"conversation alone by {difference:.3g} nats (root mean square), expected at most "
                     f"{self.sharing.limit:.3g}. Try `attn_implementation` eager, `dtype` float32 or `batch_tokens` 1."
                 )
+
+    def _alone(self, aligned: Aligned) -> Distributions | None:
+        """A conversation that shares nothing, or None where memory was too small."""
+        teacher = Teacher(self.teacher.model, self.budget.logit_rows)
+        teacher.reads_whole = True
+        try:
+            return teacher.distributions([self._request(aligned)], self.settings).wait()
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _attempt(self, members: list[Aligned]) -> PendingDistributions | None:
         """The batch's results, or None where memory was too small, with nothing left that holds what there was."""
