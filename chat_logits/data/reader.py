@@ -274,5 +274,7 @@ def _proven(reader: Reader) -> Reader:
         reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         advice = f"\n{THREE_WAYS}" if any(entry["reason"] == NO_MASK for entry in skipped) else ""
+        if any(entry["reason"].startswith("tools") for entry in skipped) and "tools" in reader.columns:
+            advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
         raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).{advice}")
     return replace(reader, first_ready=ready, first_skipped=skipped)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -86,15 +87,20 @@ class TableRows:
 
     def place(self, row: int) -> str:
         """A row's file and its number in it, from 1, in words; its number alone where the files are not here."""
-        import pyarrow.parquet as pq
-
         before = row
-        for file in self._files if all(map(os.path.isfile, self._files)) else ():
-            count = pq.read_metadata(file).num_rows
+        for file, count in self._counts.items():
             if before < count:
                 return f"{name_in_dataset(file)}, row {before + 1}"
             before -= count
         return f"row {row + 1}"
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        """Rows of each file, where all are on this machine."""
+        import pyarrow.parquet as pq
+
+        is_here = all(map(os.path.isfile, self._files))
+        return {file: pq.read_metadata(file).num_rows for file in self._files} if is_here else {}
 
     def read(self, first: int, end: int) -> list[dict]:
         end = min(end, self.num_rows)

@@ -155,6 +155,14 @@ def test_tools_of_the_rows_and_of_the_option_are_too_many(tokenizer, chat_file):
         opened(tokenizer, path, chat_template=QWEN, template_kwargs={"tools": [KEYS]})
 
 
+def test_a_column_that_has_something_else_is_told_how_to_leave_out(tokenizer, chat_file):
+    path = chat_file([{"messages": [ASK, ANSWER], "functions": "weather"}] * 3)
+    with pytest.raises(ToolkitError, match="3 × tools in a text that is no JSON") as refused:
+        opened(tokenizer, path, chat_template=QWEN)
+    assert str(refused.value).endswith("\nWithout the tools of the column 'functions': `tools_column` ''.")
+    assert len(opened(tokenizer, path, chat_template=QWEN, tools_column="").first_ready) == 3
+
+
 # --- named templates ---
 
 
