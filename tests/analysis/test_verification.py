@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,9 @@ from conftest import CONVERSATIONS, MODEL, TEMPLATE
 from IPython.core.formatters import DisplayFormatter
 from rich.cells import cell_len
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+import explore_logits
 import extract_logits
 from chat_logits.analysis.verification import check_rows, load_recorded_model, spread, verify
 from chat_logits.data.alignment import align_row
@@ -391,3 +394,16 @@ def test_rows_are_spread_evenly():
 def test_a_count_below_one_is_refused(real_extraction, tokenizer):
     with pytest.raises(UsageError, match="`verify` 0: expected 1 row or more"):
         verify(open_dataset(str(real_extraction)), tokenizer, 0)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_as_at_extraction(quick_run, quick_model, tmp_path, capsys):
+    """By the names of the tensors that transformers would fill at random; nothing is compared."""
+    folder = shutil.copytree(quick_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    flags = ["--logit_dataset_id", quick_run, "--verify", "1", "--model_id", folder]
+    assert explore_logits.main([*map(str, flags)]) == 1
+    said = capsys.readouterr()
+    message = f"error: model {folder}: its checkpoint is not whole: 1 tensors are missing (model.norm.weight)"
+    assert message in " ".join(said.err.split()) and not said.out
