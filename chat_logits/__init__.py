@@ -8,6 +8,11 @@ Nothing heavy is imported before it is used.
 """
 
 import importlib
+import os
+
+# Read when CUDA is first used. A batch's logits have another size each time, for which the allocator would keep as many
+# blocks (54 GiB for batches of 6) unless its segments can grow.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 __all__ = ["ExtractConfig", "Extraction", "extract"]
 

@@ -111,7 +111,15 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
     logger.info("Loading %s on %s …", shown, device)
     base = manifest.base_revision if is_commit(manifest.base_revision or "") else None
     model = loading.load_model(
-        source, revision, gguf_file, dtype, device, attention, trust_remote_code, base_revision=base
+        source,
+        revision,
+        gguf_file,
+        dtype,
+        device,
+        attention,
+        trust_remote_code,
+        base_revision=base,
+        head_dtype=manifest.head_dtype,
     )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:

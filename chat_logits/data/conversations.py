@@ -29,6 +29,18 @@ def tell_left_out(key: str, kind: str) -> None:
     logger.warning("Messages are stored without %r: JSON has no %s, and the template does not read it", key, kind)
 
 
+class TellOnce:
+    """``tell_left_out`` for each key and type once. Unlike a function with a cache, it can go to another process."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+
+    def __call__(self, key: str, kind: str) -> None:
+        if (key, kind) not in self._told:
+            self._told.add((key, kind))
+            tell_left_out(key, kind)
+
+
 def to_conversation(
     row: dict,
     columns: dict[str, str],

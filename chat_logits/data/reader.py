@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import (
     ConversationError,
     NothingToExtract,
-    tell_left_out,
+    TellOnce,
     to_conversation,
     to_stored,
 )
@@ -86,6 +86,10 @@ class Reader:
     def _num_first(self) -> int:
         return len(self.first_ready) + len(self.first_skipped)
 
+    def read(self, first: int, end: int) -> list[dict | BadRow]:
+        """Source rows ``first`` up to ``end`` as they stand there, fewer where the rows to read end."""
+        return self.source.read(first, end if self.num_rows is None else min(end, self.num_rows))
+
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
         """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``,
         bad records with their "place".
@@ -100,9 +104,17 @@ class Reader:
         return ready + more_ready, skipped + more_skipped
 
     def _align_more(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
-        """Rows that were not aligned before: each is rendered once, and their texts are tokenized together."""
+        """Rows that were not aligned before."""
+        ready, skipped = self.align_rows(first, self.source.read(first, end))
+        return ready, self.placed(skipped)
+
+    def align_rows(self, first: int, rows: list) -> tuple[list[Aligned], list[dict]]:
+        """As ``align``, for the source's ``rows`` from ``first`` on; their texts are tokenized together.
+
+        The source itself is not looked at: bad records have their place as ``placed`` gives it.
+        """
         stored, rendered, skipped = {}, {}, []
-        for index, row in enumerate(self.source.read(first, end), start=first):
+        for index, row in enumerate(rows, start=first):
             try:
                 conversation, tools = self.convert(_readable(row))
                 text, spans = self.choice.render(conversation, tools)
@@ -114,7 +126,7 @@ class Reader:
                 if isinstance(error, PrefixError) and index < FIRST_ROWS:
                     raise
                 is_bad = isinstance(error, ConversationError) and not isinstance(error, NothingToExtract)
-                skipped.append(self.bad_row(index, str(error)) if is_bad else {"row": index, "reason": str(error)})
+                skipped.append({"row": index, "reason": str(error)} | ({"place": None} if is_bad else {}))
         ready = []
         for index, alignment in zip(rendered, self.aligner.align_rendered(list(rendered.values())), strict=True):
             if reason := self._refuse(alignment):
@@ -123,6 +135,10 @@ class Reader:
                 messages, definitions = stored[index]
                 ready.append(Aligned(index, messages, alignment, alignment.positions, definitions))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
+
+    def placed(self, skipped: list[dict]) -> list[dict]:
+        """The entries of skipped source rows, bad records with their places."""
+        return [self.bad_row(entry["row"], entry["reason"]) if "place" in entry else entry for entry in skipped]
 
     def bad_row(self, row: int, reason: str) -> dict:
         """The entry of a skipped source row that is a bad record, with its place. The first ones are logged."""
@@ -238,10 +254,17 @@ def _converter(
         has_arrow_nulls=source.has_arrow_nulls,
         features=features,
         template_words=frozenset().union(*map(words_of, texts)),
-        tell=cache(tell_left_out),
+        tell=TellOnce(),
     )
     name = columns.get("tools", "")
-    return lambda row: (to_messages(row), to_tools(row.get(name), source.has_arrow_nulls, features.get(name)))
+    its_tools = partial(to_tools, has_arrow_nulls=source.has_arrow_nulls, feature=features.get(name))
+    return partial(_convert, to_messages, its_tools, name)
+
+
+def _convert(
+    to_messages: Callable[[dict], list[dict]], its_tools: Callable[..., list[dict] | None], name: str, row: dict
+) -> tuple[list[dict], list[dict] | None]:
+    return to_messages(row), its_tools(row.get(name))
 
 
 def _readable(row: dict | BadRow) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from chat_logits.data.config import SourceConfig
 from chat_logits.errors import UsageError
 from chat_logits.model.config import ModelConfig
-from chat_logits.options import EXTRACTED, READ, SPREAD, WRITTEN, option
+from chat_logits.options import COMPUTED, EXTRACTED, READ, SPREAD, WRITTEN, option
 
 DEFAULT_OUTPUTS = Path("outputs")
 
@@ -88,6 +88,14 @@ class ExtractConfig(SourceConfig, ModelConfig):
         help="resuming, read all finished shards against their checksums",
         unset="those that changed since written",
         group=WRITTEN,
+    )
+    num_cpu_workers: int | None = option(
+        None,
+        help="for each model, processes that render and tokenize, and threads that encode and write; 1: threads alone",
+        unset="1 on a CPU; beside an accelerator a quarter of the machine's cores for it, 4 at most",
+        group=COMPUTED,
+        metavar="N",
+        least=1,
     )
     num_workers: int = option(
         1,

@@ -14,6 +14,7 @@ from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
+from chat_logits.model.head import logits_dtype
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.manifest import Manifest, RunInputs
 
@@ -99,6 +100,8 @@ def _as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
             filled[f"{kind}_revision"] = getattr(config, f"{kind}_revision") or revision
     if isinstance(recorded, Manifest):
         filled["dtype"] = recorded.dtype if config.dtype == "auto" else config.dtype
+        recorded_head = "float32" if recorded.head_dtype == "float32" else "model"
+        filled["head_dtype"] = config.head_dtype or recorded_head
         filled["attn_implementation"] = config.attn_implementation or recorded.attn_implementation
     return replace(config, **filled)
 
@@ -145,6 +148,7 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
         },
         vocab_size=model.get_output_embeddings().weight.shape[0],
         dtype=str(model.dtype).removeprefix("torch."),
+        head_dtype=logits_dtype(model),
         attn_implementation=model.config._attn_implementation,
         **budget,
     )
@@ -153,4 +157,5 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
 def differences(opened: OpenedRun, recorded: Manifest) -> list[str]:
     """How a recorded run differs from the one that was opened, a text for each key; empty where they are the same."""
     asked = {name: getattr(opened.config, name) for name in ("dtype", "attn_implementation")}
-    return recorded.differences(opened.described, **asked)
+    head_dtype = recorded.dtype if opened.config.head_dtype == "model" else opened.config.head_dtype
+    return recorded.differences(opened.described, **asked, head_dtype=head_dtype)

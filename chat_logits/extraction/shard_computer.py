@@ -5,20 +5,24 @@ A plain run has one ``ShardComputer``, and every worker of a run on several acce
 
 import itertools
 import logging
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import logit_codec
+from chat_logits.data.aligning import Aligning, start_aligning
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
@@ -30,7 +34,9 @@ from chat_logits.scratch import scratch_folder
 from chat_logits.storage.manifest import Manifest, ShardEntry
 from chat_logits.storage.shard import write_shard
 
-BACKLOG = 2  # batches whose results wait to be encoded and written
+BACKLOG = 2  # batches, for each writing thread, whose results wait to be encoded and written
+MOST_WORKERS = 4  # by default: with so many a 0.5B model on one card does not wait
+CORES_A_WORKER = 4  # of the machine's, which also has the model's launches, the Hub, and others' runs to do
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ class ShardComputer:
         Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
         """
 
-        folder = self.folder
+        folder, one_at_a_time = self.folder, threading.Lock()
         assert folder is not None
 
         def finish(shard: SourceShard, rows: list[dict]) -> None:
@@ -84,10 +90,13 @@ class ShardComputer:
             rows = sorted((row for row in rows if "bad" not in row), key=lambda row: row["source_index"])
             stored = {row["source_index"] for row in rows}
             left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index in stored)
-            finished(write_shard(folder, manifest, shard.number, rows, skipped, self.check_place, left_out))
+            entry = write_shard(folder, manifest, shard.number, rows, skipped, self.check_place, left_out)
+            with one_at_a_time:
+                finished(entry)
 
-        with ReadWriteThreads() as threads:
-            read = threads.read_ahead(self.opened.reader, shards, manifest.rows_per_shard)
+        reader, workers = self.opened.reader, self._cpu_workers()
+        with closing(start_aligning(reader, workers)) as aligning, ReadWriteThreads(workers) as threads:
+            read = threads.read_ahead(reader, aligning, shards, manifest.rows_per_shard)
             first = next(read, None)
             if first is None:
                 return
@@ -120,10 +129,21 @@ class ShardComputer:
             config.max_memory,
             self._stack.enter_context(scratch_folder()) if config.device_map else None,
             self.opened.base_commit,
+            config.head_dtype,
         )
         self.sharing = probe.probe_model(self.model)
         for line in self.sharing.restrictions(config.prefix_cache):
             logger.info("%s", line)
+
+    def _cpu_workers(self) -> int:
+        """Those that align, and those that write. One each is enough for a model on a CPU, which needs the cores."""
+        config = self.opened.config
+        if config.num_cpu_workers is not None:
+            return config.num_cpu_workers
+        if self.device.type == "cpu" or config.trust_remote_code:  # whose tokenizer other processes may not know
+            return 1
+        cores = (os.cpu_count() or 1) // torch.accelerator.device_count()
+        return min(MOST_WORKERS, max(1, cores // CORES_A_WORKER))
 
     def _budget(self, recorded: Manifest | None = None) -> dict:
         """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
@@ -146,7 +166,7 @@ def run_shards(
     finish: Callable[[SourceShard, list[dict]], None],
     bar: tqdm,
 ) -> None:
-    """Compute these shards, and have each finished in the writing thread by ``finish(shard, rows)``.
+    """Compute these shards, and have each finished in a writing thread by ``finish(shard, rows)``.
 
     ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold. Rows
     are in the order of the batches; one that cannot be computed is ``{"source_index", "bad": reason}``.
@@ -154,20 +174,21 @@ def run_shards(
     batches, started = Batches(model, settings, sharing), time.monotonic()
     for shard in shards:
         rows: list[dict] = []
+        encoded = []
         bar.update(len(shard.skipped))
         fitting: dict[bool, list[Aligned]] = {True: [], False: []}
         for aligned in shard.ready:
             fitting[fits_alone(model, len(aligned.input_ids), len(aligned.positions))].append(aligned)
-        threads.write(append_bad, rows, fitting[False], NO_ROOM)
+        append_bad(rows, fitting[False], NO_ROOM)
         bar.update(len(fitting[False]))
         for members, pending in batches.compute(fitting[True]):
             if pending is None:
-                threads.write(append_bad, rows, members, NO_ROOM)
+                append_bad(rows, members, NO_ROOM)
             else:
-                threads.write(append_rows, rows, members, pending)
+                encoded.append(threads.write(partial(append_rows, rows, members, pending)))
             bar.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
             bar.update(len(members))
-        threads.write(finish, shard, rows)
+        threads.write(partial(finish, shard, rows), encoded)
     threads.wait_for_writing()
 
 
@@ -195,15 +216,18 @@ def append_bad(rows: list[dict], members: list[Aligned], reason: str) -> None:
 
 
 class ReadWriteThreads:
-    """Two threads beside the model's: one reads a shard ahead, one writes, at most ``BACKLOG`` batches behind.
+    """Threads beside the model's: one reads ahead, ``writers`` encode and write, at most ``BACKLOG`` batches behind.
 
-    What either raises is raised in the caller at its next step. After a failure nothing more is written, so that no
+    What any raises is raised in the caller at its next step. After a failure nothing more is written, so that no
     shard is finished with rows missing; after a failure to read, what was read before is.
     """
 
+    def __init__(self, writers: int = 1):
+        self._writers = writers
+
     def __enter__(self) -> "ReadWriteThreads":
         self._reading = ThreadPoolExecutor(1, "read")
-        self._writing = ThreadPoolExecutor(1, "write")
+        self._writing = ThreadPoolExecutor(self._writers, "write")
         self._backlog: deque[Future] = deque()
         self._stopped = False
         return self
@@ -213,19 +237,26 @@ class ReadWriteThreads:
         self._reading.shutdown(wait=False, cancel_futures=True)
         self._writing.shutdown()
 
-    def read_ahead(self, reader: Reader, shards: Iterable[int], rows_per_shard: int) -> Iterator[SourceShard]:
-        """These shards of the reader's rows, the next one under way; ends where the rows do.
+    def read_ahead(
+        self, reader: Reader, aligning: Aligning, shards: Iterable[int], rows_per_shard: int
+    ) -> Iterator[SourceShard]:
+        """These shards of the reader's rows, the next ones under way; ends where the rows do.
 
         ``shards`` may make the reading thread wait for its next number.
         """
-        numbers = iter(shards)
-        upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
-        while shard := self._wait_for_reading(upcoming):
-            upcoming = self._reading.submit(_read_next, reader, numbers, rows_per_shard)
-            yield shard
+        next_shard = partial(_read_next, reader, aligning, iter(shards), rows_per_shard)
+        upcoming = deque(self._reading.submit(next_shard) for _ in range(aligning.ahead))
+        while read := self._wait_for_reading(upcoming.popleft()):
+            number, aligned = read
+            ready, skipped = self._wait_for_reading(aligned)
+            skipped = reader.placed(skipped)
+            if not (ready or skipped):
+                return
+            upcoming.append(self._reading.submit(next_shard))
+            yield SourceShard(number, ready, skipped)
 
-    def _wait_for_reading(self, reading: Future) -> SourceShard | None:
-        """The shard that was read. Until it is, whatever a write raises is raised here."""
+    def _wait_for_reading(self, reading: Future) -> Any:
+        """What was read. Until it is, whatever a write raises is raised here."""
         while not reading.done():
             wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
             self._collect()
@@ -235,12 +266,14 @@ class ReadWriteThreads:
             self.wait_for_writing()
             raise
 
-    def write(self, task: Callable, *arguments: object) -> None:
-        """Do ``task(*arguments)`` after all that was given before."""
-        self._backlog.append(self._writing.submit(self._unless_stopped, task, arguments))
-        while len(self._backlog) > BACKLOG:
+    def write(self, task: Callable[[], object], after: Iterable[Future] = ()) -> Future:
+        """Do a task once those of ``after``, which were given before, are done; others may be done meanwhile."""
+        writing = self._writing.submit(self._unless_stopped, task, after)
+        self._backlog.append(writing)
+        while len(self._backlog) > BACKLOG * self._writers:
             self._backlog.popleft().result()
         self._collect()
+        return writing
 
     def _collect(self) -> None:
         while self._backlog and self._backlog[0].done():
@@ -251,20 +284,23 @@ class ReadWriteThreads:
         while self._backlog:
             self._backlog.popleft().result()
 
-    def _unless_stopped(self, task: Callable, arguments: tuple) -> None:
-        if self._stopped:
-            return
+    def _unless_stopped(self, task: Callable[[], object], after: Iterable[Future]) -> None:
         try:
-            task(*arguments)
+            for earlier in after:
+                earlier.result()
+            if not self._stopped:  # which a task before may have found, and done nothing
+                task()
         except BaseException:
             self._stopped = True
             raise
 
 
-def _read_next(reader: Reader, numbers: Iterator[int], rows_per_shard: int) -> SourceShard | None:
-    """The next shard, None after the last one."""
+def _read_next(
+    reader: Reader, aligning: Aligning, numbers: Iterator[int], rows_per_shard: int
+) -> tuple[int, Future] | None:
+    """The next shard's number, and its conversations as they are aligned; None after the last one."""
     number = next(numbers, None)
     if number is None:
         return None
-    ready, skipped = reader.align(number * rows_per_shard, (number + 1) * rows_per_shard)
-    return SourceShard(number, ready, skipped) if ready or skipped else None
+    first = number * rows_per_shard
+    return number, aligning.submit(first, reader.read(first, first + rows_per_shard))

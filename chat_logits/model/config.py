@@ -37,7 +37,7 @@ class ModelConfig(Config):
     logit_memory: int | None = option(
         None,
         help="memory for logits at once; more logit rows go in pieces",
-        unset="1/16 of what the device has in all, whatever is free of it; 256 at most on a CPU",
+        unset="1/8 of what the device has in all, whatever is free of it, 8192 at most; on a CPU 1/16, 256 at most",
         group=COMPUTED,
         metavar="MIB",
         least=1,
@@ -51,6 +51,13 @@ class ModelConfig(Config):
         unset="auto: float32 on a CPU, else the model's own",
         group=COMPUTED,
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    head_dtype: str | None = option(
+        None,
+        help="number format of the logits: float32 for sums and output of a 16-bit model's lm_head, or the model's own",
+        unset="float32, where the lm_head is a plain matrix",
+        group=COMPUTED,
+        choices=("float32", "model"),
     )
     device: str | None = option(
         None, help="cpu, cuda, cuda:1, mps, …", unset="the first accelerator, else cpu", group=COMPUTED, metavar="NAME"

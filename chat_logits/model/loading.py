@@ -12,6 +12,7 @@ import torch
 
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
+from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ def load_model(
     max_memory: dict | None = None,
     offload_folder: Path | None = None,
     base_revision: str | None = None,
+    head_dtype: str | None = None,
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
     A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says; then
-    ``offload_folder`` must be there as long as the model is used.
+    ``offload_folder`` must be there as long as the model is used. ``head_dtype`` is ``use_head_dtype``'s.
     A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here. Of a
     vision-language checkpoint the text model is used. An adapter is merged into its base, which is taken at
     ``base_revision``, by default the one that the adapter names. Raises ToolkitError where a checkpoint is not whole.
@@ -74,6 +76,7 @@ def load_model(
         model = _load_adapted(base, model_id, revision, base_revision, options)
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
+    use_head_dtype(model, head_dtype)
     return model.eval() if device_map else model.eval().to(device)
 
 

@@ -1,16 +1,17 @@
 """How much one forward pass may hold: what a device has, what is taken by default, and what a run needs at most.
 
     peak over the model's own <=
-        3 * logit_rows * vocabulary * 4                      logits, and what the model's own tail makes of them
-        + rows * (hidden * width + 1,600 * 16)               kept hidden states, and a batch's draws
+        copies * logit_rows * vocabulary * 4                 logits, what the model's own tail makes of them, selection
+        + rows * (hidden * (width + 4) + 1,600 * 16)         kept hidden states, in float32 too; a batch's draws
         + tokens * (8 * hidden + 4 * intermediate) * width   one layer at work
         + tokens * longest * 5                               scores of attention, where its kernel keeps them
         + cached * 2 * layers * key_values * width           the cache of a shared prefix
         + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
-is more). ``cached`` is 0 without a shared prefix, else at most 8 * tokens: a batch's keys and values with the shared
-ones, and a copy on the way. ``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
+is more). ``copies`` is 2 on CUDA, where selection reads the logits as they are, else 3. ``cached`` is 0 without a
+shared prefix, else at most 8 * tokens: a batch's keys and values with the shared ones, and a copy on the way.
+``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
 For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """
 
@@ -26,8 +27,10 @@ from chat_logits.model.loading import compute_devices, input_device, largest_fet
 MIB = 2**20
 CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache
 GPU_TOKENS = 16_384
-LOGIT_SHARE, TOKEN_SHARE = 1 / 16, 1 / 4  # of what a device has beside the model's weights
-LOGIT_BYTES = {"cpu": 256 * MIB, "other": 1024 * MIB}  # at most, by default
+TOKEN_SHARE = 1 / 4  # of what a device has beside the model's weights
+# Of that for logits, and at most. On a GPU the rows of a whole batch, as each piece of them costs a pass of launches.
+LOGIT_SHARE = {"cpu": 1 / 16, "other": 1 / 8}
+LOGIT_BYTES = {"cpu": 256 * MIB, "other": 8192 * MIB}
 
 
 def total_memory(device: torch.device) -> int:
@@ -62,13 +65,12 @@ def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> 
     The default follows what the devices have in all, less the model, where that is least: what is free at the moment
     would let two runs of one command differ.
     """
-    on_cpu = input_device(model).type == "cpu"
+    kind = "cpu" if input_device(model).type == "cpu" else "other"
     room = max(0, min(_room(model, device) for device in compute_devices(model)))
     if batch_tokens is None:
         affordable = int(room * TOKEN_SHARE / _bytes_a_token(model))
-        batch_tokens = max(64, min(CPU_TOKENS if on_cpu else GPU_TOKENS, affordable))
-    most = LOGIT_BYTES["cpu" if on_cpu else "other"]
-    logit_bytes = logit_memory * MIB if logit_memory else min(most, int(room * LOGIT_SHARE))
+        batch_tokens = max(64, min(CPU_TOKENS if kind == "cpu" else GPU_TOKENS, affordable))
+    logit_bytes = logit_memory * MIB if logit_memory else min(LOGIT_BYTES[kind], int(room * LOGIT_SHARE[kind]))
     return Budget(batch_tokens, max(1, logit_bytes // (_vocabulary(model) * 4)))
 
 
@@ -83,9 +85,10 @@ def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bo
     width = model.dtype.itemsize
     hidden = model.config.get_text_config().hidden_size
     tokens = max(budget.tokens, longest)
-    logits = 3 * min(budget.logit_rows, rows) * _vocabulary(model) * 4
+    copies = 2 if input_device(model).type == "cuda" else 3
+    logits = copies * min(budget.logit_rows, rows) * _vocabulary(model) * 4
     cached = 8 * tokens * _cache_bytes(model) if prefix_cache else 0
-    kept = rows * (hidden * width + 1600 * 16) + 2 * largest_fetch(model)
+    kept = rows * (hidden * (width + 4) + 1600 * 16) + 2 * largest_fetch(model)
     return logits + kept + tokens * (_layer_bytes(model) + longest * 5) + cached
 
 

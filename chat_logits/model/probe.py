@@ -193,7 +193,11 @@ def _rows(model, conversations: Conversations, batch: str) -> torch.Tensor:
     slices, whole = BATCHES[batch]
     teacher = Teacher(model, logit_rows=1000 if batch == "alone" else 7)
     teacher.reads_whole |= whole
-    return torch.cat([rows for part in slices for rows in teacher.row_logits(conversations.all[part])])
+    return torch.cat([_row_logits(teacher, conversations.all[part]) for part in slices])
+
+
+def _row_logits(teacher: Teacher, requests: list[Request]) -> torch.Tensor:
+    return torch.cat(list(teacher.row_logits(requests))).float()
 
 
 def _differences(compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
@@ -215,7 +219,7 @@ def _cache_agrees(model, conversations: Conversations, expected: torch.Tensor, l
         teacher.hold_prefix(conversations.prefix)
         if not teacher.holds_plain_cache(PLAIN_LAYERS):
             return expected.new_empty(0)
-        return torch.cat(list(teacher.row_logits(conversations.sharing)))
+        return _row_logits(teacher, conversations.sharing)
 
     try:
         return bool((_differences(compute, expected[:count]) <= limits[:count]).all())
@@ -229,7 +233,7 @@ def _refuse_foresight(model, early: Request, tolerance: float) -> None:
     others[early.positions[-1] :] = np.roll(others[early.positions[-1] :], 1)
     teacher = Teacher(model, logit_rows=1000)
     teacher.reads_whole = True
-    expected, found = (torch.cat(list(teacher.row_logits([early.with_ids(ids)]))) for ids in (early.input_ids, others))
+    expected, found = (_row_logits(teacher, [early.with_ids(ids)]) for ids in (early.input_ids, others))
     if not (row_differences(found, expected) <= row_limits(expected, tolerance, model.dtype)).all():
         raise ToolkitError(
             "model check: the logits change with the tokens behind, so the model has seen what it is to predict. "

@@ -1,9 +1,11 @@
 """Logits to nucleus, tail draws, logsumexp and target-token log-probabilities, on the device that holds the logits.
 
-One pass in place over the float32 logits: top K, exponentials, sums over blocks for total and tail, draws by two
-searches. FORMAT.md, "What is stored at a position", has the rules; ``logit_codec`` has the plain reference.
+On CUDA ``selection_kernel`` reads the logits once, as they are. Elsewhere they are made float32, and one pass goes over
+them in place: top K, exponentials, sums over blocks for total and tail, draws by two searches. FORMAT.md, "What is
+stored at a position", has the rules; ``logit_codec`` has the plain reference.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +29,20 @@ class SelectionSettings:
 def select(
     logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, settings: SelectionSettings
 ) -> dict[str, torch.Tensor]:
-    """The fields of ``Distributions`` as tensors on the logits' device. The logits (R, V) float32 are overwritten.
+    """The fields of ``Distributions`` as tensors on the logits' device. The logits (R, V) may be overwritten.
 
     ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
     """
+    if logits.is_cuda and importlib.util.find_spec("triton"):
+        from chat_logits.model import selection_kernel  # Triton has no build for some platforms
+
+        return selection_kernel.select(logits, tokens, uniforms, settings)
+    return _select_in_place(logits.float(), tokens, uniforms, settings)
+
+
+def _select_in_place(
+    logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, settings: SelectionSettings
+) -> dict[str, torch.Tensor]:
     storable = min(logits.shape[1], MAX_TOKEN_ID)
     top_values, top_ids = logits[:, :storable].topk(min(settings.top_k, storable))
     target = logits.gather(1, tokens[:, None])[:, 0].double()

@@ -7,17 +7,20 @@ output embedding, so that whatever the model does to its logits afterwards is do
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chat_logits.model.loading import input_device
 from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
 
 LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
+# PyTorch's own kernels: cuDNN's make a plan, in about 50 ms, for every shape of a batch, and each batch has its own.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
 
 
@@ -104,7 +107,7 @@ class Teacher:
         return PendingDistributions(pieces)
 
     def row_logits(self, requests: list[Request]) -> Iterator[torch.Tensor]:
-        """Float32 logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
+        """Logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
 
         More rows than that go through the model's own head and tail in pieces, without the decoder again: their
         hidden states are kept, and put in the place of a dummy token's.
@@ -117,7 +120,7 @@ class Teacher:
             return hidden[sample.to(hidden.device), before.to(hidden.device)]
 
         if len(sample) <= self.logit_rows:
-            yield self._forward(requests, lambda hidden: pick(hidden).unsqueeze(0))[0].float()
+            yield self._forward(requests, lambda hidden: pick(hidden).unsqueeze(0))[0]
             return
         kept = []
 
@@ -127,7 +130,7 @@ class Teacher:
 
         self._forward(requests, keep)
         for rows in kept[0].split(self.logit_rows):
-            yield self._dummy_forward(rows)[0].float()
+            yield self._dummy_forward(rows)[0]
 
     @torch.inference_mode()
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
@@ -157,7 +160,8 @@ class Teacher:
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _module, args: (pick(args[0]), *args[1:]))
         try:
-            yield
+            with sdpa_kernel(ATTENTION) if self.device.type == "cuda" else nullcontext():
+                yield
         finally:
             handle.remove()
 

@@ -75,7 +75,7 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 | model | `{model_id}` | `{model_revision}` | {model_license} |
 | dataset | `{dataset_id}` | `{dataset_revision}` | {dataset_license} |
 
-Computed in {dtype} with {attn_implementation} attention, seed {seed}.
+Computed in {dtype}, logits in {head_dtype}, with {attn_implementation} attention, seed {seed}.
 """
 
 NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk; the target \

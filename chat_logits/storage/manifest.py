@@ -47,6 +47,7 @@ FINGERPRINT_KEYS = (
     "skipped_token_ids",
     "all_turns",
     "dtype",
+    "head_dtype",
     "attn_implementation",
 )
 IF_PRESENT = ("base_revision",)  # of these, those that have a value decide the rows too
@@ -105,6 +106,7 @@ class Manifest(RunInputs):
     licenses: dict | None = None
     vocab_size: int
     dtype: str
+    head_dtype: str
     attn_implementation: str | None
     batch_tokens: int | None = None
     batch_logit_rows: int | None = None

@@ -20,6 +20,7 @@ from chat_logits.storage.disk import make_folders, room_or_stop, written_whole
 from chat_logits.storage.manifest import Manifest, ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
+LEVEL = 6  # of Zstandard: 1.7 times as fast as 9 for 0.2% more bytes; 3 takes 2.2% more, twice as fast again
 MIB = 2**20
 # What a file may ask a reader for: uncompressed bytes of a row group, some whatever its size and so many for each byte
 # that it has (real ones: up to 5), and bytes of one row's messages and tools.
@@ -78,7 +79,7 @@ def write_shard(
     shard gets its name. Raises DiskFull where there is no room.
     """
     relative = shard_path(manifest.split, shard)
-    path, table = folder / relative, pa.Table.from_pylist(rows, schema=SCHEMA)
+    path, table = folder / relative, _table(rows)
     with room_or_stop(folder, table.nbytes):  # uncompressed: more than the file will have
         described = _description(manifest, shard, table, skipped, turns_left_out)
         with written_whole(path, is_shared=True, check_place=check_place) as temporary:
@@ -86,6 +87,24 @@ def write_shard(
             _write_table(temporary, table, described)
             size = temporary.stat().st_size
     return _entry(relative, table, described, size)
+
+
+def _table(rows: list[dict]) -> pa.Table:
+    """The rows as a table. NumPy joins the numbers, which ``from_pylist`` takes one by one: thirty times as slow."""
+    columns = [_column([row[column.name] for row in rows], column.type) for column in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _column(values: list, kind: pa.DataType) -> pa.Array:
+    if not _is_of_numbers(kind):
+        return pa.array(values, kind)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    numbers = np.concatenate([*values, np.empty(0, kind.value_type.to_pandas_dtype())])
+    return pa.ListArray.from_arrays(offsets, pa.array(numbers, kind.value_type), type=kind)
+
+
+def _is_of_numbers(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type)
 
 
 def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict], turns_left_out: int) -> dict:
@@ -108,7 +127,7 @@ def _write_table(path: Path, table: pa.Table, metadata: dict) -> None:
         path,
         SCHEMA,
         compression="zstd",
-        compression_level=9,
+        compression_level=LEVEL,
         use_dictionary=False,
         column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in _SPLIT_STREAMS},
         write_statistics=False,

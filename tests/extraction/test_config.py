@@ -14,9 +14,12 @@ from chat_logits.options import options_of
 PLACES = {"model_id": "user/model", "dataset_id": "chats.jsonl"}
 DEFAULTS = {
     **dict.fromkeys(("model_revision", "gguf_file", "batch_tokens", "logit_memory", "device", "device_map")),
-    **dict.fromkeys(("max_memory", "attn_implementation", "dataset_config", "dataset_revision", "messages_column")),
+    **dict.fromkeys(
+        ("max_memory", "attn_implementation", "head_dtype", "dataset_config", "dataset_revision", "messages_column")
+    ),
     **dict.fromkeys(("prompt_column", "response_column", "system_prompt", "max_samples", "max_length")),
     **dict.fromkeys(("tools_column", "chat_template", "output_repo", "output_revision", "output_dir", "ray_address")),
+    **dict.fromkeys(("num_cpu_workers",)),
     **dict.fromkeys(("all_turns", "trust_remote_code", "streaming", "private", "overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},
     **{"keep_tokens": (), "top_k": 64, "top_p": 0.98, "num_sampled": 16, "seed": 0, "push_every": 300.0},
@@ -39,8 +42,10 @@ EDGES = [
     ("batch_tokens", 0, 1, "expected 1 or more"),
     ("logit_memory", 0, 1, "expected 1 or more"),
     ("num_workers", 0, 1, "expected 1 or more"),
+    ("num_cpu_workers", 0, 1, "expected 1 or more"),
     ("gpus_per_worker", 0, 1, "expected 1 or more"),
     ("dtype", "float8", "float16", "expected one of auto, float32, bfloat16, float16"),
+    ("head_dtype", "float16", "model", "expected one of float32, model"),
     ("device_map", "even", "auto", "expected one of auto, balanced, sequential"),
     ("output_repo", "user/", "user/name", "expected USER/NAME"),
     ("ray_address", "ray://here:1", "here:1", "without ray://"),

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,14 +25,28 @@ def test_batches_hold_everything_once_within_both_budgets(sizes, tokens, logit_r
     assert order == sorted(order, reverse=True)
 
 
-@given(conversations)
-def test_a_batch_is_closed_only_by_a_conversation_that_does_not_fit(sizes):
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), min_size=1, max_size=9))
+def test_batches_are_the_cheapest_of_all(sizes):
+    """By trying every way to cut the conversations in order of length."""
     lengths, rows = [length for length, _ in sizes], [n for _, n in sizes]
     budget = Budget(150, 60)
-    batches = plan_batches(lengths, rows, budget)
-    for batch, following in itertools.pairwise(batches):
-        longer = lengths[batch[0]] * (len(batch) + 1) > budget.tokens
-        assert longer or sum(rows[i] for i in batch) + rows[following[0]] > budget.logit_rows
+
+    def cost(batches):
+        if any(
+            len(batch) > 1
+            and (lengths[batch[0]] * len(batch) > budget.tokens or sum(rows[i] for i in batch) > budget.logit_rows)
+            for batch in batches
+        ):
+            return float("inf")
+        return sum(lengths[batch[0]] * len(batch) + budget.tokens / 16 for batch in batches)
+
+    order = sorted(range(len(sizes)), key=lambda i: -lengths[i])
+    ways = [
+        [order[a:b] for a, b in itertools.pairwise([0, *inner, len(order)])]
+        for count in range(len(order))
+        for inner in itertools.combinations(range(1, len(order)), count)
+    ]
+    assert cost(plan_batches(lengths, rows, budget)) == pytest.approx(min(map(cost, ways)))
 
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), max_size=8)

@@ -11,11 +11,11 @@ import logit_codec
 from chat_logits.data.alignment import Alignment
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import loading, selection
+from chat_logits.model import loading
 from chat_logits.model import teacher as teacher_model
 from chat_logits.model.batching import Batches, shared_prefix
 from chat_logits.model.probe import probe_model
-from chat_logits.model.selection import PendingDistributions, SelectionSettings
+from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
 
 DEFAULTS = SelectionSettings(top_k=64, top_p=0.98, num_sampled=16)
@@ -192,78 +192,6 @@ def test_the_probe_stops_a_model_whose_rows_depend_on_their_neighbours():
     model.lm_head = leaky
     with pytest.raises(ToolkitError, match="differ from the reference forward pass by"):
         probe_model(model)
-
-
-def select(logits: np.ndarray, uniforms, top_k, top_p, num_sampled) -> logit_codec.Distributions:
-    tokens = torch.zeros(len(logits), dtype=torch.long)
-    uniforms = torch.tensor(uniforms, dtype=torch.float64)
-    settings = SelectionSettings(top_k, top_p, num_sampled)
-    return PendingDistributions([selection.select(torch.tensor(logits), tokens, uniforms, settings)]).wait()
-
-
-@pytest.mark.parametrize("vocabulary", [7, 256, 1000, 4096, 50_257])
-@pytest.mark.parametrize("top_p", [0.5, 0.98, 1.0])
-def test_selection_is_the_reference(vocabulary, top_p):
-    rng = np.random.default_rng(vocabulary)
-    logits = (rng.normal(0, 4, (40, vocabulary))).astype(np.float32)
-    uniforms = rng.random(40)
-    found = select(logits, uniforms, 16, top_p, 8)
-    exact = logits.astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    drawn_elsewhere = 0
-    for i in range(40):
-        kept = logit_codec.select_nucleus(exact[i], 16, top_p)
-        assert found.top_ids[i][found.top_ids[i] >= 0].tolist() == kept.tolist()
-        np.testing.assert_allclose(found.top_probs[i][: len(kept)], np.exp(exact[i][kept]), rtol=2e-6)
-        drawn = logit_codec.draw_tail(np.exp(exact[i]), kept, uniforms[i], 8)
-        drawn_elsewhere += (found.sampled_ids[i] != drawn).sum()
-        present = found.sampled_ids[i] >= 0
-        np.testing.assert_allclose(
-            found.sampled_probs[i][present], np.exp(exact[i])[found.sampled_ids[i][present]], rtol=1e-5
-        )
-    assert drawn_elsewhere <= 1  # a threshold within float32's last bits of a running total
-    np.testing.assert_allclose(found.token_log_probs, exact[:, 0], atol=2e-6)
-
-
-def test_logsumexp_is_within_two_millionths():
-    rng = np.random.default_rng(3)
-    logits = rng.normal(0, 3, (64, 151_936)).astype(np.float32)
-    found = select(logits, np.zeros(64), 4, 0.9, 0).logsumexp
-    exact = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
-    assert np.abs(found - exact).max() < 2e-6
-
-
-def test_ids_that_cannot_be_stored_take_no_place():
-    """Rows beyond 2**18 and logits of -inf count in logsumexp alone; what is then missing is absent."""
-    logits = np.full((2, 2**18 + 64), -30, np.float32)
-    logits[:, 2**18 + 5] = 9  # the most probable of all
-    logits[:, 7], logits[:, 3] = 5, 4
-    logits[1] = -np.inf
-    logits[1, [2, 2**18 + 5]] = [1, 9]
-    found = select(logits, [0.5, 0.5], 3, 1.0, 2)
-    assert found.top_ids[0][:2].tolist() == [7, 3]
-    np.testing.assert_allclose(found.top_probs[0][0], np.exp(5 - found.logsumexp[0]), rtol=1e-6)
-    assert found.top_probs[0][0] < 0.02
-    assert found.top_ids[1].tolist() == [2, -1, -1]
-    assert found.sampled_ids[1].tolist() == [-1, -1]
-    assert (found.sampled_ids[0] < 2**18).all() and (found.sampled_ids[0] >= 0).all()
-
-
-def test_a_vocabulary_smaller_than_k_leaves_places_absent():
-    found = select(np.zeros((1, 3), np.float32), [0.1], 5, 1.0, 2)
-    assert sorted(found.top_ids[0][:3]) == [0, 1, 2] and found.top_ids[0][3:].tolist() == [-1, -1]
-    assert found.sampled_ids.tolist() == [[-1, -1]]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_finite_show_in_their_own_position(bad):
-    logits = np.zeros((3, 8), np.float32)
-    logits[1, 2] = bad
-    found = select(logits, [0.5] * 3, 2, 0.9, 1)
-    assert np.isfinite(found.logsumexp).tolist() == [True, False, True]
-    alone = select(np.zeros((1, 8), np.float32), [0.5], 2, 0.9, 1)
-    for name in ("top_ids", "top_probs", "sampled_ids", "logsumexp"):
-        np.testing.assert_array_equal(getattr(found, name)[2], getattr(alone, name)[0])
 
 
 def test_batches_and_orders_give_the_same_rows(smollm2, real_alignments):

@@ -217,8 +217,9 @@ def manifest_of(folder) -> Manifest:
 
 
 def test_a_write_that_fails_leaves_no_shard(real_extraction, tmp_path):
+    row = pq.read_table(shard_of(real_extraction)).to_pylist()[0]
     with pytest.raises(pa.ArrowException):
-        write_shard(tmp_path, manifest_of(real_extraction), 0, [{"num_tokens": "three"}], [])
+        write_shard(tmp_path, manifest_of(real_extraction), 0, [{**row, "num_tokens": "three"}], [])
     assert not list(tmp_path.rglob("*.parquet*"))
 
 
