@@ -450,17 +450,17 @@ def stuck_source() -> None:
     from chat_logits.data.reader import Reader
     from chat_logits.extraction import shard_computer
 
-    align = Reader.align
+    read = Reader.read
 
     def stuck(self, first, end):
         if first >= 6:
             time.sleep(10_000)
-        return align(self, first, end)
+        return read(self, first, end)
 
     def failing(*_):
         raise OSError(30, "Read-only file system")
 
-    Reader.align, shard_computer.write_shard = stuck, failing
+    Reader.read, shard_computer.write_shard = stuck, failing
 
 
 def test_a_failure_does_not_wait_for_a_source_that_never_answers(flags, tmp_path):

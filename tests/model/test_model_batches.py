@@ -105,20 +105,14 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert "--max_length" in message and "chats.jsonl, line 1: too large for the memory" in message
 
 
-@pytest.mark.parametrize(("place", "name"), [("reader", "align"), ("shard_computer", "write_shard")])
+@pytest.mark.parametrize(("place", "name"), [("reader", "read"), ("shard_computer", "write_shard")])
 def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
     small_model, tmp_path, chat_file, monkeypatch, capsys, place, name
 ):
     """The disk is full, or the source cannot be read on, in one of the threads at the model's side."""
     from chat_logits.data.reader import Reader
 
-    calls = []
-    original = Reader.align
-
-    def failing(*arguments):
-        calls.append(arguments)
-        if place == "reader" and len(calls) < 2:
-            return original(*arguments)
+    def failing(*_arguments):
         raise OSError(28, "No space left on device")
 
     owner = Reader if place == "reader" else shard_computer
@@ -149,14 +143,14 @@ def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_p
 def test_what_was_read_before_a_reading_error_is_written(small_model, tmp_path, chat_file, monkeypatch):
     from chat_logits.data.reader import Reader
 
-    align = Reader.align
+    read = Reader.read
 
     def failing(self, first, end):
         if first >= 16:
             raise OSError("the source is gone")
-        return align(self, first, end)
+        return read(self, first, end)
 
-    monkeypatch.setattr(Reader, "align", failing)
+    monkeypatch.setattr(Reader, "read", failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu", "--rows_per_shard", "8"]) == 1
     dataset = open_dataset(str(tmp_path / "out"))
