@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.disk import make_folders, room_or_stop, written_whole
+from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_sizes
 from chat_logits.storage.manifest import Manifest, ShardEntry, canonical, shard_path
 
 ROWS_PER_GROUP = 16
@@ -26,9 +27,6 @@ MIB = 2**20
 # that it has (real ones: up to 5), and bytes of one row's messages and tools.
 GROUP_LEAST, GROUP_RATIO, MESSAGES = 128 * MIB, 100, 64 * MIB
 METADATA_KEY = "logit_extraction"
-WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4}  # bytes of a value
-LEVELS = 4  # bytes of a value's definition and repetition level
-PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}  # encodings of texts in which each is written out
 FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
 
 _ENTRIES = [
@@ -187,9 +185,9 @@ def _entry(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry
 def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
     """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
     file = folder / path
-    with _opened(file, path, fingerprint) as (parquet, described):
-        for group in range(parquet.metadata.num_row_groups):
-            _refuse_bomb(parquet, group, path)
+    with _opened(file, path, fingerprint) as (parquet, described, groups):
+        for number, group in enumerate(groups):
+            _refuse_bomb(group, number, path)
         table = parquet.read()
         first, rows = ShardEntry(path, 0).shard * rows_per_shard, table["source_index"].to_pylist()
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
@@ -205,12 +203,12 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
 
     ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (file, described):
+    with _opened(source, path, fingerprint) as (file, described, sizes):
         for group, rows in enumerate(_groups(file, described, num_rows, path)):
             wanted = rows if only is None else [only] if only in rows else []
             if not wanted:
                 continue
-            _refuse_bomb(file, group, path)
+            _refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
             for offset in wanted:
                 yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
@@ -221,23 +219,25 @@ def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
 
     ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (file, _):
+    with _opened(source, path, fingerprint) as (_, _, groups):
         sizes = dict.fromkeys(SCHEMA.names, 0)
-        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-            for chunk in map(group.column, range(group.num_columns)):
-                sizes[chunk.path_in_schema.partition(".")[0]] += chunk.total_compressed_size
+        for column in (column for group in groups for column in group.columns):
+            sizes[column.name] += column.stored
         size = Path(source).stat().st_size if isinstance(source, (str, Path)) else source.size
         return {**sizes, FOOTER: size - sum(sizes.values())}
 
 
 @contextmanager
 def _opened(source, path: str, fingerprint: str):
-    """The shard as a Parquet file and its footer's own metadata, schema and metadata checked."""
+    """The shard as a Parquet file, its footer's own metadata and its row groups' sizes; schema and metadata checked."""
     if isinstance(source, (str, Path)):
         refuse_special(Path(source), path)
-    with _named(path), pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file:
-        check_schema(file.schema_arrow, path)
-        yield file, _described(file, path, fingerprint)
+    with _named(path):
+        footer = read_footer(source)
+        options = {"metadata": pq.read_metadata(pa.BufferReader(footer)), "page_checksum_verification": True}
+        with pq.ParquetFile(source, pre_buffer=True, **options) as file:
+            check_schema(file.schema_arrow, path)
+            yield file, _described(file, path, fingerprint), row_group_sizes(footer)
 
 
 def refuse_special(file: Path, name: str) -> None:
@@ -246,27 +246,16 @@ def refuse_special(file: Path, name: str) -> None:
         raise DamagedShard(f"{name}: a folder, a pipe or a device, expected a file")
 
 
-def _refuse_bomb(file: pq.ParquetFile, group: int, path: str) -> None:
+def _refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
     """Raise DamagedShard where a row group would take far more memory than its bytes in the file: before it is read."""
-    chunks = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
-    stored, unpacked = (sum(map(size, chunks)) for size in (lambda chunk: chunk.total_compressed_size, _unpacked))
-    most = GROUP_LEAST + GROUP_RATIO * stored
-    if unpacked > most:
+    most = GROUP_LEAST + GROUP_RATIO * group.stored
+    if group.num_rows > min(column.num_values for column in group.columns):
+        raise DamagedShard(f"{path}: row group {number} has {group.num_rows:,} rows, and a column with fewer values")
+    if group.unpacked > most:
         raise DamagedShard(
-            f"{path}: row group {group} has {stored:,} bytes in the file and takes up to {unpacked:,} in memory, "
-            f"expected {most:,} at most"
+            f"{path}: row group {number} has {group.stored:,} bytes in the file and takes up to {group.unpacked:,} in "
+            f"memory, expected {most:,} at most"
         )
-
-
-def _unpacked(chunk) -> int:
-    """Bytes that a column of a row group takes in memory at most, by the footer."""
-    width = WIDTHS.get(chunk.physical_type)
-    if min(chunk.total_uncompressed_size, chunk.total_compressed_size, chunk.num_values) < 0:
-        raise ValueError("a size below 0 in the footer")
-    if width:
-        return max(chunk.total_uncompressed_size, chunk.num_values * (width + LEVELS))
-    repeats = 1 if PLAIN.issuperset(chunk.encodings) else chunk.num_values  # of a dictionary's entry, or of a prefix
-    return chunk.total_uncompressed_size * max(1, repeats) + chunk.num_values * (8 + LEVELS)
 
 
 def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:

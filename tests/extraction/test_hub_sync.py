@@ -270,6 +270,44 @@ def test_a_long_wait_that_was_asked_for_in_the_middle_does_not_hold_the_end(hub,
     assert on_hub(hub, repo) == files_in(quick_run)
 
 
+# The same, but another run's folder takes the place of this one's as its thirtieth shard gets its name.
+REPLACED = COMMAND.replace(
+    "import extract_logits",
+    """
+from pathlib import Path
+from chat_logits.storage import disk
+*sys.argv, another = sys.argv
+written, original = [], disk.flush_and_rename
+def write(temporary, path, *rest):
+    original(temporary, path, *rest)
+    written.extend([path] if path.suffix == ".parquet" else [])
+    if len(written) == 30:
+        written.append("moved")
+        out = path.parents[2]
+        out.rename(out.with_name("away"))
+        Path(another).rename(out)
+disk.flush_and_rename = write
+import extract_logits""",
+)
+
+
+def test_nothing_of_another_run_in_the_folders_place_is_pushed(hub, extract, quick_run, tmp_path):
+    another = shutil.copytree(quick_run, tmp_path / "another")
+    for path in shards_in(another):
+        path.write_bytes(path.read_bytes()[::-1])
+    before = {path: path.read_bytes() for path in shards_in(another)}
+    status, said = extract("replaced", another, code=REPLACED)
+    assert status == 1 and "was removed, renamed or unmounted (another folder is in its place)" in said, said
+    expected, there = files_in(quick_run), hub.files("dataset", "user/replaced")
+    pushed = {name: data for name, data in there.items() if name.endswith(".parquet")}
+    assert pushed and len(pushed) < SHARDS and pushed == {name: expected[name] for name in pushed}
+    (tmp_path / "out").rename(another)
+    assert {path: path.read_bytes() for path in shards_in(another)} == before
+    (tmp_path / "away").rename(tmp_path / "out")
+    assert extract("replaced")[0] == 0
+    assert on_hub(hub, "replaced") == expected
+
+
 def test_an_answer_that_comes_a_byte_at_a_time_does_not_hold_the_end(hub, extract, quick_run):
     hub.inject(Fault("drip", "commit", seconds=0.4, skip=2))
     status, said = extract("drip", code=COMMAND.replace("import extract", "hub_sync.SILENCE = 3\nimport extract", 1))

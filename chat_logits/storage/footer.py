@@ -1,0 +1,144 @@
+"""The sizes that a Parquet file's footer names, read from the footer's own bytes.
+
+pyarrow ends the whole process where a damaged footer's column is asked for; the bytes are Thrift's compact protocol, of
+which a few fields are enough.
+"""
+
+import io
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Fields of parquet.thrift: of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
+ROW_GROUPS, COLUMNS, NUM_ROWS, META_DATA = 4, 1, 3, 3
+TYPE, ENCODINGS, PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED = 1, 2, 3, 5, 6, 7
+MAGIC, TAIL = b"PAR1", 2**16  # at both ends of a file; bytes that are read at first, as pyarrow does
+DEEPEST = 16  # structs within structs
+WIDTHS = {1: 4, 2: 8, 4: 4}  # INT32, INT64, FLOAT: bytes of a value
+PLAIN = {0, 3, 4}  # PLAIN, RLE, BIT_PACKED: encodings of texts in which each is written out
+LEVELS = 4  # bytes of a value's definition and repetition level
+
+
+@dataclass(frozen=True)
+class ColumnSizes:
+    """A column of a row group by the footer: its name, and bytes in the file and, at most, in memory."""
+
+    name: str
+    num_values: int
+    stored: int
+    unpacked: int
+
+
+@dataclass(frozen=True)
+class RowGroupSizes:
+    """A row group by the footer."""
+
+    num_rows: int
+    columns: list[ColumnSizes]
+
+    @property
+    def stored(self) -> int:
+        return sum(column.stored for column in self.columns)
+
+    @property
+    def unpacked(self) -> int:
+        return sum(column.unpacked for column in self.columns)
+
+
+def read_footer(source) -> bytes:
+    """The footer of a path or an open file, as a Parquet file that has nothing else. Raises ValueError without one."""
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as file:
+            return read_footer(file)
+    size = source.seek(0, io.SEEK_END)
+    tail = _last(source, size, TAIL)
+    footer = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail[-4:] != MAGIC or footer > size:
+        raise ValueError("no Parquet footer at its end")
+    return MAGIC + (tail if footer <= len(tail) else _last(source, size, footer))[-footer:]
+
+
+def _last(source, size: int, count: int) -> bytes:
+    source.seek(max(0, size - count))
+    return source.read(min(size, count))
+
+
+def row_group_sizes(footer: bytes) -> list[RowGroupSizes]:
+    """The row groups in ``read_footer``'s bytes. Raises ValueError or LookupError for what is no footer."""
+    fields = _Compact(footer[4:-8]).struct()
+    return [
+        RowGroupSizes(group[NUM_ROWS], [_column(chunk[META_DATA]) for chunk in group[COLUMNS]])
+        for group in fields[ROW_GROUPS]
+    ]
+
+
+def _column(fields: dict[int, Any]) -> ColumnSizes:
+    num_values, stored, uncompressed = (fields[key] for key in (NUM_VALUES, COMPRESSED, UNCOMPRESSED))
+    if min(num_values, stored, uncompressed) < 0:
+        raise ValueError("a size below 0 in the footer")
+    if width := WIDTHS.get(fields[TYPE]):
+        unpacked = max(uncompressed, num_values * (width + LEVELS))
+    else:
+        # An entry of a dictionary, or a prefix, may be repeated for each value.
+        repeats = 1 if PLAIN.issuperset(fields[ENCODINGS]) else max(1, num_values)
+        unpacked = uncompressed * repeats + num_values * (8 + LEVELS)
+    return ColumnSizes(fields[PATH][0].decode(errors="replace"), num_values, stored, unpacked)
+
+
+class _Compact:
+    """Thrift's compact protocol: structs as dicts by field number."""
+
+    def __init__(self, data: bytes):
+        self._data, self._place = data, 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        if depth > DEEPEST:
+            raise ValueError("the footer is nested too deep")
+        fields: dict[int, Any] = {}
+        number = 0
+        while header := self._byte():
+            number = number + (header >> 4) if header >> 4 else self._integer()
+            kind = header & 15
+            fields[number] = kind == 1 if kind in (1, 2) else self._value(kind, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (1, 2, 3):  # a boolean in a list, a byte
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._integer()
+        if kind == 7:
+            return self._bytes(8)
+        if kind == 8:
+            return self._bytes(self._varint())
+        if kind in (9, 10):
+            header = self._byte()
+            count = header >> 4 if header >> 4 < 15 else self._varint()
+            return [self._value(header & 15, depth + 1) for _ in range(count)]
+        if kind == 12:
+            return self.struct(depth + 1)
+        raise ValueError(f"the footer has a field of kind {kind}")
+
+    def _byte(self) -> int:
+        self._place += 1
+        return self._data[self._place - 1]
+
+    def _bytes(self, count: int) -> bytes:
+        self._place += count
+        if self._place > len(self._data):
+            raise ValueError("the footer ends too early")
+        return self._data[self._place - count : self._place]
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in itertools.count(0, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise AssertionError
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
