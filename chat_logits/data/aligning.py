@@ -39,8 +39,12 @@ class Aligning(Protocol):
 
 
 def start_aligning(reader: Reader, processes: int) -> Aligning:
-    """Align in so many processes; in the calling thread where it is one."""
-    return AlignProcesses(reader, processes) if processes > 1 else AlignHere(reader)
+    """Align in so many processes; in the calling thread where it is one, or the reader cannot go to others."""
+    try:
+        return AlignProcesses(reader, processes) if processes > 1 else AlignHere(reader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a tokenizer with code of its own, say
+        logger.info("Rows are aligned in this process, as their reader cannot go to others: %s", error)
+        return AlignHere(reader)
 
 
 class AlignHere:

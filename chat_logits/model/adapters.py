@@ -69,7 +69,7 @@ def merge(model, model_id: str, revision: str | None):
         others = f"{len(there - wanted)} are of another model ({first_names(sorted(there - wanted))})"
         raise ToolkitError(f"{name} does not fit its base: {lacks if wanted - there else others}")
     if not hasattr(adapted, "merge_and_unload"):
-        kind = adapted.peft_config["default"].peft_type.value
+        kind = str(adapted.peft_config["default"].peft_type).removeprefix("PeftType.")
         raise ToolkitError(f"{name} is of the kind {kind}, which cannot be merged into the weights")
     merged = adapted.merge_and_unload(safe_merge=True)
     merged.name_or_path = model_id

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import CONVERSATIONS, MODEL
 
-from chat_logits.data.aligning import AlignProcesses
+from chat_logits.data.aligning import AlignProcesses, start_aligning
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.reader import open_reader
 from chat_logits.data.tokenizer import load_tokenizer
@@ -47,6 +48,14 @@ def test_processes_align_as_the_reader_does(reader, processes):
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.positions, other.positions)
         assert one.alignment.checksum == other.alignment.checksum
+
+
+def test_a_reader_that_cannot_go_to_others_aligns_here(reader, caplog):
+    caplog.set_level("INFO")
+    aligning = start_aligning(replace(reader, convert=lambda row: reader.convert(row)), 2)
+    (ready, _), (right, _) = aligning.submit(0, reader.read(0, 5)).result(), reader.align(0, 5)
+    assert [one.alignment.checksum for one in ready] == [one.alignment.checksum for one in right]
+    assert "aligned in this process, as their reader cannot go to others: Can't pickle" in caplog.text
 
 
 def test_what_a_process_raises_arrives(processes):
