@@ -86,10 +86,6 @@ class Reader:
     def _num_first(self) -> int:
         return len(self.first_ready) + len(self.first_skipped)
 
-    def read(self, first: int, end: int) -> list[dict | BadRow]:
-        """Source rows ``first`` up to ``end`` as they stand there, fewer where the rows to read end."""
-        return self.source.read(first, end if self.num_rows is None else min(end, self.num_rows))
-
     def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
         """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``,
         bad records with their "place".
@@ -97,21 +93,27 @@ class Reader:
         Together they are fewer than asked for only where the rows end. Raises PrefixError where the prefixes of one of
         the ``FIRST_ROWS`` do not nest; such rows are skipped further on.
         """
-        end = end if self.num_rows is None else min(end, self.num_rows)
-        ready = [aligned for aligned in self.first_ready if first <= aligned.source_index < end]
-        skipped = [entry for entry in self.first_skipped if first <= entry["row"] < end]
-        more_ready, more_skipped = self._align_more(max(first, self._num_first), end)
-        return ready + more_ready, skipped + more_skipped
+        return self.complete(first, end, *self.align_rows(*self.read(first, end)))
 
-    def _align_more(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
-        """Rows that were not aligned before."""
-        ready, skipped = self.align_rows(first, self.source.read(first, end))
-        return ready, self.placed(skipped)
+    def read(self, first: int, end: int) -> tuple[int, list[dict | BadRow]]:
+        """Those of the source rows ``first`` up to ``end`` that were not aligned when the reader was opened: the first
+        one's number, and the rows, fewer where the rows end."""
+        first, end = max(first, self._num_first), end if self.num_rows is None else min(end, self.num_rows)
+        return first, self.source.read(first, end)
+
+    def complete(
+        self, first: int, end: int, ready: list[Aligned], skipped: list[dict]
+    ) -> tuple[list[Aligned], list[dict]]:
+        """As ``align``, from what ``align_rows`` made of the rows that ``read`` gave."""
+        end = end if self.num_rows is None else min(end, self.num_rows)
+        at_first = [aligned for aligned in self.first_ready if first <= aligned.source_index < end]
+        skipped_at_first = [entry for entry in self.first_skipped if first <= entry["row"] < end]
+        return at_first + ready, skipped_at_first + self._placed(skipped)
 
     def align_rows(self, first: int, rows: list) -> tuple[list[Aligned], list[dict]]:
         """As ``align``, for the source's ``rows`` from ``first`` on; their texts are tokenized together.
 
-        The source itself is not looked at: bad records have their place as ``placed`` gives it.
+        The source itself is not looked at: bad records have no place yet.
         """
         stored, rendered, skipped = {}, {}, []
         for index, row in enumerate(rows, start=first):
@@ -136,7 +138,7 @@ class Reader:
                 ready.append(Aligned(index, messages, alignment, alignment.positions, definitions))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
 
-    def placed(self, skipped: list[dict]) -> list[dict]:
+    def _placed(self, skipped: list[dict]) -> list[dict]:
         """The entries of skipped source rows, bad records with their places."""
         return [self.bad_row(entry["row"], entry["reason"]) if "place" in entry else entry for entry in skipped]
 

@@ -14,7 +14,6 @@ from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
-from chat_logits.model.head import logits_dtype
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.storage.manifest import Manifest, RunInputs
 
@@ -139,6 +138,8 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_re
 
 def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
+    from chat_logits.model.head import logits_dtype  # torch is there once a model is
+
     config = opened.config
     return Manifest(
         **vars(opened.described),

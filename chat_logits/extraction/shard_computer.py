@@ -248,8 +248,8 @@ class ReadWriteThreads:
         upcoming = deque(self._reading.submit(next_shard) for _ in range(aligning.ahead))
         while read := self._wait_for_reading(upcoming.popleft()):
             number, aligned = read
-            ready, skipped = self._wait_for_reading(aligned)
-            skipped = reader.placed(skipped)
+            first, end = number * rows_per_shard, (number + 1) * rows_per_shard
+            ready, skipped = reader.complete(first, end, *self._wait_for_reading(aligned))
             if not (ready or skipped):
                 return
             upcoming.append(self._reading.submit(next_shard))
@@ -302,5 +302,4 @@ def _read_next(
     number = next(numbers, None)
     if number is None:
         return None
-    first = number * rows_per_shard
-    return number, aligning.submit(first, reader.read(first, first + rows_per_shard))
+    return number, aligning.submit(*reader.read(number * rows_per_shard, (number + 1) * rows_per_shard))

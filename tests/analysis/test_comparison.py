@@ -120,6 +120,7 @@ def copied(folder, where, rows: list[dict], **changes):
     """A dataset of some of the rows, in shards of 8 source rows, its ``extraction.json`` changed."""
     manifest = replace(Manifest.read(folder / "extraction.json", "copy"), rows_per_shard=8, **changes)
     entries = []
+    where.mkdir(parents=True, exist_ok=True)
     for shard in range(4):
         part = [row for row in rows if row["source_index"] // 8 == shard]
         entries.append(write_shard(where, manifest, shard, part, []))

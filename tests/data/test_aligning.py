@@ -37,11 +37,11 @@ def processes(reader):
 
 
 def test_processes_align_as_the_reader_does(reader, processes):
-    futures = [processes.submit(first, reader.read(first, first + 20)) for first in range(0, 80, 20)]
-    found = [future.result() for future in futures]
+    futures = [(first, processes.submit(*reader.read(first, first + 20))) for first in range(0, 80, 20)]
+    found = [reader.complete(first, first + 20, *future.result()) for first, future in futures]
     right_ready, right_skipped = reader.align(0, 80)
     ready = [aligned for part, _ in found for aligned in part]
-    assert reader.placed([entry for _, part in found for entry in part]) == right_skipped
+    assert [entry for _, part in found for entry in part] == right_skipped
     assert len(right_skipped) == 3 and len(ready) == 77
     for one, other in zip(ready, right_ready, strict=True):
         assert (one.source_index, one.messages) == (other.source_index, other.messages)
@@ -53,7 +53,7 @@ def test_processes_align_as_the_reader_does(reader, processes):
 def test_a_reader_that_cannot_go_to_others_aligns_here(reader, caplog):
     caplog.set_level("INFO")
     aligning = start_aligning(replace(reader, convert=lambda row: reader.convert(row)), 2)
-    (ready, _), (right, _) = aligning.submit(0, reader.read(0, 5)).result(), reader.align(0, 5)
+    (ready, _), (right, _) = aligning.submit(*reader.read(40, 45)).result(), reader.align(40, 45)
     assert [one.alignment.checksum for one in ready] == [one.alignment.checksum for one in right]
     assert "aligned in this process, as their reader cannot go to others: Can't pickle" in caplog.text
 
@@ -68,7 +68,7 @@ def test_the_death_of_a_process_is_told(reader, processes):
     for process in processes._all:
         os.kill(process._process.pid, signal.SIGKILL)
     with pytest.raises(ToolkitError, match="a process that aligns conversations ended: -9"):
-        processes.submit(0, reader.read(0, 5)).result()
+        processes.submit(*reader.read(35, 40)).result()
 
 
 def test_processes_end_with_their_input(processes):
@@ -85,4 +85,4 @@ def test_ctrl_c_is_not_theirs(reader, processes):
     asked = [process for process in processes._all if process._reader is None]
     for process in asked:
         os.kill(process._process.pid, signal.SIGINT)
-    assert processes.submit(0, reader.read(0, 5)).result()[0]
+    assert processes.submit(*reader.read(35, 40)).result()[0]

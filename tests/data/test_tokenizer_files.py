@@ -146,11 +146,15 @@ def test_the_way_out_that_the_message_names_is_one(tmp_path):
     assert load_tokenizer(folder_of(tmp_path, "PreTrainedTokenizerFast"))
 
 
-def test_reading_refuses_it_as_extraction_does(tmp_path, real_extraction):
-    """A dataset whose tokenizer has become a rebuilt one since."""
+def test_reading_takes_the_file_or_refuses_it_as_extraction_does(tmp_path, real_extraction):
+    """A class that rebuilds is not asked where the file is the one recorded; for another file it is refused."""
     from chat_logits.analysis.opening import open_with_tokenizer
 
     folder = folder_of(tmp_path, "Qwen2Tokenizer")
+    _, tokenizer = open_with_tokenizer(str(real_extraction), tokenizer_id=folder)
+    own = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    assert all(tokenizer(text)["input_ids"] == own.encode(text, add_special_tokens=False).ids for text in PROBES)
+    folder_of(tmp_path, "Qwen2Tokenizer", lambda form: form.update(normalizer={"type": "Lowercase"}))
     with pytest.raises(ToolkitError, match="Qwen2Tokenizer of transformers makes"):
         open_with_tokenizer(str(real_extraction), tokenizer_id=folder)
 

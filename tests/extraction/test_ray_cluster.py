@@ -198,7 +198,7 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
         hub.clear_faults()
     assert "Given up" not in stopped.said and "all others are done" not in stopped.said
     told = stopped.said.splitlines()[-2:]
-    assert re.match(r"error: --output_repo user/revoked: not found on the Hub, or not yours to see \(403\)", told[0])
+    assert re.match(r"error: --output_repo user/revoked: the Hub refuses \(403: .+\)\. Put that right there", told[0])
     assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
     again = straight("revoked", *ONE)
     assert again.wait() == 0, again.said
@@ -215,7 +215,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
         assert refused.wait() == 1, refused.said
     finally:
         hub.clear_faults()
-    assert "not found on the Hub, or not yours to see (403)" in refused.said
+    assert re.search(r"the Hub refuses \(403: .+\)\. Put that right there", refused.said)
     assert re.search(r"\d+ of them are nowhere else", refused.said) and "all are in" not in refused.said
     assert refused.said.splitlines()[-1] == "error: The run ends, as its shards have no place any more."
     hub.inject(Fault("refuse", "info", status=503, times=math.inf))
