@@ -107,19 +107,35 @@ def _vocabulary(model) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _layer_bytes(model) -> int:
+def _layers(model) -> list:
+    """The config of each layer where they differ, else the one that is all layers'."""
     config = model.config.get_text_config()
-    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return (8 * config.hidden_size + 4 * intermediate) * model.dtype.itemsize
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+    return [config]
+
+
+def _layer_bytes(model) -> int:
+    """What the largest layer holds of one token at work."""
+
+    def numbers(config) -> int:
+        intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return 8 * config.hidden_size + 4 * intermediate
+
+    return max(map(numbers, _layers(model))) * model.dtype.itemsize
 
 
 def _cache_bytes(model) -> int:
     """Keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_values = (getattr(config, "num_key_value_heads", None) or heads) * size
-    return 2 * config.num_hidden_layers * key_values * model.dtype.itemsize
+
+    def numbers(config) -> int:
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
+
+    layers = _layers(model)
+    count = model.config.get_text_config().num_hidden_layers
+    return sum(map(numbers, layers)) * (count // len(layers)) * model.dtype.itemsize
 
 
 def _bytes_a_token(model) -> int:

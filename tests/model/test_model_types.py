@@ -53,7 +53,7 @@ def test_the_page_has_what_came_out(results):
     assert pinned and pinned[1] == model_types.made_with(page)
 
 
-@pytest.mark.parametrize("model_type", ["moshi", "gemma3_text", "deepseek_v32"])
+@pytest.mark.parametrize("model_type", ["moshi", "gemma3_text", "deepseek_v32", "gemma4_unified_text"])
 def test_the_command_stores_the_reference_forward_pass(model_type, tmp_path, chat_file):
     """Through a system prompt of some 200 tokens, longer than the window of 24: with the cache, or without it."""
     folder = make_tiny_model(tmp_path / "model", vocab_size=49_152)
@@ -74,4 +74,4 @@ def test_the_command_stores_the_reference_forward_pass(model_type, tmp_path, cha
         with torch.inference_mode():
             log_probs = model(torch.tensor(found.input_ids)[None]).logits[0].double().log_softmax(-1).numpy()
         np.testing.assert_allclose(row["token_log_probs"], log_probs[at - 1, found.input_ids[at]], atol=LIMIT)
-    assert dataset.manifest.prefix_cache is (model_type == "gemma3_text")
+    assert dataset.manifest.prefix_cache is model_type.startswith("gemma")
