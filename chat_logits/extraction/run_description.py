@@ -138,7 +138,7 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_re
 
 def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
-    from chat_logits.model.head import logits_dtype  # torch is there once a model is
+    from chat_logits.model.loading import logits_dtype  # torch is there once a model is
 
     config = opened.config
     return Manifest(

@@ -32,13 +32,6 @@ def use_head_dtype(model, head_dtype: str | None) -> None:
         )
 
 
-@torch.inference_mode()
-def logits_dtype(model) -> str:
-    """The dtype that the model's logits have in the end, such as "float32"."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    return str(model(input_ids=ids, use_cache=False).logits.dtype).removeprefix("torch.")
-
-
 @torch.no_grad()
 def _float32_output(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """``head``'s output (…, V) float32 for hidden states (…, H)."""

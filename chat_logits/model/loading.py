@@ -195,6 +195,13 @@ def input_device(model) -> torch.device:
     return torch.device(hook.execution_device) if hook else model.device
 
 
+@torch.inference_mode()
+def logits_dtype(model) -> str:
+    """The dtype that the model's logits have in the end, such as "float32"."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    return str(model(input_ids=ids, use_cache=False).logits.dtype).removeprefix("torch.")
+
+
 def compute_devices(model) -> list[torch.device]:
     """All devices that a model computes on."""
     placed = set(getattr(model, "hf_device_map", {}).values()) - set(HOST)

@@ -7,7 +7,8 @@ from test_teacher_model import random_model
 
 from chat_logits.errors import ToolkitError
 from chat_logits.model import loading
-from chat_logits.model.head import logits_dtype, use_head_dtype
+from chat_logits.model.head import use_head_dtype
+from chat_logits.model.loading import logits_dtype
 
 IDS = torch.randint(0, 1000, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -117,4 +118,5 @@ def test_a_spread_model_has_the_same_head(tmp_path):
     with torch.inference_mode():
         there, here = (model(IDS, use_cache=False).logits for model in (spread, plain))
     assert there.dtype == torch.float32
+    assert spread.get_input_embeddings().weight.is_meta and logits_dtype(spread) == "float32"
     assert (there - here).abs().max() < 1e-4 * here.abs().max()
