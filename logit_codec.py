@@ -19,6 +19,7 @@ with np.errstate(divide="ignore"):
     CODE_LOG_PROBS = 6 * np.log(np.sin(np.pi * _CODES / 510))
 # Half-way points of the law: probabilities from _BOUNDS[q - 1] up to _BOUNDS[q] have nearest code q.
 _BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
+_UP, _DOWN = np.append(_BOUNDS, np.inf), np.append([-np.inf, -np.inf], _BOUNDS[1:])  # where q becomes q + 1, q - 1
 
 
 class RowError(ValueError):
@@ -96,16 +97,21 @@ def carried_codes(probabilities: np.ndarray, present: np.ndarray) -> np.ndarray:
 
     ``probabilities`` float64 (n, K), most probable first; entries outside ``present`` (bool, same shape) get 0.
     """
-    base = nearest_codes(probabilities)
-    codes = np.zeros(probabilities.shape, np.uint8)
-    carry = np.zeros(len(probabilities))
-    for k in range(probabilities.shape[1]):
-        target, near = probabilities[:, k] + carry, base[:, k]
-        up = (near < 255) & (target >= _BOUNDS[np.minimum(near, 254)])
-        down = (near > 1) & (target < _BOUNDS[near - 1])
-        code = np.where(present[:, k], near + up - down, 0)
-        codes[:, k] = code
-        carry += np.where(present[:, k], probabilities[:, k] - CODE_PROBS[code], 0)
+    lengths = (present * np.arange(1, present.shape[1] + 1)).max(1, initial=0)
+    order, widest = np.argsort(-lengths, kind="stable"), lengths.max(initial=0)
+    # Longest first, so that the rows that have a k-th entry lie together; an entry's column is contiguous.
+    columns, kept = (np.ascontiguousarray(part[order, :widest].T) for part in (probabilities, present))
+    rows = len(order) - np.searchsorted(np.sort(lengths), np.arange(widest), side="right")
+    found = np.zeros((widest, len(order)), np.uint8)
+    carry = np.zeros(len(order))
+    for k, n in enumerate(rows):
+        probability, is_kept = columns[k, :n], kept[k, :n]
+        near, target = nearest_codes(probability), probability + carry[:n]
+        code = (near + (target >= _UP[near]) - (target < _DOWN[near])) * is_kept
+        found[k, :n] = code
+        carry[:n] += np.where(is_kept, probability, 0) - CODE_PROBS[code]
+    codes = np.zeros(present.shape, np.uint8)
+    codes[order, :widest] = found.T
     return codes
 
 

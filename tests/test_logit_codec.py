@@ -180,13 +180,16 @@ def nuclei(draw):
     return sorted((weight / (sum(weights) + rest) for weight in weights), reverse=True)
 
 
-@given(nuclei(), st.floats(0.05, 1))
+@given(st.lists(nuclei(), min_size=1, max_size=5), st.floats(0.05, 1))
 @settings(max_examples=300)
-def test_carried_codes_are_the_naive_ones(probabilities, top_p):
-    array = np.array([probabilities])
-    found = codec.carried_codes(array, codec.nucleus_cut(array, top_p))[0].tolist()
-    expected = plain_decoder.carried_codes(probabilities, top_p)
-    assert found == expected
+def test_carried_codes_are_the_naive_ones(rows, top_p):
+    """Several at once, of different lengths."""
+    widest = max(map(len, rows))
+    array = np.array([[*row, *[0.0] * (widest - len(row))] for row in rows])
+    there = np.array([[True] * len(row) + [False] * (widest - len(row)) for row in rows])
+    found = codec.carried_codes(array, codec.nucleus_cut(array, top_p) & there)
+    for codes, row in zip(found.tolist(), rows, strict=True):
+        assert codes == plain_decoder.carried_codes(row, top_p) + [0] * (widest - len(row))
 
 
 @given(nuclei())
