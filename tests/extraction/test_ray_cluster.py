@@ -167,9 +167,12 @@ def listed(files: dict[str, bytes]) -> list[dict]:
     return json.loads(files["shards.json"])["shards"]
 
 
-def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(undisturbed, straight, hub, gate):
+def test_an_overwrite_that_was_stopped_goes_on_with_what_it_has_committed(
+    flags, undisturbed, straight, hub, home, gate
+):
     """Of the same run, so that its old shards are told from its new ones by nothing but the record of the overwrite."""
-    other = straight("renewed", "--max_samples", 9, "--seed", 7, *ONE)
+    plain = flags("other", "--output_repo", "user/renewed", "--max_samples", 9, "--seed", 7)
+    other = Command(plain, env=hub.environment(home))
     assert other.wait() == 0, other.said
     stopped = straight("renewed", "--overwrite", "--push_every", 3600, first=held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))

@@ -53,33 +53,37 @@ def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in
     assert not is_running(before[1])
 
 
-def test_the_driver_and_all_workers_killed_a_plain_process_goes_on(flags, undisturbed, gate, tmp_path):
-    run = Command(flags("killed", "--num_workers", 2), first=held(gate))
-    run.until(lambda: len(shards_in(tmp_path / "killed")) > 4)
-    workers = workers_of(run.process.pid)
-    run.process.send_signal(signal.SIGKILL)
+def test_stopped_and_then_killed_a_run_goes_on_with_workers_and_then_without(quick_model, calm_source, tmp_path):
+    """With paths relative to where the command is given, which workers know by other names: the record has them so."""
+    relative = [os.path.relpath(path, REPO) for path in (quick_model, calm_source)]
+    out = tmp_path / "out"
+    stopped = Command([*flags_for(*relative, out), "--num_workers", "2"], first=held(tmp_path / "never", batches=8))
+    stopped.until(lambda: stopped.said.count("has its model") == 2 and len(shards_in(out)) > 4)
+    workers = workers_of(stopped.process.pid)
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 143, stopped.said
+    finished = len(shards_in(out))
+    assert "Traceback" not in stopped.said and f"Stopped. {finished} finished" in stopped.said
+    assert len(workers) == 2 and not any(map(is_running, workers))
+    printed = shlex.split(stopped.said.splitlines()[-1])
+    assert printed[-2:] == ["--num_workers", "2"]
+
+    killed = Command(printed[2:], first=held(tmp_path / "never", batches=8))
+    killed.until(lambda: len(shards_in(out)) > finished + 4)
+    workers = workers_of(killed.process.pid)
+    killed.process.send_signal(signal.SIGKILL)
     until = time.monotonic() + 60
     while any(map(is_running, workers)):  # Ray ends what it started; its own agents take a minute
         assert time.monotonic() < until
         time.sleep(0.1)
-    assert 4 < len(shards_in(tmp_path / "killed")) < SHARDS
-    assert extract_logits.main(flags("killed")) == 0
-    assert files_in(tmp_path / "killed") == undisturbed
+    assert workers and len(shards_in(out)) < SHARDS
 
-
-def test_ctrl_c_ends_workers_and_run_in_order_and_prints_the_command_that_goes_on(flags, undisturbed, gate, tmp_path):
-    run = Command(flags("stopped", "--num_workers", 2), first=held(gate))
-    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "stopped")) > 4)
-    workers = workers_of(run.process.pid)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == 143, run.said
-    assert "Traceback" not in run.said and f"Stopped. {len(shards_in(tmp_path / 'stopped'))} finished" in run.said
-    assert len(workers) == 2 and not any(map(is_running, workers))
-    printed = shlex.split(run.said.splitlines()[-1])
-    assert printed[-2:] == ["--num_workers", "2"]
-    again = Command(printed[2:])
-    assert again.wait() == 0, again.said
-    assert files_in(tmp_path / "stopped") == undisturbed
+    with contextlib.chdir(REPO):
+        for folder in (out, tmp_path / "plain"):
+            assert extract_logits.main(flags_for(*relative, folder)) == 0
+    assert files_in(out) == files_in(tmp_path / "plain")
+    extraction = json.loads((out / "extraction.json").read_text(encoding="utf-8"))
+    assert [extraction["model_id"], extraction["dataset_id"]] == relative
 
 
 @pytest.fixture
@@ -176,18 +180,6 @@ workers.connect = late
     assert re.search(r"Worker \d did not begin \(1 of 2 times\): .*model\.safetensors", run.said)
     assert run.said.count("did not begin (2 of 2 times)") == 2 and "died" not in run.said
     assert re.match(r"error: .*model\.safetensors", run.said.splitlines()[-1])
-
-
-def test_names_stand_in_the_record_as_they_were_given(quick_model, calm_source, tmp_path):
-    """With paths relative to where the command is given, which workers know by other names."""
-    relative = [os.path.relpath(path, REPO) for path in (quick_model, calm_source)]
-    run = Command([*flags_for(*relative, tmp_path / "two"), "--max_samples", "9", "--num_workers", "2"])
-    assert run.wait() == 0, run.said
-    with contextlib.chdir(REPO):
-        assert extract_logits.main([*flags_for(*relative, tmp_path / "plain"), "--max_samples", "9"]) == 0
-    assert files_in(tmp_path / "two") == files_in(tmp_path / "plain")
-    extraction = json.loads((tmp_path / "two" / "extraction.json").read_text(encoding="utf-8"))
-    assert [extraction["model_id"], extraction["dataset_id"]] == relative
 
 
 def test_a_stream_without_a_length_is_refused(flags, chat_file):

@@ -48,8 +48,10 @@ class DocSession:
         return Result(**json.loads(line))
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._process.kill()  # it has nothing to finish
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            pipe.close()
 
 
 # --- the process itself ---

@@ -86,7 +86,10 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        self._process.kill()  # it has nothing to finish, and libraries may hang at an interpreter's end
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            pipe.close()
 
     def start(self, code: str, *arguments, cwd: Path = REPO, env: dict[str, str | None] | None = None) -> "Forked":
         """Run Python code with arguments, as ``python -c``; an ``env`` of None takes a variable away."""
