@@ -47,12 +47,14 @@ class Alignment:
 
     ``input_ids`` (T,) int64; ``reasons`` has one entry a token: None where it is extracted, else why not;
     ``positions`` (n,) int64 of the extracted tokens themselves (each is predicted one position earlier);
-    ``turns_left_out`` of the assistant are marked not to be trained on.
+    ``turns_left_out`` of the assistant are marked not to be trained on. ``turn_ends`` are the positions, ascending, of
+    the tokens that end the others' turns, extracted or not; a turn that no special token ends has none.
     """
 
     input_ids: np.ndarray
     reasons: list[str | None]
     turns_left_out: int = 0
+    turn_ends: tuple[int, ...] = ()
 
     @property
     def positions(self) -> np.ndarray:
@@ -86,6 +88,9 @@ class RecordedAlignment(Protocol):
     @property
     def all_turns(self) -> bool: ...
 
+    @property
+    def keep_end_of_turn(self) -> bool | None: ...
+
 
 class Rendered(NamedTuple):
     """A conversation's text, the spans of the assistant's turns in it, and which of these are left out."""
@@ -98,15 +103,24 @@ class Rendered(NamedTuple):
 class Aligner:
     """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids.
 
-    Turns that are marked not to be trained on are left out, but with ``all_turns``.
+    Turns that are marked not to be trained on are left out, but with ``all_turns``. What ends a turn is extracted with
+    ``keep_end_of_turn``, though its id is skipped elsewhere.
     """
 
-    def __init__(self, tokenizer, template: ChatTemplate, skipped_ids: frozenset[int], all_turns: bool = False):
+    def __init__(
+        self,
+        tokenizer,
+        template: ChatTemplate,
+        skipped_ids: frozenset[int],
+        all_turns: bool = False,
+        keep_end_of_turn: bool = False,
+    ):
         self.tokenizer, self.template, self.skipped_ids = tokenizer, template, skipped_ids
-        self.all_turns = all_turns
+        self.all_turns, self.keep_end_of_turn = all_turns, keep_end_of_turn
         self.special_ids = special_token_ids(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
+        self.ending_ids = self.special_ids - self.think_ids
         written_out = [re.escape(tag) for tag in THINK_TAGS if tag not in vocabulary]
         self.written_tag = re.compile("|".join(written_out)) if written_out else None
 
@@ -121,7 +135,8 @@ class Aligner:
             tools_text=recorded.tools_template,
             apart=True,
         )
-        return cls(tokenizer, template, frozenset(recorded.skipped_token_ids), recorded.all_turns)
+        skipped_ids = frozenset(recorded.skipped_token_ids)
+        return cls(tokenizer, template, skipped_ids, recorded.all_turns, bool(recorded.keep_end_of_turn))
 
     def align(self, conversation: list[dict], tools: list[dict] | None = None) -> Alignment:
         """Render with the conversation's ``tools``, tokenize, mask and skip.
@@ -154,6 +169,8 @@ class Aligner:
         input_ids = np.array(ids, np.int64)
         extents = token_extents(offsets, self.tokenizer.convert_ids_to_tokens(ids))
         reasons: list[str | None] = [PROMPT] * len(input_ids)
+        turn_ends = []
+        following = [start for start, _ in rendered.spans[1:]] + [None]
         for span, (start, end) in enumerate(rendered.spans):
             inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
             if span in rendered.left_out:
@@ -164,9 +181,15 @@ class Aligner:
                 reasons[i] = self._skip_reason(int(input_ids[i]))
             self._skip_by_text(reasons, inside, extents, text, start, end)
             self._skip_after_end(reasons, inside, extents, input_ids, text, end)
+            turn_ends += self._end_inside(inside, extents, input_ids, text, start) or self._end_behind(
+                extents, input_ids, end, following[span]
+            )
+        if self.keep_end_of_turn:
+            for end in turn_ends:
+                reasons[end] = None
         if reasons and reasons[0] is None:
             reasons[0] = FIRST_TOKEN_REASON
-        return Alignment(input_ids, reasons, len(rendered.left_out))
+        return Alignment(input_ids, reasons, len(rendered.left_out), tuple(i for i in turn_ends if i > 0))
 
     def _skip_reason(self, token_id: int) -> str | None:
         if token_id not in self.skipped_ids:
@@ -190,6 +213,34 @@ class Aligner:
         if ends and not text[extents[ends[-1], 1] : end].strip():
             for i in inside[inside > ends[-1]]:
                 reasons[i] = AFTER_END_REASON
+
+    def _end_inside(self, inside, extents, input_ids, text: str, start: int) -> list[int]:
+        """The token, if any, that ends a turn within its span, where nothing but special tokens and white space follow.
+
+        Of special tokens in a row it is the last, as others close a tool call or open an empty answer; those behind
+        white space end the conversation.
+        """
+        ends: list[int] = []
+        for i in inside[::-1].tolist():
+            if input_ids[i] in self.ending_ids:
+                ends = [i, *ends] if ends and ends[0] == i + 1 else [i]
+            elif text[max(start, extents[i, 0]) : extents[i, 1]].strip():
+                break
+        return ends[-1:]
+
+    def _end_behind(self, extents, input_ids, end: int, next_start: int | None) -> list[int]:
+        """The special token, if any, that stands right behind a turn's span: a template may mark answers without their
+        ends, and GLM's answers end where the next message's header begins.
+
+        The only one before the assistant's next turn is that turn's header, unless it is the tokenizer's end token.
+        """
+        limit = np.inf if next_start is None else next_start
+        behind = np.flatnonzero((extents[:, 0] >= end) & (extents[:, 0] < limit) & (extents[:, 1] > end))
+        special = [i for i in behind.tolist() if input_ids[i] in self.ending_ids]
+        if not special or extents[special[0], 0] > end:
+            return []
+        is_header = next_start is not None and len(special) == 1
+        return [] if is_header and input_ids[special[0]] != self.tokenizer.eos_token_id else special[:1]
 
 
 def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarray:
@@ -241,7 +292,8 @@ class RowAligner:
         choice = choose_template(
             self._chat_template, tokenizer, recorded.kwargs, recorded.date, [conversation], [tools]
         )
-        return Aligner(tokenizer, choice.template, self._recorded.skipped_ids, self._recorded.all_turns)
+        known = self._recorded
+        return Aligner(tokenizer, choice.template, known.skipped_ids, known.all_turns, known.keep_end_of_turn)
 
 
 def align_row(
@@ -252,7 +304,7 @@ def align_row(
     ``extraction`` is a dataset's manifest, or the content of its ``extraction.json``.
     """
     if isinstance(extraction, Mapping):
-        extraction = SimpleNamespace(**extraction)
+        extraction = SimpleNamespace(**{"keep_end_of_turn": None, **extraction})
     return RowAligner(tokenizer, extraction, chat_template).align(row)
 
 

@@ -80,6 +80,12 @@ class SourceConfig(Config):
         unset="they are left out",
         group=EXTRACTED,
     )
+    keep_end_of_turn: bool = option(
+        False,
+        help="extract what ends an answer too, so that a student learns from the teacher when to stop",
+        unset="it is skipped, as special tokens are",
+        group=EXTRACTED,
+    )
     skip_tokens: tuple[str, ...] = option(
         (),
         help="do not extract these tokens of answers either",
@@ -89,7 +95,7 @@ class SourceConfig(Config):
     )
     keep_tokens: tuple[str, ...] = option(
         (),
-        help="extract these, such as the end-of-turn token, although they are special",
+        help="extract these, although they are special tokens or think tags",
         unset="none",
         group=EXTRACTED,
         metavar="TOKEN",

@@ -233,7 +233,7 @@ def open_reader(
         system_prompt=config.system_prompt,
         convert=convert,
         choice=choice,
-        aligner=Aligner(tokenizer, choice.template, skipped, config.all_turns),
+        aligner=Aligner(tokenizer, choice.template, skipped, config.all_turns, config.keep_end_of_turn),
         max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
@@ -302,4 +302,9 @@ def _proven(reader: Reader) -> Reader:
         if any(entry["reason"].startswith("tools") for entry in skipped) and "tools" in reader.columns:
             advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
         raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).{advice}")
+    if reader.aligner.keep_end_of_turn and not any(one.alignment.turn_ends for one in ready):
+        raise UsageError(
+            f"`keep_end_of_turn`: no special token ends an answer of the first {len(ready)} conversations; expected "
+            "one within its turn, or right behind it. Leave the option out."
+        )
     return replace(reader, first_ready=ready, first_skipped=skipped)

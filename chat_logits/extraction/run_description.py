@@ -132,6 +132,7 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_re
         mask_source=reader.choice.mask_source,
         skipped_token_ids=sorted(reader.aligner.skipped_ids),
         all_turns=reader.aligner.all_turns,
+        keep_end_of_turn=reader.aligner.keep_end_of_turn or None,
         versions={name: metadata.version(name) for name in VERSIONED},
     )
 

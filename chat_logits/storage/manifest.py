@@ -50,7 +50,7 @@ FINGERPRINT_KEYS = (
     "head_dtype",
     "attn_implementation",
 )
-IF_PRESENT = ("base_revision",)  # of these, those that have a value decide the rows too
+IF_PRESENT = ("base_revision", "keep_end_of_turn")  # of these, those that have a value decide the rows too
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 SHOWN = 40  # characters of a value in a message
@@ -92,6 +92,7 @@ class RunInputs:
     mask_source: str | None = None
     skipped_token_ids: list
     all_turns: bool
+    keep_end_of_turn: bool | None = None
     versions: dict | None = None
 
 

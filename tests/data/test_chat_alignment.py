@@ -161,7 +161,9 @@ def stored(smollm2):
         "tools_template": None,
         "all_turns": False,
     }
-    aligned = Aligner.from_recorded(tokenizer, SimpleNamespace(**extraction)).align(assistant("Paris, France"))
+    aligned = Aligner.from_recorded(tokenizer, SimpleNamespace(**extraction, keep_end_of_turn=None)).align(
+        assistant("Paris, France")
+    )
     row = {
         "messages": to_stored(assistant("Paris, France")),
         "num_tokens": len(aligned.positions),

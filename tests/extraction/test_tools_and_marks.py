@@ -107,3 +107,34 @@ def test_marks_are_counted_and_switched_off(run, source, marked, capsys):
     assert "Left out       4 turns marked not to be trained on (weight, train, loss)" in capsys.readouterr().out
     assert extract_logits.main([*again, "--all_turns"]) == 2
     assert "all_turns: false there, true here" in capsys.readouterr().err
+
+
+def test_ends_of_turns_are_kept_and_read_again(run, marked, capsys):
+    """One token more for each turn that is extracted, whose distribution a fresh forward pass confirms."""
+    kept = run("--keep_end_of_turn")
+    described = [json.loads((out / "extraction.json").read_text()) for out in (marked, kept)]
+    assert [content.get("keep_end_of_turn") for content in described] == [None, True]
+    before, after = ([row["num_tokens"] for row in open_dataset(str(out)).rows()] for out in (marked, kept))
+    turns = [1, 2, 1, 1, 2, 1]
+    assert [b - a for a, b in zip(before, after, strict=True)] == turns
+    analysis = explore_logits.execute_analysis(str(kept), 1, quiet=True)
+    assert "".join(t.text for t in analysis if t.is_extracted) == "First. 1<|im_end|>Second. 1<|im_end|>"
+    dataset, tokenizer = open_with_tokenizer(str(kept))
+    checked = verify(dataset, tokenizer, 6)
+    assert checked.holds, checked.causes
+    capsys.readouterr()
+    again = ["--model_id", described[0]["model_id"], "--dataset_id", described[0]["dataset_id"], "--device", "cpu"]
+    again += ["--chat_template", str(QWEN), "--rows_per_shard", "4", "--output_dir", str(kept)]
+    assert extract_logits.main(again) == 2
+    assert "keep_end_of_turn: true there, null here" in capsys.readouterr().err
+
+
+def test_ends_are_not_kept_where_no_token_ends_a_turn(quick_model, source, tmp_path, capsys):
+    """A template that ends answers with white space alone."""
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}"
+    bare = f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% else %}}{answer}{{% endif %}}"
+    bare += "{{ ' ' }}{% endfor %}"
+    flags = ["--model_id", quick_model, "--dataset_id", source, "--output_dir", tmp_path / "out"]
+    more = ["--chat_template", bare, "--tools_column", "", "--keep_end_of_turn"]
+    assert extract_logits.main([*map(str, flags), *more]) == 2
+    assert "--keep_end_of_turn: no special token ends an answer of the first 6" in capsys.readouterr().err

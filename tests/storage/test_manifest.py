@@ -169,12 +169,13 @@ def test_a_changed_listing_is_refused(quick_run, tmp_path):
         read_shards(tmp_path / "shards.json", "here")
 
 
-def test_a_base_model_is_one_of_the_keys_that_decide_the_rows_where_there_is_one(content):
+@pytest.mark.parametrize(("key", "value"), [("base_revision", "a" * 40), ("keep_end_of_turn", True)])
+def test_keys_that_decide_the_rows_where_they_are_there(content, key, value):
     """Added to the canonical JSON that FORMAT.md has; a run without one keeps its fingerprint and its file."""
-    plain, adapted = of(content), of({**content, "base_revision": "a" * 40})
-    assert "base_revision" not in plain.as_json() and of(plain.as_json()).fingerprint == plain.fingerprint
-    deciding = {key: content[key] for key in FINGERPRINT_KEYS} | {"base_revision": "a" * 40}
+    plain, other = of(content), of({**content, key: value})
+    assert key not in plain.as_json() and of(plain.as_json()).fingerprint == plain.fingerprint
+    deciding = {key: content[key] for key in FINGERPRINT_KEYS} | {key: value}
     text = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert adapted.fingerprint == hashlib.sha256(text.encode()).hexdigest()
-    (difference,) = adapted.differences(plain)
-    assert difference.startswith("base_revision: ")
+    assert other.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    (difference,) = other.differences(plain)
+    assert difference.startswith(f"{key}: ")
