@@ -20,6 +20,7 @@ from chat_logits.data.marks import left_out_spans
 from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
 from chat_logits.data.tokenizer import THINK_TAGS, special_token_ids
 from chat_logits.data.tools import from_stored_tools
+from chat_logits.data.turn_ends import TurnEnds
 from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
@@ -120,7 +121,8 @@ class Aligner:
         self.special_ids = special_token_ids(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
-        self.ending_ids = self.special_ids - self.think_ids
+        eos_id = vocabulary.get(str(tokenizer.special_tokens_map.get("eos_token")))
+        self.turn_ends = TurnEnds(self.special_ids - self.think_ids, eos_id)
         written_out = [re.escape(tag) for tag in THINK_TAGS if tag not in vocabulary]
         self.written_tag = re.compile("|".join(written_out)) if written_out else None
 
@@ -169,8 +171,6 @@ class Aligner:
         input_ids = np.array(ids, np.int64)
         extents = token_extents(offsets, self.tokenizer.convert_ids_to_tokens(ids))
         reasons: list[str | None] = [PROMPT] * len(input_ids)
-        turn_ends = []
-        following = [start for start, _ in rendered.spans[1:]] + [None]
         for span, (start, end) in enumerate(rendered.spans):
             inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
             if span in rendered.left_out:
@@ -181,15 +181,12 @@ class Aligner:
                 reasons[i] = self._skip_reason(int(input_ids[i]))
             self._skip_by_text(reasons, inside, extents, text, start, end)
             self._skip_after_end(reasons, inside, extents, input_ids, text, end)
-            turn_ends += self._end_inside(inside, extents, input_ids, text, start) or self._end_behind(
-                extents, input_ids, end, following[span]
-            )
-        if self.keep_end_of_turn:
-            for end in turn_ends:
-                reasons[end] = None
+        turn_ends = self.turn_ends.find(rendered.spans, rendered.left_out, input_ids, extents, text)
+        for turn_end in turn_ends if self.keep_end_of_turn else ():
+            reasons[turn_end] = None
         if reasons and reasons[0] is None:
             reasons[0] = FIRST_TOKEN_REASON
-        return Alignment(input_ids, reasons, len(rendered.left_out), tuple(i for i in turn_ends if i > 0))
+        return Alignment(input_ids, reasons, len(rendered.left_out), turn_ends)
 
     def _skip_reason(self, token_id: int) -> str | None:
         if token_id not in self.skipped_ids:
@@ -213,34 +210,6 @@ class Aligner:
         if ends and not text[extents[ends[-1], 1] : end].strip():
             for i in inside[inside > ends[-1]]:
                 reasons[i] = AFTER_END_REASON
-
-    def _end_inside(self, inside, extents, input_ids, text: str, start: int) -> list[int]:
-        """The token, if any, that ends a turn within its span, where nothing but special tokens and white space follow.
-
-        Of special tokens in a row it is the last, as others close a tool call or open an empty answer; those behind
-        white space end the conversation.
-        """
-        ends: list[int] = []
-        for i in inside[::-1].tolist():
-            if input_ids[i] in self.ending_ids:
-                ends = [i, *ends] if ends and ends[0] == i + 1 else [i]
-            elif text[max(start, extents[i, 0]) : extents[i, 1]].strip():
-                break
-        return ends[-1:]
-
-    def _end_behind(self, extents, input_ids, end: int, next_start: int | None) -> list[int]:
-        """The special token, if any, that stands right behind a turn's span: a template may mark answers without their
-        ends, and GLM's answers end where the next message's header begins.
-
-        The only one before the assistant's next turn is that turn's header, unless it is the tokenizer's end token.
-        """
-        limit = np.inf if next_start is None else next_start
-        behind = np.flatnonzero((extents[:, 0] >= end) & (extents[:, 0] < limit) & (extents[:, 1] > end))
-        special = [i for i in behind.tolist() if input_ids[i] in self.ending_ids]
-        if not special or extents[special[0], 0] > end:
-            return []
-        is_header = next_start is not None and len(special) == 1
-        return [] if is_header and input_ids[special[0]] != self.tokenizer.eos_token_id else special[:1]
 
 
 def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarray:

@@ -1,0 +1,67 @@
+"""Which token ends a turn of the assistant: the one that a model has to write to stop. FORMAT.md, "From a row to its
+tokens", has the rules.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """Finds them. ``ending_ids`` are the special tokens but think tags, ``eos_id`` is the tokenizer's own end."""
+
+    ending_ids: Collection[int]
+    eos_id: int | None
+
+    def find(
+        self,
+        spans: Sequence[tuple[int, int]],
+        left_out: Collection[int],
+        input_ids: np.ndarray,
+        extents: np.ndarray,
+        text: str,
+    ) -> tuple[int, ...]:
+        """Positions, ascending, of the tokens that end the turns with these ``spans``, but for those ``left_out``.
+
+        ``input_ids`` (T,), and the characters that each token stands for, ``extents`` (T, 2). A turn that no special
+        token ends has none, nor has one that the first token of all would end, as nothing predicts that.
+        """
+        is_ending = np.array([token in self.ending_ids for token in input_ids.tolist()], bool)
+        following = [start for start, _ in spans[1:]] + [np.inf]
+        found: list[int] = []
+        for number, (start, end) in enumerate(spans):
+            if number not in left_out:
+                found += _end_inside(is_ending, extents, text, start, end) or self._end_behind(
+                    input_ids, is_ending, extents, end, following[number]
+                )
+        return tuple(position for position in found if position > 0)
+
+    def _end_behind(self, input_ids, is_ending, extents, end: int, next_start: float) -> list[int]:
+        """The special token, if any, that stands right behind a turn's span: a template may mark answers without their
+        ends, and GLM's answers end where the next message's header begins.
+
+        The only one before the assistant's next turn is that turn's header, unless it is the tokenizer's own end.
+        """
+        is_between = (extents[:, 0] >= end) & (extents[:, 0] < next_start) & (extents[:, 1] > end)
+        special = np.flatnonzero(is_between & is_ending).tolist()
+        if not special or extents[special[0], 0] > end:
+            return []
+        is_header = next_start < np.inf and len(special) == 1
+        return [] if is_header and input_ids[special[0]] != self.eos_id else special[:1]
+
+
+def _end_inside(is_ending, extents, text: str, start: int, end: int) -> list[int]:
+    """The token, if any, that ends a turn within its span, where nothing but special tokens and white space follow.
+
+    Of special tokens in a row it is the last, as others close a tool call or open an empty answer; those behind white
+    space end the conversation.
+    """
+    row: list[int] = []
+    for i in np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))[::-1].tolist():
+        if is_ending[i]:
+            row = [i, *row] if row and row[0] == i + 1 else [i]
+        elif text[max(start, extents[i, 0]) : extents[i, 1]].strip():
+            break
+    return row[-1:]
