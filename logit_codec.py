@@ -295,19 +295,25 @@ def _entry_values(row: dict, kind: str) -> tuple:
     return low, high, codes
 
 
+def row_entries(row: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and codes uint8, (n, K) of a stored row's nucleus (``kind`` "top") or (n, S) of its draws ("sampled").
+
+    Raises ValueError where the columns' lengths disagree.
+    """
+    low, high, codes = _entry_values(row, kind)
+    codes = _as_numbers(codes, np.uint8).reshape(int(row["num_tokens"]), -1)
+    return unpack_indices(low, high).reshape(codes.shape), codes
+
+
 def decode_row(row: dict) -> DecodedRow:
     """All positions of a stored row at once.
 
     ``row`` is as any reader returns it. Raises ValueError where the columns' lengths disagree; ``validate_row`` says
     which does.
     """
-    n = int(row["num_tokens"])
     arrays = {}
     for kind in ("top", "sampled"):
-        low, high, codes = _entry_values(row, kind)
-        codes = _as_numbers(codes, np.uint8).reshape(n, -1)
-        ids = unpack_indices(low, high)
-        arrays[f"{kind}_ids"] = ids.reshape(codes.shape)
+        arrays[f"{kind}_ids"], codes = row_entries(row, kind)
         arrays[f"{kind}_log_probs"] = CODE_LOG_PROBS[codes]
     stored = np.exp(arrays["top_log_probs"]).sum(axis=1)
     tail_mass = np.maximum(0.0, 1.0 - stored)

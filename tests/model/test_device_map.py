@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from pretended_devices import FIRST, SECOND, Placed, place, pretended_devices
+from random_models import random_model
 from runs import assert_alike, rows_in, shards_in, without
-from test_teacher_model import random_model, random_requests, request, rows
+from test_teacher_model import random_requests, request, rows
 
 import extract_logits
 from chat_logits.errors import ToolkitError, UsageError

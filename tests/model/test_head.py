@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import MODEL, make_tiny_model
-from test_teacher_model import random_model
+from random_models import random_model
 
 from chat_logits.errors import ToolkitError
 from chat_logits.model import loading
