@@ -1,0 +1,114 @@
+"""A student's forward pass that ends in the loss in place of logits, and the trainers that take their steps by it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Trainer
+
+from chat_logits.errors import UsageError
+from chat_logits.training.head import logit_tail
+from chat_logits.training.loss import fused_sparse_kd_loss
+
+# Of a batch, what is the loss's and not the model's.
+TARGET_NAMES = ("labels", "target_rows", "target_ids", "target_weights", "entropy")
+
+
+class BatchTarget(NamedTuple):
+    """What a batch teaches at its N predicting positions.
+
+    ``rows`` (N,) int64 count the positions of input ids (B, T), flattened; ``ids`` and ``weights`` (N, M) and
+    ``entropy`` (N,), nats, are ``Targets``'.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+
+def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], BatchTarget]:
+    """The model's own arguments, and the target. Raises UsageError where the batch has none."""
+    missing = [name for name in TARGET_NAMES[1:] if name not in batch]
+    if missing:
+        raise UsageError(
+            f"a batch without {', '.join(missing)}: expected one of this package's collators over a training_dataset"
+        )
+    arguments = {name: value for name, value in batch.items() if name not in TARGET_NAMES}
+    return arguments, BatchTarget(*(batch[name] for name in TARGET_NAMES[1:]))
+
+
+class StudentLoss:
+    """The loss where the student's lm_head would give logits: within its forward pass, which is all that DDP, FSDP and
+    mixed precision know of, and without the logits of a batch ever being there.
+
+    ``student`` is a causal language model of transformers, with or without an adapter around. Raises ToolkitError and
+    UsageError as ``logit_tail`` and ``fused_sparse_kd_loss``.
+    """
+
+    def __init__(self, student: torch.nn.Module):
+        self._head, self._tail = student.get_output_embeddings(), logit_tail(student)
+
+    def __call__(self, model: torch.nn.Module, arguments: Mapping[str, Any], target: BatchTarget) -> torch.Tensor:
+        """The sum of forward KL over the batch's positions, nats, float32, with its gradient.
+
+        ``model`` is the student, or what is wrapped around it to train on several devices.
+        """
+        found = []
+
+        def compute(head: torch.nn.Module, args: tuple) -> tuple:
+            hidden = args[0].flatten(0, -2)[target.rows]
+            found.append(
+                fused_sparse_kd_loss(
+                    hidden, head, target.ids, target.weights, entropy=target.entropy, tail=self._tail, reduction="sum"
+                )
+            )
+            return (args[0][..., -1:, :], *args[1:])  # the rest of the forward pass has one position to do
+
+        handle = self._head.register_forward_pre_hook(compute)
+        try:
+            model(**arguments, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
+
+class StudentMixin:
+    """Before a ``transformers.Trainer`` or a subclass: steps by a teacher's stored distributions.
+
+    The loss of a step is the mean of forward KL over all its positions, nats: over all batches that are accumulated,
+    and over all processes. Batches are those of this package's collators, whose ``labels`` are counted, and not used
+    otherwise.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the step's positions here
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.args.n_gpu > 1:
+            raise UsageError(f"one process on {self.args.n_gpu} GPUs: expected one a GPU, started by torchrun")
+        self.args.remove_unused_columns = False
+        self.args.prediction_loss_only = True  # there are no logits
+        self.model_accepts_loss_kwargs = True  # so that a step's positions are counted
+        self._student_loss: StudentLoss | None = None
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The batch's part of its step's mean forward KL, nats."""
+        if self._student_loss is None:
+            self._student_loss = StudentLoss(self.accelerator.unwrap_model(model))
+        arguments, target = split_batch(inputs)
+        positions = len(target.rows) if num_items_in_batch is None else num_items_in_batch
+        loss = self._student_loss(model, arguments, target) / positions
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+
+class StudentTrainer(StudentMixin, Trainer):
+    """``transformers.Trainer`` on stored distributions."""

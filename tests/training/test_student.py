@@ -1,0 +1,172 @@
+"""A student's steps by stored distributions: its forward pass with the loss in it, accumulated and on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from random_models import random_model
+from transformers import TrainingArguments
+
+from chat_logits.errors import UsageError
+from chat_logits.training.loss import sparse_kd_loss
+from chat_logits.training.student import StudentLoss, StudentTrainer, split_batch
+
+WIDTH, VOCABULARY = 5, 1000
+
+
+def examples(count: int = 8) -> list[dict]:
+    """Token ids of 6 to 13 tokens, and targets at some of them."""
+    rng = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        length = 6 + number
+        positions = torch.arange(2, length, 1 + number % 2)
+        weights = torch.rand(len(positions), WIDTH, generator=rng)
+        found.append(
+            {
+                "input_ids": torch.randint(0, VOCABULARY, (length,), generator=rng),
+                "positions": positions,
+                "ids": torch.randint(0, VOCABULARY, (len(positions), WIDTH), generator=rng),
+                "weights": weights / weights.sum(1, keepdim=True),
+                "entropy": torch.rand(len(positions), generator=rng),
+            }
+        )
+    return found
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Padded at the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -100)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        length, at = len(row["input_ids"]), row["positions"]
+        ids[i, :length], mask[i, :length], labels[i, at] = row["input_ids"], 1, row["input_ids"][at]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "target_rows": torch.cat([i * longest + row["positions"] - 1 for i, row in enumerate(rows)]),
+        "target_ids": torch.cat([row["ids"] for row in rows]),
+        "target_weights": torch.cat([row["weights"] for row in rows]),
+        "entropy": torch.cat([row["entropy"] for row in rows]),
+    }
+
+
+def one_at_a_time(model) -> torch.Tensor:
+    """The sum of the loss over the logits of all examples, each alone."""
+    losses = []
+    for row in examples():
+        logits = model(row["input_ids"][None]).logits[0, row["positions"] - 1]
+        losses.append(sparse_kd_loss(logits, row["ids"], row["weights"], row["entropy"], reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weights.grad.clone() for name, weights in model.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+def test_the_forward_pass_ends_in_the_loss_of_its_logits(model_type):
+    model = random_model(model_type)
+    expected = one_at_a_time(model)
+    right = gradients(model, expected)
+    arguments, target = split_batch(collate(examples()))
+    assert set(arguments) == {"input_ids", "attention_mask"}
+    loss = StudentLoss(model)(model, arguments, target)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, found in gradients(model, loss).items():
+        torch.testing.assert_close(found, right[name], rtol=1e-4, atol=1e-4 * right[name].abs().max().item())
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, VOCABULARY)  # nothing is left behind
+
+
+def test_a_batch_without_targets_is_refused():
+    with pytest.raises(UsageError, match=r"a batch without target_rows, target_ids, target_weights, entropy: expected"):
+        split_batch({"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
+
+
+def trained(folder: Path, batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+    """The weights after one step of plain gradient descent, and the step's loss."""
+    model = random_model("llama").train()
+    options = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = StudentTrainer(model, options, train_dataset=examples(), data_collator=collate)
+    trainer.train()
+    return {"loss": torch.tensor(trainer.state.log_history[0]["loss"])} | model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """By one batch of all examples."""
+    return trained(tmp_path_factory.mktemp("whole"), 8, 1)
+
+
+def assert_same_step(found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    for name, weights in whole.items():
+        torch.testing.assert_close(found[name], weights, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_is_that_of_the_mean_over_all_positions(whole):
+    model = random_model("llama").train()
+    positions = sum(len(row["positions"]) for row in examples())
+    mean = one_at_a_time(model) / positions
+    step = gradients(model, mean)
+    assert whole["loss"].item() == pytest.approx(mean.item(), rel=1e-5)
+    for name, weights in model.named_parameters():
+        torch.testing.assert_close(whole[name], weights.detach() - step[name], rtol=1e-4, atol=1e-5)
+
+
+def test_batches_that_are_accumulated_are_one(whole, tmp_path):
+    """Of different numbers of positions."""
+    assert_same_step(trained(tmp_path, 2, 4), whole)
+
+
+TWO = """
+import sys, torch
+sys.path[:0] = sys.argv[2:]
+from training.test_student import trained
+found = trained(sys.argv[1], 2, 2)
+torch.save(found, f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+def test_two_processes_are_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(REPO / part) for part in ("", "tests", "tests/support")]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(tmp_path), *paths],
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], json.dumps(said)
+    for rank in range(2):
+        assert_same_step(torch.load(tmp_path / f"{rank}.pt"), whole)
