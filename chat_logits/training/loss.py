@@ -59,6 +59,7 @@ def fused_sparse_kd_loss(
     entropy: torch.Tensor | None = None,
     *,
     tail: LogitTail | None = None,
+    scores: "PositionScores | None" = None,
     reduction: str = "mean",
     temperature: float = 1.0,
     reverse: bool = False,
@@ -66,7 +67,8 @@ def fused_sparse_kd_loss(
     """``sparse_kd_loss`` without the logits of all positions: ``chunk`` positions meet the head at once.
 
     ``hidden`` (n, H) are the head's own inputs; ``head`` is the student's lm_head (an ``nn.Linear``) or its weight
-    (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing. The
+    (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing.
+    ``scores`` are filled with what the chunks' logits say of each position. The
     gradients for ``hidden``, weight and bias are computed on the way forward: beyond them, and a float32 copy of the
     weight's where it is 16-bit, memory is that of one chunk's logits, or of two's with a soft cap.
 
@@ -81,7 +83,8 @@ def fused_sparse_kd_loss(
             "(V, H) and 1 or more"
         )
     target = SparseTarget(ids.long(), weights.float())
-    losses = _FusedCrossEntropy.apply(hidden, weight, bias, target, chunk, tail or LogitTail(), torch.is_grad_enabled())
+    with_gradients, tail = torch.is_grad_enabled(), tail or LogitTail()
+    losses = _FusedCrossEntropy.apply(hidden, weight, bias, target, chunk, tail, scores, with_gradients)
     return _reduced(losses, entropy, len(hidden), reduction)
 
 
@@ -90,6 +93,18 @@ class SparseTarget(NamedTuple):
 
     ids: torch.Tensor
     weights: torch.Tensor
+
+
+class PositionScores(NamedTuple):
+    """What a student says at n positions: ``cross_entropy`` (n,) float32, nats, which is forward KL once the teacher's
+    entropy is taken off, and ``best_ids`` (n,) int64, its most probable tokens."""
+
+    cross_entropy: torch.Tensor
+    best_ids: torch.Tensor
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device) -> "PositionScores":
+        return cls(torch.empty(n, device=device), torch.empty(n, dtype=torch.long, device=device))
 
 
 def _cross_entropies(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -110,6 +125,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         target: SparseTarget,
         chunk: int,
         tail: LogitTail,
+        scores: PositionScores | None,
         with_gradients: bool,
     ) -> torch.Tensor:
         inputs = (hidden, weight, bias)
@@ -124,7 +140,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = raw_logits(hidden[rows], weight, bias)
                 slopes = tail.apply_(logits)
-                total += _to_gradient(logits, target.ids[rows], target.weights[rows]).sum()
+                if scores is not None:
+                    scores.best_ids[rows] = logits.argmax(dim=1)
+                losses = _to_gradient(logits, target.ids[rows], target.weights[rows])
+                if scores is not None:
+                    scores.cross_entropy[rows] = losses
+                total += losses.sum()
                 if slopes is not None:
                     logits.mul_(slopes)
                 _add_gradients(ctx.gradients, logits, rows, hidden, weight)
@@ -140,7 +161,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             None if each is None else each.mul_(gradient).to(dtype)
             for each, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _to_gradient(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

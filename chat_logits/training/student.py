@@ -1,4 +1,4 @@
-"""A student's forward pass that ends in the loss in place of logits, and the trainers that take their steps by it."""
+"""A student's forward pass that ends in the loss in place of logits, and the trainer that takes its steps by it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from chat_logits.errors import UsageError
 from chat_logits.training.head import logit_tail
-from chat_logits.training.loss import fused_sparse_kd_loss
+from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
 # Of a batch, what is the loss's and not the model's.
 TARGET_NAMES = ("labels", "target_rows", "target_ids", "target_weights", "entropy")
@@ -49,20 +49,24 @@ class StudentLoss:
     def __init__(self, student: torch.nn.Module):
         self._head, self._tail = student.get_output_embeddings(), logit_tail(student)
 
-    def __call__(self, model: torch.nn.Module, arguments: Mapping[str, Any], target: BatchTarget) -> torch.Tensor:
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        arguments: Mapping[str, Any],
+        target: BatchTarget,
+        scores: PositionScores | None = None,
+    ) -> torch.Tensor:
         """The sum of forward KL over the batch's positions, nats, float32, with its gradient.
 
-        ``model`` is the student, or what is wrapped around it to train on several devices.
+        ``model`` is the student, or what is wrapped around it to train on several devices; ``scores``, if any, are
+        filled with what it says at each position.
         """
         found = []
+        options = {"entropy": target.entropy, "tail": self._tail, "scores": scores, "reduction": "sum"}
 
         def compute(head: torch.nn.Module, args: tuple) -> tuple:
             hidden = args[0].flatten(0, -2)[target.rows]
-            found.append(
-                fused_sparse_kd_loss(
-                    hidden, head, target.ids, target.weights, entropy=target.entropy, tail=self._tail, reduction="sum"
-                )
-            )
+            found.append(fused_sparse_kd_loss(hidden, head, target.ids, target.weights, **options))
             return (args[0][..., -1:, :], *args[1:])  # the rest of the forward pass has one position to do
 
         handle = self._head.register_forward_pre_hook(compute)
@@ -73,12 +77,12 @@ class StudentLoss:
         return found[0]
 
 
-class StudentMixin:
-    """Before a ``transformers.Trainer`` or a subclass: steps by a teacher's stored distributions.
+class StudentTrainer(Trainer):
+    """``transformers.Trainer`` on stored distributions: steps by the mean of forward KL over all positions, nats.
 
-    The loss of a step is the mean of forward KL over all its positions, nats: over all batches that are accumulated,
-    and over all processes. Batches are those of this package's collators, whose ``labels`` are counted, and not used
-    otherwise.
+    Over all batches of a step that are accumulated, and over all processes. Batches are those of this package's
+    collators, whose ``labels`` are counted, and not used otherwise. Goes before other subclasses of ``Trainer``, too.
+    Raises UsageError where one process has several GPUs.
     """
 
     loss_is_scaled_for_ga = True  # divided by the step's positions here
@@ -108,7 +112,3 @@ class StudentMixin:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-
-class StudentTrainer(StudentMixin, Trainer):
-    """``transformers.Trainer`` on stored distributions."""

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import MODEL, REPO
+from datasets import Dataset
 from random_models import random_model
 from transformers import TrainingArguments
 
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import UsageError
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.student import StudentLoss, StudentTrainer, split_batch
@@ -93,12 +95,15 @@ def test_a_batch_without_targets_is_refused():
         split_batch({"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
 
 
-def trained(folder: Path, batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+def trained(
+    folder: Path, batch_size: int, accumulate: int, trainer_class=StudentTrainer, arguments_class=TrainingArguments
+) -> dict[str, torch.Tensor]:
     """The weights after one step of plain gradient descent, and the step's loss."""
     model = random_model("llama").train()
-    options = TrainingArguments(
+    options = arguments_class(
         output_dir=str(folder),
         use_cpu=True,
+        bf16=False,  # which TRL takes otherwise
         max_steps=1,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
@@ -111,7 +116,9 @@ def trained(folder: Path, batch_size: int, accumulate: int) -> dict[str, torch.T
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = StudentTrainer(model, options, train_dataset=examples(), data_collator=collate)
+    known = {} if trainer_class is StudentTrainer else {"processing_class": load_tokenizer(str(MODEL))}
+    rows = examples() if trainer_class is StudentTrainer else Dataset.from_list(examples()).with_format("torch")
+    trainer = trainer_class(model, options, train_dataset=rows, data_collator=collate, **known)
     trainer.train()
     return {"loss": torch.tensor(trainer.state.log_history[0]["loss"])} | model.state_dict()
 
@@ -140,6 +147,14 @@ def test_a_step_is_that_of_the_mean_over_all_positions(whole):
 def test_batches_that_are_accumulated_are_one(whole, tmp_path):
     """Of different numbers of positions."""
     assert_same_step(trained(tmp_path, 2, 4), whole)
+
+
+def test_trls_trainer_takes_the_same_step(whole, tmp_path):
+    from trl import SFTConfig
+
+    from chat_logits.training.sft import StudentSFTTrainer
+
+    assert_same_step(trained(tmp_path, 2, 4, StudentSFTTrainer, SFTConfig), whole)
 
 
 TWO = """

@@ -1,0 +1,56 @@
+"""A student's distance from stored distributions, against its logits one example at a time."""
+
+import math
+
+import pytest
+import torch
+from random_models import random_model
+from training.test_student import collate, examples
+
+from chat_logits.training.held_out import held_out
+
+
+def written_out(model) -> list[tuple[int, float, int]]:
+    """Of each example: positions, the sum of forward KL, and where the largest logit is the first nucleus entry's."""
+    found = []
+    for row in examples():
+        with torch.no_grad():
+            log_probs = model(row["input_ids"][None]).logits[0, row["positions"] - 1].double().log_softmax(-1)
+        kl = -(row["weights"] * log_probs.gather(1, row["ids"])).sum(1) - row["entropy"]
+        agreeing = (log_probs.argmax(1) == row["ids"][:, 1]).sum().item()
+        found.append((len(kl), kl.sum().item(), agreeing))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_mean_is_over_positions_and_its_error_over_batches(batch_size):
+    model = random_model("gemma2").train()
+    rows = written_out(model.eval())
+    model.train()
+    batches = [collate(examples()[i : i + batch_size]) for i in range(0, 8, batch_size)]
+    found = held_out(model, batches)
+    assert model.training
+    assert found.positions == sum(count for count, _, _ in rows)
+    mean = sum(kl for _, kl, _ in rows) / found.positions
+    assert found.kl == pytest.approx(mean, rel=1e-5)
+    assert found.agreement == sum(agreeing for _, _, agreeing in rows) / found.positions
+    parts = [rows[i : i + batch_size] for i in range(0, 8, batch_size)]
+    residuals = [sum(kl - mean * count for count, kl, _ in part) for part in parts]
+    if len(parts) == 1:
+        assert math.isnan(found.error)
+    else:
+        variance = sum(residual**2 for residual in residuals) * len(parts) / (len(parts) - 1)
+        assert found.error == pytest.approx(math.sqrt(variance) / found.positions, rel=1e-4)
+
+
+def test_agreement_is_seen():
+    """A target whose first nucleus entry is the student's own most probable token."""
+    model, rows = random_model("llama"), examples()
+    for row in rows:
+        with torch.no_grad():
+            row["ids"][:, 1] = model(row["input_ids"][None]).logits[0, row["positions"] - 1].argmax(1)
+    assert held_out(model, [collate(rows)]).agreement == 1.0
+    for row in rows:  # what ends a turn: the target token alone
+        row["ids"][:, 0], row["weights"][:] = row["ids"][:, 1], 0
+        row["ids"][:, 1:], row["weights"][:, 0] = 0, 1
+    assert held_out(model, [collate(rows)]).agreement == 1.0
