@@ -2,25 +2,30 @@
 
     python explore_logits.py outputs/demo --sample_index 0
 
-From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``
-and ``execute_verification``; ``unpack_indices`` and ``dequantize_all_logits`` decode a stored row by hand.
+From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``,
+``execute_verification``, ``execute_budget`` and ``execute_thinning``; ``unpack_indices`` and ``dequantize_all_logits``
+decode a stored row by hand.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from chat_logits.analysis.budget import BUDGET_ROWS, measure_budget
 from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.conversation import Selection, analyze_row, analyze_token_probabilities
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.analysis.summary import summarize
+from chat_logits.analysis.thinning import read_setting, thin_dataset
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
 from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
 from chat_logits.display.results import (
     ShownAnalysis,
+    ShownBudget,
     ShownComparison,
     ShownDatasetComparison,
     ShownSummary,
+    ShownThinning,
     ShownVerification,
     shown,
 )
@@ -32,8 +37,10 @@ __all__ = [
     "analyze_token_probabilities",
     "dequantize_all_logits",
     "execute_analysis",
+    "execute_budget",
     "execute_comparison",
     "execute_summary",
+    "execute_thinning",
     "execute_verification",
     "unpack_indices",
 ]
@@ -121,6 +128,25 @@ def execute_verification(
     return _printed(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
 
 
+def execute_budget(
+    logit_dataset_id: str, budget_rows: int = BUDGET_ROWS, revision: str | None = None, quiet: bool = False
+) -> ShownBudget:
+    """Print what fewer stored entries would take and cost, on ``budget_rows`` rows, unless ``quiet``, and return it."""
+    return _printed(measure_budget(open_dataset(str(logit_dataset_id), revision), budget_rows), quiet)
+
+
+def execute_thinning(
+    logit_dataset_id: str, thin: Sequence, revision: str | None = None, quiet: bool = False
+) -> ShownThinning:
+    """Write a thinned dataset; print its size, unless ``quiet``, and return it.
+
+    ``thin`` is (K, S, P, folder): the most probable tokens, the draws and the nucleus' total to keep, none of them more
+    than is stored, and a new or an empty folder.
+    """
+    setting, folder = read_setting(thin)
+    return _printed(thin_dataset(open_dataset(str(logit_dataset_id), revision), setting, folder), quiet)
+
+
 def _printed(result, quiet: bool):
     result = shown(result)
     if not quiet:
@@ -137,6 +163,8 @@ MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "summary": (execute_summary, ()),
     "compare": (execute_comparison, ("compare", "compare_revision", "sample_index", "top_n", "surprising")),
     "verify": (execute_verification, ("verify", "model_id")),
+    "budget": (execute_budget, ("budget_rows",)),
+    "thin": (execute_thinning, ("thin",)),
 }
 
 

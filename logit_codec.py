@@ -201,9 +201,12 @@ def draw_tail(probabilities: np.ndarray, kept_ids: np.ndarray, uniform: float, n
     return np.minimum(np.searchsorted(running, thresholds, side="right"), np.flatnonzero(tail)[-1])
 
 
-def draw_uniforms(seed: int, source_index: int, count: int) -> np.ndarray:
-    """The conversation's uniforms, float64 (count,), one an extracted token, the same on every machine."""
-    return np.random.Generator(np.random.Philox(key=[seed, source_index])).random(count)
+def draw_uniforms(seed: int, source_index: int, count: int, stream: int = 0) -> np.ndarray:
+    """The conversation's uniforms, float64 (count,), one an extracted token, the same on every machine.
+
+    ``stream`` 0 is the extraction's; each thinning has the next one, independent of those before.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, source_index], counter=[0, 0, 0, stream])).random(count)
 
 
 # --- rows ---
@@ -224,8 +227,8 @@ def encode_rows(distributions: Distributions, lengths: list[int]) -> list[dict]:
         part = slice(start, start + length)
         rows.append(
             {
-                **_entry_columns("top", top_codes[part], top_ids[part]),
-                **_entry_columns("sampled", sampled_codes[part], sampled_ids[part]),
+                **entry_columns("top", top_codes[part], top_ids[part]),
+                **entry_columns("sampled", sampled_codes[part], sampled_ids[part]),
                 "logsumexp": distributions.logsumexp[part].astype(np.float32),
                 "num_tokens": length,
                 "token_log_probs": distributions.token_log_probs[part].astype(np.float32),
@@ -235,7 +238,8 @@ def encode_rows(distributions: Distributions, lengths: list[int]) -> list[dict]:
     return rows
 
 
-def _entry_columns(kind: str, codes: np.ndarray, ids: np.ndarray) -> dict:
+def entry_columns(kind: str, codes: np.ndarray, ids: np.ndarray) -> dict:
+    """The three columns of a row's nucleus (``kind`` "top") or draws ("sampled"), from codes uint8 and ids, (n, m)."""
     low, high = pack_indices(ids)
     return {
         f"{kind}_logits_quantized": codes.tobytes(),

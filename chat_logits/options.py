@@ -47,6 +47,7 @@ class Option:
     above: float | None = None
     most: float | None = None
     check_value: Callable[[Any], None] | None = None
+    count: int | None = None  # texts of a tuple, None for any number
 
     @property
     def is_required(self) -> bool:

@@ -6,7 +6,16 @@ import numpy as np
 
 from chat_logits.data.alignment import Alignment
 from chat_logits.storage.manifest import Manifest
-from logit_codec import ABSENT, MAX_TOKEN_ID, DecodedRow, decode_row, draw_uniforms, nearest_codes, nucleus_cut
+from logit_codec import (
+    ABSENT,
+    CODE_PROBS,
+    MAX_TOKEN_ID,
+    DecodedRow,
+    decode_row,
+    draw_uniforms,
+    nearest_codes,
+    nucleus_cut,
+)
 
 SHIFTS = (-1, 0, 1)  # the model's output one position earlier, in place, one position later
 IN_PLACE = SHIFTS.index(0)
@@ -189,9 +198,10 @@ class _Nucleus:
         errors = (output.tolerance, 0, -output.tolerance)
         self.fewest, self.size, self.most = (_size(best + error, manifest.top_p) for error in errors)
         is_first = np.arange(self.codes.shape[1]) < self.sizes[:, None]
-        self.is_cut = (
-            (self.fewest <= self.sizes) & (self.sizes <= self.most) & (is_first == (self.codes > 0)).all(axis=1)
-        )
+        is_cut = (self.fewest <= self.sizes) & (self.sizes <= self.most)
+        if manifest.thinned_from:
+            is_cut |= _is_cut_by_codes(self.codes, self.sizes, manifest.top_p)
+        self.is_cut = is_cut & (is_first == (self.codes > 0)).all(axis=1)
 
     @property
     def right_ids(self) -> list[np.ndarray]:
@@ -215,6 +225,16 @@ class _Nucleus:
         ]
 
 
+def _is_cut_by_codes(codes: np.ndarray, sizes: np.ndarray, top_p: float) -> np.ndarray:
+    """Where a thinned nucleus ends as its own codes have it: at ``top_p``, or at K; bool (n,)."""
+    totals = np.cumsum(CODE_PROBS[codes], axis=1)
+    before, after = (
+        np.where(at >= 0, np.take_along_axis(totals, np.maximum(at, 0)[:, None], axis=1)[:, 0], 0)
+        for at in (sizes - 2, sizes - 1)
+    )
+    return (before < top_p) & ((after >= top_p) | (sizes == codes.shape[1]))
+
+
 def _ranked(log_probs: np.ndarray, top_k: int) -> np.ndarray:
     """The ids of the ``top_k`` largest, in order."""
     ids = np.argpartition(-log_probs, top_k - 1)[:top_k]
@@ -235,7 +255,14 @@ def _draw_faults(
     uniforms = draw_uniforms(manifest.seed, row["source_index"], len(before))
     expected, wrong = np.zeros(ids.shape, int), np.zeros(ids.shape, bool)
     for i, at in enumerate(before):
-        expected[i], wrong[i] = _draws(output.storable(at), kept[i], uniforms[i], drawn[i], output.tolerance)
+        log_probs = output.storable(at)
+        if manifest.thinned_from:
+            expected[i], wrong[i] = _thinned_draws(
+                log_probs, manifest, kept[i], uniforms[i], drawn[i], output.tolerance
+            )
+        else:
+            expected[i], fits = _draws(log_probs, kept[i], uniforms[i], drawn[i], len(drawn[i]), output.tolerance)
+            wrong[i] = ~fits.diagonal()
     low, high = _code_range(output.log_probs(before, ids), output.tolerance)
     outside = (codes > 0) & ~wrong.any(axis=1, keepdims=True) & ((codes < low) | (codes > high))
     return [
@@ -245,14 +272,37 @@ def _draw_faults(
 
 
 def _draws(
-    log_probs: np.ndarray, kept: np.ndarray, uniform: float, stored: np.ndarray, tolerance: float
+    log_probs: np.ndarray, kept: np.ndarray, uniform: float, stored: np.ndarray, count: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The draws at one position, (S,), and which of those ``stored`` no threshold within tolerance gives."""
+    """The ``count`` draws at one position, and which of the ids ``stored`` (m,) each threshold gives within tolerance:
+    bool (m, count)."""
     tail = np.exp(log_probs)
     tail[kept] = 0
     running = np.cumsum(tail)
-    thresholds = (uniform + np.arange(len(stored))) / max(1, len(stored)) * running[-1]
+    thresholds = (uniform + np.arange(count)) / max(1, count) * running[-1]
     drawn = np.minimum(np.searchsorted(running, thresholds, side="right"), len(tail) - 1)
     slack = np.exp(2 * tolerance)  # a total over another
-    fits = (running[stored] - tail[stored] <= thresholds * slack) & (running[stored] >= thresholds / slack)
-    return drawn, ~(fits & (tail[stored] > 0) & (stored != ABSENT)) & (running[-1] > NO_TAIL)
+    starts, ends, there = (values[stored][:, None] for values in (running - tail, running, tail))
+    fits = (starts <= thresholds * slack) & (ends >= thresholds / slack) & (there > 0) & (stored != ABSENT)[:, None]
+    return drawn, fits | (running[-1] <= NO_TAIL)
+
+
+def _thinned_draws(
+    log_probs: np.ndarray, manifest: Manifest, kept: np.ndarray, uniform: float, stored: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of the ids ``stored`` (S,) at one position of a thinned dataset, the nearest of the extraction's draws,
+    and whether it can be neither one of those nor a dropped one of its nucleus. Which thinning takes is not checked.
+    """
+    extracted = manifest.extracted
+    if not len(stored):
+        return stored, np.zeros(0, bool)
+    ranked = _ranked(log_probs, min(extracted["top_k"], len(log_probs)))
+    fewest, size, most = (
+        int(_size((log_probs[ranked] + error)[None], extracted["top_p"])[0]) for error in (tolerance, 0, -tolerance)
+    )
+    is_right = np.isin(stored, ranked[:most]) & ~np.isin(stored, kept)
+    count = extracted["num_sampled"]
+    for cut in range(fewest, most + 1):
+        is_right |= _draws(log_probs, ranked[:cut], uniform, stored, count, tolerance)[1].any(axis=1)
+    drawn, _ = _draws(log_probs, ranked[:size], uniform, stored, count, tolerance)
+    return drawn[np.abs(drawn - stored[:, None]).argmin(axis=1)], ~is_right

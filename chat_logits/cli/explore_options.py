@@ -8,13 +8,17 @@ from chat_logits.errors import UsageError
 from chat_logits.options import option, options_of
 
 # What each way of looking at a dataset does not take, as what it would say of it is said otherwise or not at all.
+_ROWS = ("sample_index", "surprising", "show_prompt", "top_n")
+_TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # no token is rebuilt
 NOT_WITH = {
+    "thin": ("budget", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
+    "budget": ("verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "verify": ("sample_index", "compare", "summary", "surprising", "show_prompt", "top_n", "html"),
     "compare": ("summary", "show_prompt"),
-    "summary": ("sample_index", "surprising", "show_prompt", "top_n"),
+    "summary": _ROWS,
 }
 # What is of use beside another option alone.
-NEEDS = {"model_id": "verify", "compare_revision": "compare"}
+NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +69,21 @@ class ExploreOptions(CommonOptions):
         unset="the recorded one",
         metavar="ID",
     )
+    budget: bool = option(
+        False,
+        help="show what fewer stored entries would take, in bytes, and cost a student's gradient, in deviation",
+        unset="show none of it",
+    )
+    budget_rows: int | None = option(
+        None, help="conversations that --budget looks at, spread over the dataset", unset="64", metavar="N", least=1
+    )
+    thin: tuple[str, ...] | None = option(
+        None,
+        help="write the dataset with at most K most probable tokens, S draws and a total of P a position to FOLDER",
+        unset="write none",
+        metavar="K S P FOLDER",
+        count=4,
+    )
     html: str | None = option(None, help="write a page that needs nothing else", unset="none", metavar="FILE")
     json: str | None = option(
         None, help="write what is shown as JSON; - prints that alone", unset="none", metavar="FILE"
@@ -96,14 +115,14 @@ def build_parser() -> CommandParser:
         options_of(ExploreOptions).values(),
         positional="logit_dataset_id",
         prog=called_as("explore_logits.py"),
-        usage="%(prog)s ID [--sample_index N] [--top_n N] [--summary] [--compare ID] [--verify N] [--html FILE] …",
+        usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--verify N] [--budget] [--html FILE] …",
         description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
-        "or all of it with --summary, --compare or --verify.",
+        "or all of it with --summary, --compare, --verify or --budget.",
     )
 
 
 def mode_of(chosen: dict) -> str:
-    """What is to be looked at by the options chosen: "verify", "compare", "summary" or "row"."""
+    """What is to be done by the options chosen: a key of ``NOT_WITH``, or "row"."""
     return next((mode for mode in NOT_WITH if mode in chosen), "row")
 
 

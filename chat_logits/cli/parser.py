@@ -50,9 +50,10 @@ class CommandParser(argparse.ArgumentParser):
             add(on, dest=one.name, action="store_const", const=True, help=helps[0])
             add(off, dest=one.name, action="store_const", const=False, help=helps[1])
             return
-        more: dict[str, Any] = {"nargs": "+"} if one.kind is tuple else {}
+        more: dict[str, Any] = {"nargs": one.count or "+"} if one.kind is tuple else {}
         metavar = one.metavar or (f"{{{','.join(one.choices)}}}" if one.choices else None)
-        add(f"--{one.name}", help=help_text, metavar=metavar, **more)
+        parts = tuple(one.metavar.split()) if one.count else metavar
+        add(f"--{one.name}", help=help_text, metavar=parts, **more)
 
     def given(self, argv: list[str]) -> dict[str, str | list[str] | bool]:
         """The options that are on a command line, by name, as they are written there."""

@@ -10,10 +10,13 @@ from functools import singledispatch
 
 from rich.console import Console
 
+from chat_logits.analysis.budget import Budget
 from chat_logits.analysis.comparison import Comparison, DatasetComparison
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.summary import DatasetSummary
+from chat_logits.analysis.thinning import Thinning
 from chat_logits.analysis.verification import Verification
+from chat_logits.display.budget_tables import print_budget, print_thinning
 from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
 from chat_logits.display.page import framed
@@ -33,7 +36,8 @@ def print_result(result, console: Console) -> None:  # noqa: ARG001
 
 @singledispatch
 def page_of(result) -> str:
-    """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification`` has none."""
+    """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification``, a ``Budget`` and a
+    ``Thinning`` have none."""
     raise TypeError(f"{type(result).__name__} has no page")
 
 
@@ -41,6 +45,8 @@ print_result.register(Analysis, print_analysis)
 print_result.register(Comparison, print_comparison)
 print_result.register(DatasetComparison, print_datasets)
 print_result.register(DatasetSummary, print_summary)
+print_result.register(Budget, print_budget)
+print_result.register(Thinning, print_thinning)
 print_result.register(Verification, print_verification)
 page_of.register(Analysis, analysis_page)
 page_of.register(Comparison, comparison_page)
@@ -111,7 +117,18 @@ class ShownVerification(Shown, Verification):
     """A ``Verification`` that shows itself."""
 
 
-KINDS = (ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification)
+class ShownBudget(Shown, Budget):
+    """A ``Budget`` that shows itself."""
+
+
+class ShownThinning(Shown, Thinning):
+    """A ``Thinning`` that shows itself."""
+
+
+KINDS = (
+    *(ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification),
+    *(ShownBudget, ShownThinning),
+)
 
 
 def shown(result):

@@ -30,7 +30,7 @@ CARD = """---
 For every assistant token of `{dataset_id}` (split `{split}`): the {top_k} most probable tokens up to a total
 probability of {top_p}, {num_sampled} tokens sampled without bias from the rest, the logsumexp of the logits and the
 target token's own log-probability (nats). `extraction.json` has all that is needed to decode, align and repeat the run.
-
+{origin}
 {numbers}
 
 ## Use
@@ -80,6 +80,10 @@ Computed in {dtype}, logits in {head_dtype}, with {attn_implementation} attentio
 
 NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk; the target \
 tokens' mean negative log-likelihood is {mean_nll:.4f} nats."""
+ORIGIN = """
+Made without the model from a dataset with up to {top_k} tokens, a total of {top_p} and {num_sampled} sampled ones (run
+{fingerprint:.16}), by keeping fewer of them: FORMAT.md, "Thinned datasets".
+"""
 NO_NUMBERS = "The extraction has just begun."
 
 
@@ -106,8 +110,9 @@ def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = plac
     stated = manifest.licenses or {}
     licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
     metadata = card_metadata(manifest, entries).to_yaml()
-    numbers = _numbers(entries)
-    return CARD.format(**manifest.as_json(), **licenses, metadata=metadata, numbers=numbers, place=place)
+    origin = ORIGIN.format(**manifest.thinned_from[-1]) if manifest.thinned_from else ""
+    texts = {"metadata": metadata, "numbers": _numbers(entries), "place": place, "origin": origin}
+    return CARD.format(**manifest.as_json(), **licenses, **texts)
 
 
 def card_metadata(manifest: Manifest, entries: list[ShardEntry]) -> DatasetCardData:

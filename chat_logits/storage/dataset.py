@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
-from chat_logits.storage.shard import read_shard_rows, refuse_special, shard_sizes
+from chat_logits.storage.shard import read_shard_rows, refuse_special, shard_notes, shard_sizes
 from logit_codec import RowError, validate_row
 
 
@@ -58,16 +59,22 @@ class StoredDataset:
     def rows(self) -> Iterator[dict]:
         """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""
         self.refuse_empty()
-        return self._rows()
+        return chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
 
-    def _rows(self) -> Iterator[dict]:
-        fingerprint, row_number = self.manifest.fingerprint, 0
-        for shard in self.shards:
-            with self._open(shard.path) as source:
-                for row in read_shard_rows(source, shard.path, fingerprint, shard.num_rows):
-                    self._validate(row, row_number)
-                    yield row
-                    row_number += 1
+    def shard_rows(self, number: int) -> Iterator[dict]:
+        """The stored rows of ``shards[number]``, as ``rows`` gives them."""
+        shard, first = self.shards[number], sum(shard.num_rows for shard in self.shards[:number])
+        with self._open(shard.path) as source:
+            rows = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows)
+            for row_number, row in enumerate(rows, first):
+                self._validate(row, row_number)
+                yield row
+
+    def shard_notes(self, number: int) -> tuple[list[dict], int]:
+        """What ``shards[number]`` says of the source rows and turns that are not in it, as ``write_shard`` takes it."""
+        path = self.shards[number].path
+        with self._open(path) as source:
+            return shard_notes(source, path, self.manifest.fingerprint)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).

@@ -10,12 +10,13 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError, first_names
+from logit_codec import MAX_TOKEN_ID
 
 FORMAT_VERSION = 1
 EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
@@ -50,7 +51,10 @@ FINGERPRINT_KEYS = (
     "head_dtype",
     "attn_implementation",
 )
-IF_PRESENT = ("base_revision", "keep_end_of_turn")  # of these, those that have a value decide the rows too
+# Of these, those that have a value decide the rows too.
+IF_PRESENT = ("base_revision", "keep_end_of_turn", "thinned_from")
+# Of each dataset that a thinned one comes from
+ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 SHOWN = 40  # characters of a value in a message
@@ -93,6 +97,7 @@ class RunInputs:
     skipped_token_ids: list
     all_turns: bool
     keep_end_of_turn: bool | None = None
+    thinned_from: list | None = None
     versions: dict | None = None
 
 
@@ -156,6 +161,18 @@ class Manifest(RunInputs):
         present = {key: value for key, value in deciding.items() if value is not None or key not in IF_PRESENT}
         return hashlib.sha256(canonical(present)).hexdigest()
 
+    @property
+    def extracted(self) -> dict:
+        """``top_k``, ``top_p`` and ``num_sampled`` of the extraction, which for a thinned dataset are not its own."""
+        first = (self.thinned_from or [vars(self)])[0]
+        return {key: first[key] for key in ("top_k", "top_p", "num_sampled")}
+
+    def thinned(self, top_k: int, top_p: float, num_sampled: int) -> "Manifest":
+        """The manifest of a dataset that is thinned from this one (FORMAT.md, "Thinned datasets")."""
+        values = {"fingerprint": self.fingerprint, **{key: getattr(self, key) for key in list(ORIGIN_KEYS)[1:]}}
+        thinned_from = [*(self.thinned_from or []), values]
+        return replace(self, top_k=top_k, top_p=top_p, num_sampled=num_sampled, thinned_from=thinned_from)
+
     def differences(self, wanted: RunInputs, **more: object) -> list[str]:
         """How this run differs from one that is wanted: a text for each key that decides the rows.
 
@@ -180,11 +197,29 @@ def _fits(key: str, value: object) -> bool:
         return kind in (bool, bool | None)
     if kind is float:
         return isinstance(value, int | float)
+    if key == "thinned_from":
+        return value is None or (isinstance(value, list) and bool(value) and all(map(_is_origin, value)))
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, int) for item in value)
     if key in DATES and isinstance(value, str):
         return bool(DATE.fullmatch(value)) and _is_day(value)
     return isinstance(value, kind) and (key not in LEAST or value >= LEAST[key])
+
+
+def _is_origin(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == ORIGIN_KEYS.keys()
+        and all(_is_number(value[key], kind) for key, kind in ORIGIN_KEYS.items() if kind is not str)
+        and isinstance(value["fingerprint"], str)
+        and LEAST["top_k"] <= value["top_k"] <= MAX_TOKEN_ID
+        and LEAST["num_sampled"] <= value["num_sampled"] <= MAX_TOKEN_ID
+        and 0 < value["top_p"] <= 1
+    )
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)
 
 
 def _is_day(value: str) -> bool:
@@ -199,6 +234,8 @@ def _expected(key: str) -> str:
     kind = KEYS[key]
     if key in DATES:
         return "a day such as 2024-02-29, or null"
+    if key == "thinned_from":
+        return f"a list of objects with {', '.join(ORIGIN_KEYS)}"
     name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
     return f"{name} of at least {LEAST[key]}" if key in LEAST else name
 

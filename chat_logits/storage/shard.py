@@ -214,6 +214,14 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
                 yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
 
 
+def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
+    """What a shard says of source rows that are not in it, ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
+    them. ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
+    """
+    with _opened(source, path, fingerprint) as (_, described, _):
+        return described["skipped"], described.get("turns_left_out", 0)
+
+
 def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
     """Bytes of a shard by column, compressed, nested ones under their column's name, and of ``FOOTER``.
 
