@@ -118,7 +118,7 @@ def _line(rows: list[dict], setting: Setting, manifest: Manifest, norm: float, o
     tokens = sum(row["num_tokens"] for row in rows)
     stored, nucleus_kl = (sums[:2] / tokens).tolist()
     variance, bias = sums[2:].tolist()
-    has_draws = setting.num_sampled > 0
+    has_draws, is_bound = setting.num_sampled > 0, not manifest.num_sampled
     return BudgetLine(
         **setting._asdict(),
         bytes_per_token=_written_bytes([thin_row(row, setting, manifest) for row in rows], setting, manifest) / tokens,
@@ -126,8 +126,9 @@ def _line(rows: list[dict], setting: Setting, manifest: Manifest, norm: float, o
         nucleus_kl=nucleus_kl,
         deviation=float(np.sqrt(variance / norm)) if has_draws else None,
         whole_deviation=float(np.sqrt((variance + own) / norm)) if has_draws else None,
-        bias=0.0 if has_draws else float(np.sqrt(bias / norm)),
-        bias_is_bound=not manifest.num_sampled,
+        # What nobody knows of the tail is missing above and below: it can bring what is above 1 down to it, no further.
+        bias=0.0 if has_draws else float(np.sqrt(min(1, bias / norm) if is_bound else bias / norm)),
+        bias_is_bound=is_bound,
     )
 
 

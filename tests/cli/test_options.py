@@ -26,7 +26,7 @@ def test_every_option_is_known_with_underscores_and_with_dashes(command):
     parser = PARSERS[command].build_parser()
     for kind in PARSERS[command].KINDS:
         for name, one in options_of(kind).items():
-            value = [] if one.kind is bool else ["1"]
+            value = [] if one.kind is bool else ["1"] * (one.count or 1)
             spelled = [parser.given([f"--{text}", *value]) for text in (name, name.replace("_", "-"))]
             assert spelled[0] == spelled[1] and list(spelled[0]) == [name]
             if value and one.kind is not tuple:
