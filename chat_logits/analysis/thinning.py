@@ -13,7 +13,6 @@ import numpy as np
 from chat_logits.analysis.tokens import count_text
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.derived import refuse_taken, write_derived
 from chat_logits.storage.manifest import Manifest
 from logit_codec import CODE_PROBS, MAX_TOKEN_ID, draw_uniforms, entry_columns, nucleus_cut, row_entries
 
@@ -183,6 +182,8 @@ def thin_dataset(dataset: StoredDataset, setting: Setting, folder: str) -> Thinn
 
     Raises UsageError for a folder that holds anything and as ``check_setting``, ToolkitError where there are no rows.
     """
+    from chat_logits.storage.derived import refuse_taken, write_derived  # with the card, imports huggingface_hub
+
     check_setting(setting, dataset.manifest)
     refuse_taken(Path(folder), "thin")
     dataset.refuse_empty()
