@@ -245,16 +245,28 @@ class RowAligner:
 
         Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
         """
+        return self.align_all([row])[0]
+
+    def align_all(self, rows: Sequence[dict]) -> list[Alignment]:
+        """The alignments of several rows, tokenized together. Raises as ``align`` for the first that is at fault."""
+        rendered = [self._render(row) for row in rows]
+        if self._aligner is None:
+            return []
+        alignments = self._aligner.align_rendered(rendered)
+        for row, alignment in zip(rows, alignments, strict=True):
+            if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
+                raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
+        return alignments
+
+    def _render(self, row: dict) -> Rendered:
         conversation, tools = from_stored(row["messages"]), from_stored_tools(row["tools"])
         if self._aligner is None:
             self._aligner = self._choose(conversation, tools)
         try:
-            alignment = self._aligner.align(conversation, tools)
+            text, spans = self._aligner.template.with_tools(tools).render(conversation)
+            return self._aligner.marked(conversation, text, spans)
         except (TemplateError, ConversationError) as error:
             raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
-        if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
-            raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
-        return alignment
 
     def _choose(self, conversation: list[dict], tools: list[dict] | None) -> Aligner:
         tokenizer, recorded = self._recorded.tokenizer, self._recorded.template

@@ -5,20 +5,22 @@ footer and the one row group that has the row, or one after another where all ro
 """
 
 import difflib
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
-from chat_logits.storage.shard import read_shard_rows, refuse_special, shard_notes, shard_sizes
+from chat_logits.storage.shard import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
 from logit_codec import RowError, validate_row
+
+READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read
 
 
 class DamagedRow(ToolkitError):
@@ -59,7 +61,7 @@ class StoredDataset:
     def rows(self) -> Iterator[dict]:
         """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""
         self.refuse_empty()
-        return chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
+        return itertools.chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
 
     def shard_rows(self, number: int) -> Iterator[dict]:
         """The stored rows of ``shards[number]``, as ``rows`` gives them."""
@@ -75,6 +77,21 @@ class StoredDataset:
         path = self.shards[number].path
         with self._open(path) as source:
             return shard_notes(source, path, self.manifest.fingerprint)
+
+    def row_groups(self, shards: Sequence[ShardEntry]) -> Iterator[tuple[int, list[dict]]]:
+        """The rows of some of the shards in order, checked as ``read_row`` does, some at a time, each with the first
+        one's number; their lists of numbers are arrays. A shard on the Hub is read in few large requests.
+        """
+        starts = itertools.accumulate((shard.num_rows for shard in self.shards), initial=0)
+        firsts = dict(zip((shard.path for shard in self.shards), starts, strict=False))
+        for shard in shards:
+            first = firsts[shard.path]
+            with self._open(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
+                for rows in read_row_groups(source, shard.path, self.manifest.fingerprint, shard.num_rows):
+                    for number, row in enumerate(rows, first):
+                        self._validate(row, number)
+                    yield first, rows
+                    first += len(rows)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).
@@ -100,8 +117,9 @@ class StoredDataset:
             raise DamagedRow(str(error)) from error
 
     @contextmanager
-    def _open(self, path: str):
-        """The shard as a file that is there, or one on the Hub of which only what is asked for is fetched."""
+    def _open(self, path: str, cache_type: str = "none", **options):
+        """The shard as a file that is there, or one on the Hub of which only what is asked for is fetched, or with
+        these options of fsspec's cache."""
         if self.revision is None:
             yield _local_file(self.dataset_id, path)
             return
@@ -114,7 +132,8 @@ class StoredDataset:
             yield cached
             return
         remote = f"datasets/{self.dataset_id}@{self.revision}/{path}"
-        with _explained(self.dataset_id, path), huggingface_hub.HfFileSystem().open(remote, cache_type="none") as file:
+        options = {"cache_type": cache_type, **options}
+        with _explained(self.dataset_id, path), huggingface_hub.HfFileSystem().open(remote, **options) as file:
             yield file
 
 

@@ -211,7 +211,31 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
             _refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
             for offset in wanted:
-                yield _checked_row(table.slice(offset - rows.start, 1), offset, described, path)
+                row = table.slice(offset - rows.start, 1)
+                _check_rows(row, offset, described, path)
+                yield row.to_pylist()[0]
+
+
+def read_row_groups(source, path: str, fingerprint: str, num_rows: int) -> Iterator[list[dict]]:
+    """The rows of a shard in order, a row group at a time, their lists of numbers as arrays over Arrow's buffers.
+
+    For reading whole shards: ten times as fast as ``read_shard_rows``, whose arguments it takes. Raises DamagedShard.
+    """
+    with _opened(source, path, fingerprint) as (file, described, sizes):
+        for group, rows in enumerate(_groups(file, described, num_rows, path)):
+            _refuse_bomb(sizes[group], group, path)
+            table = file.read_row_group(group)
+            _check_rows(table, rows.start, described, path)
+            columns = [_row_values(table[name].combine_chunks()) for name in SCHEMA.names]
+            yield [dict(zip(SCHEMA.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _row_values(column: pa.Array) -> list:
+    """A column's values by row, those of numbers as arrays."""
+    if not _is_of_numbers(column.type):
+        return column.to_pylist()
+    values, offsets = np.from_dlpack(column.values), np.from_dlpack(column.offsets)
+    return [values[a:b] for a, b in itertools.pairwise(offsets.tolist())]
 
 
 def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
@@ -274,17 +298,26 @@ def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> 
     return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
-def _checked_row(row: pa.Table, offset: int, described: dict, path: str) -> dict:
-    """Row ``offset`` of the shard, a table of one row."""
+def _check_rows(rows: pa.Table, first: int, described: dict, path: str) -> None:
+    """Raise DamagedShard where one of consecutive rows, from row ``first`` of the shard on, is not what was written."""
+    if rows["messages"].nbytes + rows["tools"].nbytes > MESSAGES:
+        for i in range(len(rows)):
+            _refuse_long(rows.slice(i, 1), first + i, path)
+    expected = described.get("row_crc32")
+    if expected is None:
+        return
+    found, expected = row_checksums(rows), expected[first : first + len(rows)]
+    if found != expected:
+        differing = [i for i, pair in enumerate(itertools.zip_longest(found, expected)) if pair[0] != pair[1]]
+        raise DamagedShard(f"{path}: row {first + differing[0]} is not what was written (its checksum differs)")
+
+
+def _refuse_long(row: pa.Table, offset: int, path: str) -> None:
     size = row["messages"].nbytes + row["tools"].nbytes
     if size > MESSAGES:
         raise DamagedShard(
             f"{path}: row {offset} has {size:,} bytes of messages and tools, expected {MESSAGES:,} at most"
         )
-    expected = described.get("row_crc32")
-    if expected is not None and row_checksums(row) != expected[offset : offset + 1]:
-        raise DamagedShard(f"{path}: row {offset} is not what was written (its checksum differs)")
-    return row.to_pylist()[0]
 
 
 @contextmanager
