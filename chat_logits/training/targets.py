@@ -78,7 +78,8 @@ def row_targets(
     taught = weighted_ids(
         top_codes, top_ids, sampled_codes, sampled_ids, alignment.input_ids[positions], hard_weight, allow_biased
     )
-    return _with_ends(positions, taught, alignment, end_of_turn == "hard")
+    ends = [i for i in alignment.turn_ends if alignment.reasons[i] is not None] if end_of_turn == "hard" else []
+    return with_ends(Targets(positions, *taught), np.array(ends, np.int64), alignment.input_ids[ends])
 
 
 def weighted_ids(
@@ -119,20 +120,20 @@ def weighted_ids(
     return WeightedIds(token_ids, weights, entropy.astype(np.float32))
 
 
-def _with_ends(positions: np.ndarray, taught: WeightedIds, alignment: Alignment, taught_as_they_are: bool) -> Targets:
-    """The targets with, in their places, the ends of turns that were not extracted."""
-    ends = [i for i in alignment.turn_ends if alignment.reasons[i] is not None] if taught_as_they_are else []
-    if not ends:
-        return Targets(positions, *taught)
-    one_hot_ids = np.zeros((len(ends), taught.token_ids.shape[1]), np.int32)
+def with_ends(targets: Targets, ends: np.ndarray, end_ids: np.ndarray) -> Targets:
+    """The targets with, in their places, tokens that are taught as they are: ids ``end_ids`` (e,) at positions ``ends``
+    (e,), ascending."""
+    if not len(ends):
+        return targets
+    one_hot_ids = np.zeros((len(ends), targets.token_ids.shape[1]), np.int32)
     one_hot = np.zeros(one_hot_ids.shape, np.float32)
-    one_hot_ids[:, 0], one_hot[:, 0] = alignment.input_ids[ends], 1
-    places = np.searchsorted(positions, ends)
+    one_hot_ids[:, 0], one_hot[:, 0] = end_ids, 1
+    places = np.searchsorted(targets.positions, ends)
     return Targets(
-        positions=np.insert(positions, places, ends),
-        token_ids=np.insert(taught.token_ids, places, one_hot_ids, axis=0),
-        weights=np.insert(taught.weights, places, one_hot, axis=0),
-        entropy=np.insert(taught.entropy, places, 0),
+        positions=np.insert(targets.positions, places, ends),
+        token_ids=np.insert(targets.token_ids, places, one_hot_ids, axis=0),
+        weights=np.insert(targets.weights, places, one_hot, axis=0),
+        entropy=np.insert(targets.entropy, places, 0),
     )
 
 

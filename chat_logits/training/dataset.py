@@ -1,0 +1,204 @@
+"""A stored logit dataset as one of `datasets`: what a student is trained on, computed when it is read."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chat_logits.analysis.opening import open_with_tokenizer
+from chat_logits.data.alignment import RowAligner
+from chat_logits.data.templates import portable_template
+from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset, open_dataset
+from chat_logits.storage.manifest import ShardEntry, canonical
+from chat_logits.training.examples import INTEGERS, STORED, TOKENS, AlignedRows, ExampleMaker
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+def training_dataset(
+    dataset_id: str | Path,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    *,
+    chat_template: str | None = None,
+    hard_weight: float = 0.0,
+    end_of_turn: str = "hard",
+    allow_biased: bool = False,
+    max_length: int | None = None,
+    streaming: bool = False,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """A logit dataset, a folder or a Hub id at ``revision``, whose examples are ``ExampleMaker``'s.
+
+    Not ``streaming``, all rows are read, checked and aligned at once, by ``num_proc`` processes, and kept as Arrow in
+    ``cache_dir`` (that of `datasets`), from where the next call takes them; ids and weights are computed from these
+    whenever an example is read, without tokenizer. ``streaming`` does it all on the way, in the DataLoader's workers,
+    shard by shard: nothing is written, and shards are what `datasets` splits, shuffles and counts when it resumes.
+    Either is pinned to the Hub's commit, and goes through `datasets`' own ``shuffle``, ``skip``, ``state_dict`` and
+    ``split_dataset_by_node``.
+
+    ``tokenizer`` is the student's: a tokenizer of transformers, a folder or a Hub id; None for the extraction's own.
+    ``chat_template`` replaces the recorded one. ``hard_weight``, ``end_of_turn`` and ``allow_biased`` are
+    ``row_targets``'. Conversations of more than ``max_length`` tokens are skipped, with a warning that counts them.
+
+    Raises UsageError for an argument out of range, for rows without draws, and for a tokenizer with other tokens;
+    ToolkitError where a row is damaged or its tokens cannot be rebuilt, naming the row; of a streamed one, when it is
+    read.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not go together
+    maker = ExampleMaker(hard_weight, end_of_turn, allow_biased)
+    stored, own_tokenizer = _open(str(dataset_id), tokenizer, revision, trust_remote_code)
+    stored.refuse_empty()
+    maker.refuse(stored.manifest.top_k, stored.manifest.num_sampled)
+    template = portable_template(chat_template)
+    rows = AlignedRows(stored, RowAligner(own_tokenizer, stored.manifest, template))
+    if streaming:
+        return _streamed(StreamedExamples(rows, maker, max_length))
+    aligned = _cached(rows, _identity(stored, template), cache_dir, num_proc)
+    return _short_enough(aligned, max_length).with_transform(maker)
+
+
+# --- rows in Arrow files ---
+
+
+def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: int | None) -> "datasets.Dataset":
+    """The aligned rows as a memory-mapped dataset, made where the cache has none of this identity."""
+    import datasets
+
+    integers = dict.fromkeys(INTEGERS, datasets.Value("int64"))
+    features = datasets.Features(integers | dict.fromkeys((*TOKENS, *STORED), datasets.Value("binary")))
+    shards = [shard for shard in rows.dataset.shards if shard.num_rows]
+    try:
+        return datasets.Dataset.from_generator(
+            rows,
+            features=features,
+            gen_kwargs={"shards": shards},
+            fingerprint=identity,
+            cache_dir=cache_dir,
+            num_proc=min(num_proc, len(shards)) if num_proc else None,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ToolkitError):
+            raise error.__cause__ from None
+        raise
+
+
+def _identity(stored: StoredDataset, chat_template: str | None) -> str:
+    """Of the aligned rows, hex: what was extracted, which shards there are, and how they are aligned."""
+    shards = [shard.as_json() for shard in stored.shards]
+    content = [stored.manifest.as_json(), shards, chat_template, INTEGERS, TOKENS, STORED]
+    return hashlib.sha256(canonical(content)).hexdigest()[:32]
+
+
+def _short_enough(aligned: "datasets.Dataset", max_length: int | None) -> "datasets.Dataset":
+    """The conversations of ``max_length`` tokens at most. Raises ToolkitError where none is left."""
+    if max_length is None:
+        return aligned
+    lengths = np.array(aligned.with_format("arrow")["length"])
+    kept = np.flatnonzero(lengths <= max_length)
+    if len(kept) == len(aligned):
+        return aligned
+    counted = (
+        f"{len(aligned) - len(kept)} of {len(aligned)} conversations have more than max_length {max_length} tokens"
+    )
+    if not len(kept):
+        raise ToolkitError(f"{counted}: none is left to train on")
+    logger.warning("%s and are skipped", counted)
+    return aligned.select(kept)
+
+
+# --- rows on their way ---
+
+
+@dataclass(frozen=True)
+class StreamedExamples:
+    """Reads shards and makes examples of their rows."""
+
+    rows: AlignedRows
+    maker: ExampleMaker
+    max_length: int | None
+    counts: Counter = field(default_factory=Counter)
+
+    def __call__(self, shards: Sequence[ShardEntry]) -> Iterator[dict]:
+        """The examples of the rows of ``shards``, in order."""
+        for batch in self.rows.batches(shards):
+            kept = [row for row in batch if self._is_short_enough(row)]
+            if kept:
+                examples = self.maker({name: [row[name] for row in kept] for name in kept[0]})
+                for values in zip(*examples.values(), strict=True):
+                    yield dict(zip(examples, values, strict=True))
+
+    def _is_short_enough(self, row: dict) -> bool:
+        """False for a row that is skipped: the first one is told of, then the tenth, the hundredth …"""
+        if self.max_length is None or row["length"] <= self.max_length:
+            return True
+        self.counts["skipped"] += 1
+        count = self.counts["skipped"]
+        if str(count).strip("0") == "1":
+            logger.warning(
+                "skipped so far: %d conversations of more than max_length %d tokens; row %d has %d",
+                *(count, self.max_length, row["row"], row["length"]),
+            )
+        return False
+
+
+def _streamed(examples: StreamedExamples) -> "datasets.IterableDataset":
+    import datasets
+
+    shards = [shard for shard in examples.rows.dataset.shards if shard.num_rows]
+    return datasets.IterableDataset.from_generator(examples, gen_kwargs={"shards": shards})
+
+
+# --- tokenizers ---
+
+
+def _open(dataset_id: str, given: Any, revision: str | None, trust_remote_code: bool) -> tuple[StoredDataset, Any]:
+    """The dataset and a tokenizer that aligns it: ``given``, where that is the extraction's, or else that one."""
+    if given is None:
+        return open_with_tokenizer(dataset_id, revision, trust_remote_code=trust_remote_code)
+    stored = open_dataset(dataset_id, revision)
+    if isinstance(given, str | Path):
+        given = load_tokenizer(str(given), trust_remote_code=trust_remote_code)
+    if not getattr(given, "backend_tokenizer", None):
+        raise UsageError(
+            f"tokenizer: a {type(given).__name__}, expected a fast tokenizer of transformers, or its place"
+        )
+    if tokenizer_fingerprint(given) == stored.manifest.tokenizer_fingerprint:
+        return stored, given
+    try:
+        _, own = open_with_tokenizer(dataset_id, stored.revision, trust_remote_code=trust_remote_code)
+    except ToolkitError as error:
+        raise type(error)(
+            f"the tokenizer is not the extraction's, which cannot be opened to compare their tokens: {error}"
+        ) from error
+    check_student_tokenizer(given, own)
+    return stored, own
+
+
+def check_student_tokenizer(student: Any, extraction: Any) -> None:
+    """Raise UsageError where a student's tokenizer has another token than the extraction's at some id, or none.
+
+    The student may have more tokens, and its lm_head more rows than tokens.
+    """
+    tokens = {token_id: token for token, token_id in student.get_vocab().items()}
+    for token, token_id in sorted(extraction.get_vocab().items(), key=itemgetter(1)):
+        if tokens.get(token_id) != token:
+            found = f"the token {tokens[token_id]!r}" if token_id in tokens else "no token"
+            raise UsageError(
+                f"the student's tokenizer has {found} with id {token_id}, the extraction's {token!r}: stored ids mean "
+                "something else to this student. Choose one with the extraction's tokenizer."
+            )
