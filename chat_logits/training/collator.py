@@ -1,0 +1,139 @@
+"""Examples to batches: packed one behind another into a single row, or padded side by side.
+
+Either batch has the lm_head meet the predicting positions alone: ``logits_to_keep`` are columns that a model of
+transformers passes to its head, and ``predicting`` says where among what comes out each target is predicted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chat_logits.errors import UsageError
+from chat_logits.training.examples import IGNORED
+
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache")
+PROBES = (range(1, 8), range(8, 14))  # token ids of two texts that any vocabulary has
+FLOAT32_NOISE, NOISE = 1e-4, 2e-2  # of the largest logit: sums in another order; in 16 bits, too
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Packs examples of ``training_dataset`` into one row of T tokens, N of them predicted.
+
+    A batch has
+
+    - ``input_ids``, ``labels`` and ``position_ids`` (1, T) int64; positions begin anew with each example, by which
+      transformers' models keep examples apart, in flash attention's varlen kernels or by a block mask. They do so
+      without a cache alone: ``use_cache`` is False;
+    - ``logits_to_keep`` (N,) int64, the columns that predict, and ``predicting`` (N,) int64, here 0 to N - 1;
+    - ``target_ids`` (N, M) int32, ``target_weights`` (N, M) float32, ``entropy`` (N,) float32 nats, as ``Targets``.
+
+    Some models don't keep examples apart: ``refuse_packing`` tells which.
+    """
+
+    def __call__(self, examples: list[dict]) -> dict:
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        starts = np.cumsum(lengths) - lengths
+        columns = np.concatenate([_predicting(one) + start for one, start in zip(examples, starts, strict=True)])
+        row = {
+            "input_ids": _concatenated(examples, "input_ids"),
+            "labels": _concatenated(examples, "labels"),
+            "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        }
+        return {
+            **{name: tensor[None] for name, tensor in row.items()},
+            "logits_to_keep": torch.from_numpy(columns),
+            "predicting": torch.arange(len(columns)),
+            "use_cache": False,
+            **_targets(examples),
+        }
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Pads B examples of ``training_dataset`` on the right to T tokens, with N predicted ones in all.
+
+    A batch has
+
+    - ``input_ids`` and ``labels`` (B, T) int64, padded with ``pad_token_id`` and -100, and ``attention_mask`` (B, T)
+      int64;
+    - ``logits_to_keep`` (U,) int64, the columns that predict in any example, and ``predicting`` (N,) int64, each
+      target's place in the logits (B, U, V) once these are (B·U, V);
+    - ``target_ids``, ``target_weights`` and ``entropy`` as ``PackingCollator``'s.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, examples: list[dict]) -> dict:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        columns = [_predicting(example) for example in examples]
+        kept = np.unique(np.concatenate(columns))
+        places = [i * len(kept) + np.searchsorted(kept, each) for i, each in enumerate(columns)]
+        return {
+            "input_ids": _padded(examples, "input_ids", self.pad_token_id),
+            "labels": _padded(examples, "labels", IGNORED),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "logits_to_keep": torch.from_numpy(kept),
+            "predicting": torch.from_numpy(np.concatenate(places)),
+            **_targets(examples),
+        }
+
+
+def model_inputs(batch: dict) -> dict:
+    """What of a collator's batch the model is called with; the rest is the loss'."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def _predicting(example: dict) -> np.ndarray:
+    """The columns of an example, int64 (n,), whose logits predict a taught token."""
+    return np.asarray(example["positions"], np.int64) - 1
+
+
+def _targets(examples: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: _concatenated(examples, name) for name in ("target_ids", "target_weights", "entropy")}
+
+
+def _concatenated(examples: list[dict], name: str) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([example[name] for example in examples]))
+
+
+def _padded(examples: list[dict], name: str, value: int) -> torch.Tensor:
+    rows = [torch.as_tensor(example[name]) for example in examples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+@torch.no_grad()
+def refuse_packing(model: torch.nn.Module) -> None:
+    """Raise UsageError for a model that does not keep packed examples apart: two short texts packed are given other
+    logits than the second one alone, beyond rounding.
+
+    So with state space and linear attention layers, which carry a state along the row, and with positions that are the
+    row's.
+    """
+    name, was_training = type(model).__name__, model.training
+    model.eval()  # without dropout
+    try:
+        first, second = (
+            torch.tensor([list(probe)], device=model.get_input_embeddings().weight.device) for probe in PROBES
+        )
+        positions = [torch.arange(ids.shape[1], device=ids.device)[None] for ids in (first, second)]
+        alone = _logits(model, second, positions[1])
+        packed = _logits(model, torch.cat([first, second], 1), torch.cat(positions, 1))
+    except TypeError as error:
+        raise UsageError(
+            f"{name} takes no position_ids ({error}), so it cannot be packed: take PaddingCollator"
+        ) from error
+    finally:
+        model.train(was_training)
+    difference = (packed[0, first.shape[1] :] - alone[0]).abs().max()
+    noise = FLOAT32_NOISE if model.dtype == torch.float32 else NOISE
+    if not difference <= noise * alone.abs().max():
+        raise UsageError(
+            f"{name} does not keep packed conversations apart: logits of one differ by up to {difference:.2g} with "
+            "what stands before it. Take PaddingCollator."
+        )
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
