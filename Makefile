@@ -43,3 +43,4 @@ bench: .venv/ready
 	$(IN) benchmarks/bench.py
 	$(IN) benchmarks/bench_pages.py
 	$(IN) benchmarks/bench_rendering.py
+	$(IN) benchmarks/bench_loader.py
