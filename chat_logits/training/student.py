@@ -92,6 +92,8 @@ class StudentTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise UsageError(f"one process on {self.args.n_gpu} GPUs: expected one a GPU, started by torchrun")
         self.args.remove_unused_columns = False
+        # Dispatching, the default for streams, cuts all tensors of a packed batch to its single row.
+        self.accelerator.dataloader_config.dispatch_batches = False
         self.args.prediction_loss_only = True  # there are no logits
         self.model_accepts_loss_kwargs = True  # so that a step's positions are counted
         self._student_loss: StudentLoss | None = None

@@ -17,9 +17,10 @@ from conftest import REPO, TEMPLATE
 from datasets.distributed import split_dataset_by_node
 from lives import Server
 from loopback_hub import LoopbackHub
+from random_models import random_model
 from runs import shards_in
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.alignment import AlignmentError, align_row
@@ -28,6 +29,7 @@ from chat_logits.storage.shard import METADATA_KEY, SCHEMA, DamagedShard
 from chat_logits.training.collator import PackingCollator
 from chat_logits.training.dataset import check_student_tokenizer, training_dataset
 from chat_logits.training.examples import ExampleMaker
+from chat_logits.training.student import StudentTrainer
 from logit_codec import decode_row
 
 TALKS = [
@@ -228,6 +230,14 @@ def test_ranks_read_every_row_of_the_hub_once(quick_run, opened, tmp_path, tmp_p
     expected = indices(opened(quick_run))
     assert sorted(read[0] + read[1]) == read[2] == expected
     assert min(len(read[0]), len(read[1])) > 50
+
+
+def test_a_trainer_is_given_a_streams_batches_whole(quick_run, opened, tmp_path):
+    """accelerate's dispatching would cut all tensors of a packed batch to a single row."""
+    options = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=4)
+    stream, collate = opened(quick_run, streaming=True), PackingCollator()
+    trainer = StudentTrainer(random_model("llama"), options, train_dataset=stream, data_collator=collate)
+    assert_same(next(iter(trainer.get_train_dataloader())), collate(list(stream.take(4))))
 
 
 def test_resumed_within_an_epoch(quick_run, opened):
