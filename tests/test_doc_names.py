@@ -7,7 +7,7 @@ import doc_tables
 import pytest
 from doc_pages import PAGES, REPO, text_of
 
-from chat_logits.cli import explore_options, extract_options
+from chat_logits.cli import explore_options, export_options, extract_options
 
 README_BYTES = 9_000
 
@@ -21,8 +21,8 @@ def test_tables_of_options_are_the_options(name):
 
 def test_options_that_are_named_exist():
     known = {"--head", "--port", "--address"}  # of ray start
-    for parser in (extract_options.build_parser(), explore_options.build_parser()):
-        known |= {option for action in parser._actions for option in action.option_strings}
+    for options in (extract_options, explore_options, export_options):
+        known |= {option for action in options.build_parser()._actions for option in action.option_strings}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text_of(page)))
         spelled = {"--" + name[2:].replace("-", "_") for name in named}

@@ -21,7 +21,9 @@ import extract_logits
 from explore_logits import execute_analysis
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is the number {i}, and no other."} for i in range(6)]
-MODULES = ("extract_logits", "explore_logits", "logit_codec", "chat_logits")
+COMMANDS = ("extract-logits", "explore-logits", "export-targets")
+FILES = ("extract_logits", "explore_logits", "export_targets", "logit_codec")
+MODULES = (*FILES, "chat_logits")
 
 
 def pip(*arguments) -> None:
@@ -84,7 +86,7 @@ def test_the_wheel_has_the_package_the_modules_the_templates_and_the_pages(wheel
         for path in (REPO / "chat_logits").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    expected |= {f"{name}.py" for name in MODULES[:3]}
+    expected |= {f"{name}.py" for name in FILES}
     expected |= {f"chat_logits/templates/{path.name}" for path in (REPO / "templates").iterdir()}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -128,7 +130,7 @@ def test_the_functions_are_imported_from_the_environment(installed, extracted, e
     assert log_probs == expected
 
 
-@pytest.mark.parametrize("name", ["extract-logits", "explore-logits"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_and_exit_status_are_the_commands(name, installed, elsewhere):
     done = call(installed / name, "--help", cwd=elsewhere)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} ")
@@ -181,7 +183,7 @@ def test_the_exact_set_names_what_the_package_asks_for(wheel):
 
 def test_everything_imported_is_asked_for(wheel):
     imported = set()
-    for path in [*(REPO / "chat_logits").rglob("*.py"), *(REPO / f"{name}.py" for name in MODULES[:3])]:
+    for path in [*(REPO / "chat_logits").rglob("*.py"), *(REPO / f"{name}.py" for name in FILES)]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

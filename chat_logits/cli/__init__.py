@@ -1,4 +1,4 @@
-"""The two commands' first moments: until signals end them in order, Ctrl-C ends them with a line."""
+"""The commands' first moments: until signals end them in order, Ctrl-C ends them with a line."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How both commands begin and end: what they print on the way, exit status, errors in a line or two, signals."""
+"""How the commands begin and end: what they print on the way, exit status, errors in a line or two, signals."""
 
 import logging
 import os

@@ -8,10 +8,11 @@ import pytest
 from conftest import REPO
 
 import explore_logits
+import export_targets
 import extract_logits
 from chat_logits.options import options_of
 
-COMMANDS = {"extract_logits": extract_logits, "explore_logits": explore_logits}
+COMMANDS = {"extract_logits": extract_logits, "explore_logits": explore_logits, "export_targets": export_targets}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

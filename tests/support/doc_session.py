@@ -33,7 +33,7 @@ class DocSession:
         )
 
     def command(self, words: list[str], folder: Path) -> Result:
-        """Run ``extract-logits …`` or ``explore-logits …`` in a folder."""
+        """Run ``extract-logits …``, ``explore-logits …`` or ``export-targets …`` in a folder."""
         return self._step({"words": words, "folder": str(folder)})
 
     def snippet(self, code: str, page: str, folder: Path) -> Result:
@@ -62,9 +62,11 @@ def _run(step: dict, namespaces: dict[str, dict]) -> int:
         exec(compile(step["code"], step["page"], "exec"), namespaces.setdefault(step["page"], {}))
         return 0
     import explore_logits
+    import export_targets
     import extract_logits
 
-    mains = {"extract-logits": extract_logits.main, "explore-logits": explore_logits.main}
+    modules = (extract_logits, explore_logits, export_targets)
+    mains = {module.__name__.replace("_", "-"): module.main for module in modules}
     return mains[step["words"][0]](step["words"][1:])
 
 

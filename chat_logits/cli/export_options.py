@@ -1,0 +1,99 @@
+"""The options of ``export_targets.py``, and what it prints at the end."""
+
+from dataclasses import dataclass
+
+from chat_logits.cli.command_line import called_as
+from chat_logits.cli.parser import CommandParser, CommonOptions
+from chat_logits.options import option, options_of
+from chat_logits.training.export import Exported
+from chat_logits.training.export_formats import FORMATS
+from chat_logits.training.targets import END_OF_TURN
+
+
+@dataclass(frozen=True, repr=False)
+class ExportOptions(CommonOptions):
+    """What to export, for whom, and where to."""
+
+    logit_dataset_id: str = option(
+        help="the logit dataset, a folder or a Hub id; the name of this option may be left out", metavar="ID"
+    )
+    format: str = option(help="who reads it", choices=tuple(FORMATS))
+    output_dir: str = option(help="folder to write, empty or not there yet", metavar="FOLDER")
+    student_vocab_size: int | None = option(
+        None,
+        help="token ids that the student has; what the teacher gives to others is dropped, and counted",
+        unset="all ids are kept",
+        metavar="N",
+        least=1,
+    )
+    sequence_length: int | None = option(
+        None,
+        help="tokens of each conversation with --format distillkit, to which they are padded; longer ones are left out",
+        unset="the longest conversation's",
+        metavar="N",
+        least=2,
+    )
+    hard_weight: float = option(
+        0.0, help="the target token's own share of each target, 0 to 1", metavar="SHARE", least=0, most=1
+    )
+    end_of_turn: str = option(
+        "hard",
+        help="tokens that end a turn and were not extracted: taught as they are, or not at all",
+        choices=END_OF_TURN,
+    )
+    allow_biased: bool = option(
+        False, help="export a dataset without draws from the tail, renormalised", unset="refuse"
+    )
+    temperature: float = option(
+        1.0, help="of the targets: others than 1 are refused, as draws give no unbiased target at them", metavar="T"
+    )
+    chat_template: str | None = option(
+        None,
+        help="template to rebuild the tokens with; must give those extracted from",
+        unset="the recorded one",
+        metavar="FILE_OR_TEXT",
+    )
+    tokenizer_id: str | None = option(
+        None,
+        help="folder or Hub id of the tokenizer, if the recorded model is not there",
+        unset="the recorded model",
+        metavar="ID",
+    )
+    revision: str | None = option(
+        None, help="branch, tag or commit of a Hub dataset", unset="its main branch", metavar="REV"
+    )
+    trust_remote_code: bool = option(False, help="run Python code that the tokenizer brings along", unset="refuse")
+
+
+KINDS = (ExportOptions,)
+
+
+def build_parser() -> CommandParser:
+    """The command's options."""
+    return CommandParser(
+        options_of(ExportOptions).values(),
+        positional="logit_dataset_id",
+        prog=called_as("export_targets.py"),
+        usage="%(prog)s ID --format FORMAT --output_dir FOLDER [--student_vocab_size N] [--hard_weight SHARE] …",
+        description="Write a logit dataset's targets as Parquet files that other trainers read, draws from the tail "
+        "and all.",
+    )
+
+
+def report_of(exported: Exported) -> str:
+    """What was written and what was left out, in lines."""
+    size = sum(file.stat().st_size for file in exported.files) / 1e6
+    lines = [
+        f"Wrote {exported.num_rows:,} conversations with {exported.num_positions:,} targets to {exported.folder} "
+        f"({exported.format}, {size:.1f} MB)"
+    ]
+    lines += [f"Left out: conversations {reason}: {count:,}" for reason, count in exported.left_out.items()]
+    if exported.positions_left_out:
+        lines.append(f"Left out: targets with nothing in the student's vocabulary: {exported.positions_left_out:,}")
+    if exported.lost:
+        share = exported.lost / exported.num_positions
+        lines.append(
+            f"Dropped: ids beyond the student's vocabulary, {share:.2e} of the targets' weight "
+            f"({exported.most_lost:.2e} of one target's at most)"
+        )
+    return "\n".join(lines)

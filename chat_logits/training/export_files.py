@@ -1,0 +1,72 @@
+"""The Parquet files of an export, in a folder that is there whole or not at all."""
+
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.disk import written_whole
+
+GROUP_BYTES = 16 * 2**20  # of rows in memory that become a row group
+FILE_BYTES = 512 * 2**20  # of a file, after which another begins
+
+
+@contextmanager
+def folder_made_whole(folder: Path) -> Iterator[Path]:
+    """Within, a hidden folder to write in, which then gets the name ``folder``; where writing fails, it is removed.
+
+    Raises UsageError where ``folder`` is there and not empty, ToolkitError where the disk refuses.
+    """
+    refuse_filled(folder)
+    hidden = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(4)}.tmp")
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        if folder.is_dir():
+            folder.rmdir()  # refused where it was filled meanwhile
+        hidden.rename(folder)
+    except OSError as error:
+        raise ToolkitError(f"{folder}: it cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise UsageError where something is there that an export would meet."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"`output_dir` {folder}: a file, expected a folder that is empty or not there")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"`output_dir` {folder}: not empty, expected a folder that is empty or not there")
+
+
+def write_files(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write ``train-00000.parquet`` and so on; what is in memory at once is a row group."""
+    groups = _groups(batches)
+    group, number = next(groups, None), 0
+    while group is not None:
+        path = folder / f"train-{number:05d}.parquet"
+        with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            written = 0
+            while group is not None and written < FILE_BYTES:
+                writer.write_table(group)
+                written += group.nbytes
+                group = next(groups, None)
+        number += 1
+
+
+def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    held: list[pa.RecordBatch] = []
+    num_bytes = 0
+    for batch in batches:
+        held.append(batch)
+        num_bytes += batch.nbytes
+        if num_bytes >= GROUP_BYTES:
+            yield pa.Table.from_batches(held)
+            held, num_bytes = [], 0
+    if held:
+        yield pa.Table.from_batches(held)
