@@ -13,7 +13,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.disk import written_whole
 
 GROUP_BYTES = 16 * 2**20  # of rows in memory that become a row group
-FILE_BYTES = 512 * 2**20  # of a file, after which another begins
+FILE_BYTES = 512 * 2**20  # of rows, before compression, after which another file begins
 
 
 @contextmanager
