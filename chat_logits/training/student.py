@@ -10,8 +10,8 @@ from chat_logits.errors import UsageError
 from chat_logits.training.head import logit_tail
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
-# Of a batch, what is the loss's and not the model's.
-TARGET_NAMES = ("labels", "target_rows", "target_ids", "target_weights", "entropy")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the rest is the loss's
+TARGET_NAMES = ("logits_to_keep", "predicting", "target_ids", "target_weights", "entropy")
 
 
 class BatchTarget(NamedTuple):
@@ -27,15 +27,16 @@ class BatchTarget(NamedTuple):
     entropy: torch.Tensor
 
 
-def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, Any], BatchTarget]:
+def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], BatchTarget]:
     """The model's own arguments, and the target. Raises UsageError where the batch has none."""
-    missing = [name for name in TARGET_NAMES[1:] if name not in batch]
+    missing = [name for name in TARGET_NAMES if name not in batch]
     if missing:
         raise UsageError(
             f"a batch without {', '.join(missing)}: expected one of this package's collators over a training_dataset"
         )
-    arguments = {name: value for name, value in batch.items() if name not in TARGET_NAMES}
-    return arguments, BatchTarget(*(batch[name] for name in TARGET_NAMES[1:]))
+    kept, predicting, *target = (batch[name] for name in TARGET_NAMES)
+    rows = predicting // len(kept) * batch["input_ids"].shape[1] + kept[predicting % len(kept)]
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}, BatchTarget(rows, *target)
 
 
 class StudentLoss:

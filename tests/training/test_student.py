@@ -54,7 +54,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
-        "target_rows": torch.cat([i * longest + row["positions"] - 1 for i, row in enumerate(rows)]),
+        "logits_to_keep": torch.arange(1, longest),  # and one column that is left out
+        "predicting": torch.cat([i * (longest - 1) + row["positions"] - 2 for i, row in enumerate(rows)]),
         "target_ids": torch.cat([row["ids"] for row in rows]),
         "target_weights": torch.cat([row["weights"] for row in rows]),
         "entropy": torch.cat([row["entropy"] for row in rows]),
@@ -91,7 +92,9 @@ def test_the_forward_pass_ends_in_the_loss_of_its_logits(model_type):
 
 
 def test_a_batch_without_targets_is_refused():
-    with pytest.raises(UsageError, match=r"a batch without target_rows, target_ids, target_weights, entropy: expected"):
+    with pytest.raises(
+        UsageError, match=r"a batch without logits_to_keep, predicting, target_ids, target_weights, entropy: exp"
+    ):
         split_batch({"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
 
 
