@@ -56,7 +56,7 @@ class Option:
     @property
     def full_help(self) -> str:
         """The help with the default at its end."""
-        default = f"{self.default:g}" if self.kind is float else self.default
+        default = f"{self.default:g}" if isinstance(self.default, float) else self.default
         return f"{self.help} ({'required' if self.is_required else f'default: {self.unset or default}'})"
 
     @property

@@ -22,25 +22,38 @@ def written_out(model) -> list[tuple[int, float, int]]:
     return found
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_the_mean_is_over_positions_and_its_error_over_batches(batch_size):
-    model = random_model("gemma2").train()
-    rows = written_out(model.eval())
+def packed(rows: list[dict]) -> dict:
+    """One behind another."""
+    starts = [sum(len(row["input_ids"]) for row in rows[:i]) for i in range(len(rows))]
+    batch = collate(rows)
+    columns = torch.cat([row["positions"] - 1 + start for row, start in zip(rows, starts, strict=True)])
+    return {
+        **{name: batch[name] for name in ("target_ids", "target_weights", "entropy")},
+        "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
+        "logits_to_keep": columns,
+        "predicting": torch.arange(len(columns)),
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "made"), [(1, collate), (8, collate), (3, packed)])
+def test_the_mean_is_over_positions_and_its_error_over_conversations(batch_size, made):
+    model = random_model("gemma2")
+    rows = written_out(model)
     model.train()
-    batches = [collate(examples()[i : i + batch_size]) for i in range(0, 8, batch_size)]
-    found = held_out(model, batches)
+    found = held_out(model, [made(examples()[i : i + batch_size]) for i in range(0, 8, batch_size)])
     assert model.training
-    assert found.positions == sum(count for count, _, _ in rows)
+    assert (found.conversations, found.positions) == (8, sum(count for count, _, _ in rows))
     mean = sum(kl for _, kl, _ in rows) / found.positions
     assert found.kl == pytest.approx(mean, rel=1e-5)
     assert found.agreement == sum(agreeing for _, _, agreeing in rows) / found.positions
-    parts = [rows[i : i + batch_size] for i in range(0, 8, batch_size)]
-    residuals = [sum(kl - mean * count for count, kl, _ in part) for part in parts]
-    if len(parts) == 1:
-        assert math.isnan(found.error)
-    else:
-        variance = sum(residual**2 for residual in residuals) * len(parts) / (len(parts) - 1)
-        assert found.error == pytest.approx(math.sqrt(variance) / found.positions, rel=1e-4)
+    variance = sum((kl - mean * count) ** 2 for count, kl, _ in rows) * 8 / 7
+    assert found.error == pytest.approx(math.sqrt(variance) / found.positions, rel=1e-4)
+
+
+def test_one_conversation_has_no_error():
+    assert math.isnan(held_out(random_model("llama"), [collate(examples()[:1])]).error)
 
 
 def test_agreement_is_seen():

@@ -1,0 +1,22 @@
+"""How a student came closer to its teacher, as a table with a bar for each measurement."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+BAR = 30  # characters of the largest KL
+
+
+def print_training(points: Sequence[tuple[int, Any]], console: Console | None = None) -> None:
+    """Print steps and what ``HeldOut`` says after them."""
+    largest = max(point.kl for _, point in points) or 1.0
+    table = Table(title=f"Forward KL to the teacher on {points[0][1].positions:,} held-out tokens")
+    for name in ("Step", "KL, nats", "±", "Agreement"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for step, point in points:
+        bar = "█" * max(1, round(BAR * point.kl / largest))
+        table.add_row(f"{step:,}", f"{point.kl:.4f}", f"{point.error:.4f}", f"{point.agreement:.1%}", bar)
+    (console or Console()).print(table)

@@ -1,0 +1,120 @@
+"""A student's training: the options of this room."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from chat_logits.errors import UsageError
+from chat_logits.options import COMPUTED, READ, WRITTEN, Config, option
+
+TAUGHT = "what is taught"
+
+
+@dataclass(frozen=True, repr=False)
+class TrainConfig(Config):
+    """A student, the logit dataset that teaches it, and how its steps are taken."""
+
+    logit_dataset_id: str = option(
+        help="the logit dataset to learn from, a folder or a Hub id", group=READ, metavar="ID"
+    )
+    revision: str | None = option(
+        None, help="branch, tag or commit of a Hub dataset", unset="its main branch", group=READ, metavar="REV"
+    )
+    student_id: str = option(
+        help="the model to train, a folder or a Hub id, with the tokenizer that the rows were extracted with",
+        group=READ,
+        metavar="ID",
+    )
+    student_revision: str | None = option(
+        None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"
+    )
+    max_length: int | None = option(
+        None, help="skip conversations of more tokens", unset="skip none", group=READ, metavar="TOKENS", least=2
+    )
+    held_out: int | None = option(
+        None,
+        help="conversations that are not trained on: how far the student is from the teacher is measured on them",
+        unset="a twentieth, 256 at most",
+        group=READ,
+        metavar="N",
+        least=1,
+    )
+    hard_weight: float = option(
+        0.0,
+        help="share of the text's own token in what is taught; the rest is the teacher's distribution",
+        group=TAUGHT,
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
+    end_of_turn: str = option(
+        "hard",
+        help="ends of turns that were not extracted: taught as they stand in the text, or not at all",
+        group=TAUGHT,
+        choices=("hard", "skip"),
+    )
+    allow_biased: bool = option(
+        False, help="learn from rows without draws from the tail, too", unset="refuse", group=TAUGHT
+    )
+    output_dir: str = option(help="folder for the trained student", group=WRITTEN, metavar="FOLDER")
+    resume: bool = option(False, help="go on from the last checkpoint in the folder", unset="begin anew", group=WRITTEN)
+    save_every: int = option(
+        500, help="steps from one checkpoint to the next; the last one is kept", group=WRITTEN, metavar="STEPS", least=1
+    )
+    batch_tokens: int = option(
+        4096,
+        help="tokens of a batch, prompts among them: conversations are packed one behind another up to so many",
+        group=COMPUTED,
+        metavar="TOKENS",
+        least=1,
+    )
+    accumulate: int = option(1, help="batches of a step", group=COMPUTED, metavar="N", least=1)
+    epochs: int = option(1, help="times each conversation is read", group=COMPUTED, metavar="N", least=1)
+    max_steps: int | None = option(
+        None, help="steps to take", unset="as the epochs need", group=COMPUTED, metavar="STEPS", least=1
+    )
+    learning_rate: float | None = option(
+        None,
+        help="of AdamW, after a warm-up over 3% of the steps; falls along a cosine to 0",
+        unset="2e-5, and 2e-4 with --lora_rank",
+        group=COMPUTED,
+        metavar="RATE",
+        above=0,
+        most=1,
+    )
+    measure_every: int | None = option(
+        None,
+        help="steps from one measurement on held-out conversations to the next",
+        unset="a tenth of all",
+        group=COMPUTED,
+        metavar="STEPS",
+        least=1,
+    )
+    lora_rank: int | None = option(
+        None,
+        help="train an adapter of this rank on all linear layers, which needs peft",
+        unset="train all weights",
+        group=COMPUTED,
+        metavar="RANK",
+        least=1,
+    )
+    dtype: str = option(
+        "auto",
+        help="number format of the layers' products; weights are float32",
+        unset="auto: bfloat16 on a GPU that has it, else float32",
+        group=COMPUTED,
+        choices=("auto", "float32", "bfloat16"),
+    )
+    device: str | None = option(
+        None, help="cpu, or the accelerator", unset="an accelerator, else cpu", group=COMPUTED, choices=("cpu",)
+    )
+    seed: int = option(0, help="of the held-out choice and of the order", group=COMPUTED, metavar="N", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folder = Path(self.output_dir)
+        if not self.resume and folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"`output_dir` {folder}: not empty; go on there with `resume`, or name another")
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or (2e-5 if self.lora_rank is None else 2e-4)

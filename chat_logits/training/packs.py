@@ -1,0 +1,54 @@
+"""Conversations to batches of about as many tokens, whatever their lengths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def plan_packs(lengths: Sequence[int], most: int, seed: int) -> list[list[int]]:
+    """Numbers of conversations, each once, in packs of ``most`` tokens at most; a longer one is a pack of its own.
+
+    In a random order, each goes into the first of the last open packs that has room for it.
+    """
+    open_packs: list[tuple[list[int], int]] = []
+    done: list[list[int]] = []
+    for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        length = lengths[number]
+        place = next((i for i, (_, used) in enumerate(open_packs) if used + length <= most), None)
+        if place is None:
+            open_packs.append(([number], length))
+        else:
+            pack, used = open_packs[place]
+            open_packs[place] = ([*pack, number], used + length)
+        if len(open_packs) > OPEN:
+            done.append(open_packs.pop(0)[0])
+    return done + [pack for pack, _ in open_packs]
+
+
+OPEN = 16  # packs at once that a conversation may still go into
+
+
+class Packs:
+    """The packs of a ``training_dataset``, each a list of its examples: what a DataLoader with one a batch reads."""
+
+    def __init__(self, examples: Any, packs: list[list[int]]):
+        self._examples, self._packs = examples, packs
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, number: int) -> list[dict]:
+        columns = self._examples[self._packs[number]]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+class OfOnePack:
+    """A collator's batch of the one pack that a DataLoader gives."""
+
+    def __init__(self, collator: Any):
+        self._collator = collator
+
+    def __call__(self, packs: list[list[dict]]) -> dict:
+        (examples,) = packs
+        return self._collator(examples)

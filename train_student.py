@@ -1,0 +1,48 @@
+"""Train a student on a logit dataset.
+
+    python train_student.py --logit_dataset_id outputs/demo --student_id Qwen/Qwen2.5-0.5B-Instruct \\
+        --output_dir outputs/student
+
+From Python: ``chat_logits.training.run.train(TrainConfig(logit_dataset_id=…, student_id=…, output_dir=…))``.
+"""
+
+import logging
+import sys
+
+from chat_logits.cli.command_line import leave, run_command
+from chat_logits.cli.parser import read_options, refuse_missing
+from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
+from chat_logits.training.config import TrainConfig
+
+logger = logging.getLogger("chat_logits.train_student")
+
+
+def _run(_options: TrainOptions, given: dict) -> None:
+    values = read_options(TrainConfig, given)
+    refuse_missing(TrainConfig, values)
+    config = TrainConfig(**values)
+    # With torch and transformers: help and wrong options don't wait for them.
+    from chat_logits.display.training_tables import print_training
+    from chat_logits.training.run import train
+
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        logger.info("Stopped. The same command goes on with --resume.")
+        raise
+    print_training(result.points)
+    logger.info("The student is in %s.", config.output_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(_run, KINDS, build_parser(), sys.argv[1:] if argv is None else argv)
+
+
+def command() -> None:
+    """What ``train-student`` runs where the package is installed: the process ends with the command's exit status."""
+    leave(main())
+
+
+if __name__ == "__main__":
+    command()
