@@ -10,7 +10,7 @@ from conftest import REPO
 from chat_logits.data import templates
 from chat_logits.extraction import cluster
 
-COMMANDS = ("extract_logits", "explore_logits", "export_targets")
+COMMANDS = ("extract_logits", "explore_logits", "export_targets", "train_student")
 BASE = (
     "logit_codec",
     "chat_logits",

@@ -21,8 +21,8 @@ import extract_logits
 from explore_logits import execute_analysis
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is the number {i}, and no other."} for i in range(6)]
-COMMANDS = ("extract-logits", "explore-logits", "export-targets")
-FILES = ("extract_logits", "explore_logits", "export_targets", "logit_codec")
+COMMANDS = ("extract-logits", "explore-logits", "export-targets", "train-student")
+FILES = ("extract_logits", "explore_logits", "export_targets", "train_student", "logit_codec")
 MODULES = (*FILES, "chat_logits")
 
 

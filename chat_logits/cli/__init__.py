@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-COMMANDS = ("extract_logits", "explore_logits")
+COMMANDS = ("extract_logits", "explore_logits", "export_targets", "train_student")
 SIGNALLED = 128  # and the signal's number: what shells give
 
 

@@ -10,9 +10,15 @@ from conftest import REPO
 import explore_logits
 import export_targets
 import extract_logits
+import train_student
 from chat_logits.options import options_of
 
-COMMANDS = {"extract_logits": extract_logits, "explore_logits": explore_logits, "export_targets": export_targets}
+COMMANDS = {
+    "extract_logits": extract_logits,
+    "explore_logits": explore_logits,
+    "export_targets": export_targets,
+    "train_student": train_student,
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -33,7 +33,7 @@ class DocSession:
         )
 
     def command(self, words: list[str], folder: Path) -> Result:
-        """Run ``extract-logits …``, ``explore-logits …`` or ``export-targets …`` in a folder."""
+        """Run one of the commands in a folder."""
         return self._step({"words": words, "folder": str(folder)})
 
     def snippet(self, code: str, page: str, folder: Path) -> Result:
@@ -64,8 +64,9 @@ def _run(step: dict, namespaces: dict[str, dict]) -> int:
     import explore_logits
     import export_targets
     import extract_logits
+    import train_student
 
-    modules = (extract_logits, explore_logits, export_targets)
+    modules = (extract_logits, explore_logits, export_targets, train_student)
     mains = {module.__name__.replace("_", "-"): module.main for module in modules}
     return mains[step["words"][0]](step["words"][1:])
 
