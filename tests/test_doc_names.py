@@ -7,7 +7,7 @@ import doc_tables
 import pytest
 from doc_pages import PAGES, REPO, text_of
 
-from chat_logits.cli import explore_options, export_options, extract_options
+from chat_logits.cli import explore_options, export_options, extract_options, train_options
 
 README_BYTES = 9_000
 
@@ -21,7 +21,7 @@ def test_tables_of_options_are_the_options(name):
 
 def test_options_that_are_named_exist():
     known = {"--head", "--port", "--address"}  # of ray start
-    for options in (extract_options, explore_options, export_options):
+    for options in (extract_options, explore_options, export_options, train_options):
         known |= {option for action in options.build_parser()._actions for option in action.option_strings}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text_of(page)))
