@@ -75,7 +75,7 @@ class TrainConfig(Config):
     learning_rate: float | None = option(
         None,
         help="of AdamW, after a warm-up over 3% of the steps; falls along a cosine to 0",
-        unset="2e-5, and 2e-4 with --lora_rank",
+        unset="2e-5; 2e-4 for an adapter",
         group=COMPUTED,
         metavar="RATE",
         above=0,
