@@ -7,6 +7,7 @@ every way once, in turn, so that a machine that slows down slows all of them; th
 """
 
 import argparse
+import functools
 import re
 import resource
 import statistics
@@ -76,12 +77,15 @@ def bare_forward(model, ready) -> None:
         model.lm_head(torch.cat([hidden[i, aligned.positions - 1] for i, aligned in enumerate(batch)]))
 
 
+probed = functools.cache(probe_model)  # the check at start-up, some thirty short passes, goes with loading
+
+
 def extraction(model, opened, prefix_cache: bool) -> int:
     """The command's run, model loading aside, into a temporary folder; gives the bytes written."""
     with tempfile.TemporaryDirectory() as place, RunFolder(Path(place) / "run") as folder:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
         here = ShardComputer(opened, model.device, folder.path, model=model)
-        here.sharing = replace(probe_model(model), prefix=prefix_cache)
+        here.sharing = replace(probed(model), prefix=prefix_cache)
         run = extraction_run.Run(opened, folder, here, None, watch)
         run.begin_or_resume(None)
         run.compute_missing()
