@@ -1,17 +1,14 @@
 """A dataset that is made from another, shard by shard: a whole new folder, or none."""
 
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import UsageError
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.disk import DiskFull, room_or_stop, write_text
+from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
 from chat_logits.storage.manifest import (
     CARD_FILE,
     EXTRACTION_FILE,
@@ -41,7 +38,7 @@ def write_derived(
     time is in memory. Raises ToolkitError where it cannot be written, and what reading raises.
     """
     entries = []
-    with _whole_folder(folder) as building:
+    with folder_written_whole(folder) as building:
         write_text(building / EXTRACTION_FILE, manifest.text)
         with tqdm(total=dataset.num_rows, unit=" conversations", leave=False, delay=1) as bar:
             for number, shard in enumerate(dataset.shards):
@@ -55,21 +52,3 @@ def write_derived(
             write_text(building / SHARDS_FILE, shards_text(entries))
             write_text(building / CARD_FILE, render_card(manifest, entries))
     return entries
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Within, a hidden folder beside it, which then gets its name; where that fails, it is removed."""
-    building = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        building.mkdir(parents=True)
-        yield building
-        if folder.is_dir():
-            folder.rmdir()
-        building.rename(folder)
-    except DiskFull as error:
-        raise ToolkitError(f"{folder}: no room for it. Free some, or name a folder on another disk.") from error
-    except OSError as error:
-        raise ToolkitError(f"{folder}: it cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

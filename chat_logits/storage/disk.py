@@ -63,6 +63,26 @@ def flush_and_rename(temporary: Path, path: Path, check_place: Callable[[], None
     temporary.rename(path)
 
 
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Within, a hidden folder to write in, which then gets the name ``folder``, of none or an empty one; where that
+    fails, it is removed. Raises ToolkitError where the disk refuses, or has no room."""
+    place = folder.absolute()
+    building = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        if folder.is_dir():
+            folder.rmdir()  # refused where it was filled meanwhile
+        building.rename(folder)
+    except DiskFull as error:
+        raise ToolkitError(f"{folder}: no room for it. Free some, or name a folder on another disk.") from error
+    except OSError as error:
+        raise ToolkitError(f"{folder}: it cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def make_folders(root: Path, inner: Path) -> None:
     """Make the folders ``inner`` within ``root``, which is there: where it is gone, it is not made again."""
     for folder in [*reversed(inner.parents[:-1]), inner]:

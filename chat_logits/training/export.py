@@ -13,7 +13,8 @@ from tqdm import tqdm
 from chat_logits.data.alignment import Alignment, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.training.export_files import folder_made_whole, refuse_filled, write_files
+from chat_logits.storage.disk import folder_written_whole
+from chat_logits.training.export_files import refuse_filled, write_files
 from chat_logits.training.export_formats import FORMATS, Example, Size, encoded
 from chat_logits.training.targets import Targets, row_targets
 
@@ -77,7 +78,7 @@ def export_targets(
     size = Size(sequence_length or 0, dataset.manifest.top_k + dataset.manifest.num_sampled + (hard_weight > 0))
     if kind.has_one_shape and sequence_length is None:
         size = size._replace(tokens=source.longest())
-    with folder_made_whole(folder) as hidden:
+    with folder_written_whole(folder) as hidden:
         write_files(hidden, kind.schema, (encoded(kind, example, size) for example in source))
         if not exported.num_rows:
             raise ToolkitError(f"{dataset.dataset_id}: all conversations are left out: {_counted(exported.left_out)}")

@@ -1,39 +1,16 @@
-"""The Parquet files of an export, in a folder that is there whole or not at all."""
+"""The Parquet files of an export."""
 
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import UsageError
 from chat_logits.storage.disk import written_whole
 
 GROUP_BYTES = 16 * 2**20  # of rows in memory that become a row group
 FILE_BYTES = 512 * 2**20  # of rows, before compression, after which another file begins
-
-
-@contextmanager
-def folder_made_whole(folder: Path) -> Iterator[Path]:
-    """Within, a hidden folder to write in, which then gets the name ``folder``; where writing fails, it is removed.
-
-    Raises UsageError where ``folder`` is there and not empty, ToolkitError where the disk refuses.
-    """
-    refuse_filled(folder)
-    hidden = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(4)}.tmp")
-    try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        if folder.is_dir():
-            folder.rmdir()  # refused where it was filled meanwhile
-        hidden.rename(folder)
-    except OSError as error:
-        raise ToolkitError(f"{folder}: it cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def refuse_filled(folder: Path) -> None:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from chat_logits.training.examples import IGNORED
 from chat_logits.training.targets import Targets
 
-IGNORED = -100  # the label of a token that is not taught
 # The log-weight of an absent entry: finite in 16 bits, and exp of it is 0 in float32.
 ABSENT = -1e4
 

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.disk import written_whole
@@ -225,10 +226,11 @@ def _stopping(trainer: MeasuringTrainer) -> Iterator[None]:
 
 
 def _last_checkpoint(folder: Path) -> str:
-    found = sorted(folder.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if not found:
-        raise ToolkitError(f"`resume`: no checkpoint in {folder / CHECKPOINTS}; leave it out to begin anew")
-    return str(found[-1])
+    place = folder / CHECKPOINTS
+    found = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if found is None:
+        raise ToolkitError(f"`resume`: no checkpoint in {place}; leave it out to begin anew")
+    return found
 
 
 def _points_before(folder: Path) -> list[tuple[int, HeldOut]]:
