@@ -13,10 +13,11 @@ def print_training(points: Sequence[tuple[int, Any]], console: Console | None = 
     """Print steps and what ``HeldOut`` says after them."""
     largest = max(point.kl for _, point in points) or 1.0
     table = Table(title=f"Forward KL to the teacher on {points[0][1].positions:,} held-out tokens")
-    for name in ("Step", "KL, nats", "±", "Agreement"):
+    for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement"):
         table.add_column(name, justify="right")
     table.add_column("")
     for step, point in points:
         bar = "█" * max(1, round(BAR * point.kl / largest))
-        table.add_row(f"{step:,}", f"{point.kl:.4f}", f"{point.error:.4f}", f"{point.agreement:.1%}", bar)
+        nats = (f"{value:.4f}" for value in (point.kl, point.error, point.kl_tail))
+        table.add_row(f"{step:,}", *nats, f"{point.agreement:.1%}", bar)
     (console or Console()).print(table)

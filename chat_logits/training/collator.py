@@ -13,6 +13,7 @@ from chat_logits.errors import UsageError
 from chat_logits.training.examples import IGNORED
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache")
+TARGETS = ("target_ids", "target_weights", "entropy", "tail_entropy")  # of examples, as they are
 PROBES = (range(1, 8), range(8, 14))  # token ids of two texts that any vocabulary has
 FLOAT32_NOISE, NOISE = 1e-4, 2e-2  # of the largest logit: sums in another order; in 16 bits, too
 
@@ -27,7 +28,8 @@ class PackingCollator:
       transformers' models keep examples apart, in flash attention's varlen kernels or by a block mask. They do so
       without a cache alone: ``use_cache`` is False;
     - ``logits_to_keep`` (N,) int64, the columns that predict, and ``predicting`` (N,) int64, here 0 to N - 1;
-    - ``target_ids`` (N, M) int32, ``target_weights`` (N, M) float32, ``entropy`` (N,) float32 nats, as ``Targets``.
+    - ``target_ids`` (N, M) int32, ``target_weights`` (N, M) float32, ``entropy`` and ``tail_entropy`` (N,) float32
+      nats, as ``Targets``, and ``num_sampled`` (N,) int64, how many of the last columns are draws.
 
     Some models don't keep examples apart: ``refuse_packing`` tells which.
     """
@@ -60,7 +62,7 @@ class PaddingCollator:
       int64;
     - ``logits_to_keep`` (U,) int64, the columns that predict in any example, and ``predicting`` (N,) int64, each
       target's place in the logits (B, U, V) once these are (B·U, V);
-    - ``target_ids``, ``target_weights`` and ``entropy`` as ``PackingCollator``'s.
+    - ``target_ids``, ``target_weights``, ``entropy``, ``tail_entropy`` and ``num_sampled`` as ``PackingCollator``'s.
     """
 
     pad_token_id: int = 0
@@ -91,7 +93,9 @@ def _predicting(example: dict) -> np.ndarray:
 
 
 def _targets(examples: list[dict]) -> dict[str, torch.Tensor]:
-    return {name: _concatenated(examples, name) for name in ("target_ids", "target_weights", "entropy")}
+    counts = [len(example["positions"]) for example in examples]
+    draws = np.repeat(np.array([example["num_sampled"] for example in examples], np.int64), counts)
+    return {**{name: _concatenated(examples, name) for name in TARGETS}, "num_sampled": torch.from_numpy(draws)}
 
 
 def _concatenated(examples: list[dict], name: str) -> torch.Tensor:

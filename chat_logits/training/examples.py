@@ -102,8 +102,9 @@ class ExampleMaker:
 
         - ``input_ids`` (T,) int64, and ``labels`` (T,) int64, which are these where taught and -100 elsewhere;
         - ``positions`` (n,) int64 of the taught tokens, each predicted one position earlier;
-        - ``target_ids`` (n, M) int32, ``target_weights`` (n, M) float32 and ``entropy`` (n,) float32, nats: the
-          ``token_ids``, ``weights`` and ``entropy`` of ``Targets``;
+        - ``target_ids`` (n, M) int32, ``target_weights`` (n, M) float32, ``entropy`` and ``tail_entropy`` (n,) float32,
+          nats: the ``token_ids``, ``weights`` and entropies of ``Targets``;
+        - ``num_sampled``, how many of the M columns, the last ones, are draws;
         - ``source_index``, the source row.
 
         Arrays are views of one that all rows of the call share.
@@ -125,6 +126,11 @@ class ExampleMaker:
             "target_ids": [targets.token_ids[part] for part in taught],
             "target_weights": [targets.weights[part] for part in taught],
             "entropy": [targets.entropy[part] for part in taught],
+            "tail_entropy": [targets.tail_entropy[part] for part in taught],
+            "num_sampled": [
+                len(codes) // max(1, n)
+                for codes, n in zip(rows["sampled_logits_quantized"], rows["num_tokens"], strict=True)
+            ],
             "source_index": rows["source_index"],
         }
 

@@ -180,7 +180,8 @@ class _Examples:
         exported.positions_left_out += int((~is_left).sum())
         exported.lost += float(lost[is_left].sum())
         exported.most_lost = max(exported.most_lost, *lost[is_left].tolist(), 0.0)
-        return Targets(targets.positions[is_left], token_ids[is_left], weights[is_left], targets.entropy[is_left])
+        constants = (targets.entropy[is_left], targets.tail_entropy[is_left])
+        return Targets(targets.positions[is_left], token_ids[is_left], weights[is_left], *constants)
 
 
 def _counted(left_out: Counter[str]) -> str:

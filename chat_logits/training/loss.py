@@ -68,9 +68,9 @@ def fused_sparse_kd_loss(
 
     ``hidden`` (n, H) are the head's own inputs; ``head`` is the student's lm_head (an ``nn.Linear``) or its weight
     (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing.
-    ``scores`` are filled with what the chunks' logits say of each position. The
-    gradients for ``hidden``, weight and bias are computed on the way forward: beyond them, and a float32 copy of the
-    weight's where it is 16-bit, memory is that of one chunk's logits, or of two's with a soft cap.
+    ``scores`` are filled with what the chunks' logits say of each position. The gradients for ``hidden``, weight and
+    bias are computed on the way forward: beyond them, and a float32 copy of the weight's where it is 16-bit, memory is
+    that of one chunk's logits, or of two's with a soft cap.
 
     Raises UsageError as ``sparse_kd_loss``, and for a head that is no plain matrix.
     """
@@ -96,15 +96,43 @@ class SparseTarget(NamedTuple):
 
 
 class PositionScores(NamedTuple):
-    """What a student says at n positions: ``cross_entropy`` (n,) float32, nats, which is forward KL once the teacher's
-    entropy is taken off, and ``best_ids`` (n,) int64, its most probable tokens."""
+    """What a student says at n positions, whose last ``num_sampled`` (n,) int64 entries are draws.
 
+    ``cross_entropy`` (n,) float32, nats, is Σ -w·log q, and ``tail`` (n,) what the draws are of it: forward KL and the
+    tail's part of it once ``entropy`` and ``tail_entropy`` of ``Targets`` are taken off. ``agrees`` (n,) bool says
+    whether no token is more probable than the teacher's most probable one: the nucleus' first, or the target token
+    where that alone is taught.
+    """
+
+    num_sampled: torch.Tensor
     cross_entropy: torch.Tensor
-    best_ids: torch.Tensor
+    tail: torch.Tensor
+    agrees: torch.Tensor
 
     @classmethod
-    def empty(cls, n: int, device: torch.device) -> "PositionScores":
-        return cls(torch.empty(n, device=device), torch.empty(n, dtype=torch.long, device=device))
+    def empty(cls, num_sampled: torch.Tensor) -> "PositionScores":
+        """Those to be filled."""
+        values = torch.empty(len(num_sampled), device=num_sampled.device)
+        return cls(num_sampled, values, values.clone(), torch.empty_like(num_sampled, dtype=torch.bool))
+
+    def fill(self, rows: slice, logits: "ChunkLogits", weights: torch.Tensor, losses: torch.Tensor) -> None:
+        """Set those of a chunk, from its cross-entropies (c,) and the ``weights`` (c, M)."""
+        columns = torch.arange(weights.shape[1], 0, -1, device=weights.device)  # M for the first, 1 for the last
+        drawn = weights * (columns <= self.num_sampled[rows, None])
+        self.cross_entropy[rows] = losses
+        self.tail[rows] = logits.log_total * drawn.sum(dim=1) - (drawn * logits.picked).sum(dim=1)
+        has_nucleus = weights[:, 1:2].sum(dim=1) > 0
+        first = logits.picked[:, 1:2].sum(dim=1).where(has_nucleus, logits.picked[:, 0])
+        self.agrees[rows] = first >= logits.largest
+
+
+class ChunkLogits(NamedTuple):
+    """Of the logits (c, V) of a chunk: those of the target's ids ``picked`` (c, M), 0 where absent; the ``largest``
+    (c,), and their logsumexp, ``log_total`` (c,)."""
+
+    picked: torch.Tensor
+    largest: torch.Tensor
+    log_total: torch.Tensor
 
 
 def _cross_entropies(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -140,11 +168,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = raw_logits(hidden[rows], weight, bias)
                 slopes = tail.apply_(logits)
+                weights = target.weights[rows]
+                losses, chunk_logits = _to_gradient(logits, target.ids[rows], weights)
                 if scores is not None:
-                    scores.best_ids[rows] = logits.argmax(dim=1)
-                losses = _to_gradient(logits, target.ids[rows], target.weights[rows])
-                if scores is not None:
-                    scores.cross_entropy[rows] = losses
+                    scores.fill(rows, chunk_logits, weights, losses)
                 total += losses.sum()
                 if slopes is not None:
                     logits.mul_(slopes)
@@ -164,14 +191,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _to_gradient(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _to_gradient(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ChunkLogits]:
     """The cross-entropies (c,) of float32 logits (c, V), which become their gradients in place: q·Σ w − scatter(w)."""
     picked = logits.gather(1, ids).where(weights != 0, 0)
     mass = weights.sum(dim=1, keepdim=True)
     largest = logits.amax(dim=1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
     logits.mul_(mass / total).scatter_add_(1, ids, -weights)
-    return ((largest + total.log()) * mass)[:, 0] - (weights * picked).sum(dim=1)
+    log_total = (largest + total.log())[:, 0]
+    losses = log_total * mass[:, 0] - (weights * picked).sum(dim=1)
+    return losses, ChunkLogits(picked, largest[:, 0], log_total)
 
 
 def _add_gradients(

@@ -100,7 +100,8 @@ class MeasuringTrainer(StudentTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         point = self.measure(self.state.global_step)
-        return {"eval_kl": point.kl, "eval_kl_error": point.error, "eval_agreement": point.agreement}
+        found = {"kl": point.kl, "kl_error": point.error, "kl_tail": point.kl_tail, "agreement": point.agreement}
+        return {f"eval_{name}": value for name, value in found.items()}
 
 
 class Bar(TrainerCallback):

@@ -11,20 +11,33 @@ from chat_logits.training.head import logit_tail
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the rest is the loss's
-TARGET_NAMES = ("logits_to_keep", "predicting", "target_ids", "target_weights", "entropy")
+TARGET_NAMES = (
+    *("logits_to_keep", "predicting", "target_ids", "target_weights"),
+    *("entropy", "tail_entropy", "num_sampled"),
+)
+
+LOGGED = ("kl", "kl_tail", "agreement")
 
 
 class BatchTarget(NamedTuple):
     """What a batch teaches at its N predicting positions.
 
-    ``rows`` (N,) int64 count the positions of input ids (B, T), flattened; ``ids`` and ``weights`` (N, M) and
-    ``entropy`` (N,), nats, are ``Targets``'.
+    ``rows`` (N,) int64 count the positions of input ids (B, T), flattened; ``ids`` and ``weights`` (N, M), ``entropy``
+    and ``tail_entropy`` (N,), nats, are ``Targets``'; the last ``num_sampled`` (N,) int64 ids are draws.
     """
 
     rows: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
     entropy: torch.Tensor
+    tail_entropy: torch.Tensor
+    num_sampled: torch.Tensor
+
+    def divergences(self, scores: PositionScores) -> torch.Tensor:
+        """Of each position, (N, 4) float32: 1, forward KL and the tail's part of it, nats, and whether the most
+        probable tokens agree."""
+        kl, tail = scores.cross_entropy - self.entropy, scores.tail - self.tail_entropy
+        return torch.stack([torch.ones_like(kl), kl, tail, scores.agrees.to(kl.dtype)], dim=1)
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], BatchTarget]:
@@ -83,6 +96,11 @@ class StudentTrainer(Trainer):
 
     Over all batches of a step that are accumulated, and over all processes. Batches are those of this package's
     collators, whose ``labels`` are counted, and not used otherwise. Goes before other subclasses of ``Trainer``, too.
+
+    Beside ``loss``, logs have the means over all positions trained on since the last log, by all processes: ``kl``,
+    forward KL, nats; ``kl_tail``, the part of it that the draws from the tail add, Σ w·(log p − log q) over them; and
+    ``agreement``, the share of positions where the student's most probable token is the teacher's. Where the target
+    mixes in the text by ``hard_weight`` h, these are of that target: (1 − h)·KL + h·NLL in the place of KL.
     Raises UsageError where one process has several GPUs.
     """
 
@@ -98,6 +116,7 @@ class StudentTrainer(Trainer):
         self.args.prediction_loss_only = True  # there are no logits
         self.model_accepts_loss_kwargs = True  # so that a step's positions are counted
         self._student_loss: StudentLoss | None = None
+        self._since_log: torch.Tensor | None = None  # sums of ``divergences``
 
     def compute_loss(
         self,
@@ -111,7 +130,19 @@ class StudentTrainer(Trainer):
             self._student_loss = StudentLoss(self.accelerator.unwrap_model(model))
         arguments, target = split_batch(inputs)
         positions = len(target.rows) if num_items_in_batch is None else num_items_in_batch
-        loss = self._student_loss(model, arguments, target) / positions
+        scores = PositionScores.empty(target.num_sampled)
+        loss = self._student_loss(model, arguments, target, scores) / positions
+        if model.training:
+            sums = target.divergences(scores).sum(dim=0)
+            self._since_log = sums if self._since_log is None else self._since_log + sums
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """As ``Trainer``'s, which all processes call, with what was found since the last log of a training loss."""
+        if "loss" in logs and self._since_log is not None:
+            positions, *sums = self.accelerator.reduce(self._since_log, "sum").tolist()
+            logs |= zip(LOGGED, (value / max(1, positions) for value in sums), strict=True)
+            self._since_log = None
+        super().log(logs, *args, **options)

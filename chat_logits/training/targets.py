@@ -28,24 +28,30 @@ class Targets:
     ``positions`` (n,) int64 of the target tokens themselves, each predicted by the logits one position earlier.
     ``token_ids`` (n, M) int32 and ``weights`` (n, M) float32, with M = 1 + K + S columns: the target token, the
     nucleus, the draws. A position's weights total 1; ids may repeat, and their weights add up; absent entries have id 0
-    and weight 0. ``entropy`` (n,) float32, nats: the constant that makes a cross-entropy a divergence.
+    and weight 0. ``entropy`` (n,) float32, nats: the constant that makes a cross-entropy a divergence; ``tail_entropy``
+    (n,) float32 is the draws' part of it, Σ -w·log p over the draws alone.
 
     With hard_weight h, Σ -w·log q(id) is (1 - h) times the cross-entropy of the student's q to the teacher's p, plus h
     times the target token's negative log-likelihood; less ``entropy``, (1 - h)·H(p), the first part is (1 - h)·KL(p‖q).
+    The tail's part of that is what the draws add to it: Σ w·(log p - log q) over the draws, ``tail_entropy`` and the
+    student's log q at the same ids. In the mean over the draws it is (1 - h)·Σ p·(log p - log q) over the ids outside
+    the nucleus; a part may be negative, the sum of both is not.
     """
 
     positions: np.ndarray
     token_ids: np.ndarray
     weights: np.ndarray
     entropy: np.ndarray
+    tail_entropy: np.ndarray
 
 
 class WeightedIds(NamedTuple):
-    """``token_ids``, ``weights`` and ``entropy`` of ``Targets``."""
+    """``token_ids``, ``weights``, ``entropy`` and ``tail_entropy`` of ``Targets``."""
 
     token_ids: np.ndarray
     weights: np.ndarray
     entropy: np.ndarray
+    tail_entropy: np.ndarray
 
 
 def row_targets(
@@ -105,7 +111,8 @@ def weighted_ids(
     stored = nucleus.sum(axis=1)
     share = np.maximum(0.0, 1.0 - stored) / max(1, num_sampled)
     drawn = sampled_codes != 0
-    total = stored + share * drawn.sum(axis=1)
+    num_drawn = drawn.sum(axis=1)
+    total = stored + share * num_drawn
     if not (total > 0).all():
         raise ToolkitError("a position without any entry, expected at least one of the nucleus")
     scale = (1 - hard_weight) / total
@@ -115,9 +122,10 @@ def weighted_ids(
     token_ids[:, 1 : 1 + top_k], token_ids[:, 1 + top_k :] = top_ids, sampled_ids
     weights[:, 1 : 1 + top_k] = nucleus * scale[:, None]
     weights[:, 1 + top_k :] = drawn * (share * scale)[:, None]
-    log_probs = _P_LOG_P[top_codes].sum(axis=1) + share * _LOG_PROBS[sampled_codes].sum(axis=1)
-    entropy = (1 - hard_weight) * np.log(total) - scale * log_probs
-    return WeightedIds(token_ids, weights, entropy.astype(np.float32))
+    log_total = np.log(total)
+    tail = scale * share * (num_drawn * log_total - _LOG_PROBS[sampled_codes].sum(axis=1))
+    nucleus_part = scale * (stored * log_total - _P_LOG_P[top_codes].sum(axis=1))
+    return WeightedIds(token_ids, weights, (nucleus_part + tail).astype(np.float32), tail.astype(np.float32))
 
 
 def with_ends(targets: Targets, ends: np.ndarray, end_ids: np.ndarray) -> Targets:
@@ -134,6 +142,7 @@ def with_ends(targets: Targets, ends: np.ndarray, end_ids: np.ndarray) -> Target
         token_ids=np.insert(targets.token_ids, places, one_hot_ids, axis=0),
         weights=np.insert(targets.weights, places, one_hot, axis=0),
         entropy=np.insert(targets.entropy, places, 0),
+        tail_entropy=np.insert(targets.tail_entropy, places, 0),
     )
 
 

@@ -28,6 +28,8 @@ def example(length: int, rng: np.random.Generator) -> dict:
         "target_ids": rng.integers(0, VOCAB, (len(positions), WIDTH)).astype(np.int32),
         "target_weights": rng.dirichlet(np.ones(WIDTH), len(positions)).astype(np.float32),
         "entropy": rng.random(len(positions)).astype(np.float32),
+        "tail_entropy": rng.random(len(positions)).astype(np.float32),
+        "num_sampled": int(rng.integers(1, 4)),
         "source_index": 0,
     }
 
@@ -89,7 +91,8 @@ def test_a_packed_batch_by_hand():
     ]
     for part in parts:
         n = len(part["positions"])
-        part |= {"target_ids": np.full((n, 2), n), "target_weights": np.full((n, 2), 0.5), "entropy": np.full(n, 0.5)}
+        part |= {"target_ids": np.full((n, 2), n), "target_weights": np.full((n, 2), 0.5), "num_sampled": 10 * n}
+        part |= {"entropy": np.full(n, 0.5), "tail_entropy": np.full(n, 0.25 * n)}
     packed, padded = PackingCollator()(parts), PaddingCollator(pad_token_id=1)(parts)
     assert packed["input_ids"].tolist() == [[7, 8, 9, 5, 6]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -101,6 +104,7 @@ def test_a_packed_batch_by_hand():
     assert (padded["logits_to_keep"].tolist(), padded["predicting"].tolist()) == ([0, 1], [0, 1, 2])
     for batch in (packed, padded):
         assert batch["target_ids"].tolist() == [[2, 2], [2, 2], [1, 1]]
+        assert (batch["num_sampled"].tolist(), batch["tail_entropy"].tolist()) == ([20, 20, 10], [0.5, 0.5, 0.25])
 
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}

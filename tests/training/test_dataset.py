@@ -87,11 +87,13 @@ def slow_example(row: dict, tokenizer, manifest, hard_weight: float = 0.0, end_o
         )
         ids = [int(alignment.input_ids[position]) if hard_weight else 0, *decoded.top_ids[i], *decoded.sampled_ids[i]]
         mixed = [hard_weight, *((1 - hard_weight) * weight / total for weight in weights)]
-        taught[position] = ids, mixed, (1 - hard_weight) * (math.log(total) + surprise)
+        drawn = zip(mixed[-len(draws) :], decoded.sampled_log_probs[i], strict=True)
+        tail = -sum(weight * (log_prob - math.log(total)) for weight, log_prob in drawn if weight)
+        taught[position] = ids, mixed, (1 - hard_weight) * (math.log(total) + surprise), tail
     for end in alignment.turn_ends if end_of_turn == "hard" else ():
         if alignment.reasons[end] is not None:
             width = decoded.top_ids.shape[1] + decoded.sampled_ids.shape[1]
-            taught[end] = [int(alignment.input_ids[end]), *[0] * width], [1.0, *[0.0] * width], 0.0
+            taught[end] = [int(alignment.input_ids[end]), *[0] * width], [1.0, *[0.0] * width], 0.0, 0.0
     positions = sorted(taught)
     return {
         "input_ids": alignment.input_ids.tolist(),
@@ -100,6 +102,8 @@ def slow_example(row: dict, tokenizer, manifest, hard_weight: float = 0.0, end_o
         "target_ids": [taught[position][0] for position in positions],
         "target_weights": [taught[position][1] for position in positions],
         "entropy": [taught[position][2] for position in positions],
+        "tail_entropy": [taught[position][3] for position in positions],
+        "num_sampled": decoded.sampled_ids.shape[1],
         "source_index": row["source_index"],
     }
 
@@ -126,10 +130,11 @@ def test_examples_are_what_a_slow_construction_gives(run, settings, opened, requ
             examples[number],
             slow_example(stored.read_row(number), tokenizer, stored.manifest, **settings),
         )
-        for name in ("input_ids", "labels", "positions", "target_ids", "source_index"):
+        for name in ("input_ids", "labels", "positions", "target_ids", "num_sampled", "source_index"):
             np.testing.assert_array_equal(found[name], expected[name])
         np.testing.assert_array_max_ulp(found["target_weights"], np.array(expected["target_weights"], np.float32), 1)
-        np.testing.assert_allclose(found["entropy"], expected["entropy"], rtol=1e-5, atol=1e-6)
+        for name in ("entropy", "tail_entropy"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
     dtypes = [
         found[name].dtype for name in ("input_ids", "labels", "positions", "target_ids", "target_weights", "entropy")
     ]

@@ -247,7 +247,7 @@ def test_merged_adds_up_weights_of_the_same_id():
     ids, weights = random.integers(0, 6, (50, 9)).astype(np.int32), random.random((50, 9)).astype(np.float32)
     weights[random.random((50, 9)) < 0.4] = 0
     weights[:, 0], weights[7] = 0.5, [0.25, *[0] * 8]
-    entries = merged(Targets(np.arange(50), ids, weights, np.zeros(50)))
+    entries = merged(Targets(np.arange(50), ids, weights, np.zeros(50), np.zeros(50)))
     ends = np.cumsum(entries.counts)
     for i, end in enumerate(ends):
         own = slice(end - entries.counts[i], end)

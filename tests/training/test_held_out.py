@@ -5,21 +5,14 @@ import math
 import pytest
 import torch
 from random_models import random_model
-from training.test_student import collate, examples
+from training.test_student import collate, divergences_one_at_a_time, examples
 
 from chat_logits.training.held_out import held_out
 
 
-def written_out(model) -> list[tuple[int, float, int]]:
-    """Of each example: positions, the sum of forward KL, and where the largest logit is the first nucleus entry's."""
-    found = []
-    for row in examples():
-        with torch.no_grad():
-            log_probs = model(row["input_ids"][None]).logits[0, row["positions"] - 1].double().log_softmax(-1)
-        kl = -(row["weights"] * log_probs.gather(1, row["ids"])).sum(1) - row["entropy"]
-        agreeing = (log_probs.argmax(1) == row["ids"][:, 1]).sum().item()
-        found.append((len(kl), kl.sum().item(), agreeing))
-    return found
+def written_out(model) -> list[tuple[int, float, float, float]]:
+    """Of each example: positions, the sums of forward KL and of its tail's part, and where first tokens agree."""
+    return [(len(each), *each.sum(0).tolist()) for each in divergences_one_at_a_time(model)]
 
 
 def packed(rows: list[dict]) -> dict:
@@ -28,7 +21,7 @@ def packed(rows: list[dict]) -> dict:
     batch = collate(rows)
     columns = torch.cat([row["positions"] - 1 + start for row, start in zip(rows, starts, strict=True)])
     return {
-        **{name: batch[name] for name in ("target_ids", "target_weights", "entropy")},
+        **{name: batch[name] for name in ("target_ids", "target_weights", "entropy", "tail_entropy", "num_sampled")},
         "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
         "logits_to_keep": columns,
@@ -44,11 +37,12 @@ def test_the_mean_is_over_positions_and_its_error_over_conversations(batch_size,
     model.train()
     found = held_out(model, [made(examples()[i : i + batch_size]) for i in range(0, 8, batch_size)])
     assert model.training
-    assert (found.conversations, found.positions) == (8, sum(count for count, _, _ in rows))
-    mean = sum(kl for _, kl, _ in rows) / found.positions
+    assert (found.conversations, found.positions) == (8, sum(count for count, *_ in rows))
+    mean = sum(kl for _, kl, _, _ in rows) / found.positions
     assert found.kl == pytest.approx(mean, rel=1e-5)
-    assert found.agreement == sum(agreeing for _, _, agreeing in rows) / found.positions
-    variance = sum((kl - mean * count) ** 2 for count, kl, _ in rows) * 8 / 7
+    assert found.kl_tail == pytest.approx(sum(tail for _, _, tail, _ in rows) / found.positions, rel=1e-5)
+    assert found.agreement == pytest.approx(sum(agreeing for *_, agreeing in rows) / found.positions, rel=1e-12)
+    variance = sum((kl - mean * count) ** 2 for count, kl, _, _ in rows) * 8 / 7
     assert found.error == pytest.approx(math.sqrt(variance) / found.positions, rel=1e-4)
 
 

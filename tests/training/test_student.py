@@ -37,6 +37,8 @@ def examples(count: int = 8) -> list[dict]:
                 "ids": torch.randint(0, VOCABULARY, (len(positions), WIDTH), generator=rng),
                 "weights": weights / weights.sum(1, keepdim=True),
                 "entropy": torch.rand(len(positions), generator=rng),
+                "tail_entropy": torch.rand(len(positions), generator=rng),
+                "num_sampled": 1 + number % 3,
             }
         )
     return found
@@ -58,7 +60,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         "predicting": torch.cat([i * (longest - 1) + row["positions"] - 2 for i, row in enumerate(rows)]),
         "target_ids": torch.cat([row["ids"] for row in rows]),
         "target_weights": torch.cat([row["weights"] for row in rows]),
-        "entropy": torch.cat([row["entropy"] for row in rows]),
+        **{name: torch.cat([row[name] for row in rows]) for name in ("entropy", "tail_entropy")},
+        "num_sampled": torch.cat([torch.full_like(row["positions"], row["num_sampled"]) for row in rows]),
     }
 
 
@@ -69,6 +72,19 @@ def one_at_a_time(model) -> torch.Tensor:
         logits = model(row["input_ids"][None]).logits[0, row["positions"] - 1]
         losses.append(sparse_kd_loss(logits, row["ids"], row["weights"], row["entropy"], reduction="sum"))
     return torch.stack(losses).sum()
+
+
+def divergences_one_at_a_time(model) -> list[torch.Tensor]:
+    """Of each example's positions, (n, 3) float64: forward KL, its last entries' part, whether first tokens agree."""
+    found = []
+    for row in examples():
+        with torch.no_grad():
+            log_probs = model(row["input_ids"][None]).logits[0, row["positions"] - 1].double().log_softmax(-1)
+        entries = -row["weights"] * log_probs.gather(1, row["ids"])
+        tail = entries[:, -row["num_sampled"] :].sum(1) - row["tail_entropy"]
+        agrees = log_probs.argmax(1) == row["ids"][:, 1]
+        found.append(torch.stack([entries.sum(1) - row["entropy"], tail, agrees], 1))
+    return found
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,7 +109,8 @@ def test_the_forward_pass_ends_in_the_loss_of_its_logits(model_type):
 
 def test_a_batch_without_targets_is_refused():
     with pytest.raises(
-        UsageError, match=r"a batch without logits_to_keep, predicting, target_ids, target_weights, entropy: exp"
+        UsageError,
+        match=r"a batch without logits_to_keep, predicting, target_ids, target_weights, entropy, tail_entropy, num_s",
     ):
         split_batch({"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
 
@@ -101,7 +118,7 @@ def test_a_batch_without_targets_is_refused():
 def trained(
     folder: Path, batch_size: int, accumulate: int, trainer_class=StudentTrainer, arguments_class=TrainingArguments
 ) -> dict[str, torch.Tensor]:
-    """The weights after one step of plain gradient descent, and the step's loss."""
+    """The weights after one step of plain gradient descent, and what the step logged."""
     model = random_model("llama").train()
     options = arguments_class(
         output_dir=str(folder),
@@ -123,7 +140,8 @@ def trained(
     rows = examples() if trainer_class is StudentTrainer else Dataset.from_list(examples()).with_format("torch")
     trainer = trainer_class(model, options, train_dataset=rows, data_collator=collate, **known)
     trainer.train()
-    return {"loss": torch.tensor(trainer.state.log_history[0]["loss"])} | model.state_dict()
+    logged = ("loss", "kl", "kl_tail", "agreement")
+    return {name: torch.tensor(trainer.state.log_history[0][name]) for name in logged} | model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +161,15 @@ def test_a_step_is_that_of_the_mean_over_all_positions(whole):
     mean = one_at_a_time(model) / positions
     step = gradients(model, mean)
     assert whole["loss"].item() == pytest.approx(mean.item(), rel=1e-5)
+    expected = torch.cat(divergences_one_at_a_time(model)).mean(0).tolist()
+    logged = [whole[name].item() for name in ("kl", "kl_tail", "agreement")]
+    assert logged == pytest.approx(expected, rel=1e-5)
     for name, weights in model.named_parameters():
         torch.testing.assert_close(whole[name], weights.detach() - step[name], rtol=1e-4, atol=1e-5)
 
 
 def test_batches_that_are_accumulated_are_one(whole, tmp_path):
-    """Of different numbers of positions."""
+    """Of different numbers of positions; what is logged is of all of them."""
     assert_same_step(trained(tmp_path, 2, 4), whole)
 
 

@@ -48,8 +48,9 @@ def test_weights_by_hand():
     assert (targets.weights * 64).tolist() == [[0, 27, 1, 0, 18, 18]]
     expected = -(27 * LN(27 / 64) + 1 * LN(1 / 64) + 36 * LN(1 / 64)) / 64
     assert targets.entropy.tolist() == [pytest.approx(expected, rel=1e-6)]
+    assert targets.tail_entropy.tolist() == [pytest.approx(36 / 64 * LN(64), rel=1e-6)]
     dtypes = [array.dtype for array in vars(targets).values()]
-    assert dtypes == [np.int64, np.int32, np.float32, np.float32]
+    assert dtypes == [np.int64, np.int32, np.float32, np.float32, np.float32]
 
 
 def test_the_target_tokens_own_share_by_hand():
@@ -59,6 +60,7 @@ def test_the_target_tokens_own_share_by_hand():
     assert mixed.token_ids.tolist() == [[5, 9, 5, 7, 8]]
     assert (mixed.weights * 256).tolist() == [[64, 81, 3, 54, 54]]
     assert mixed.entropy[0] == pytest.approx(0.75 * soft.entropy[0])
+    assert mixed.tail_entropy[0] == pytest.approx(0.75 * soft.tail_entropy[0])
     hard = row_targets(row, aligned(1, 5), hard_weight=1)
     assert (hard.weights.tolist(), hard.entropy.tolist()) == ([[1, 0, 0, 0, 0]], [0])
 
@@ -78,6 +80,7 @@ def test_weights_total_1(top, sampled, weights, entropy):
     present = [weight for weight in weights if weight]
     entropy = -sum(weight * LN(weight) for weight in present) if entropy is None else entropy
     assert targets.entropy[0] == pytest.approx(entropy, abs=1e-6)
+    assert targets.tail_entropy[0] == 0  # in none of these has a draw any weight
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +157,7 @@ def test_ends_of_turns_are_taught_as_they_are(two_turns):
     ends, others = [2, 4], [0, 1, 3]
     assert hard.token_ids[ends].tolist() == [[end, 0, 0, 0, 0]] * 2
     assert hard.weights[ends].tolist() == [[1, 0, 0, 0, 0]] * 2
-    assert hard.entropy[ends].tolist() == [0, 0]
+    assert hard.entropy[ends].tolist() == hard.tail_entropy[ends].tolist() == [0, 0]
     for name, array in vars(skipped).items():
         np.testing.assert_array_equal(getattr(hard, name)[others], array)
 
