@@ -3,8 +3,8 @@
     python explore_logits.py outputs/demo --sample_index 0
 
 From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``,
-``execute_verification``, ``execute_budget`` and ``execute_thinning``; ``unpack_indices`` and ``dequantize_all_logits``
-decode a stored row by hand.
+``execute_verification``, ``execute_student``, ``execute_budget`` and ``execute_thinning``; ``unpack_indices`` and
+``dequantize_all_logits`` decode a stored row by hand.
 """
 
 import sys
@@ -19,11 +19,13 @@ from chat_logits.analysis.summary import summarize
 from chat_logits.analysis.thinning import read_setting, thin_dataset
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
 from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
+from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.display.results import (
     ShownAnalysis,
     ShownBudget,
     ShownComparison,
     ShownDatasetComparison,
+    ShownStudent,
     ShownSummary,
     ShownThinning,
     ShownVerification,
@@ -31,6 +33,7 @@ from chat_logits.display.results import (
 )
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
+from chat_logits.training.dataset import open_for_student
 from logit_codec import dequantize_all_logits, unpack_indices
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "execute_analysis",
     "execute_budget",
     "execute_comparison",
+    "execute_student",
     "execute_summary",
     "execute_thinning",
     "execute_verification",
@@ -128,6 +132,34 @@ def execute_verification(
     return _printed(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
 
 
+def execute_student(
+    logit_dataset_id: str,
+    student: str,
+    student_revision: str | None = None,
+    student_rows: int | None = None,
+    chat_template: str | None = None,
+    tokenizer_id: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> ShownStudent:
+    """Hold a student against the stored distributions; print where it is far from them, unless ``quiet``, and return
+    that.
+
+    ``student`` is a folder or a Hub id (at ``student_revision``), with the extraction's tokenizer; ``student_rows`` are
+    spread over the dataset, None for all. Raises UsageError for another tokenizer, naming the first token that differs.
+    """
+    from chat_logits.model.loading import choose_device, load_model  # loads torch
+    from chat_logits.training.student_pass import measure_student
+
+    own = load_tokenizer(str(student), student_revision, trust_remote_code=trust_remote_code)
+    dataset, tokenizer = open_for_student(logit_dataset_id, own, revision, trust_remote_code, tokenizer_id)
+    device, options = choose_device(None), {"trust_remote_code": trust_remote_code}
+    model = load_model(str(student), student_revision, device=device, **options)
+    report = measure_student(dataset, model, tokenizer, student_rows, chat_template, str(student))
+    return _printed(report, quiet)
+
+
 def execute_budget(
     logit_dataset_id: str, budget_rows: int = BUDGET_ROWS, revision: str | None = None, quiet: bool = False
 ) -> ShownBudget:
@@ -163,6 +195,7 @@ MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "summary": (execute_summary, ()),
     "compare": (execute_comparison, ("compare", "compare_revision", "sample_index", "top_n", "surprising")),
     "verify": (execute_verification, ("verify", "model_id")),
+    "student": (execute_student, ("student", "student_revision", "student_rows")),
     "budget": (execute_budget, ("budget_rows",)),
     "thin": (execute_thinning, ("thin",)),
 }

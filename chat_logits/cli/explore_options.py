@@ -11,14 +11,17 @@ from chat_logits.options import option, options_of
 _ROWS = ("sample_index", "surprising", "show_prompt", "top_n")
 _TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # no token is rebuilt
 NOT_WITH = {
-    "thin": ("budget", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
-    "budget": ("verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
+    "thin": ("budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
+    "budget": ("student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
+    "student": ("verify", "compare", "summary", *_ROWS),
     "verify": ("sample_index", "compare", "summary", "surprising", "show_prompt", "top_n", "html"),
     "compare": ("summary", "show_prompt"),
     "summary": _ROWS,
 }
 # What is of use beside another option alone.
-NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget"}
+NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget"} | dict.fromkeys(
+    ("student_revision", "student_rows"), "student"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +72,19 @@ class ExploreOptions(CommonOptions):
         unset="the recorded one",
         metavar="ID",
     )
+    student: str | None = option(
+        None,
+        help="load a student, a folder or a Hub id, and show how far it is from the stored distributions, and where; "
+        "the teacher is not loaded",
+        unset="load none",
+        metavar="ID",
+    )
+    student_revision: str | None = option(
+        None, help="branch, tag or commit of a student on the Hub", unset="its main branch", metavar="REV"
+    )
+    student_rows: int | None = option(
+        None, help="conversations that --student looks at, spread over the dataset", unset="all", metavar="N", least=1
+    )
     budget: bool = option(
         False,
         help="show what fewer stored entries would take, in bytes, and cost a student's gradient, in deviation",
@@ -115,9 +131,9 @@ def build_parser() -> CommandParser:
         options_of(ExploreOptions).values(),
         positional="logit_dataset_id",
         prog=called_as("explore_logits.py"),
-        usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--verify N] [--budget] [--html FILE] …",
+        usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--verify N] [--student ID] [--html FILE] …",
         description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
-        "or all of it with --summary, --compare, --verify or --budget.",
+        "or all of it with --summary, --compare, --verify, --student or --budget.",
     )
 
 

@@ -20,10 +20,13 @@ from chat_logits.display.budget_tables import print_budget, print_thinning
 from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
 from chat_logits.display.page import framed
+from chat_logits.display.student_page import student_page
+from chat_logits.display.student_tables import print_student
 from chat_logits.display.tables import default_console
 from chat_logits.display.text import json_text, whole_texts
 from chat_logits.display.token_page import analysis_page, comparison_page
 from chat_logits.display.token_tables import print_analysis, print_comparison
+from chat_logits.training.student_report import StudentReport
 
 TEXT_WIDTH = 160  # cells of what str() gives
 
@@ -46,12 +49,14 @@ print_result.register(Comparison, print_comparison)
 print_result.register(DatasetComparison, print_datasets)
 print_result.register(DatasetSummary, print_summary)
 print_result.register(Budget, print_budget)
+print_result.register(StudentReport, print_student)
 print_result.register(Thinning, print_thinning)
 print_result.register(Verification, print_verification)
 page_of.register(Analysis, analysis_page)
 page_of.register(Comparison, comparison_page)
 page_of.register(DatasetComparison, datasets_page)
 page_of.register(DatasetSummary, summary_page)
+page_of.register(StudentReport, student_page)
 
 
 class Shown:
@@ -113,6 +118,10 @@ class ShownSummary(ShownPage, DatasetSummary):
     """A ``DatasetSummary`` that shows itself."""
 
 
+class ShownStudent(ShownPage, StudentReport):
+    """A ``StudentReport`` that shows itself."""
+
+
 class ShownVerification(Shown, Verification):
     """A ``Verification`` that shows itself."""
 
@@ -127,7 +136,7 @@ class ShownThinning(Shown, Thinning):
 
 KINDS = (
     *(ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification),
-    *(ShownBudget, ShownThinning),
+    *(ShownBudget, ShownThinning, ShownStudent),
 )
 
 

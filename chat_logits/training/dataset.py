@@ -61,7 +61,7 @@ def training_dataset(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not go together
     maker = ExampleMaker(hard_weight, end_of_turn, allow_biased)
-    stored, own_tokenizer = _open(str(dataset_id), tokenizer, revision, trust_remote_code)
+    stored, own_tokenizer = open_for_student(str(dataset_id), tokenizer, revision, trust_remote_code)
     stored.refuse_empty()
     maker.refuse(stored.manifest.top_k, stored.manifest.num_sampled)
     template = portable_template(chat_template)
@@ -166,10 +166,16 @@ def _streamed(examples: StreamedExamples) -> "datasets.IterableDataset":
 # --- tokenizers ---
 
 
-def _open(dataset_id: str, given: Any, revision: str | None, trust_remote_code: bool) -> tuple[StoredDataset, Any]:
-    """The dataset and a tokenizer that aligns it: ``given``, where that is the extraction's, or else that one."""
+def open_for_student(
+    dataset_id: str, given: Any, revision: str | None, trust_remote_code: bool, tokenizer_id: str | None = None
+) -> tuple[StoredDataset, Any]:
+    """The dataset and a tokenizer that aligns it: ``given``, the student's, where that is the extraction's, or else
+    that one, which ``tokenizer_id`` may say the place of.
+
+    Raises UsageError where the student's has other tokens.
+    """
     if given is None:
-        return open_with_tokenizer(dataset_id, revision, trust_remote_code=trust_remote_code)
+        return open_with_tokenizer(dataset_id, revision, tokenizer_id, trust_remote_code)
     stored = open_dataset(dataset_id, revision)
     if isinstance(given, str | Path):
         given = load_tokenizer(str(given), trust_remote_code=trust_remote_code)
@@ -180,7 +186,7 @@ def _open(dataset_id: str, given: Any, revision: str | None, trust_remote_code: 
     if tokenizer_fingerprint(given) == stored.manifest.tokenizer_fingerprint:
         return stored, given
     try:
-        _, own = open_with_tokenizer(dataset_id, stored.revision, trust_remote_code=trust_remote_code)
+        _, own = open_with_tokenizer(dataset_id, stored.revision, tokenizer_id, trust_remote_code)
     except ToolkitError as error:
         raise type(error)(
             f"the tokenizer is not the extraction's, which cannot be opened to compare their tokens: {error}"

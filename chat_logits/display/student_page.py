@@ -1,0 +1,60 @@
+"""A student over stored rows as a page: figures of each breakdown; the tables are the terminal's."""
+
+from chat_logits.display.page import render_page
+from chat_logits.display.student_tables import (
+    breakdowns,
+    error_text,
+    group_columns,
+    left_out_text,
+    looked_at,
+    nats_text,
+    worst_table,
+)
+from chat_logits.training.student_report import StudentGroup, StudentReport
+
+
+def student_page(report: StudentReport) -> str:
+    """The page of a student's distance from its teacher."""
+    whole, worst = report.whole, worst_table(report.worst)
+    return render_page(
+        "student.html.jinja",
+        title=f"{report.student_id} on {report.dataset_id}",
+        subtitle=f"Forward KL from {report.teacher_id}, by its stored distributions; student in {report.dtype} on "
+        f"{report.device}",
+        tiles=[
+            ("Forward KL a token", nats_text(whole)),
+            ("By the tail's draws", f"{whole.kl_tail:.4f} nats"),
+            ("Agreement", f"{whole.agreement:.1%}"),
+            ("Conversations", looked_at(report).removesuffix(" conversations").removesuffix(" conversation")),
+            ("Target tokens", f"{whole.positions:,}"),
+        ],
+        note=left_out_text(report) if report.ends_left_out else "",
+        figures=[_figure(title, groups) for title, groups in breakdowns(report).items()],
+        worst={
+            "title": worst.title,
+            "columns": [(column.title, column.is_number) for column in worst.columns],
+            "rows": worst.rows,
+        },
+    )
+
+
+def _figure(title: str, groups: list[StudentGroup]) -> dict:
+    """A breakdown: a bar as long as the KL, its darker part that of the nucleus, and the numbers beside it."""
+    largest = max((group.kl for group in groups), default=0.0)
+    columns = group_columns(groups)
+    return {
+        "title": title,
+        "columns": [(column.title, column.is_number) for column in columns],
+        "rows": [
+            {"cells": cells, "bar": _bar(group, largest)}
+            for group, cells in zip(groups, zip(*(column.cells for column in columns), strict=True), strict=True)
+        ],
+    }
+
+
+def _bar(group: StudentGroup, largest: float) -> dict:
+    """Percent of the largest KL: the nucleus' part and, where both add to it, the tail's."""
+    whole = max(0.0, group.kl) / largest if largest > 0 else 0.0
+    tail = min(whole, max(0.0, group.kl_tail) / largest) if largest > 0 else 0.0
+    words = f"{group.kl:.4f}{error_text(group, ' ± ')} nats, {group.kl_tail:.4f} of them by the tail's draws"
+    return {"nucleus": round(100 * (whole - tail), 2), "tail": round(100 * tail, 2), "title": words}

@@ -1,0 +1,206 @@
+"""Where a student is far from its teacher: forward KL over stored rows, by kinds of position. Numbers alone; the
+student's own part is in ``student_pass``.
+
+Positions are grouped by what does not depend on the draws, or a group's mean would be biased: those with an unlucky
+draw of the teacher's entropy would meet in one group.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from chat_logits.analysis.token_classes import TOKEN_CLASSES, TokenClasses
+from chat_logits.analysis.tokens import count_text
+from chat_logits.data.alignment import PROMPT, Alignment
+from chat_logits.data.conversations import question_of
+from logit_codec import CODE_LOG_PROBS, CODE_PROBS, row_entries
+
+WORST = 10  # conversations that are listed
+ENTROPIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, lower ends of bins; the last one has no end
+
+
+@dataclass(frozen=True)
+class StudentGroup:
+    """Some of the positions: ``conversations`` that have any, and how many these are.
+
+    ``kl`` is the mean forward KL, nats, unbiased over the draws; ``error`` its standard error, from the conversations'
+    sums (nan for a single one); ``kl_tail`` the part of the mean that the draws add, Σ w·(log p − log q) over them;
+    ``agreement`` the share of positions where the student's most probable token is the teacher's; ``share`` that of all
+    positions' KL that is here.
+    """
+
+    name: str
+    conversations: int
+    positions: int
+    kl: float
+    error: float
+    kl_tail: float
+    agreement: float
+    share: float
+
+
+@dataclass(frozen=True)
+class StudentConversation:
+    """A conversation, its row and its source row; numbers as in ``StudentGroup``; ``question`` begins its first user
+    message, "" without one."""
+
+    sample_index: int
+    source_index: int
+    positions: int
+    kl: float
+    kl_tail: float
+    agreement: float
+    question: str
+
+
+@dataclass(frozen=True, repr=False)
+class StudentReport:
+    """A student over the stored rows of a dataset of ``num_rows`` conversations.
+
+    ``whole`` is all that was looked at. ``by_class`` goes by the target token's ``token_class``; ``by_turn`` by the
+    assistant's turns, which are the stretches of its tokens between prompts; ``by_position`` by the place among the
+    extracted tokens of a turn, from 1; ``by_entropy`` by the teacher's entropy, nats, with its tail as one entry, which
+    no draw changes. The ``worst`` conversations have the largest mean KL. ``ends_left_out`` are ends of turns that were
+    not extracted: no distribution is stored for them.
+    """
+
+    dataset_id: str
+    teacher_id: str
+    student_id: str
+    dtype: str
+    device: str
+    num_rows: int
+    ends_left_out: int
+    whole: StudentGroup
+    by_class: list[StudentGroup]
+    by_turn: list[StudentGroup]
+    by_position: list[StudentGroup]
+    by_entropy: list[StudentGroup]
+    worst: list[StudentConversation]
+
+    def as_dict(self) -> dict:
+        """All of it as plain values."""
+        content = asdict(self)
+        return {"logit_dataset_id": content.pop("dataset_id"), **content}
+
+    def __repr__(self) -> str:
+        counts = (
+            f"{count_text(self.whole.conversations, 'conversation')}, {count_text(self.whole.positions, 'position')}"
+        )
+        return f"<StudentReport of {self.student_id} on {self.dataset_id}: {counts}, KL {self.whole.kl:.4f} nats>"
+
+
+class _Sums:
+    """A group's sums over conversations."""
+
+    def __init__(self) -> None:
+        self.conversations = 0
+        self.totals = np.zeros(4)  # positions, KL, its tail's part, agreeing
+        self.squares = np.zeros(3)  # KL², KL·positions, positions², of each conversation's sums
+
+    def add(self, sums: np.ndarray) -> None:
+        positions, kl = sums[:2]
+        self.conversations += 1
+        self.totals += sums
+        self.squares += (kl * kl, kl * positions, positions * positions)
+
+    def group(self, name: str, whole: float) -> StudentGroup:
+        positions, total, tail, agreeing = self.totals.tolist()
+        kl, n = total / positions, self.conversations
+        # The ratio estimator's: Cochran, "Sampling Techniques", 6.3
+        spread = max(0.0, float(self.squares @ (1, -2 * kl, kl * kl)))
+        error = (spread * n / (n - 1)) ** 0.5 / positions if n > 1 else float("nan")
+        shares = (tail / positions, agreeing / positions, total / whole if whole else 0.0)
+        return StudentGroup(name, n, int(positions), kl, error, *shares)
+
+
+class StudentTally:
+    """Sums of the conversations added so far."""
+
+    def __init__(self, tokenizer):
+        self._classes = TokenClasses(tokenizer)
+        self._whole = _Sums()
+        self._groups: dict[str, dict] = {kind: defaultdict(_Sums) for kind in ("class", "turn", "position", "entropy")}
+        self._worst: list[tuple[float, int, StudentConversation]] = []
+        self._ends_left_out = 0
+
+    def add(self, sample_index: int, row: dict, alignment: Alignment, values: np.ndarray) -> None:
+        """Count a row in, with ``values`` (n, 4) float64 of its extracted positions: 1, forward KL and the tail's part
+        of it, nats, and whether the most probable tokens agree."""
+        turns, places = turns_and_places(alignment)
+        keys = {
+            "class": np.array(self._classes.of(alignment.input_ids, alignment.positions)),
+            "turn": _doubling(turns),
+            "position": _doubling(places),
+            "entropy": np.searchsorted(ENTROPIES, stored_entropies(row), side="right") - 1,
+        }
+        for kind, of_each in keys.items():
+            found, numbers = np.unique(of_each, return_inverse=True)
+            sums = np.zeros((len(found), 4))
+            np.add.at(sums, numbers, values)
+            for key, of_key in zip(found.tolist(), sums, strict=True):
+                self._groups[kind][key].add(of_key)
+        self._whole.add(values.sum(axis=0))
+        self._ends_left_out += sum(alignment.reasons[end] is not None for end in alignment.turn_ends)
+        self._keep(sample_index, row, values)
+
+    def _keep(self, sample_index: int, row: dict, values: np.ndarray) -> None:
+        _, *means = values.mean(axis=0).tolist()
+        source, question = row["source_index"], question_of(row["messages"])
+        one = StudentConversation(sample_index, source, len(values), *means, question=question)
+        self._worst = heapq.nlargest(WORST, [*self._worst, (one.kl, -sample_index, one)], key=lambda each: each[:2])
+
+    def groups(self) -> dict:
+        """What of a ``StudentReport`` is sums over the conversations, of which there is at least one."""
+        whole = float(self._whole.totals[1])
+        return {
+            "whole": self._whole.group("all", whole),
+            "by_class": self._named("class", lambda name: name, TOKEN_CLASSES.index),
+            "by_turn": self._named("turn", _doubling_name),
+            "by_position": self._named("position", _doubling_name),
+            "by_entropy": self._named("entropy", _entropy_name),
+            "worst": [one for *_, one in self._worst],
+            "ends_left_out": self._ends_left_out,
+        }
+
+    def _named(self, kind: str, name: Callable, order: Callable | None = None) -> list[StudentGroup]:
+        groups, whole = self._groups[kind], float(self._whole.totals[1])
+        return [groups[key].group(name(key), whole) for key in sorted(groups, key=order)]
+
+
+def turns_and_places(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
+    """Of each extracted position, int64 (n,): the number of its turn among the assistant's, those that are left out
+    included, and its number among the extracted positions of that turn; both from 1."""
+    is_answer = np.array([reason != PROMPT for reason in alignment.reasons])
+    begins = is_answer & ~np.concatenate([[False], is_answer[:-1]])
+    turns = np.cumsum(begins)[alignment.positions]
+    firsts = np.searchsorted(turns, turns, side="left")
+    return turns, np.arange(len(turns)) - firsts + 1
+
+
+def stored_entropies(row: dict) -> np.ndarray:
+    """The teacher's entropy at a row's positions with all outside the nucleus as one entry, nats, float64 (n,): at most
+    the entropy, and the same whatever was drawn."""
+    _, codes = row_entries(row, "top")
+    probabilities = CODE_PROBS[codes]
+    tail = np.maximum(0.0, 1.0 - probabilities.sum(axis=1))
+    of_tail = tail * np.log(np.where(tail > 0, tail, 1))
+    return np.maximum(0.0, -(probabilities * np.where(probabilities > 0, CODE_LOG_PROBS[codes], 0)).sum(1) - of_tail)
+
+
+def _doubling(numbers: np.ndarray) -> np.ndarray:
+    """Bins 1, 2, 3 – 4, 5 – 8 …: numbers up to 2 to the power of the bin, int64."""
+    return np.ceil(np.log2(numbers)).astype(np.int64)
+
+
+def _doubling_name(power: int) -> str:
+    low, high = 2 ** (power - 1) + 1 if power else 1, 2**power
+    return f"{low:,}" if low == high else f"{low:,} – {high:,}"
+
+
+def _entropy_name(number: int) -> str:
+    low = ENTROPIES[number]
+    return f"{low:g} and more" if number + 1 == len(ENTROPIES) else f"{low:g} – {ENTROPIES[number + 1]:g}"
