@@ -30,7 +30,8 @@ def _run(_options: TrainOptions, given: dict) -> None:
     except KeyboardInterrupt:
         logger.info("Stopped. The same command goes on with --resume.")
         raise
-    print_training(result.points)
+    if result.rank == 0:  # of several processes, one speaks
+        print_training(result.points)
     logger.info("The student is in %s.", config.output_dir)
 
 

@@ -35,7 +35,7 @@ UNKNOWN_TO = {  # packages and lower rooms that a room does without
     "storage": {"torch", "transformers", "jinja2", "argparse", "rich"},
     "extraction": {"argparse", "rich"},
     "analysis": {"argparse", "rich", "jinja2"},
-    "training": {"model", "extraction", "argparse", "rich", "jinja2"},
+    "training": {"extraction", "argparse", "rich", "jinja2"},
     "display": {"torch", "transformers", "huggingface_hub", "argparse"},
 }
 

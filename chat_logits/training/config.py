@@ -112,6 +112,12 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         folder = Path(self.output_dir)
+        if Path(self.student_id).is_dir() and folder.resolve() == Path(self.student_id).resolve():
+            raise UsageError(
+                f"`output_dir` {folder}: the folder of the student itself, which stays as it is; name another"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
         if not self.resume and folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"`output_dir` {folder}: not empty; go on there with `resume`, or name another")
 

@@ -1,0 +1,87 @@
+"""The student: its tokenizer and its weights, float32, whole and to be trained."""
+
+from typing import Any
+
+import torch
+
+from chat_logits.data.tokenizer import load_tokenizer
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.adapters import find_base
+from chat_logits.model.limits import input_limits, load_config
+from chat_logits.model.loading import load_model
+from chat_logits.training.config import TrainConfig
+
+PROBE = range(1, 9)  # token ids that any vocabulary has
+NOISE = 1e-4  # of the largest logit, float32: sums in another order
+
+
+def student_tokenizer(config: TrainConfig) -> Any:
+    """The student's tokenizer, once its configuration says that it can be trained, before any weights are read.
+
+    Raises UsageError for a model that is no whole causal language model in floating point, ToolkitError where it, or
+    its tokenizer, is not there.
+    """
+    name, revision = config.student_id, config.student_revision
+    if name.endswith(".gguf"):
+        raise UsageError(
+            f"`student_id` {name}: a GGUF file, whose weights are quantized; expected a folder or a Hub id"
+        )
+    base = find_base(name, revision)
+    if base:
+        raise UsageError(f"`student_id` {name}: an adapter on {base.model_id}; merge it, save the model, and give that")
+    found = load_config(name, revision)
+    input_limits(found)
+    _refuse_quantized(name, found)
+    _refuse_other_kinds(name, found)
+    return load_tokenizer(name, revision)
+
+
+def load_student(config: TrainConfig) -> torch.nn.Module:
+    """The student in float32 on the CPU, with an adapter around where the options ask for one.
+
+    Raises UsageError where it is not causal or peft is missing, ToolkitError where its checkpoint is not whole.
+    """
+    student = load_model(config.student_id, config.student_revision, dtype="float32")
+    _refuse_looking_ahead(config.student_id, student)
+    return student if config.lora_rank is None else _adapted(student, config.lora_rank)
+
+
+def _refuse_quantized(name: str, found: Any) -> None:
+    quantization = getattr(found, "quantization_config", None)
+    if quantization is not None:
+        asked = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise UsageError(
+            f"`student_id` {name}: its weights are quantized ({asked.get('quant_method', 'by its config')}), so they "
+            "have no gradient; take the model that it was made from"
+        )
+
+
+def _refuse_other_kinds(name: str, found: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"`student_id` {name}: a {found.model_type}, which transformers has no causal language model for; "
+            "expected one, such as Llama, Qwen or Gemma"
+        )
+
+
+@torch.no_grad()
+def _refuse_looking_ahead(name: str, student: torch.nn.Module) -> None:
+    """Raise UsageError where a token's logits depend on what stands after it."""
+    ids = torch.tensor([list(PROBE)])
+    whole, begun = (student(input_ids=part, use_cache=False).logits.float() for part in (ids, ids[:, :4]))
+    if not (whole[:, :4] - begun).abs().max() <= NOISE * whole.abs().max():
+        if not whole.isfinite().all():
+            raise ToolkitError(f"`student_id` {name}: its logits are not finite, so its weights are damaged")
+        raise UsageError(
+            f"`student_id` {name}: a {type(student).__name__} looks ahead; expected a causal language model"
+        )
+
+
+def _adapted(student: torch.nn.Module, rank: int) -> torch.nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("`lora_rank` needs peft, which is not installed: pip install peft") from error
+    return peft.get_peft_model(student, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -1,0 +1,99 @@
+"""The trainer of the command: it measures on held-out conversations, keeps the record and shows how far it is."""
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from chat_logits.errors import ToolkitError
+from chat_logits.training.held_out import HeldOut, held_out
+from chat_logits.training.record import TrainingResult
+from chat_logits.training.student import StudentTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class MeasuringTrainer(StudentTrainer):
+    """Evaluates by the distance from the teacher on held-out packs, and keeps the record up to date.
+
+    Each process measures all of them, since all have to take part where weights are sharded. Raises ToolkitError where
+    a loss or a distance is not finite: no step after it could be right, and no checkpoint is written of it.
+    """
+
+    def __init__(self, *args: Any, result: TrainingResult, **options: Any):
+        super().__init__(*args, **options)
+        self.result, self._tokens, self.seconds = result, 0, 0.0
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(Progress(self))
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> torch.Tensor:
+        self._tokens += inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, *args, **options)
+        if not torch.isfinite(loss):
+            self._refuse(f"step {self.state.global_step + 1}: the loss is {loss.item()}")
+        return loss
+
+    def measure(self, step: int) -> HeldOut:
+        """The student's distance after ``step`` steps, into the result and the record."""
+        if self.result.points and self.result.points[-1][0] == step:
+            return self.result.points[-1][1]
+        batches = (self.data_collator([self.eval_dataset[i]]) for i in range(len(self.eval_dataset)))
+        point = held_out(self.accelerator.unwrap_model(self.model), batches)
+        if not math.isfinite(point.kl):
+            self._refuse(f"step {step}: the held-out KL is {point.kl}")
+        self.result.points.append((step, point))
+        self.result.losses = [(one["step"], one["loss"]) for one in self.state.log_history if "loss" in one]
+        figures = (step, point.kl, point.error, 100 * point.agreement)
+        logger.info("Step %d: held-out KL %.4f ± %.4f nats a token, agreement %.1f%%", *figures)
+        if self.is_world_process_zero():
+            self.result.write()
+        return point
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        point = self.measure(self.state.global_step)
+        found = {"kl": point.kl, "kl_error": point.error, "kl_tail": point.kl_tail, "agreement": point.agreement}
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def tokens_per_second(self) -> float | None:
+        """Of the steps of this start, all processes together; None without a step."""
+        tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device)).item()
+        return tokens / self.seconds if self.seconds else None
+
+    def _refuse(self, found: str) -> None:
+        if self.state.global_step == 0 and not self.result.points:
+            raise ToolkitError(f"{found} before any step: the student's weights are damaged")
+        raise ToolkitError(
+            f"{found}, and steps from there on would teach nothing. Begin anew with a smaller `learning_rate`, or go "
+            "on with it by `resume` from the last checkpoint, if there is one."
+        )
+
+
+class Progress(TrainerCallback):
+    """A progress bar over steps, with the last KL that was trained on, and the seconds that the steps took."""
+
+    def __init__(self, trainer: MeasuringTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, _control, **_):
+        state.compute_steps(args, state.max_steps)  # a checkpoint has those of the start that wrote it
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps")
+        self._bar.disable = self._bar.disable or not state.is_world_process_zero
+
+    def on_step_begin(self, *_, **__):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, _args, state, _control, **_):
+        self._trainer.seconds += time.perf_counter() - self._began
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, _args, _state, _control, logs=None, **_):
+        if logs and "loss" in logs:
+            self._bar.set_postfix_str(f"KL {float(logs['loss']):.4f}")
+
+    def on_train_end(self, *_, **__):
+        self._bar.close()

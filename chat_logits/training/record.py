@@ -1,0 +1,101 @@
+"""What a training has found so far, its record beside the student, and what it is gone on with from."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.disk import write_text
+from chat_logits.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from chat_logits.training.held_out import HeldOut
+
+RECORD = "training.json"
+CHECKPOINTS = "checkpoints"
+STATE = "trainer_state.json"  # which transformers writes last into a checkpoint
+# Options by which the same conversations come in the same order, with the same targets, to the same weights.
+SAME = (
+    *("held_out", "max_length", "hard_weight", "end_of_turn", "allow_biased"),
+    *("batch_tokens", "accumulate", "lora_rank", "seed"),
+)
+
+
+@dataclass
+class TrainingResult:
+    """``points`` are steps and the student's distance from the teacher after them, the first before any; ``losses``
+    steps and the mean forward KL, nats, of what was trained on since the one before.
+
+    ``teacher`` is the model that the rows are of; ``tokens_per_second`` counts all tokens of this start's steps,
+    prompts among them, in all processes, of which ``rank`` is this one.
+    """
+
+    config: TrainConfig
+    teacher: str = ""
+    rank: int = 0
+    points: list[tuple[int, "HeldOut"]] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    tokens_per_second: float | None = None
+
+    def settings(self) -> dict:
+        """The options that were chosen, but for how the command was started."""
+        return {name: value for name, value in self.config.chosen().items() if name != "resume"}
+
+    def as_json(self) -> dict:
+        return {
+            "config": self.settings(),
+            "teacher": self.teacher,
+            "tokens_per_second": self.tokens_per_second,
+            "held_out": [{"step": step, **asdict(point)} for step, point in self.points],
+            "trained_on": [{"step": step, "kl": loss} for step, loss in self.losses],
+        }
+
+    def write(self) -> None:
+        """Into the student's folder, which is made where it is not there."""
+        folder = Path(self.config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECORD, json.dumps(self.as_json(), indent=2) + "\n")
+
+
+# --- gone on with ---
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that transformers has written whole, after ``step`` steps."""
+
+    path: Path
+    step: int
+
+
+def last_checkpoint(folder: Path) -> Checkpoint:
+    """The last whole one in a student's folder. Raises ToolkitError where there is none."""
+    whole = [state.parent for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{STATE}")]
+    found = [Checkpoint(path, int(path.name.rpartition("-")[2])) for path in whole]
+    if not found:
+        raise ToolkitError(f"`resume`: no checkpoint in {folder / CHECKPOINTS}; leave it out to begin anew")
+    return max(found, key=lambda one: one.step)
+
+
+def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
+    """Add what was measured up to the checkpoint. Raises UsageError where options are others than were trained by."""
+    from chat_logits.training.held_out import HeldOut
+
+    file = Path(result.config.output_dir) / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        measured = [(entry.pop("step"), HeldOut(**entry)) for entry in record["held_out"]]
+        before = record["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error
+    now = result.config.chosen()
+    for name in SAME:
+        if now.get(name) != before.get(name):
+            raise UsageError(f"`{name}`: {_chosen(now, name)}, and the training has {_chosen(before, name)}; "
+                             "go on with the same, or begin anew in another folder")  # fmt: skip
+    result.points = [point for point in measured if point[0] <= checkpoint.step]
+
+
+def _chosen(options: dict, name: str) -> str:
+    return str(options[name]) if name in options else "the default"

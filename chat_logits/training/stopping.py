@@ -1,0 +1,70 @@
+"""How a training ends before its time: by a signal, without memory, without room on the disk."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from chat_logits.errors import ToolkitError
+from chat_logits.model.batching import is_out_of_memory
+from chat_logits.storage.disk import FULL
+from chat_logits.training.config import TrainConfig
+
+NO_ROOM = ("no space left", "file too large", "quota exceeded")  # of safetensors and torch, whose errors have no number
+
+
+@contextmanager
+def stopping(trainer: Trainer) -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM ends the training after the step under way, with a checkpoint, in all
+    processes, whichever of them it came to; then what would have handled the signal does."""
+    received: list[int] = []
+    stopped: list[bool] = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, _args, _state, control, **_):
+            if received:
+                trainer.accelerator.set_trigger()
+            if trainer.accelerator.check_trigger():  # in any process
+                stopped.append(True)
+                control.should_save = control.should_training_stop = True
+
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])  # the second one is not waited for
+
+    trainer.add_callback(Stop())
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped or received:
+        signal.raise_signal(received[0] if received else signal.SIGTERM)
+
+
+@contextmanager
+def explained_failures(config: TrainConfig) -> Iterator[None]:
+    """Within, memory or room on the disk that runs out is a ToolkitError that says what to do."""
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise ToolkitError(
+                f"out of memory with `batch_tokens` {config.batch_tokens}; give fewer, and for the same step as many "
+                f"times more of `accumulate` {config.accumulate}"
+            ) from error
+        if getattr(error, "errno", None) in FULL or any(words in str(error).lower() for words in NO_ROOM):
+            raise ToolkitError(
+                f"the disk of {config.output_dir} is full. Make room; the same command goes on from the last whole "
+                "checkpoint with `resume`."
+            ) from error
+        raise
