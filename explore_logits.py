@@ -154,8 +154,8 @@ def execute_student(
 
     own = load_tokenizer(str(student), student_revision, trust_remote_code=trust_remote_code)
     dataset, tokenizer = open_for_student(logit_dataset_id, own, revision, trust_remote_code, tokenizer_id)
-    device, options = choose_device(None), {"trust_remote_code": trust_remote_code}
-    model = load_model(str(student), student_revision, device=device, **options)
+    device = choose_device(None)
+    model = load_model(str(student), student_revision, device=device, trust_remote_code=trust_remote_code)
     report = measure_student(dataset, model, tokenizer, student_rows, chat_template, str(student))
     return _printed(report, quiet)
 

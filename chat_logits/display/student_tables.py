@@ -20,7 +20,7 @@ from chat_logits.display.text import line_of, quoted, visible
 from chat_logits.training.student_report import StudentConversation, StudentGroup, StudentReport
 
 BAR = 24  # cells
-SPARE = ("", "Conversations", "Of the tail", "Share", "Agreement")
+SPARE = ("", "Conversations", "Of the tail", "Share of KL", "Agreement")
 
 
 def print_student(report: StudentReport, console: Console) -> None:
@@ -83,13 +83,13 @@ def group_columns(groups: list[StudentGroup]) -> list[Column]:
     """The columns of groups, as numbers."""
     return [
         labels("Positions", [group.name for group in groups]),
-        numbers("Tokens", [f"{group.positions:,}" for group in groups]),
-        numbers("Conversations", [f"{group.conversations:,}" for group in groups]),
         numbers("KL, nats", [f"{group.kl:.4f}" for group in groups]),
         numbers("±", [error_text(group) for group in groups]),
         numbers("Of the tail", [f"{group.kl_tail:.4f}" for group in groups]),
         numbers("Agreement", [f"{group.agreement:.1%}" for group in groups]),
-        numbers("Share", [f"{group.share:.1%}" for group in groups]),
+        numbers("Tokens", [f"{group.positions:,}" for group in groups]),
+        numbers("Conversations", [f"{group.conversations:,}" for group in groups]),
+        numbers("Share of KL", [f"{group.share:.1%}" for group in groups]),
     ]
 
 

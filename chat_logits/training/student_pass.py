@@ -73,12 +73,9 @@ def measure_student(
 
 def _read(dataset: StoredDataset, aligner: RowAligner, count: int | None) -> Iterator[_Row]:
     """The rows, aligned, with a progress bar."""
-    if count is None:
-        rows, total = enumerate(dataset.rows()), dataset.num_rows
-    else:
-        indices = spread(dataset.num_rows, count)
-        rows, total = ((index, dataset.read_row(index)) for index in indices), len(indices)
-    for index, row in tqdm(rows, total=total, dynamic_ncols=True, unit=" conversations"):
+    indices = spread(dataset.num_rows, dataset.num_rows if count is None else count)
+    rows = dataset.rows() if len(indices) == dataset.num_rows else map(dataset.read_row, indices)
+    for index, row in zip(tqdm(indices, dynamic_ncols=True, unit=" conversations"), rows, strict=True):
         try:
             yield _Row(index, row, aligner.align(row))
         except AlignmentError as error:

@@ -148,9 +148,9 @@ class StudentTally:
         self._keep(sample_index, row, values)
 
     def _keep(self, sample_index: int, row: dict, values: np.ndarray) -> None:
-        _, *means = values.mean(axis=0).tolist()
-        source, question = row["source_index"], question_of(row["messages"])
-        one = StudentConversation(sample_index, source, len(values), *means, question=question)
+        _, kl, kl_tail, agreement = values.mean(axis=0).tolist()
+        place = (sample_index, row["source_index"], len(values))
+        one = StudentConversation(*place, kl, kl_tail, agreement, question_of(row["messages"]))
         self._worst = heapq.nlargest(WORST, [*self._worst, (one.kl, -sample_index, one)], key=lambda each: each[:2])
 
     def groups(self) -> dict:
