@@ -8,13 +8,16 @@ From Python: ``chat_logits.training.run.train(TrainConfig(logit_dataset_id=…, 
 
 import logging
 import sys
+from pathlib import Path
 
-from chat_logits.cli.command_line import leave, run_command
+from chat_logits.cli.command_line import leave, run_command, write_result
 from chat_logits.cli.parser import read_options, refuse_missing
 from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
 from chat_logits.training.config import TrainConfig
 
 logger = logging.getLogger("chat_logits.train_student")
+
+PAGE = "training.html"  # in the student's folder
 
 
 def _run(_options: TrainOptions, given: dict) -> None:
@@ -22,6 +25,7 @@ def _run(_options: TrainOptions, given: dict) -> None:
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
     # With torch and transformers: help and wrong options don't wait for them.
+    from chat_logits.display.training_page import training_page
     from chat_logits.display.training_tables import print_training
     from chat_logits.training.run import train
 
@@ -31,8 +35,12 @@ def _run(_options: TrainOptions, given: dict) -> None:
         logger.info("Stopped. The same command goes on with --resume.")
         raise
     if result.rank == 0:  # of several processes, one speaks
+        write_result(str(Path(config.output_dir) / PAGE), training_page(result))
         print_training(result.points)
-    logger.info("The student is in %s.", config.output_dir)
+    logger.info(
+        "The student is in %s; its `checkpoints` is for `resume` with more of `max_steps`, and can be removed.",
+        config.output_dir,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

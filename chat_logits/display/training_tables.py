@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-BAR = 30  # characters of the largest KL
+BAR = 18  # characters of the largest KL: a line has 80
 
 
 def print_training(points: Sequence[tuple[int, Any]], console: Console | None = None) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,7 +30,14 @@ class MeasuringTrainer(StudentTrainer):
         self.result, self._tokens, self.seconds = result, 0, 0.0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(Progress(self))
+        self._progress = Progress(self)
+        self.add_callback(self._progress)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().train(*args, **options)
+        finally:
+            self._progress.close()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> torch.Tensor:
         self._tokens += inputs["input_ids"].numel()
@@ -56,8 +64,7 @@ class MeasuringTrainer(StudentTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         point = self.measure(self.state.global_step)
-        found = {"kl": point.kl, "kl_error": point.error, "kl_tail": point.kl_tail, "agreement": point.agreement}
-        return {f"eval_{name}": value for name, value in found.items()}
+        return {f"eval_{name}": value for name, value in asdict(point).items() if isinstance(value, float)}
 
     def tokens_per_second(self) -> float | None:
         """Of the steps of this start, all processes together; None without a step."""
@@ -77,12 +84,12 @@ class Progress(TrainerCallback):
     """A progress bar over steps, with the last KL that was trained on, and the seconds that the steps took."""
 
     def __init__(self, trainer: MeasuringTrainer):
-        self._trainer = trainer
+        self._trainer, self._bar = trainer, tqdm(disable=True)
 
     def on_train_begin(self, args, state, _control, **_):
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of the start that wrote it
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps")
-        self._bar.disable = self._bar.disable or not state.is_world_process_zero
+        silent = {} if state.is_world_process_zero else {"disable": True}
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps", **silent)
 
     def on_step_begin(self, *_, **__):
         self._began = time.perf_counter()
@@ -95,5 +102,6 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self._bar.set_postfix_str(f"KL {float(logs['loss']):.4f}")
 
-    def on_train_end(self, *_, **__):
+    def close(self) -> None:
+        """Leave the bar as it is, and what is told next below it."""
         self._bar.close()

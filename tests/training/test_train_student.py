@@ -1,14 +1,19 @@
 """The command: a student of a tiny teacher comes closer to it, is stopped and goes on, and is saved for its users."""
 
+import errno
 import json
+import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import QUICK_VOCABULARY, make_tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train_student
@@ -91,6 +96,132 @@ def test_a_student_comes_closer_and_is_saved_as_it_was_measured(run, quick_run, 
         assert point["kl"] == pytest.approx(written_out_kl(quick_run, model, held_out), rel=1e-4)
 
 
+def test_the_page_shows_what_was_measured_and_fetches_nothing(run, student, tmp_path):
+    assert run(max_steps=3) == 0
+    page = (tmp_path / "out" / "training.html").read_text(encoding="utf-8")
+    points = record(tmp_path / "out")
+    for point in points:
+        assert f"<title>step {point['step']}: {point['kl']:.4f} ± {point['error']:.4f}</title>" in page
+        assert f"<title>step {point['step']}: {point['agreement']:.1%}</title>" in page
+    (held_out,) = re.findall(r'<polyline class="held_out" points="([^"]*)"', page)[:1]
+    heights = [float(pair.split(",")[1]) for pair in held_out.split()]
+    zero, one = (heights[i] for i in (0, -1))
+    (bottom,) = re.findall(r'<path class="grid" d="M46 ([\d.]+)H', page)[:1]
+    assert (float(bottom) - one) / (float(bottom) - zero) == pytest.approx(points[-1]["kl"] / points[0]["kl"], abs=0.01)
+    assert str(student) in page and "<td><bdi>learning_rate</bdi></td><td><bdi>0.01</bdi></td>" in page
+    assert not re.findall(r"https?://|<script|url\(", page)
+
+
+def test_a_finished_student_goes_on_for_more_steps(run, tmp_path, capsys):
+    assert run(max_steps=3, measure_every=1) == 0
+    first = record(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert run("out", "--resume", max_steps=6, measure_every=2) == 0
+    points = record(tmp_path / "out")
+    assert points[: len(first)] == first and [point["step"] for point in points] == [0, 1, 2, 3, 4, 6]
+    assert points[-1]["kl"] < points[3]["kl"]
+    whole = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in whole["trained_on"]] == [1, 2, 3, 4, 5, 6]
+    assert run("out", "--resume", max_steps=4) == 2
+    assert "--max_steps 4: the checkpoint has taken 6; expected as many or more" in capsys.readouterr().err
+
+
+def test_a_student_that_was_trained_and_not_saved_is_saved_by_resuming(run, tmp_path):
+    assert run(max_steps=3) == 0
+    expected, points = weights_of(tmp_path / "out"), record(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    shutil.copytree(
+        tmp_path / "out" / "checkpoints" / "checkpoint-3", tmp_path / "out" / "checkpoints" / "checkpoint-9"
+    )
+    (tmp_path / "out" / "checkpoints" / "checkpoint-9" / "trainer_state.json").unlink()  # which was not written whole
+    assert run("out", "--resume", max_steps=3) == 0
+    assert record(tmp_path / "out") == points
+    for name, weights in weights_of(tmp_path / "out").items():
+        torch.testing.assert_close(weights, expected[name], rtol=0, atol=0)
+
+
+def test_other_conversations_than_before_are_not_held_out(run, capsys):
+    assert run(max_steps=1) == 0
+    assert run("out", "--resume", max_steps=2, seed=1) == 2
+    assert "--seed: 1, and the training has the default; go on with the same" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_without_a_checkpoint(run, tmp_path, monkeypatch, capsys):
+    step = StudentTrainer.training_step
+
+    def damaged(self, model, *arguments, **options):
+        if self.state.global_step == 2:
+            model.get_input_embeddings().weight.data.fill_(float("nan"))
+        return step(self, model, *arguments, **options)
+
+    monkeypatch.setattr(StudentTrainer, "training_step", damaged)
+    assert run(save_every=1) == 1
+    assert "error: step 3: the loss is nan" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "error: out of memory with --batch_tokens 600",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: the disk of "),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "error: the disk of "),
+    ],
+)
+def test_what_runs_out_is_told(run, monkeypatch, capsys, failure, told):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(StudentTrainer, "training_step", fail)
+    assert run() == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def with_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "user/base"}))
+
+
+def without_weights_of_a_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "told"),
+    [
+        (without_tokenizer, 1, "tokenizer of "),
+        (with_adapter, 2, "an adapter on "),
+        (
+            partial(change_config, quantization_config={"quant_method": "gptq", "bits": 4}),
+            2,
+            "its weights are quantized (gptq)",
+        ),
+        (partial(change_config, model_type="vit"), 2, "a vit, which transformers has no causal language model for"),
+        (without_weights_of_a_layer, 1, "its checkpoint is not whole: 1 tensors are missing"),
+    ],
+)
+def test_a_student_that_cannot_be_trained_is_refused(run, student, tmp_path, capsys, change, status, told):
+    shutil.copytree(student, tmp_path / "changed")
+    change(tmp_path / "changed")
+    assert run(student_id=tmp_path / "changed") == status
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_stopped_within_an_epoch_it_goes_on_to_the_same_student(run, tmp_path, monkeypatch, capsys):
     assert run("whole") == 0
     step = StudentTrainer.training_step
@@ -127,12 +258,21 @@ def test_an_adapter_alone_is_trained_and_saved(run, tmp_path):
         ({"hard_weight": 2}, (), 2, "--hard_weight 2.0: expected 0 to 1"),
         ({}, ("--resume",), 1, "--resume: no checkpoint in"),
         ({"output_dir": None}, (), 2, "required: --output_dir"),
+        ({"student_id": "/no/such"}, (), 2, "model /no/such: "),
+        ({"student_id": "model.gguf"}, (), 2, "--student_id model.gguf: a GGUF file"),
+        ({"logit_dataset_id": "/no/such"}, (), 2, "/no/such: no such folder"),
     ],
 )
 def test_wrong_use_is_told_in_a_line(run, capsys, changes, switches, status, told):
     assert run("out", *switches, **changes) == status
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {told}")
+
+
+def test_the_students_own_folder_is_not_trained_into(run, student, capsys):
+    for switches in ((), ("--resume",)):
+        assert run("out", *switches, output_dir=student) == 2
+        assert "the folder of the student itself, which stays as it is" in capsys.readouterr().err
 
 
 def test_a_folder_with_something_in_it_is_not_trained_into(run, tmp_path, capsys):
