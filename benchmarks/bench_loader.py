@@ -104,14 +104,15 @@ def rate(batches: Iterable[dict], clock) -> float:
     return tokens / (clock() - started)
 
 
-def streamed(folder: Path, repeats: int) -> Iterator[dict]:
-    for _ in range(repeats):
-        yield from DataLoader(training_dataset(folder, streaming=True), BATCH, collate_fn=collate)
+def streamed(stream: Iterable[dict], epochs: int) -> Iterator[dict]:
+    for _ in range(epochs):
+        yield from DataLoader(stream, BATCH, collate_fn=collate)
 
 
 def ways(folder: Path, repeats: int, place: str) -> dict:
     """Each way's batches and clock, by its name."""
     dataset = training_dataset(folder, cache_dir=place, end_of_turn="skip")
+    stream = training_dataset(folder, streaming=True, end_of_turn="skip")
     in_order, shuffled = orders(len(dataset), repeats, None), orders(len(dataset), repeats, 0)
 
     def loader(batches: list[list[int]], workers: int = 0) -> DataLoader:
@@ -122,7 +123,7 @@ def ways(folder: Path, repeats: int, place: str) -> dict:
         "naive, a core": (lambda: naive(folder, few), cpu_seconds),
         "in order, a core": (lambda: loader(in_order), cpu_seconds),
         "at random, a core": (lambda: loader(shuffled), cpu_seconds),
-        "streamed, a core": (lambda: streamed(folder, few), cpu_seconds),
+        "streamed, a core": (lambda: streamed(stream, few), cpu_seconds),
         "at random, 1 worker": (lambda: loader(shuffled, 1), time.perf_counter),
         "at random, 2 workers": (lambda: loader(shuffled, 2), time.perf_counter),
     }

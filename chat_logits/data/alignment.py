@@ -8,8 +8,9 @@ What is left are the *extracted positions*: the tokens whose predicting distribu
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
-TOKENIZED_AT_ONCE = 64  # texts: their offsets take a hundred times the memory of their ids
+AT_ONCE = 64  # texts rendered or tokenized together: their offsets take a hundred times the memory of their ids
 SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
 
 PROMPT = "prompt"
@@ -57,7 +58,7 @@ class Alignment:
     turns_left_out: int = 0
     turn_ends: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def positions(self) -> np.ndarray:
         return np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
@@ -156,8 +157,8 @@ class Aligner:
     def align_rendered(self, rendered: Sequence[tuple]) -> list[Alignment]:
         """An alignment for each ``Rendered``, or text with its spans alone; tokenized in batches."""
         alignments = []
-        for start in range(0, len(rendered), TOKENIZED_AT_ONCE):
-            batch = [Rendered(*one) for one in rendered[start : start + TOKENIZED_AT_ONCE]]
+        for start in range(0, len(rendered), AT_ONCE):
+            batch = [Rendered(*one) for one in rendered[start : start + AT_ONCE]]
             encoded = self.tokenizer(
                 [one.text for one in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
@@ -169,7 +170,7 @@ class Aligner:
         """Which tokens are the assistant's, and which of those are skipped."""
         text = rendered.text
         input_ids = np.array(ids, np.int64)
-        extents = token_extents(offsets, self.tokenizer.convert_ids_to_tokens(ids))
+        extents = token_extents(offsets, ids, self.tokenizer.convert_ids_to_tokens)
         reasons: list[str | None] = [PROMPT] * len(input_ids)
         for span, (start, end) in enumerate(rendered.spans):
             inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
@@ -177,10 +178,10 @@ class Aligner:
                 for i in inside:
                     reasons[i] = LEFT_OUT_REASON
                 continue
-            for i in inside:
-                reasons[i] = self._skip_reason(int(input_ids[i]))
+            for i in inside.tolist():
+                reasons[i] = self._skip_reason(ids[i]) if ids[i] in self.skipped_ids else None
             self._skip_by_text(reasons, inside, extents, text, start, end)
-            self._skip_after_end(reasons, inside, extents, input_ids, text, end)
+            self._skip_after_end(reasons, inside, extents, ids, text, end)
         turn_ends = self.turn_ends.find(rendered.spans, rendered.left_out, input_ids, extents, text)
         for turn_end in turn_ends if self.keep_end_of_turn else ():
             reasons[turn_end] = None
@@ -188,9 +189,7 @@ class Aligner:
             reasons[0] = FIRST_TOKEN_REASON
         return Alignment(input_ids, reasons, len(rendered.left_out), turn_ends)
 
-    def _skip_reason(self, token_id: int) -> str | None:
-        if token_id not in self.skipped_ids:
-            return None
+    def _skip_reason(self, token_id: int) -> str:
         if token_id in self.think_ids:
             return THINK_TAG_REASON
         return SPECIAL_REASON if token_id in self.special_ids else CHOSEN_REASON
@@ -204,24 +203,27 @@ class Aligner:
             for i in inside[extents[inside, 1] <= block.end()]:
                 reasons[i] = EMPTY_THINK_REASON
 
-    def _skip_after_end(self, reasons, inside, extents, input_ids, text: str, end: int) -> None:
+    def _skip_after_end(self, reasons, inside, extents, ids: list[int], text: str, end: int) -> None:
         """White space that the template adds behind the turn's last special token."""
-        ends = [i for i in inside if input_ids[i] in self.special_ids]
+        ends = [i for i in inside.tolist() if ids[i] in self.special_ids]
         if ends and not text[extents[ends[-1], 1] : end].strip():
             for i in inside[inside > ends[-1]]:
                 reasons[i] = AFTER_END_REASON
 
 
-def token_extents(offsets: list[tuple[int, int]], pieces: list[str]) -> np.ndarray:
+def token_extents(
+    offsets: list[tuple[int, int]], ids: list[int], to_pieces: Callable[[list[int]], list[str]]
+) -> np.ndarray:
     """Characters each token stands for, int64 (T, 2): its offsets, begun where the token before it ended.
 
-    Offsets may leave out a token's spaces (``trim_offsets``). Those at its end, which only ``pieces``, the tokens as
-    the vocabulary spells them, tell from the next one's, are given back; a token of spaces alone has its end right.
-    Tokens that share a character keep its start.
+    Offsets may leave out a token's spaces (``trim_offsets``). Those at its end, which only the tokens as the vocabulary
+    spells them, ``to_pieces`` of ``ids``, tell from the next one's, are given back; a token of spaces alone has its end
+    right. Tokens that share a character keep its start.
     """
     extents = np.array(offsets, np.int64).reshape(-1, 2)
-    for i in np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])):
-        extents[i, 1] += len(pieces[i]) - len(pieces[i].rstrip(SPACE_SIGNS))
+    before_gaps = np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])).tolist()
+    for i, piece in zip(before_gaps, to_pieces([ids[i] for i in before_gaps]), strict=True):
+        extents[i, 1] += len(piece) - len(piece.rstrip(SPACE_SIGNS))
     extents[1:, 0] = np.minimum(extents[1:, 0], extents[:-1, 1])
     return extents
 
@@ -249,7 +251,9 @@ class RowAligner:
 
     def align_all(self, rows: Sequence[dict]) -> list[Alignment]:
         """The alignments of several rows, tokenized together. Raises as ``align`` for the first that is at fault."""
-        rendered = [self._render(row) for row in rows]
+        rendered = [
+            one for start in range(0, len(rows), AT_ONCE) for one in self._render(rows[start : start + AT_ONCE])
+        ]
         if self._aligner is None:
             return []
         alignments = self._aligner.align_rendered(rendered)
@@ -258,13 +262,14 @@ class RowAligner:
                 raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
         return alignments
 
-    def _render(self, row: dict) -> Rendered:
-        conversation, tools = from_stored(row["messages"]), from_stored_tools(row["tools"])
+    def _render(self, rows: Sequence[dict]) -> list[Rendered]:
+        talks = [(from_stored(row["messages"]), from_stored_tools(row["tools"])) for row in rows]
         if self._aligner is None:
-            self._aligner = self._choose(conversation, tools)
+            self._aligner = self._choose(*talks[0])
+        aligner = self._aligner
         try:
-            text, spans = self._aligner.template.with_tools(tools).render(conversation)
-            return self._aligner.marked(conversation, text, spans)
+            rendered = aligner.template.render_all(talks)
+            return [aligner.marked(talk, *one) for (talk, _), one in zip(talks, rendered, strict=True)]
         except (TemplateError, ConversationError) as error:
             raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
 

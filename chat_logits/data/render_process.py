@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -48,10 +49,21 @@ class RenderProcess:
     ) -> tuple[str, list[tuple[int, int]]]:
         """As ``rendering.render``. Raises OverLimit, and RefusedRendering for whatever the template raises."""
         with self._lock:
-            answer = self._ask([text, variables, date], conversation)
-        if "text" in answer:
-            return answer["text"], [(start, end) for start, end in answer["spans"]]
+            answer = self._ask([text, variables, date], [conversation])
+        if "rendered" in answer:
+            return _with_spans(*answer["rendered"][0])
         raise (OverLimit if answer["is_over"] else RefusedRendering)(answer["error"])
+
+    def render_together(
+        self, text: str, conversations: list[list[dict]], variables: dict, date: str | None = None
+    ) -> list[tuple[str, list[tuple[int, int]]]] | None:
+        """``render`` of each in one question and answer, which cost as much as rendering does.
+
+        None where one of them is at fault, or all are too much at once: ``render`` by itself tells.
+        """
+        with self._lock:
+            answer = self._ask([text, variables, date], conversations)
+        return [_with_spans(*one) for one in answer["rendered"]] if "rendered" in answer else None
 
     def close(self) -> None:
         """End the process."""
@@ -68,10 +80,10 @@ class RenderProcess:
             self._process, self._settings = subprocess.Popen(command, **pipes), None
         return self._process
 
-    def _ask(self, settings: list, conversation: list[dict]) -> dict:
+    def _ask(self, settings: list, conversations: list[list[dict]]) -> dict:
         process = self._begin()
         assert process.stdin and process.stdout
-        asked = [conversation, None if settings == self._settings else settings]
+        asked = [conversations, None if settings == self._settings else settings]
         try:
             process.stdin.write(_line(asked))
             process.stdin.flush()
@@ -85,7 +97,7 @@ class RenderProcess:
             self.close()
             return {"error": f"it took more than {SECONDS:.0f} s of computing, or too much memory", "is_over": True}
         answer = json.loads(answered)
-        self._settings = settings if "text" in answer else None  # it may not have got so far
+        self._settings = settings if "rendered" in answer else None  # it may not have got so far
         return answer
 
 
@@ -101,6 +113,10 @@ def render_process() -> RenderProcess:
     return _process_of(os.getpid())
 
 
+def _with_spans(text: str, spans: list[list[int]]) -> tuple[str, list[tuple[int, int]]]:
+    return text, [(start, end) for start, end in spans]
+
+
 # --- in the process ---
 
 
@@ -110,30 +126,39 @@ def serve() -> None:
     limit_time, settings = _set_limits(), [None]
     for line in iter(lines.readline, b""):
         limit_time(SECONDS)
-        answer = _answer(line, settings)
+        answer = _answer(line, settings, lambda: limit_time(SECONDS))
         limit_time(0)
         answers.write(answer)
         answers.flush()
 
 
-def _answer(line: bytes, settings: list) -> bytes:
-    """The answer to a line; ``settings`` has those of the lines before, and then this one's."""
+def _answer(line: bytes, settings: list, begin_time: Callable[[], object]) -> bytes:
+    """The answer to a line; ``settings`` has those of the lines before, and then this one's. ``begin_time`` is called
+    for each conversation, whose time is limited."""
     from chat_logits.data.rendering import render
 
     try:
-        conversation, given = json.loads(line)
+        conversations, given = json.loads(line)
         settings[0] = given or settings[0]
         template, variables, date = settings[0]
-        text, spans = render(template, conversation, variables, date)
-        most = LENGTH_LEAST + LENGTH_RATIO * len(line)
-        if len(text) <= most:
-            return _line({"text": text, "spans": spans})
-        error = f"it made a text of {len(text):,} characters, expected {most:,} at most"
-        return _line({"error": error, "is_over": True})
+        rendered = []
+        for conversation in conversations:
+            begin_time()
+            text, spans = render(template, conversation, variables, date)
+            if len(text) > LENGTH_LEAST and len(text) > (most := _longest(conversation, settings[0])):
+                error = f"it made a text of {len(text):,} characters, expected {most:,} at most"
+                return _line({"error": error, "is_over": True})
+            rendered.append((text, spans))
+        return _line({"rendered": rendered})
     except MemoryError:
         return _line({"error": f"it took more than {MEMORY // MIB:,} MiB of memory", "is_over": True})
     except Exception as error:  # a template is a program: it may raise anything
         return _line({"error": str(error)[:SHOWN] or type(error).__name__, "is_over": False})
+
+
+def _longest(conversation: list[dict], settings: list) -> int:
+    """Characters of text that may be made of it with these settings."""
+    return LENGTH_LEAST + LENGTH_RATIO * len(_line([conversation, settings]))
 
 
 def _line(value) -> bytes:

@@ -103,6 +103,22 @@ class ChatTemplate:
         text, spans = self._render(conversation)
         return (text, spans) if self.has_generation_blocks else (text, self._prefix_spans(conversation, text))
 
+    def render_all(self, talks: Sequence[tuple[list[dict], list[dict] | None]]) -> list[tuple[str, list]]:
+        """``render`` of several conversations, each with its tools or None; those without, together where it is apart.
+
+        Raises as ``render`` for one that is at fault.
+        """
+        plain = [conversation for conversation, tools in talks if tools is None]
+        together = None
+        if self.apart and self.has_generation_blocks and len(plain) > 1:
+            variables = {**self.special_tokens, **self.kwargs}
+            together = render_process().render_together(self.text, plain, variables, self.date)
+        rendered = iter(together or [self.render(conversation) for conversation in plain])
+        return [
+            next(rendered) if tools is None else self.with_tools(tools).render(conversation)
+            for conversation, tools in talks
+        ]
+
     def text_or_none(self, conversation: list[dict], **options) -> str | None:
         """The text alone, None where the template refuses the conversation."""
         try:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
@@ -88,8 +90,7 @@ class StoredDataset:
             first = firsts[shard.path]
             with self._open(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
                 for rows in read_row_groups(source, shard.path, self.manifest.fingerprint, shard.num_rows):
-                    for number, row in enumerate(rows, first):
-                        self._validate(row, number)
+                    self._validate_all(rows, first)
                     yield first, rows
                     first += len(rows)
 
@@ -116,6 +117,15 @@ class StoredDataset:
         except RowError as error:
             raise DamagedRow(str(error)) from error
 
+    def _validate_all(self, rows: list[dict], first: int) -> None:
+        """``_validate`` of rows whose lists of numbers are arrays, by one check of all: each alone takes ten times as
+        long."""
+        try:
+            self._validate(_joined(rows, self.manifest), first)
+        except (DamagedRow, ValueError, TypeError):
+            for number, row in enumerate(rows, first):
+                self._validate(row, number)
+
     @contextmanager
     def _open(self, path: str, cache_type: str = "none", **options):
         """The shard as a file that is there, or one on the Hub of which only what is asked for is fetched, or with
@@ -135,6 +145,30 @@ class StoredDataset:
         options = {"cache_type": cache_type, **options}
         with _explained(self.dataset_id, path), huggingface_hub.HfFileSystem().open(remote, **options) as file:
             yield file
+
+
+def _joined(rows: list[dict], manifest: Manifest) -> dict:
+    """Rows one behind another, as one row that is valid where they are. Raises ValueError where there is none."""
+    counts = [row["num_tokens"] for row in rows]
+    if not all(counts):
+        raise ValueError("a row without tokens")
+    joined: dict = {"num_tokens": sum(counts)}
+    for name, width in _widths(manifest.top_k, manifest.num_sampled).items():
+        values = [row[name] for row in rows]
+        if any(len(value) != width * count for value, count in zip(values, counts, strict=True)):
+            raise ValueError("a row with another number of entries, or whose high bits end within a byte")
+        joined[name] = b"".join(values) if isinstance(values[0], bytes) else np.concatenate(values)
+    return joined
+
+
+def _widths(top_k: int, num_sampled: int) -> dict[str, float]:
+    """Numbers or bytes of each column at a position."""
+    kinds = {"top": top_k, "sampled": num_sampled}
+    codes_and_low = {
+        f"{kind}_{name}": width for kind, width in kinds.items() for name in ("logits_quantized", "indices_low")
+    }
+    high = {f"{kind}_indices_high": width / 4 for kind, width in kinds.items()}
+    return {**codes_and_low, **high, "token_log_probs": 1, "logsumexp": 1}
 
 
 def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:

@@ -43,6 +43,24 @@ def test_texts_and_spans_are_those_of_rendering_here(process, path):
             assert process.render(text, conversation, {"bos_token": "<s>"}, date) == expected
 
 
+@pytest.mark.parametrize("family", ["llama3_1", "qwen3", "smollm2"])
+def test_conversations_rendered_together_are_as_one_by_one(process, family):
+    text = (REPO / f"templates/{family}.jinja").read_text(encoding="utf-8")
+    asked = [text, {"bos_token": "<s>"}, "2024-02-29"]
+    conversations = [CONVERSATION, *PROBES[:5], CONVERSATION]
+    expected = [render(text, conversation, *asked[1:]) for conversation in conversations]
+    assert process.render_together(text, conversations, *asked[1:]) == expected
+
+
+def test_none_is_rendered_where_one_of_several_is_at_fault(process):
+    bomb = "{% if messages[0].content == 'now' %}" + NESTED + "{% endif %}{{ messages[0].content }}"
+    refused = "{% if messages[0].content == 'now' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    calm, fault = [[{"role": "user", "content": word}] for word in ("then", "now")]
+    for text in (bomb, refused):
+        assert process.render_together(text, [calm, fault, calm], {}) is None
+        assert process.render_together(text, [calm, calm], {}) == [("then", [])] * 2
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_takes_too_much_is_ended_and_the_next_one_renders(process, bomb):
     with pytest.raises(OverLimit, match=r"more than 5 s of computing|of memory|a text of 100,000,000 characters"):

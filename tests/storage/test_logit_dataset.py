@@ -156,6 +156,18 @@ def test_malformed_rows_are_refused_by_name(copy, changes, message):
     assert dataset.read_row(2)["num_tokens"] > 0
     with pytest.raises(ToolkitError, match=message):
         dataset.read_row(3)
+    with pytest.raises(ToolkitError, match=message.replace("nothing", "(nothing|length 0)")):
+        list(dataset.row_groups(dataset.shards))
+
+
+def test_a_row_without_tokens_is_refused_among_others(copy):
+    """Its columns have the right lengths, none; checked together with other rows, nothing would be missing."""
+    numbers = {key: [] for key in ("top_indices_low", "sampled_indices_low", "logsumexp", "token_log_probs")}
+    kinds = ("top_logits_quantized", "top_indices_high", "sampled_logits_quantized", "sampled_indices_high")
+    rewrite(copy, num_tokens=0, **numbers, **dict.fromkeys(kinds, b""))
+    dataset = open_dataset(str(copy))
+    with pytest.raises(ToolkitError, match="column num_tokens of row 3: found 0"):
+        list(dataset.row_groups(dataset.shards))
 
 
 def test_another_schema_is_refused(copy):
