@@ -13,6 +13,7 @@ import numpy as np
 from chat_logits.analysis.tokens import count_text
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.disk import refuse_filled
 from chat_logits.storage.manifest import Manifest
 from logit_codec import CODE_PROBS, MAX_TOKEN_ID, draw_uniforms, entry_columns, nucleus_cut, row_entries
 
@@ -182,10 +183,10 @@ def thin_dataset(dataset: StoredDataset, setting: Setting, folder: str) -> Thinn
 
     Raises UsageError for a folder that holds anything and as ``check_setting``, ToolkitError where there are no rows.
     """
-    from chat_logits.storage.derived import refuse_taken, write_derived  # with the card, imports huggingface_hub
+    from chat_logits.storage.derived import write_derived  # with the card, imports huggingface_hub
 
     check_setting(setting, dataset.manifest)
-    refuse_taken(Path(folder), "thin")
+    refuse_filled(Path(folder), "thin")
     dataset.refuse_empty()
     before, manifest = dataset.manifest, dataset.manifest.thinned(setting.top_k, setting.top_p, setting.num_sampled)
     entries = write_derived(dataset, manifest, Path(folder), lambda row: thin_row(row, setting, before))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from chat_logits.cli.command_line import called_as, check_places
-from chat_logits.cli.parser import CommandParser, CommonOptions
+from chat_logits.cli.parser import CommandParser, RebuildOptions
 from chat_logits.errors import UsageError
 from chat_logits.options import option, options_of
 
@@ -25,7 +25,7 @@ NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "bu
 
 
 @dataclass(frozen=True, repr=False)
-class ExploreOptions(CommonOptions):
+class ExploreOptions(RebuildOptions):
     """What to look at, and where to write it."""
 
     logit_dataset_id: str = option(
@@ -104,22 +104,6 @@ class ExploreOptions(CommonOptions):
     json: str | None = option(
         None, help="write what is shown as JSON; - prints that alone", unset="none", metavar="FILE"
     )
-    chat_template: str | None = option(
-        None,
-        help="template to rebuild the tokens with; must give those extracted from",
-        unset="the recorded one",
-        metavar="FILE_OR_TEXT",
-    )
-    tokenizer_id: str | None = option(
-        None,
-        help="folder or Hub id of the tokenizer, if the recorded model is not there",
-        unset="the recorded model",
-        metavar="ID",
-    )
-    revision: str | None = option(
-        None, help="branch, tag or commit of a Hub dataset", unset="its main branch", metavar="REV"
-    )
-    trust_remote_code: bool = option(False, help="run Python code that tokenizer or model bring along", unset="refuse")
 
 
 KINDS = (ExploreOptions,)

@@ -3,22 +3,22 @@
 from dataclasses import dataclass
 
 from chat_logits.cli.command_line import called_as
-from chat_logits.cli.parser import CommandParser, CommonOptions
+from chat_logits.cli.parser import CommandParser, RebuildOptions
 from chat_logits.options import option, options_of
+from chat_logits.training.config import TaughtOptions
 from chat_logits.training.export import Exported
 from chat_logits.training.export_formats import FORMATS
-from chat_logits.training.targets import END_OF_TURN
 
 
 @dataclass(frozen=True, repr=False)
-class ExportOptions(CommonOptions):
+class ExportOptions(TaughtOptions, RebuildOptions):
     """What to export, for whom, and where to."""
 
     logit_dataset_id: str = option(
         help="the logit dataset, a folder or a Hub id; the name of this option may be left out", metavar="ID"
     )
     format: str = option(help="who reads it", choices=tuple(FORMATS))
-    output_dir: str = option(help="folder to write, empty or not there yet", metavar="FOLDER")
+    output_dir: str = option(help="a new or an empty folder to write", metavar="FOLDER")
     student_vocab_size: int | None = option(
         None,
         help="token ids that the student has; what the teacher gives to others is dropped, and counted",
@@ -33,36 +33,9 @@ class ExportOptions(CommonOptions):
         metavar="N",
         least=2,
     )
-    hard_weight: float = option(
-        0.0, help="the target token's own share of each target, 0 to 1", metavar="SHARE", least=0, most=1
-    )
-    end_of_turn: str = option(
-        "hard",
-        help="tokens that end a turn and were not extracted: taught as they are, or not at all",
-        choices=END_OF_TURN,
-    )
-    allow_biased: bool = option(
-        False, help="export a dataset without draws from the tail, renormalised", unset="refuse"
-    )
     temperature: float = option(
         1.0, help="of the targets: others than 1 are refused, as draws give no unbiased target at them", metavar="T"
     )
-    chat_template: str | None = option(
-        None,
-        help="template to rebuild the tokens with; must give those extracted from",
-        unset="the recorded one",
-        metavar="FILE_OR_TEXT",
-    )
-    tokenizer_id: str | None = option(
-        None,
-        help="folder or Hub id of the tokenizer, if the recorded model is not there",
-        unset="the recorded model",
-        metavar="ID",
-    )
-    revision: str | None = option(
-        None, help="branch, tag or commit of a Hub dataset", unset="its main branch", metavar="REV"
-    )
-    trust_remote_code: bool = option(False, help="run Python code that the tokenizer brings along", unset="refuse")
 
 
 KINDS = (ExportOptions,)

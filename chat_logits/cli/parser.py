@@ -24,6 +24,28 @@ class CommonOptions(Config):
     debug: bool = option(False, help="show the traceback of an error", unset="its message")
 
 
+@dataclass(frozen=True, repr=False)
+class RebuildOptions(CommonOptions):
+    """Options of the commands that rebuild the tokens of stored rows."""
+
+    chat_template: str | None = option(
+        None,
+        help="template to rebuild the tokens with; must give those extracted from",
+        unset="the recorded one",
+        metavar="FILE_OR_TEXT",
+    )
+    tokenizer_id: str | None = option(
+        None,
+        help="folder or Hub id of the tokenizer, if the recorded model is not there",
+        unset="the recorded model",
+        metavar="ID",
+    )
+    revision: str | None = option(
+        None, help="branch, tag or commit of a Hub dataset", unset="its main branch", metavar="REV"
+    )
+    trust_remote_code: bool = option(False, help="run Python code that tokenizer or model bring along", unset="refuse")
+
+
 class CommandParser(argparse.ArgumentParser):
     """Parses the ``options`` of a command into those that were given, as text. Raises UsageError.
 
@@ -35,8 +57,8 @@ class CommandParser(argparse.ArgumentParser):
         self._positional = positional
         self._names = {"help"}
         sections = {name: self.add_argument_group(name) for name in groups}
-        common = options_of(CommonOptions)
-        for one in sorted(options, key=lambda one: one.name in common):
+        last = (options_of(RebuildOptions), options_of(CommonOptions))
+        for one in sorted(options, key=lambda one: sum(not one.group and one.name in names for names in last)):
             self._add(sections.get(one.group, self), one)
 
     def _add(self, section: argparse._ActionsContainer, one: Option) -> None:

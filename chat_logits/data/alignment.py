@@ -175,7 +175,7 @@ class Aligner:
         for span, (start, end) in enumerate(rendered.spans):
             inside = np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))
             if span in rendered.left_out:
-                for i in inside:
+                for i in inside.tolist():
                     reasons[i] = LEFT_OUT_REASON
                 continue
             for i in inside.tolist():

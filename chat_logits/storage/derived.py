@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chat_logits.errors import UsageError
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
@@ -18,15 +17,6 @@ from chat_logits.storage.manifest import (
     shards_text,
 )
 from chat_logits.storage.shard import write_shard
-
-
-def refuse_taken(folder: Path, option: str) -> None:
-    """Raise UsageError, naming the option that it is the value of, unless the folder is empty or not there."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"`{option}` {folder}: a file, expected a new or an empty folder")
-    present = next(folder.iterdir(), None) if folder.is_dir() else None
-    if present:
-        raise UsageError(f"`{option}` {folder}: holds files, such as {present.name}; expected a new or an empty folder")
 
 
 def write_derived(

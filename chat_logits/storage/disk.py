@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.manifest import ShardEntry
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,19 @@ def flush_and_rename(temporary: Path, path: Path, check_place: Callable[[], None
         os.fsync(file.fileno())
     check_place()
     temporary.rename(path)
+
+
+def refuse_filled(folder: Path, option: str, otherwise: str = "") -> None:
+    """Raise UsageError, naming the option that it is the value of, unless the folder is empty or not there.
+
+    ``otherwise`` is what else may be done where it holds files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"`{option}` {folder}: a file, expected a new or an empty folder")
+    if present := next(folder.iterdir(), None) if folder.is_dir() else None:
+        raise UsageError(
+            f"`{option}` {folder}: holds files, such as {present.name}; expected a new or an empty folder{otherwise}"
+        )
 
 
 @contextmanager

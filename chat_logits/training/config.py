@@ -3,14 +3,38 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from chat_logits.errors import UsageError
 from chat_logits.options import COMPUTED, READ, WRITTEN, Config, option
+from chat_logits.storage.disk import refuse_filled
+from chat_logits.training.targets import END_OF_TURN
 
 TAUGHT = "what is taught"
 
 
 @dataclass(frozen=True, repr=False)
-class TrainConfig(Config):
+class TaughtOptions(Config):
+    """What of a logit dataset's rows is taught, by a training here or by another trainer's."""
+
+    hard_weight: float = option(
+        0.0,
+        help="share of the text's own token in what is taught, 0 to 1; the rest is the teacher's distribution",
+        group=TAUGHT,
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
+    end_of_turn: str = option(
+        "hard",
+        help="ends of turns that were not extracted: taught as they stand in the text, or not at all",
+        group=TAUGHT,
+        choices=END_OF_TURN,
+    )
+    allow_biased: bool = option(
+        False, help="teach rows without draws from the tail, too, renormalised", unset="refuse", group=TAUGHT
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class TrainConfig(TaughtOptions):
     """A student, the logit dataset that teaches it, and how its steps are taken."""
 
     logit_dataset_id: str = option(
@@ -37,23 +61,6 @@ class TrainConfig(Config):
         group=READ,
         metavar="N",
         least=1,
-    )
-    hard_weight: float = option(
-        0.0,
-        help="share of the text's own token in what is taught; the rest is the teacher's distribution",
-        group=TAUGHT,
-        metavar="SHARE",
-        least=0,
-        most=1,
-    )
-    end_of_turn: str = option(
-        "hard",
-        help="ends of turns that were not extracted: taught as they stand in the text, or not at all",
-        group=TAUGHT,
-        choices=("hard", "skip"),
-    )
-    allow_biased: bool = option(
-        False, help="learn from rows without draws from the tail, too", unset="refuse", group=TAUGHT
     )
     output_dir: str = option(help="folder for the trained student", group=WRITTEN, metavar="FOLDER")
     resume: bool = option(False, help="go on from the last checkpoint in the folder", unset="begin anew", group=WRITTEN)
@@ -118,8 +125,8 @@ class TrainConfig(Config):
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
-        if not self.resume and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"`output_dir` {folder}: not empty; go on there with `resume`, or name another")
+        if not self.resume:
+            refuse_filled(Path(self.output_dir), "output_dir", ", or `resume` to go on there")
 
     @property
     def rate(self) -> float:

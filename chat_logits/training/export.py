@@ -13,8 +13,8 @@ from tqdm import tqdm
 from chat_logits.data.alignment import Alignment, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.disk import folder_written_whole
-from chat_logits.training.export_files import refuse_filled, write_files
+from chat_logits.storage.disk import folder_written_whole, refuse_filled
+from chat_logits.training.export_files import write_files
 from chat_logits.training.export_formats import FORMATS, Example, Size, encoded
 from chat_logits.training.targets import Targets, row_targets
 
@@ -70,7 +70,7 @@ def export_targets(
         raise UsageError(f"`format` {format}: expected one of {', '.join(FORMATS)}")
     _refuse_unfit(dataset, kind.has_one_shape, format, sequence_length, allow_biased, temperature)
     folder = Path(output_dir)
-    refuse_filled(folder)
+    refuse_filled(folder, "output_dir")
     exported = Exported(folder, format)
     options = {"hard_weight": hard_weight, "end_of_turn": end_of_turn, "allow_biased": allow_biased}
     limits = _Limits(student_vocab_size, sequence_length, needs_plain_messages=format == "trl")

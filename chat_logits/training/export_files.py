@@ -6,19 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chat_logits.errors import UsageError
 from chat_logits.storage.disk import written_whole
 
 GROUP_BYTES = 16 * 2**20  # of rows in memory that become a row group
 FILE_BYTES = 512 * 2**20  # of rows, before compression, after which another file begins
-
-
-def refuse_filled(folder: Path) -> None:
-    """Raise UsageError where something is there that an export would meet."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"`output_dir` {folder}: a file, expected a folder that is empty or not there")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"`output_dir` {folder}: not empty, expected a folder that is empty or not there")
 
 
 def write_files(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

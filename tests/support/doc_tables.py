@@ -12,7 +12,8 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
 from chat_logits.cli import explore_options, export_options, extract_options, train_options  # noqa: E402
-from chat_logits.options import Option, options_of  # noqa: E402
+from chat_logits.options import READ, Option, options_of  # noqa: E402
+from chat_logits.training.config import TAUGHT  # noqa: E402
 
 PAGES = {
     "extract": REPO / "docs" / "extracting.md",
@@ -26,8 +27,8 @@ def tables(name: str) -> str:
     """The tables of a command's options, one a group of its help, as Markdown."""
     modules = {"extract": extract_options, "explore": explore_options, "export": export_options, "train": train_options}
     options = [one for kind in modules[name].KINDS for one in options_of(kind).values()]
-    groups = dict.fromkeys(one.group for one in options)
-    ordered = sorted(groups, key=lambda group: group == "")  # those of the command itself come last
+    groups = [group for group in dict.fromkeys(one.group for one in options) if group]
+    ordered = [*sorted(groups, key=(READ, TAUGHT, *groups).index), ""]  # those of the command itself come last
     return "\n".join(_table(group, [one for one in options if one.group == group]) for group in ordered)
 
 

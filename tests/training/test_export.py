@@ -358,8 +358,11 @@ def test_a_folder_is_whole_or_not_there(small_run, tmp_path, monkeypatch):
         (["--sequence_length", "9"], "error: --sequence_length is for a format of one length, and --format plain has"),
         (["--hard_weight", "1.5"], "error: --hard_weight 1.5: expected 0 to 1"),
         (["--format", "maxtext"], "error: --format maxtext: expected one of plain, axolotl, distillkit, trl"),
-        (["--output_dir", "filled"], "error: --output_dir filled: not empty, expected a folder that is empty or not"),
-        (["--output_dir", "filled/file"], "error: --output_dir filled/file: a file, expected a folder"),
+        (
+            ["--output_dir", "filled"],
+            "error: --output_dir filled: holds files, such as file; expected a new or an",
+        ),
+        (["--output_dir", "filled/file"], "error: --output_dir filled/file: a file, expected a new or an empty folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_nothing_is_written(quick_run, tmp_path, monkeypatch, capsys, options, message):

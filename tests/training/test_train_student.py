@@ -279,7 +279,7 @@ def test_a_folder_with_something_in_it_is_not_trained_into(run, tmp_path, capsys
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
     assert run() == 2
-    assert "not empty; go on there with --resume, or name another" in capsys.readouterr().err
+    assert "expected a new or an empty folder, or --resume to go on there" in capsys.readouterr().err
 
 
 def test_packs_have_each_conversation_once_and_no_more_tokens_than_allowed():
