@@ -66,6 +66,7 @@ def naive_example(row: dict, aligner: RowAligner) -> dict:
     )
     weights /= weights.sum(axis=1, keepdims=True)
     log_probs = np.concatenate([np.zeros((n, 1)), decoded.top_log_probs, decoded.sampled_log_probs], axis=1)
+    told = -weights * np.where(weights > 0, log_probs, 0)
     tokens = zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)
     labels = [token if reason is None else -100 for token, reason in tokens]
     return {
@@ -74,7 +75,9 @@ def naive_example(row: dict, aligner: RowAligner) -> dict:
         "positions": positions,
         "target_ids": np.concatenate([np.zeros((n, 1), np.int32), decoded.top_ids, decoded.sampled_ids], axis=1),
         "target_weights": weights.astype(np.float32),
-        "entropy": -(weights * np.where(weights > 0, log_probs, 0)).sum(axis=1).astype(np.float32),
+        "entropy": told.sum(axis=1).astype(np.float32),
+        "tail_entropy": told[:, -drawn.shape[1] :].sum(axis=1).astype(np.float32),
+        "num_sampled": drawn.shape[1],
     }
 
 

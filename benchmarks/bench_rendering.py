@@ -31,6 +31,10 @@ class Here:
 
     render = staticmethod(rendering.render)
 
+    @staticmethod
+    def render_together(text: str, conversations: list, *arguments) -> list:
+        return [rendering.render(text, conversation, *arguments) for conversation in conversations]
+
 
 def seconds(dataset: Path, renders) -> float:
     render_process.render_process().close()

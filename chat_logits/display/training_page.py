@@ -118,9 +118,9 @@ def _settings(result: TrainingResult) -> dict:
 
 
 def _measurements(result: TrainingResult) -> dict:
-    columns = [(name, True) for name in ("Step", "KL, nats", "±", "Agreement")]
+    columns = [(name, True) for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement")]
     rows = [
-        (f"{step:,}", f"{point.kl:.4f}", f"{point.error:.4f}", f"{point.agreement:.1%}")
+        (f"{step:,}", f"{point.kl:.4f}", f"{point.error:.4f}", f"{point.kl_tail:.4f}", f"{point.agreement:.1%}")
         for step, point in result.points
     ]
     return _table("Measured on held-out conversations", columns, rows, 6)

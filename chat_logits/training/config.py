@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from chat_logits.errors import UsageError
 from chat_logits.options import COMPUTED, READ, WRITTEN, Config, option
 from chat_logits.storage.disk import refuse_filled
 from chat_logits.training.targets import END_OF_TURN
@@ -126,7 +127,7 @@ class TrainConfig(TaughtOptions):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
         if not self.resume:
-            refuse_filled(Path(self.output_dir), "output_dir", ", or `resume` to go on there")
+            refuse_filled(folder, "output_dir", ", or `resume` to go on there")
 
     @property
     def rate(self) -> float:
