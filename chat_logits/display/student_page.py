@@ -16,6 +16,8 @@ from chat_logits.training.student_report import StudentGroup, StudentReport
 def student_page(report: StudentReport) -> str:
     """The page of a student's distance from its teacher."""
     whole, worst = report.whole, worst_table(report.worst)
+    row, source, *numbers, question = worst.columns  # the question stands in front, where a phone shows it
+    columns = [row, question, *numbers, source]
     return render_page(
         "student.html.jinja",
         title=f"{report.student_id} on {report.dataset_id}",
@@ -32,8 +34,8 @@ def student_page(report: StudentReport) -> str:
         figures=[_figure(title, groups) for title, groups in breakdowns(report).items()],
         worst={
             "title": worst.title,
-            "columns": [(column.title, column.is_number) for column in worst.columns],
-            "rows": worst.rows,
+            "columns": [(column.title, column.is_number) for column in columns],
+            "rows": list(zip(*(column.cells for column in columns), strict=True)),
         },
     )
 
