@@ -1,16 +1,17 @@
 """How a student came closer to its teacher, as a table with a bar for each measurement."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from chat_logits.training.distance import Distance
+
 BAR = 18  # characters of the largest KL: a line has 80
 
 
-def print_training(points: Sequence[tuple[int, Any]], console: Console | None = None) -> None:
-    """Print steps and what ``HeldOut`` says after them."""
+def print_training(points: Sequence[tuple[int, Distance]], console: Console | None = None) -> None:
+    """Print steps and what ``Distance`` says after them."""
     largest = max(point.kl for _, point in points) or 1.0
     table = Table(title=f"Forward KL to the teacher on {points[0][1].positions:,} held-out tokens")
     for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement"):

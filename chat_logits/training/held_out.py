@@ -1,43 +1,26 @@
 """How far a student is from the teacher, by stored distributions alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from chat_logits.training.distance import Distance, DistanceSums
 from chat_logits.training.loss import PositionScores
 from chat_logits.training.student import StudentLoss, split_batch
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Over ``positions`` of ``conversations``: mean forward KL, nats, unbiased over the draws, and its standard error,
-    from the conversations' sums, since positions of one are alike (nan for a single one); ``kl_tail`` is the part of
-    the mean that the draws from the tail add, Σ w·(log p − log q) over them; ``agreement`` is the share of positions
-    where the student's most probable token is the teacher's."""
-
-    conversations: int
-    positions: int
-    kl: float
-    error: float
-    kl_tail: float
-    agreement: float
-
-
 @torch.no_grad()
-def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> HeldOut:
+def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Distance:
     """The student's distance over batches of this package's collators, whose tensors go to its device."""
     loss, was_training = StudentLoss(student), student.training
     student.eval()
-    sums = torch.cat([_sums(loss, student, batch) for batch in batches])
+    sums = DistanceSums()
+    for batch in batches:
+        for of_conversation in _sums(loss, student, batch).numpy():
+            sums.add(of_conversation)
     student.train(was_training)
-    counts, divergences, tails, agreeing = sums.T
-    n, positions, kl = len(sums), counts.sum(), divergences.sum() / counts.sum()
-    # The ratio estimator's: Cochran, "Sampling Techniques", 6.3
-    spread = (divergences - kl * counts).square().sum() * n / (n - 1 or torch.nan)
-    error, tail, agreement = (total / positions for total in (spread.sqrt(), tails.sum(), agreeing.sum()))
-    return HeldOut(n, int(positions), kl.item(), error.item(), tail.item(), agreement.item())
+    return sums.distance()
 
 
 def _sums(loss: StudentLoss, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

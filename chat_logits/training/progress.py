@@ -11,7 +11,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from chat_logits.errors import ToolkitError
-from chat_logits.training.held_out import HeldOut, held_out
+from chat_logits.training.distance import Distance
+from chat_logits.training.held_out import held_out
 from chat_logits.training.record import TrainingResult
 from chat_logits.training.student import StudentTrainer
 
@@ -46,7 +47,7 @@ class MeasuringTrainer(StudentTrainer):
             self._refuse(f"step {self.state.global_step + 1}: the loss is {loss.item()}")
         return loss
 
-    def measure(self, step: int) -> HeldOut:
+    def measure(self, step: int) -> Distance:
         """The student's distance after ``step`` steps, into the result and the record."""
         if self.result.points and self.result.points[-1][0] == step:
             return self.result.points[-1][1]

@@ -3,14 +3,11 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.disk import write_text
 from chat_logits.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from chat_logits.training.held_out import HeldOut
+from chat_logits.training.distance import Distance
 
 RECORD = "training.json"
 CHECKPOINTS = "checkpoints"
@@ -34,7 +31,7 @@ class TrainingResult:
     config: TrainConfig
     teacher: str = ""
     rank: int = 0
-    points: list[tuple[int, "HeldOut"]] = field(default_factory=list)
+    points: list[tuple[int, Distance]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     tokens_per_second: float | None = None
 
@@ -80,12 +77,10 @@ def last_checkpoint(folder: Path) -> Checkpoint:
 
 def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
     """Add what was measured up to the checkpoint. Raises UsageError where options are others than were trained by."""
-    from chat_logits.training.held_out import HeldOut
-
     file = Path(result.config.output_dir) / RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        measured = [(entry.pop("step"), HeldOut(**entry)) for entry in record["held_out"]]
+        measured = [(entry.pop("step"), Distance(**entry)) for entry in record["held_out"]]
         before = record["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error

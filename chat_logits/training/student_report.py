@@ -16,6 +16,7 @@ from chat_logits.analysis.token_classes import TOKEN_CLASSES, TokenClasses
 from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import PROMPT, Alignment
 from chat_logits.data.conversations import question_of
+from chat_logits.training.distance import Distance, DistanceSums
 from logit_codec import CODE_LOG_PROBS, CODE_PROBS, row_entries
 
 WORST = 10  # conversations that are listed
@@ -23,22 +24,10 @@ ENTROPIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, lower ends of bins; the las
 
 
 @dataclass(frozen=True)
-class StudentGroup:
-    """Some of the positions: ``conversations`` that have any, and how many these are.
-
-    ``kl`` is the mean forward KL, nats, unbiased over the draws; ``error`` its standard error, from the conversations'
-    sums (nan for a single one); ``kl_tail`` the part of the mean that the draws add, Σ w·(log p − log q) over them;
-    ``agreement`` the share of positions where the student's most probable token is the teacher's; ``share`` that of all
-    positions' KL that is here.
-    """
+class StudentGroup(Distance):
+    """Some of the positions, and of all positions' KL the ``share`` that is here."""
 
     name: str
-    conversations: int
-    positions: int
-    kl: float
-    error: float
-    kl_tail: float
-    agreement: float
     share: float
 
 
@@ -93,37 +82,15 @@ class StudentReport:
         return f"<StudentReport of {self.student_id} on {self.dataset_id}: {counts}, KL {self.whole.kl:.4f} nats>"
 
 
-class _Sums:
-    """A group's sums over conversations."""
-
-    def __init__(self) -> None:
-        self.conversations = 0
-        self.totals = np.zeros(4)  # positions, KL, its tail's part, agreeing
-        self.squares = np.zeros(3)  # KL², KL·positions, positions², of each conversation's sums
-
-    def add(self, sums: np.ndarray) -> None:
-        positions, kl = sums[:2]
-        self.conversations += 1
-        self.totals += sums
-        self.squares += (kl * kl, kl * positions, positions * positions)
-
-    def group(self, name: str, whole: float) -> StudentGroup:
-        positions, total, tail, agreeing = self.totals.tolist()
-        kl, n = total / positions, self.conversations
-        # The ratio estimator's: Cochran, "Sampling Techniques", 6.3
-        spread = max(0.0, float(self.squares @ (1, -2 * kl, kl * kl)))
-        error = (spread * n / (n - 1)) ** 0.5 / positions if n > 1 else float("nan")
-        shares = (tail / positions, agreeing / positions, total / whole if whole else 0.0)
-        return StudentGroup(name, n, int(positions), kl, error, *shares)
-
-
 class StudentTally:
     """Sums of the conversations added so far."""
 
     def __init__(self, tokenizer):
         self._classes = TokenClasses(tokenizer)
-        self._whole = _Sums()
-        self._groups: dict[str, dict] = {kind: defaultdict(_Sums) for kind in ("class", "turn", "position", "entropy")}
+        self._whole = DistanceSums()
+        self._groups: dict[str, dict] = {
+            kind: defaultdict(DistanceSums) for kind in ("class", "turn", "position", "entropy")
+        }
         self._worst: list[tuple[float, int, StudentConversation]] = []
         self._ends_left_out = 0
 
@@ -157,7 +124,7 @@ class StudentTally:
         """What of a ``StudentReport`` is sums over the conversations, of which there is at least one."""
         whole = float(self._whole.totals[1])
         return {
-            "whole": self._whole.group("all", whole),
+            "whole": _group("all", self._whole, whole),
             "by_class": self._named("class", lambda name: name, TOKEN_CLASSES.index),
             "by_turn": self._named("turn", _doubling_name),
             "by_position": self._named("position", _doubling_name),
@@ -168,7 +135,12 @@ class StudentTally:
 
     def _named(self, kind: str, name: Callable, order: Callable | None = None) -> list[StudentGroup]:
         groups, whole = self._groups[kind], float(self._whole.totals[1])
-        return [groups[key].group(name(key), whole) for key in sorted(groups, key=order)]
+        return [_group(name(key), groups[key], whole) for key in sorted(groups, key=order)]
+
+
+def _group(name: str, sums: DistanceSums, whole: float) -> StudentGroup:
+    share = float(sums.totals[1]) / whole if whole else 0.0
+    return StudentGroup(**vars(sums.distance()), name=name, share=share)
 
 
 def turns_and_places(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:

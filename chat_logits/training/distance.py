@@ -1,0 +1,45 @@
+"""How far a student is from its teacher over some positions, from the sums of each conversation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Over ``positions`` of ``conversations``: mean forward KL, nats, unbiased over the draws, and its standard error,
+    from the conversations' sums, since positions of one are alike (nan for a single one); ``kl_tail`` is the part of
+    the mean that the draws from the tail add, Σ w·(log p − log q) over them; ``agreement`` is the share of positions
+    where the student's most probable token is the teacher's."""
+
+    conversations: int
+    positions: int
+    kl: float
+    error: float
+    kl_tail: float
+    agreement: float
+
+
+class DistanceSums:
+    """Sums over conversations, of which each has a position."""
+
+    def __init__(self) -> None:
+        self.conversations = 0
+        self.totals = np.zeros(4)  # positions, KL, its tail's part, agreeing
+        self.squares = np.zeros(3)  # KL², KL·positions, positions² of each conversation's sums
+
+    def add(self, sums: np.ndarray) -> None:
+        """Count a conversation in, with the sums (4,) float64 of ``BatchTarget.divergences`` over its positions."""
+        positions, kl = sums[:2]
+        self.conversations += 1
+        self.totals += sums
+        self.squares += (kl * kl, kl * positions, positions * positions)
+
+    def distance(self) -> Distance:
+        """Of all conversations added so far, at least one."""
+        positions, total, tail, agreeing = self.totals.tolist()
+        kl, n = total / positions, self.conversations
+        # The ratio estimator's: Cochran, "Sampling Techniques", 6.3
+        spread = max(0.0, float(self.squares @ (1, -2 * kl, kl * kl)))
+        error = (spread * n / (n - 1)) ** 0.5 / positions if n > 1 else float("nan")
+        return Distance(n, int(positions), kl, error, tail / positions, agreeing / positions)
