@@ -26,6 +26,10 @@ from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
+TWO_ANSWERS: list[dict] = [
+    {"role": role, "content": word}
+    for role, word in (("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."))
+]
 AT_ONCE = 64  # texts rendered or tokenized together: their offsets take a hundred times the memory of their ids
 SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
 
@@ -123,7 +127,7 @@ class Aligner:
         vocabulary = tokenizer.get_vocab()
         self.think_ids = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
         eos_id = vocabulary.get(str(tokenizer.special_tokens_map.get("eos_token")))
-        self.turn_ends = TurnEnds(self.special_ids - self.think_ids, eos_id)
+        self.turn_ends = TurnEnds(self.special_ids - self.think_ids, eos_id, self._earlier_end)
         written_out = [re.escape(tag) for tag in THINK_TAGS if tag not in vocabulary]
         self.written_tag = re.compile("|".join(written_out)) if written_out else None
 
@@ -188,6 +192,17 @@ class Aligner:
         if reasons and reasons[0] is None:
             reasons[0] = FIRST_TOKEN_REASON
         return Alignment(input_ids, reasons, len(rendered.left_out), turn_ends)
+
+    def _earlier_end(self) -> int | None:
+        return self._end_of_the_first
+
+    @cached_property
+    def _end_of_the_first(self) -> int | None:
+        """The special token right behind the first of ``TWO_ANSWERS``, None where there is none."""
+        text = self.template.text_or_none(TWO_ANSWERS) or ""
+        _, answer, behind = text.partition("Two.")
+        ids = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"] if answer else []
+        return ids[0] if ids and ids[0] in self.special_ids else None
 
     def _skip_reason(self, token_id: int) -> str:
         if token_id in self.think_ids:

@@ -2,7 +2,7 @@
 tokens", has the rules.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """Finds them. ``ending_ids`` are the special tokens but think tags, ``eos_id`` is the tokenizer's own end."""
+    """Finds them. ``ending_ids`` are the special tokens but think tags, ``eos_id`` is the tokenizer's own end, and
+    ``earlier_end`` gives what ends an answer that is not the conversation's last, None where nothing does."""
 
     ending_ids: Collection[int]
     eos_id: int | None
+    earlier_end: Callable[[], int | None]
 
     def find(
         self,
@@ -33,10 +35,19 @@ class TurnEnds:
         found: list[int] = []
         for number, (start, end) in enumerate(spans):
             if number not in left_out:
-                found += _end_inside(is_ending, extents, text, start, end) or self._end_behind(
+                row = _row_inside(is_ending, extents, text, start, end)
+                found += self._end_of(row, input_ids) or self._end_behind(
                     input_ids, is_ending, extents, end, following[number]
                 )
         return tuple(position for position in found if position > 0)
+
+    def _end_of(self, row: list[int], input_ids: np.ndarray) -> list[int]:
+        """Of special tokens in a row, the one that ends earlier answers, too, as the last may end the conversation;
+        else the last, as others close a tool call or open an empty answer."""
+        if len(row) < 2:
+            return row
+        earlier = self.earlier_end()
+        return [i for i in row if input_ids[i] == earlier][-1:] or row[-1:]
 
     def _end_behind(self, input_ids, is_ending, extents, end: int, next_start: float) -> list[int]:
         """The special token, if any, that stands right behind a turn's span: a template may mark answers without their
@@ -52,16 +63,13 @@ class TurnEnds:
         return [] if is_header and input_ids[special[0]] != self.eos_id else special[:1]
 
 
-def _end_inside(is_ending, extents, text: str, start: int, end: int) -> list[int]:
-    """The token, if any, that ends a turn within its span, where nothing but special tokens and white space follow.
-
-    Of special tokens in a row it is the last, as others close a tool call or open an empty answer; those behind white
-    space end the conversation.
-    """
+def _row_inside(is_ending, extents, text: str, start: int, end: int) -> list[int]:
+    """The special tokens in a row, if any, that end a turn within its span, where nothing but such and white space
+    follow; those behind white space end the conversation."""
     row: list[int] = []
     for i in np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))[::-1].tolist():
         if is_ending[i]:
             row = [i, *row] if row and row[0] == i + 1 else [i]
         elif text[max(start, extents[i, 0]) : extents[i, 1]].strip():
             break
-    return row[-1:]
+    return row

@@ -123,6 +123,16 @@ def test_spans_from_prefixes_end_at_the_same_tokens(family):
     assert ends(align(TWO_TURNS, aligner), aligner) == ENDS[family]
 
 
+def test_the_end_of_the_conversation_is_not_taken_for_the_answers():
+    """phi-4-mini's last answer ends with <|end|><|endoftext|>."""
+    text = GENERATION_TAG.sub("", (SHIPPED / "phi4_mini.jinja").read_text(encoding="utf-8"))
+    aligner = aligner_of("phi4_mini", text)
+    alignment = align(talk("Hi", "Hello!"), aligner)
+    assert ends(alignment, aligner) == ["<|end|>"]
+    (end,) = alignment.turn_ends
+    assert aligner.tokenizer.convert_ids_to_tokens(alignment.input_ids[end:].tolist()) == ["<|end|>", "<|endoftext|>"]
+
+
 CALLS = {  # what ends the call, and the answer after its result
     ("gpt_oss", "tool_round"): ["<|call|>", "<|return|>"],
     ("gpt_oss", "tool_thoughts"): ["<|call|>", "<|return|>"],
@@ -171,6 +181,9 @@ ONE = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/
         ("{% generation %}{{ m.content }}{% endgeneration %}</s>", CONVERSATIONS["two_assistants"], ["</s>"] * 2),
         # from prefixes, with a token behind the whole conversation
         (" {{ m.content }}<|end|>\n{% if loop.last %}<|endoftext|>{% endif %}", talk("Hi", "Hello!"), ["<|end|>"]),
+        (" {{ m.content }}<|end|>{% if loop.last %}<|endoftext|>{% endif %}", talk("Hi", "Hello!"), ["<|end|>"]),
+        # no answer but the last one ends with any of them
+        ("{{ m.content }}{% if loop.last %}<|end|></s>{% endif %}", talk("Hi", "Hello!"), ["</s>"]),
         # the next message's header is all that ends it
         ("{% generation %}{{ m.content }}{% endgeneration %}", TWO_TURNS, ["[INST]"]),
         # no special token ends it, or none right behind it
