@@ -18,6 +18,7 @@ import numpy as np
 
 from chat_logits.data.conversations import ConversationError, from_stored
 from chat_logits.data.marks import left_out_spans
+from chat_logits.data.probes import TWO_ANSWERS
 from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
 from chat_logits.data.tokenizer import THINK_TAGS, special_token_ids
 from chat_logits.data.tools import from_stored_tools
@@ -26,10 +27,6 @@ from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
-TWO_ANSWERS: list[dict] = [
-    {"role": role, "content": word}
-    for role, word in (("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."))
-]
 AT_ONCE = 64  # texts rendered or tokenized together: their offsets take a hundred times the memory of their ids
 SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
 

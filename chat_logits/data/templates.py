@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from chat_logits.data.probes import PROBES, TOOL_PROBE
 from chat_logits.data.render_process import OverLimit, render_process
 from chat_logits.data.rendering import compile_text, render, text_by_transformers
 from chat_logits.errors import ToolkitError, UsageError
@@ -26,27 +27,6 @@ RESERVED_KWARGS = {
     *("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"),
     "return_assistant_tokens_mask",
 }
-
-# Conversations that tell the families apart: their renderings decide whether two templates are the same.
-_ASK, _ANSWER = {"role": "user", "content": " Hi 🙂\n"}, {"role": "assistant", "content": "\n Hello.\n"}
-_THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
-_REASONED = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
-PROBES = (
-    [_ASK, _ANSWER],
-    [_ASK],
-    [{"role": "system", "content": " Be brief. "}, _ASK, _ANSWER, _ASK, _ANSWER],
-    [{"role": "system", "content": ""}, _ASK, _ANSWER],
-    [_ASK, _THOUGHT],
-    [_ASK, _THOUGHT, _ASK, _THOUGHT, _ASK],
-    [_ASK, _REASONED, _ASK, _REASONED],
-    [_ASK, {"role": "assistant", "content": ""}],
-    [{"role": "system", "content": "One."}, {"role": "system", "content": "Two."}, _ASK, _ANSWER],
-)
-_CALL = {"type": "function", "id": "call00001", "function": {"name": "find", "arguments": {"near": True, "k": 2}}}
-TOOL_PROBE: list[dict] = [
-    _ASK,
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-]  # a shipped template may refuse it
 
 THREE_WAYS = (
     "Three ways out: a template of templates/ that fits the model's family (--chat_template templates/NAME.jinja); "
