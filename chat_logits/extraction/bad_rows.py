@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.manifest import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry
 
 NOT_FINITE = "logits that are not finite"
 NO_ROOM = "too large for the memory, though alone in its batch"

@@ -2,8 +2,9 @@
 
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.storage.card import run_state
-from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, ShardEntry, another_run
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, another_run
 from chat_logits.storage.repository import RemoteState, Repository
+from chat_logits.storage.shard_list import ShardEntry
 
 
 class RemoteRun:

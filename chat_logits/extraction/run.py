@@ -24,8 +24,9 @@ from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
 from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
-from chat_logits.storage.manifest import Manifest, ShardEntry, another_run
+from chat_logits.storage.manifest import Manifest, another_run
 from chat_logits.storage.repository import Repository
+from chat_logits.storage.shard_list import ShardEntry
 
 logger = logging.getLogger(__name__)
 

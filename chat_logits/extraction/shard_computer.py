@@ -31,8 +31,9 @@ from chat_logits.model.batching import Batches, Sharing
 from chat_logits.model.memory import choose_budget, fits_alone
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
-from chat_logits.storage.manifest import Manifest, ShardEntry
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import write_shard
+from chat_logits.storage.shard_list import ShardEntry
 
 BACKLOG = 2  # batches, for each writing thread, whose results wait to be encoded and written
 MOST_WORKERS = 4  # by default: with so many a 0.5B model on one card does not wait

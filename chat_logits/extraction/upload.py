@@ -19,8 +19,9 @@ from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.remote_run import RemoteRun
 from chat_logits.hub import seconds_of_silence
 from chat_logits.hub_errors import BESIDE, LAST, START, explain_hub_error, is_transient, redact, retry_after
-from chat_logits.storage.manifest import ShardEntry, another_run
+from chat_logits.storage.manifest import another_run
 from chat_logits.storage.repository import Repository
+from chat_logits.storage.shard_list import ShardEntry
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,9 @@ from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.hub import configure_client
 from chat_logits.model import loading
 from chat_logits.scratch import scratch_folder
-from chat_logits.storage.manifest import Manifest, RunInputs, ShardEntry
+from chat_logits.storage.manifest import Manifest, RunInputs
 from chat_logits.storage.repository import Repository
+from chat_logits.storage.shard_list import ShardEntry
 
 
 @dataclass(frozen=True)

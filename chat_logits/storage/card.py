@@ -3,7 +3,8 @@
 from huggingface_hub import DatasetCardData
 
 from chat_logits.hub import is_commit
-from chat_logits.storage.manifest import Manifest, ShardEntry
+from chat_logits.storage.manifest import Manifest
+from chat_logits.storage.shard_list import ShardEntry
 
 THIS_FOLDER = "path/to/this/folder"  # what the snippets of a card name that is in no repository
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")

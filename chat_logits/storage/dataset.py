@@ -18,8 +18,9 @@ import numpy as np
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
-from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, ShardEntry, read_shards
+from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
 from logit_codec import RowError, validate_row
 
 READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read

@@ -8,15 +8,9 @@ from tqdm import tqdm
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
-from chat_logits.storage.manifest import (
-    CARD_FILE,
-    EXTRACTION_FILE,
-    SHARDS_FILE,
-    Manifest,
-    ShardEntry,
-    shards_text,
-)
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import write_shard
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, shards_text
 
 
 def write_derived(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.manifest import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry
 
 logger = logging.getLogger(__name__)
 

@@ -1,27 +1,23 @@
-"""The two JSON files of a logit dataset: ``extraction.json``, what a run is, and ``shards.json``, what it has written.
+"""``extraction.json``: what a run is.
 
 FORMAT.md, "Files", is the specification.
 """
 
 import datetime
 import hashlib
-import itertools
-import json
 import re
-import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.storage.json_files import SHOWN, canonical, json_text, read_json
 from logit_codec import MAX_TOKEN_ID
 
 FORMAT_VERSION = 1
-EXTRACTION_FILE, SHARDS_FILE, CARD_FILE = "extraction.json", "shards.json", "README.md"
-SHARDS_A_FOLDER = 1000
-SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
+EXTRACTION_FILE, CARD_FILE = "extraction.json", "README.md"
 # The keys that decide the rows. Ids and paths don't (revisions do), nor do versions and budgets.
 FINGERPRINT_KEYS = (
     "format_version",
@@ -57,10 +53,6 @@ IF_PRESENT = ("base_revision", "keep_end_of_turn", "thinned_from")
 ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-SHOWN = 40  # characters of a value in a message
-
-
-# --- extraction.json ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,118 +252,3 @@ def describe_difference(there: object, here: object) -> str:
         return f"{texts[0]} there, {texts[1]} here"
     shown = [repr(text[max(0, at - 10) : at + SHOWN - 10]) for text in texts]
     return f"from character {at}, {shown[0]} there, {shown[1]} here"
-
-
-# --- shards.json ---
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats.
-
-    ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` of the
-    stored conversations are marked not to be trained on.
-    Reading needs the first two alone; other writers may leave out the rest.
-    """
-
-    path: str
-    num_rows: int
-    num_tokens: int = 0
-    nll: float = 0.0
-    num_bytes: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, int] = field(default_factory=dict)
-    turns_left_out: int = 0
-
-    @property
-    def shard(self) -> int:
-        number = shard_number(self.path)
-        assert number is not None, self.path
-        return number
-
-    @property
-    def source_rows(self) -> int:
-        """Source rows that the shard covers, skipped ones among them."""
-        return self.num_rows + sum(self.skipped.values())
-
-    def as_json(self) -> dict:
-        return asdict(self)
-
-
-def shard_path(split: str, shard: int) -> str:
-    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
-    return f"data/{shard // SHARDS_A_FOLDER:05d}/{split}-{shard:05d}.parquet"
-
-
-def shard_number(path: str) -> int | None:
-    """The number in a shard's path, None for a path that is no shard's."""
-    match = SHARD_PATH.fullmatch(path)
-    return int(match[1]) if match else None
-
-
-def shards_text(entries: Iterable[ShardEntry]) -> str:
-    """``shards.json`` as it is written, for these shards in order."""
-    shards = [entry.as_json() for entry in entries]
-    return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards))})
-
-
-def read_shards(path: Path, place: str) -> list[ShardEntry]:
-    """The entries in a ``shards.json``, in order. Raises ToolkitError where it is not what was written."""
-    name = f"{place}: {SHARDS_FILE}"
-    listing = read_json(path, name)
-    shards = listing.get("shards")
-    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
-        raise ToolkitError(f"{name} lists no shards with path and num_rows")
-    expected = zlib.crc32(canonical(shards))
-    if listing.get("crc32", expected) != expected:
-        raise ToolkitError(f"{name} is damaged (checksum {listing['crc32']!s:.{SHOWN}}, expected {expected})")
-    entries = [ShardEntry(**shard) for shard in shards]
-    for one, following in itertools.pairwise(entries):
-        if one.shard >= following.shard:
-            raise ToolkitError(f"{name} lists {following.path} after {one.path}, expected each once, in order")
-    return entries
-
-
-def _is_entry(shard: object) -> bool:
-    kinds: dict[str, Any] = {
-        "path": str,
-        "num_rows": int,
-        "num_tokens": int,
-        "nll": (int, float),
-        "num_bytes": int,
-        "skipped": dict,
-        "bad": dict,
-        "turns_left_out": int,
-    }
-    return (
-        isinstance(shard, dict)
-        and {"path", "num_rows"} <= shard.keys() <= kinds.keys()
-        and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
-        and shard_number(shard["path"]) is not None
-        and shard["num_rows"] >= 0
-        and all(isinstance(count, int) for name in ("skipped", "bad") for count in shard.get(name, {}).values())
-    )
-
-
-# --- JSON ---
-
-
-def canonical(value: object) -> bytes:
-    """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
-
-
-def json_text(content: dict) -> str:
-    """JSON for people to read."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def read_json(path: Path, name: str) -> dict:
-    """The JSON object in a file that messages call ``name``. Raises ToolkitError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ToolkitError(f"{name} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ToolkitError(f"{name} holds no JSON object")
-    return content

@@ -5,7 +5,8 @@ import zlib
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.manifest import ShardEntry, canonical, read_json
+from chat_logits.storage.json_files import canonical, read_json
+from chat_logits.storage.shard_list import ShardEntry
 
 RECORD = ".checked.json"
 

@@ -10,14 +10,8 @@ from huggingface_hub.utils import disable_progress_bars
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import UPLOAD
-from chat_logits.storage.manifest import (
-    CARD_FILE,
-    EXTRACTION_FILE,
-    SHARDS_FILE,
-    Manifest,
-    ShardEntry,
-    read_shards,
-)
+from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
 
 # What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
 DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")

@@ -18,7 +18,8 @@ from chat_logits.data.templates import portable_template
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset, open_dataset
-from chat_logits.storage.manifest import ShardEntry, canonical
+from chat_logits.storage.json_files import canonical
+from chat_logits.storage.shard_list import ShardEntry
 from chat_logits.training.examples import INTEGERS, STORED, TOKENS, AlignedRows, ExampleMaker
 
 if TYPE_CHECKING:

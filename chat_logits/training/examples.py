@@ -13,7 +13,7 @@ import numpy as np
 from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.manifest import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry
 from chat_logits.training.targets import END_OF_TURN, Targets, weighted_ids, with_ends
 from logit_codec import unpack_indices
 

@@ -17,8 +17,9 @@ from chat_logits.data.alignment import align_row
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.manifest import Manifest, shards_text
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import write_shard
+from chat_logits.storage.shard_list import shards_text
 
 SIDES = ("first", "other")
 

@@ -29,7 +29,8 @@ from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage import shard
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.manifest import EXTRACTION_FILE, SHARDS_FILE, Manifest, shards_text
+from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
+from chat_logits.storage.shard_list import SHARDS_FILE, shards_text
 from logit_codec import pack_indices, unpack_indices
 
 ROWS = range(2)  # of a damaged copy; the second is the damaged one

@@ -12,7 +12,7 @@ from chat_logits.extraction import shard_computer
 from chat_logits.extraction.bad_rows import BadRows
 from chat_logits.model.teacher import Teacher
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.manifest import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import open_run
 from chat_logits.extraction.worker import ShardWorker, assign
 from chat_logits.storage import shard as shard_files
-from chat_logits.storage.manifest import Manifest, shard_path
+from chat_logits.storage.manifest import Manifest
+from chat_logits.storage.shard_list import shard_path
 
 
 @pytest.fixture

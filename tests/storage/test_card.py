@@ -8,7 +8,8 @@ from huggingface_hub import DatasetCard
 
 from chat_logits.storage.card import card_metadata, place_in_code, render_card, run_state, size_category
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.manifest import Manifest, ShardEntry, read_shards
+from chat_logits.storage.manifest import Manifest
+from chat_logits.storage.shard_list import ShardEntry, read_shards
 
 COMMITS = {"model_revision": "a" * 40, "dataset_revision": "b" * 40}
 HUB = {"model_id": "org/model", "dataset_id": "org/questions", **COMMITS}

@@ -9,16 +9,8 @@ import pytest
 from conftest import REPO
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.manifest import (
-    FINGERPRINT_KEYS,
-    KEYS,
-    Manifest,
-    RunInputs,
-    ShardEntry,
-    another_run,
-    read_shards,
-    shards_text,
-)
+from chat_logits.storage.manifest import FINGERPRINT_KEYS, KEYS, Manifest, RunInputs, another_run
+from chat_logits.storage.shard_list import ShardEntry, read_shards, shards_text
 
 FORMAT = (REPO / "FORMAT.md").read_text(encoding="utf-8")
 

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.manifest import Manifest, canonical
+from chat_logits.storage.json_files import canonical
+from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, check_shard
 from explore_logits import analyze_token_probabilities
 

@@ -1,0 +1,29 @@
+"""JSON as the files of a logit dataset have it."""
+
+import json
+from pathlib import Path
+
+from chat_logits.errors import ToolkitError
+
+SHOWN = 40  # characters of a value in a message
+
+
+def canonical(value: object) -> bytes:
+    """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def json_text(content: dict) -> str:
+    """JSON for people to read."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path, name: str) -> dict:
+    """The JSON object in a file that messages call ``name``. Raises ToolkitError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ToolkitError(f"{name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ToolkitError(f"{name} holds no JSON object")
+    return content

@@ -1,0 +1,104 @@
+"""``shards.json``: the shards that a run has written. FORMAT.md, "Files", is the specification."""
+
+import itertools
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.json_files import SHOWN, canonical, json_text, read_json
+
+SHARDS_FILE = "shards.json"
+SHARDS_A_FOLDER = 1000
+SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats.
+
+    ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` of the
+    stored conversations are marked not to be trained on.
+    Reading needs the first two alone; other writers may leave out the rest.
+    """
+
+    path: str
+    num_rows: int
+    num_tokens: int = 0
+    nll: float = 0.0
+    num_bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    turns_left_out: int = 0
+
+    @property
+    def shard(self) -> int:
+        number = shard_number(self.path)
+        assert number is not None, self.path
+        return number
+
+    @property
+    def source_rows(self) -> int:
+        """Source rows that the shard covers, skipped ones among them."""
+        return self.num_rows + sum(self.skipped.values())
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def shard_path(split: str, shard: int) -> str:
+    """A shard's path within the dataset, such as ``data/00000/train-00042.parquet``."""
+    return f"data/{shard // SHARDS_A_FOLDER:05d}/{split}-{shard:05d}.parquet"
+
+
+def shard_number(path: str) -> int | None:
+    """The number in a shard's path, None for a path that is no shard's."""
+    match = SHARD_PATH.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def shards_text(entries: Iterable[ShardEntry]) -> str:
+    """``shards.json`` as it is written, for these shards in order."""
+    shards = [entry.as_json() for entry in entries]
+    return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards))})
+
+
+def read_shards(path: Path, place: str) -> list[ShardEntry]:
+    """The entries in a ``shards.json``, in order. Raises ToolkitError where it is not what was written."""
+    name = f"{place}: {SHARDS_FILE}"
+    listing = read_json(path, name)
+    shards = listing.get("shards")
+    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
+        raise ToolkitError(f"{name} lists no shards with path and num_rows")
+    expected = zlib.crc32(canonical(shards))
+    if listing.get("crc32", expected) != expected:
+        raise ToolkitError(f"{name} is damaged (checksum {listing['crc32']!s:.{SHOWN}}, expected {expected})")
+    entries = [ShardEntry(**shard) for shard in shards]
+    for one, following in itertools.pairwise(entries):
+        if one.shard >= following.shard:
+            raise ToolkitError(f"{name} lists {following.path} after {one.path}, expected each once, in order")
+    return entries
+
+
+def _is_entry(shard: object) -> bool:
+    kinds: dict[str, Any] = {
+        "path": str,
+        "num_rows": int,
+        "num_tokens": int,
+        "nll": (int, float),
+        "num_bytes": int,
+        "skipped": dict,
+        "bad": dict,
+        "turns_left_out": int,
+    }
+    return (
+        isinstance(shard, dict)
+        and {"path", "num_rows"} <= shard.keys() <= kinds.keys()
+        and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
+        and shard_number(shard["path"]) is not None
+        and shard["num_rows"] >= 0
+        and all(isinstance(count, int) for name in ("skipped", "bad") for count in shard.get(name, {}).values())
+    )
