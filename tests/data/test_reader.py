@@ -9,7 +9,7 @@ from conftest import CONVERSATIONS, MODEL, TEMPLATE
 
 import extract_logits
 from chat_logits.data import templates
-from chat_logits.data.alignment import TOKENIZED_AT_ONCE, Aligner
+from chat_logits.data.alignment import AT_ONCE, Aligner
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.json_rows import JsonRows
 from chat_logits.data.reader import open_reader
@@ -112,9 +112,9 @@ def test_texts_tokenized_together_are_aligned_as_each_alone(source_rows):
     template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})
     aligner = Aligner(tokenizer, template, skipped_token_ids(tokenizer))
     talks = [[dict(zip(("role", "content"), turn, strict=True)) for turn in _turns(row)] for row in source_rows]
-    talks = [*talks[: TOKENIZED_AT_ONCE - 1], [{"role": "user", "content": ""}], *talks[TOKENIZED_AT_ONCE - 1 : 150]]
+    talks = [*talks[: AT_ONCE - 1], [{"role": "user", "content": ""}], *talks[AT_ONCE - 1 : 150]]
     together = aligner.align_rendered([template.render(talk) for talk in talks])
-    assert len(together) == len(talks) > 2 * TOKENIZED_AT_ONCE
+    assert len(together) == len(talks) > 2 * AT_ONCE
     for talk, alignment in zip(talks, together, strict=True):
         ids = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
         assert alignment.input_ids.tolist() == ids
