@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from chat_logits.training.distance import Distance, DistanceSums
-from chat_logits.training.loss import PositionScores
 from chat_logits.training.student import StudentLoss, split_batch
 
 
@@ -25,13 +24,9 @@ def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
 
 def _sums(loss: StudentLoss, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Of each conversation of a batch, float64: the sums of ``BatchTarget.divergences``."""
-    device = student.get_output_embeddings().weight.device
-    batch = {name: part.to(device) for name, part in batch.items() if torch.is_tensor(part)}
-    arguments, target = split_batch(batch)
-    scores = PositionScores.empty(target.num_sampled)
-    loss(student, arguments, target, scores)
-    values = target.divergences(scores).cpu().double()
-    _, numbers = _conversations(batch)[target.rows].cpu().unique(return_inverse=True)
+    values = loss.divergences(student, batch)
+    _, target = split_batch(batch)
+    _, numbers = _conversations(batch)[target.rows].unique(return_inverse=True)
     return values.new_zeros(int(numbers.max()) + 1, 4).index_add_(0, numbers, values)
 
 

@@ -90,6 +90,16 @@ class StudentLoss:
             handle.remove()
         return found[0]
 
+    def divergences(self, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """``BatchTarget.divergences`` of a batch's positions, float64 (N, 4) on the CPU; the batch's tensors go to the
+        student's device."""
+        device = self._head.weight.device
+        placed = {name: part.to(device) for name, part in batch.items() if torch.is_tensor(part)}
+        arguments, target = split_batch(placed)
+        scores = PositionScores.empty(target.num_sampled)
+        self(student, arguments, target, scores)
+        return target.divergences(scores).cpu().double()
+
 
 class StudentTrainer(Trainer):
     """``transformers.Trainer`` on stored distributions: steps by the mean of forward KL over all positions, nats.

@@ -12,8 +12,7 @@ from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.training.collator import PaddingCollator
-from chat_logits.training.loss import PositionScores
-from chat_logits.training.student import StudentLoss, split_batch
+from chat_logits.training.student import StudentLoss
 from chat_logits.training.student_report import StudentReport, StudentTally
 from chat_logits.training.targets import row_targets
 
@@ -85,7 +84,8 @@ def _read(dataset: StoredDataset, aligner: RowAligner, count: int | None) -> Ite
 def _measured(rows: Iterable[_Row], student: torch.nn.Module, loss: StudentLoss) -> Iterator[tuple[_Row, np.ndarray]]:
     """Each row with ``BatchTarget.divergences`` of its positions, float64 (n, 4)."""
     for batch in _batches(rows):
-        values = _divergences([_example(one) for one in batch], student, loss)
+        with torch.inference_mode():
+            values = loss.divergences(student, PaddingCollator()([_example(one) for one in batch])).numpy()
         ends = np.cumsum([one.row["num_tokens"] for one in batch])
         yield from zip(batch, np.split(values, ends[:-1]), strict=True)
 
@@ -131,14 +131,3 @@ def _example(one: _Row) -> dict:
         "tail_entropy": targets.tail_entropy,
         "num_sampled": len(one.row["sampled_logits_quantized"]) // one.row["num_tokens"],
     }
-
-
-@torch.inference_mode()
-def _divergences(examples: list[dict], student: torch.nn.Module, loss: StudentLoss) -> np.ndarray:
-    """``BatchTarget.divergences`` of all positions of the examples in order, float64."""
-    device = student.get_output_embeddings().weight.device
-    batch = {name: part.to(device) for name, part in PaddingCollator()(examples).items()}
-    arguments, target = split_batch(batch)
-    scores = PositionScores.empty(target.num_sampled)
-    loss(student, arguments, target, scores)
-    return target.divergences(scores).cpu().double().numpy()
