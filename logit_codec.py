@@ -17,9 +17,15 @@ _CODES = np.arange(256)
 CODE_PROBS = np.sin(np.pi * _CODES / 510) ** 6
 with np.errstate(divide="ignore"):
     CODE_LOG_PROBS = 6 * np.log(np.sin(np.pi * _CODES / 510))
+CODE_SURPRISALS = np.append(0.0, -CODE_LOG_PROBS[1:])  # -log p, nats, 0 for the absent entry
+_PROBS_AND_PARTS = CODE_PROBS + 1j * CODE_PROBS * CODE_SURPRISALS  # p and -p log p, summed at once in half the time
 # Half-way points of the law: probabilities from _BOUNDS[q - 1] up to _BOUNDS[q] have nearest code q.
 _BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
 _UP, _DOWN = np.append(_BOUNDS, np.inf), np.append([-np.inf, -np.inf], _BOUNDS[1:])  # where q becomes q + 1, q - 1
+
+
+ROW_NUMBERS = ("mean_nll", "mean_entropy", "top1_rate", "max_surprisal")
+NUMBERS_TOLERANCE = 1e-6  # of a row's numbers, times their size where that is above 1: float32 has 6e-8
 
 
 class RowError(ValueError):
@@ -212,26 +218,33 @@ def draw_uniforms(seed: int, source_index: int, count: int, stream: int = 0) -> 
 # --- rows ---
 
 
-def encode_rows(distributions: Distributions, lengths: list[int]) -> list[dict]:
-    """The numeric columns of consecutive stored rows with ``lengths`` positions each (their sum is n).
+def encode_rows(distributions: Distributions, lengths: list[int], target_ids: np.ndarray) -> list[dict]:
+    """The numeric columns of consecutive stored rows with ``lengths`` positions each, at least 1 (their sum is n).
 
-    One dict a row, by column name: ``*_logits_quantized`` and ``*_indices_high`` bytes, ``*_indices_low`` uint16,
-    ``logsumexp`` and ``token_log_probs`` float32 (nats), ``num_tokens`` int. Raises ValueError for ids above 2**18 - 1.
+    ``target_ids`` int (n,) are the extracted tokens. One dict a row, by column name: ``*_logits_quantized`` and
+    ``*_indices_high`` bytes, ``*_indices_low`` uint16, ``logsumexp`` and ``token_log_probs`` float32 (nats),
+    ``num_tokens`` int, and the ``ROW_NUMBERS`` float. Raises ValueError for ids above 2**18 - 1.
     """
     present, drawn = distributions.top_ids != ABSENT, distributions.sampled_ids != ABSENT
     top_codes = carried_codes(distributions.top_probs, present)
     sampled_codes = np.where(drawn, nearest_codes(distributions.sampled_probs), 0).astype(np.uint8)
     top_ids, sampled_ids = distributions.top_ids * present, distributions.sampled_ids * drawn
+    logsumexp, log_probs = (
+        part.astype(np.float32) for part in (distributions.logsumexp, distributions.token_log_probs)
+    )
+    is_first = distributions.top_ids[:, 0] == target_ids
+    numbers = numbers_of_rows(position_entropies(top_codes, sampled_codes), is_first, log_probs, lengths)
     rows, start = [], 0
-    for length in lengths:
+    for i, length in enumerate(lengths):
         part = slice(start, start + length)
         rows.append(
             {
                 **entry_columns("top", top_codes[part], top_ids[part]),
                 **entry_columns("sampled", sampled_codes[part], sampled_ids[part]),
-                "logsumexp": distributions.logsumexp[part].astype(np.float32),
+                "logsumexp": logsumexp[part],
                 "num_tokens": length,
-                "token_log_probs": distributions.token_log_probs[part].astype(np.float32),
+                **{name: values[i] for name, values in numbers.items()},
+                "token_log_probs": log_probs[part],
             }
         )
         start += length
@@ -246,6 +259,29 @@ def entry_columns(kind: str, codes: np.ndarray, ids: np.ndarray) -> dict:
         f"{kind}_indices_low": low,
         f"{kind}_indices_high": high,
     }
+
+
+def position_entropies(top_codes: np.ndarray, sampled_codes: np.ndarray) -> np.ndarray:
+    """E[-log p] at n positions as FORMAT.md estimates it, nats, float64 (n,), from codes uint8 (n, K) and (n, S).
+
+    The nucleus exactly and the tail by its draws, unbiased; without draws the nucleus' part alone, a lower bound.
+    """
+    totals = _PROBS_AND_PARTS[top_codes].sum(axis=1)
+    shares = np.maximum(0.0, 1.0 - totals.real) / max(1, sampled_codes.shape[1])
+    return totals.imag + shares * CODE_SURPRISALS[sampled_codes].sum(axis=1)
+
+
+def numbers_of_rows(
+    entropies: np.ndarray, is_first: np.ndarray, token_log_probs: np.ndarray, lengths: list[int]
+) -> dict[str, list[float]]:
+    """The ``ROW_NUMBERS`` of consecutive rows with ``lengths`` positions each, by name, as float32 has them.
+
+    ``is_first`` bool (n,) is where the target token is the first entry of the nucleus; the others are in nats.
+    """
+    starts, surprisals = np.cumsum([0, *lengths[:-1]]), 0.0 - token_log_probs.astype(np.float64)
+    means = (np.add.reduceat(values, starts) / lengths for values in (surprisals, entropies, is_first.astype(float)))
+    numbers = [*means, np.maximum.reduceat(surprisals, starts)]
+    return dict(zip(ROW_NUMBERS, (values.astype(np.float32).tolist() for values in numbers), strict=True))
 
 
 def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
@@ -343,6 +379,18 @@ def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_n
         raise RowError("token_log_probs", f"{log_probs.max()}", "log-probabilities, at most 0", row_number)
     if not np.isfinite(_check_numbers(row, "logsumexp", n, np.float64, row_number)).all():
         raise RowError("logsumexp", "a number that is not finite", "finite nats", row_number)
+    for name in ROW_NUMBERS:
+        _check_row_number(row, name, row_number)
+
+
+def _check_row_number(row: dict, name: str, row_number: int | None) -> None:
+    """Range alone; an array is of several rows."""
+    least, most = {"top1_rate": (0.0, 1.0), "mean_entropy": (0.0, np.finfo(np.float32).max)}.get(name, (-1e-3, np.inf))
+    numbers = np.asarray(row.get(name))
+    if numbers.dtype.kind not in "fiu":
+        raise RowError(name, "null, or no number", f"{least:g} to {most:g}", row_number)
+    if not ((least <= numbers) & (numbers <= most)).all():
+        raise RowError(name, f"{numbers.min()}", f"{least:g} to {most:g}", row_number)
 
 
 def _check_numbers(row: dict, column: str, expected: int, dtype, row_number: int | None) -> np.ndarray:

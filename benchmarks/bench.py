@@ -258,10 +258,10 @@ def bench_codec_speed(truth: np.ndarray, lengths: list[int]) -> None:
     found = logit_codec.Distributions(
         np.where(kept, top_ids, -1), probabilities * kept, tail, np.full((n, 16), 1e-4), np.zeros(n), np.zeros(n)
     )
-    encode = statistics.median(seconds(logit_codec.encode_rows, found, lengths) for _ in range(5))
+    encode = statistics.median(seconds(logit_codec.encode_rows, found, lengths, found.top_ids[:, 0]) for _ in range(5))
     rows = [
         {**row, "messages": [], "source_index": i, "alignment_checksum": 0}
-        for i, row in enumerate(logit_codec.encode_rows(found, lengths))
+        for i, row in enumerate(logit_codec.encode_rows(found, lengths, found.top_ids[:, 0]))
     ]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     columns = {

@@ -127,7 +127,7 @@ def encoded(nucleus: dict[int, float]) -> dict:
     distributions = logit_codec.Distributions(
         np.array([list(nucleus)]), np.array([list(nucleus.values())]), none.astype(int), none, np.zeros(1), np.zeros(1)
     )
-    (row,) = logit_codec.encode_rows(distributions, [1])
+    (row,) = logit_codec.encode_rows(distributions, [1], np.zeros(1))
     return row
 
 

@@ -17,9 +17,8 @@ VECTORS = json.loads((Path(__file__).parent / "data" / "vectors.json").read_text
 
 
 def columns_of(written: dict) -> dict:
-    """A row of vectors.json as columns: hex becomes bytes, and the column it leaves out is added."""
-    columns = {key: bytes.fromhex(value) if isinstance(value, str) else value for key, value in written.items()}
-    return {"token_log_probs": [-1.0] * 3, **columns}
+    """A row of vectors.json as columns: hex becomes bytes."""
+    return {key: bytes.fromhex(value) if isinstance(value, str) else value for key, value in written.items()}
 
 
 ROW = columns_of(VECTORS["row"]["columns"])
@@ -82,11 +81,23 @@ def test_worked_row_decodes(index):
     assert position.logsumexp == VECTORS["row"]["columns"]["logsumexp"][index]
 
 
+def test_numbers_of_the_worked_row():
+    """The page's own, as they are stored, and from the other columns by the plain decoder and by the codec."""
+    stored = {name: ROW[name] for name in codec.ROW_NUMBERS}
+    target_ids = VECTORS["row"]["target_ids"]
+    assert plain_decoder.numbers_of_row(ROW, target_ids, 3, 2) == pytest.approx(stored, rel=1e-7)
+    (top_ids, top_codes), (_, sampled_codes) = (codec.row_entries(ROW, kind) for kind in ("top", "sampled"))
+    entropies = codec.position_entropies(top_codes, sampled_codes)
+    log_probs = np.array(ROW["token_log_probs"], np.float32)
+    found = codec.numbers_of_rows(entropies, top_ids[:, 0] == target_ids, log_probs, [3])
+    assert found == {name: [value] for name, value in stored.items()}
+
+
 @pytest.mark.parametrize("vector", VECTORS["malformed_rows"], ids=lambda v: v["why"])
 def test_malformed_worked_rows_are_refused(vector):
     column = "top_logits_quantized" if vector["why"] == "lengths do not fit" else next(iter(vector["change"]))
     with pytest.raises(codec.RowError, match=f"column {column}: found .*, expected"):
-        codec.validate_row({**ROW, **columns_of(vector["change"]), "token_log_probs": [-1.0] * 3}, **SIZES)
+        codec.validate_row({**ROW, **columns_of(vector["change"])}, **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +113,10 @@ def test_malformed_worked_rows_are_refused(vector):
         ({"token_log_probs": [-1.0, 5.0, -2.0]}, "token_log_probs"),
         ({"token_log_probs": [-1.0, float("nan"), -2.0]}, "token_log_probs"),
         ({"num_tokens": None}, "num_tokens"),
+        ({"mean_nll": float("nan")}, "mean_nll"),
+        ({"mean_entropy": float("inf")}, "mean_entropy"),
+        ({"max_surprisal": "4"}, "max_surprisal"),
+        ({"top1_rate": [0.5, 2.0]}, "top1_rate"),
     ],
 )
 def test_other_malformed_rows_are_refused_by_name(change, column):
@@ -110,7 +125,8 @@ def test_other_malformed_rows_are_refused_by_name(change, column):
 
 
 def test_a_real_token_of_no_probability_is_no_damage():
-    codec.validate_row({**ROW, "token_log_probs": [-float("inf"), 0.0, -1.0]}, **SIZES)
+    infinite = {"mean_nll": float("inf"), "max_surprisal": float("inf")}
+    codec.validate_row({**ROW, "token_log_probs": [-float("inf"), 0.0, -1.0], **infinite}, **SIZES)
 
 
 def test_an_id_at_the_vocabulary_size_is_refused():
@@ -243,9 +259,15 @@ def random_distributions(rng, n, top_k, num_sampled, absent=0.3) -> codec.Distri
 def test_rows_of_a_batch_decode_as_the_naive_decoder_reads_them(top_k, num_sampled):
     rng = np.random.default_rng(top_k)
     lengths = [3, 1, 6]
-    rows = codec.encode_rows(random_distributions(rng, 10, top_k, num_sampled), lengths)
-    for row, length in zip(rows, lengths, strict=True):
+    distributions = random_distributions(rng, 10, top_k, num_sampled)
+    distributions.token_log_probs[7] = -np.inf  # of a token in the third row
+    target_ids = np.where(rng.random(10) < 0.5, distributions.top_ids[:, 0], 2**18 - 1)
+    rows = codec.encode_rows(distributions, lengths, target_ids)
+    for row, length, ids in zip(rows, lengths, np.split(target_ids, np.cumsum(lengths[:-1])), strict=True):
         codec.validate_row(row, top_k, num_sampled, 2**18)
+        numbers = plain_decoder.numbers_of_row(plain_row(row), ids.tolist(), top_k, num_sampled)
+        assert {name: row[name] for name in codec.ROW_NUMBERS} == pytest.approx(numbers, rel=1e-6)
+        assert all(row[name] == np.float32(row[name]) for name in codec.ROW_NUMBERS)
         whole = codec.decode_row(row)
         for index in range(length):
             check_position(row, index, top_k, num_sampled)
@@ -256,11 +278,15 @@ def test_rows_of_a_batch_decode_as_the_naive_decoder_reads_them(top_k, num_sampl
             assert whole.tail_mass[index] == pytest.approx(position.tail_mass, abs=1e-12)
 
 
+def plain_row(row: dict) -> dict:
+    """With lists in place of arrays."""
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in row.items()}
+
+
 def check_position(row: dict, index: int, top_k: int, num_sampled: int) -> None:
     """``dequantize_all_logits`` against the naive decoder at one position."""
     found = codec.dequantize_all_logits(row, index)
-    plain_row = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in row.items()}
-    expected = plain_decoder.decode_position(plain_row, index, top_k, num_sampled)
+    expected = plain_decoder.decode_position(plain_row(row), index, top_k, num_sampled)
     head = ~found.is_sampled
     nucleus = list(zip(found.token_ids[head].tolist(), np.exp(found.log_probs[head]), strict=True))
     assert [i for i, _ in nucleus] == [i for i, _ in expected["nucleus"]]
@@ -325,4 +351,4 @@ def decoded(probabilities, kept, seed):
     stored = codec.Distributions(
         kept[None], probabilities[kept][None], drawn[None], probabilities[drawn][None], np.zeros(1), np.zeros(1)
     )
-    return codec.dequantize_all_logits(codec.encode_rows(stored, [1])[0], 0)
+    return codec.dequantize_all_logits(codec.encode_rows(stored, [1], kept[:1])[0], 0)

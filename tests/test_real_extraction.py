@@ -58,6 +58,22 @@ def test_every_position_is_the_plain_forwards(stored, plain, positions):
         assert np.abs(np.array(row["logsumexp"]) - logsumexp[where - 1]).max() < 1e-4
 
 
+def test_numbers_of_rows_are_those_of_their_columns_and_of_the_plain_forwards(stored, plain, positions):
+    means = []
+    for row, (ids, log_probs, _), where in zip(stored[1], plain, positions, strict=True):
+        numbers = {name: row[name] for name in logit_codec.ROW_NUMBERS}
+        assert numbers == pytest.approx(plain_decoder.numbers_of_row(row, ids[where].tolist(), 64, 16), rel=1e-6)
+        truth = log_probs[where - 1]
+        surprisals = -truth[np.arange(len(where)), ids[where]]
+        assert numbers["mean_nll"] == pytest.approx(surprisals.mean(), abs=1e-4)
+        assert numbers["max_surprisal"] == pytest.approx(surprisals.max(), abs=1e-4)
+        assert numbers["top1_rate"] == pytest.approx((truth.argmax(axis=1) == ids[where]).mean(), abs=1e-6)
+        means.append((numbers["mean_entropy"], -(np.exp(truth) * truth).sum(axis=1).mean()))
+    found, true = np.array(means).T
+    assert abs(found / true - 1).max() < 0.05  # of a conversation, by its draws
+    assert found.mean() == pytest.approx(true.mean(), rel=0.003)
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_one_position_off_is_worse_by_more_than_a_nat(stored, plain, positions, shift):
     errors = []
@@ -122,6 +138,7 @@ def test_datasets_opens_the_folder_with_the_formats_features(real_extraction, st
             **{f"sampled_{name}": feature for name, feature in entries.items()},
             "logsumexp": listed(value("float32")),
             "num_tokens": value("int32"),
+            **{name: value("float32") for name in ("mean_nll", "mean_entropy", "top1_rate", "max_surprisal")},
             "token_log_probs": listed(value("float32")),
             "messages": listed(message),
             "source_index": value("int64"),

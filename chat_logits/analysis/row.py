@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from logit_codec import decode_row
+from logit_codec import CODE_PROBS, numbers_of_rows, position_entropies, row_entries
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class RowNumbers:
     top_probs: np.ndarray
     entropy_is_bound: bool = False
 
+    @property
+    def of_row(self) -> dict[str, float]:
+        """The row's ``mean_nll``, ``mean_entropy``, ``top1_rate`` and ``max_surprisal``, as its columns have them."""
+        numbers = numbers_of_rows(self.entropies, self.ranks == 1, self.log_probs, [len(self.log_probs)])
+        return {name: value for name, (value,) in numbers.items()}
+
 
 def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
     """The numbers of a stored row whose extracted tokens are ``token_ids``, int (n,).
@@ -33,21 +39,18 @@ def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
     Entropy is FORMAT.md's estimate of an expectation, E[f] with f = −log p: the nucleus exactly, the tail by its draws,
     unbiased. Without draws it is the nucleus' part alone, a lower bound.
     """
-    decoded = decode_row(row)
-    present = np.isfinite(decoded.top_log_probs)
-    top_probs = np.exp(decoded.top_log_probs)
-    is_target = (decoded.top_ids == token_ids[:, None]) & present
-    draws = decoded.sampled_log_probs.shape[1]
+    (top_ids, top_codes), (_, sampled_codes) = row_entries(row, "top"), row_entries(row, "sampled")
+    present, top_probs = top_codes > 0, CODE_PROBS[top_codes]
+    is_target = (top_ids == token_ids[:, None]) & present
     return RowNumbers(
         log_probs=np.asarray(row["token_log_probs"], np.float64),
         ranks=np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1, 0),
         kept=present.sum(axis=1),
-        tail_mass=decoded.tail_mass,
-        entropies=_plogp(top_probs, decoded.top_log_probs)
-        + decoded.tail_mass / max(1, draws) * _surprise(decoded.sampled_log_probs),
-        top_ids=decoded.top_ids,
+        tail_mass=np.maximum(0.0, 1.0 - top_probs.sum(axis=1)),
+        entropies=position_entropies(top_codes, sampled_codes),
+        top_ids=top_ids,
         top_probs=top_probs,
-        entropy_is_bound=draws == 0,
+        entropy_is_bound=sampled_codes.shape[1] == 0,
     )
 
 
@@ -55,12 +58,3 @@ def perplexity_of(mean_nll: float) -> float:
     """e to the power of a mean negative log-likelihood in nats: infinite above 709."""
     with np.errstate(over="ignore"):
         return float(np.exp(mean_nll))
-
-
-def _plogp(probs: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
-    return -(probs * np.where(probs > 0, log_probs, 0)).sum(axis=1)
-
-
-def _surprise(log_probs: np.ndarray) -> np.ndarray:
-    """Sum of −log p over the draws that are present."""
-    return -np.where(np.isfinite(log_probs), log_probs, 0).sum(axis=1)

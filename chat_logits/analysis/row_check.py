@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chat_logits.analysis.row import row_numbers
 from chat_logits.data.alignment import Alignment
 from chat_logits.storage.manifest import Manifest
 from logit_codec import (
     ABSENT,
     CODE_PROBS,
     MAX_TOKEN_ID,
+    NUMBERS_TOLERANCE,
     DecodedRow,
     decode_row,
     draw_uniforms,
@@ -34,7 +36,10 @@ def dtype_name(model) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A column at whose positions ``wrong``, bool (n,), the model differs; ``detail`` describes the first."""
+    """A column at whose positions ``wrong``, bool (n,), the model differs; ``detail`` describes the first.
+
+    Of a number of the whole row, no position is wrong.
+    """
 
     column: str
     wrong: np.ndarray
@@ -134,6 +139,7 @@ def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Mani
     limit = KL_LIMITS[dtype_name(model)]
     faults += nucleus.faults(errors["kl"][IN_PLACE], limit)
     faults += _draw_faults(row, stored, output, before, manifest, nucleus.right_ids)
+    faults = faults or _number_faults(row, tokens)  # which columns that are wrong would make wrong, too
     return RowCheck(index, tolerance, limit, errors, nucleus.in_order, faults)
 
 
@@ -169,6 +175,17 @@ def _fault(column: str, wrong: np.ndarray, noun: str, stored, low, high=None) ->
         f"{place}: found {noun} {stored[first]:.6g}, expected {expected} ({positions.sum()} of {len(wrong)} positions)"
     )
     return [Fault(column, positions, detail)]
+
+
+def _number_faults(row: dict, tokens: np.ndarray) -> list[Fault]:
+    """The row's own numbers against those of its columns; ``tokens`` (n,) are the extracted ones."""
+    faults = []
+    for name, expected in row_numbers(row, tokens).of_row.items():
+        found = row[name]
+        if not (found == expected or abs(found - expected) <= NUMBERS_TOLERANCE * max(1.0, abs(expected))):
+            detail = f"found {found:.8g}, expected {expected:.8g} from the row's other columns"
+            faults.append(Fault(name, np.zeros(len(tokens), bool), detail))
+    return faults
 
 
 def _codes(row: dict, kind: str) -> np.ndarray:

@@ -15,7 +15,15 @@ from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import refuse_filled
 from chat_logits.storage.manifest import Manifest
-from logit_codec import CODE_PROBS, MAX_TOKEN_ID, draw_uniforms, entry_columns, nucleus_cut, row_entries
+from logit_codec import (
+    CODE_PROBS,
+    MAX_TOKEN_ID,
+    draw_uniforms,
+    entry_columns,
+    nucleus_cut,
+    position_entropies,
+    row_entries,
+)
 
 
 class Setting(NamedTuple):
@@ -44,6 +52,11 @@ class Entries:
     def tail_mass(self) -> np.ndarray:
         """The probability outside the nucleus, float64 (n,)."""
         return np.maximum(0.0, 1.0 - CODE_PROBS[self.top_codes].sum(axis=1))
+
+    @property
+    def mean_entropy(self) -> float:
+        """Of a row, as its column has it."""
+        return float(np.float32(position_entropies(self.top_codes, self.sampled_codes).mean()))
 
     def columns(self) -> dict:
         """The six columns of a row."""
@@ -112,7 +125,8 @@ def thin_row(row: dict, setting: Setting, manifest: Manifest) -> dict:
     stream = len(manifest.thinned_from or []) + 1
     uniforms = draw_uniforms(manifest.seed, row["source_index"], row["num_tokens"], stream)
     numbers = {name: np.asarray(row[name], np.float32) for name in ("logsumexp", "token_log_probs")}
-    return {**row, **numbers, **thin_entries(Entries.of(row), setting, manifest.top_p, uniforms).columns()}
+    thinned = thin_entries(Entries.of(row), setting, manifest.top_p, uniforms)
+    return {**row, **numbers, **thinned.columns(), "mean_entropy": thinned.mean_entropy}
 
 
 def read_setting(thin: Sequence) -> tuple[Setting, str]:

@@ -195,7 +195,9 @@ def run_shards(
 
 def append_rows(rows: list[dict], members: list[Aligned], pending: PendingDistributions) -> None:
     """Encode a batch, and append its stored rows to those of its shard; bad ones where logits were not finite."""
-    encoded = logit_codec.encode_rows(pending.wait(), [len(aligned.positions) for aligned in members])
+    lengths = [len(aligned.positions) for aligned in members]
+    target_ids = np.concatenate([aligned.input_ids[aligned.positions] for aligned in members])
+    encoded = logit_codec.encode_rows(pending.wait(), lengths, target_ids)
     for aligned, columns in zip(members, encoded, strict=True):
         if not np.isfinite(columns["logsumexp"]).all():
             append_bad(rows, [aligned], NOT_FINITE)

@@ -65,6 +65,9 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 | `sampled_logits_quantized`, `sampled_indices_low`, `sampled_indices_high` | the same for n·{num_sampled} draws |
 | `logsumexp` | n floats: logit = log-probability + logsumexp |
 | `num_tokens` | n |
+| `mean_nll`, `max_surprisal` | the mean and the largest of −`token_log_probs` |
+| `mean_entropy` | the mean entropy of the n stored distributions, nats |
+| `top1_rate` | share of the target tokens that are their position's most probable one |
 | `token_log_probs` | n floats: the target tokens' log-probabilities, not quantised |
 | `messages`, `source_index`, `alignment_checksum` | the conversation, its row in the source, a CRC of its tokens |
 | `tools` | the tools that it offers, as JSON text, or null |

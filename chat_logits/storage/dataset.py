@@ -21,7 +21,7 @@ from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
-from logit_codec import RowError, validate_row
+from logit_codec import ROW_NUMBERS, RowError, validate_row
 
 READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read
 
@@ -159,7 +159,7 @@ def _joined(rows: list[dict], manifest: Manifest) -> dict:
         if any(len(value) != width * count for value, count in zip(values, counts, strict=True)):
             raise ValueError("a row with another number of entries, or whose high bits end within a byte")
         joined[name] = b"".join(values) if isinstance(values[0], bytes) else np.concatenate(values)
-    return joined
+    return {**joined, **{name: np.array([row[name] for row in rows], np.float64) for name in ROW_NUMBERS}}
 
 
 def _widths(top_k: int, num_sampled: int) -> dict[str, float]:

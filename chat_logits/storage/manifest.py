@@ -16,7 +16,7 @@ from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.storage.json_files import SHOWN, canonical, json_text, read_json
 from logit_codec import MAX_TOKEN_ID
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EXTRACTION_FILE, CARD_FILE = "extraction.json", "README.md"
 # The keys that decide the rows. Ids and paths don't (revisions do), nor do versions and budgets.
 FINGERPRINT_KEYS = (

@@ -37,7 +37,7 @@ def stored(p: np.ndarray, top_k: int, num_sampled: int, uniforms: np.ndarray) ->
     draws = np.array([draw_tail(p, top, u, num_sampled) for u in uniforms])
     n, nothing = len(uniforms), np.zeros(len(uniforms))
     probs = np.tile(p[top], (n, 1))
-    (row,) = encode_rows(Distributions(np.tile(top, (n, 1)), probs, draws, p[draws], nothing, nothing), [n])
+    (row,) = encode_rows(Distributions(np.tile(top, (n, 1)), probs, draws, p[draws], nothing, nothing), [n], nothing)
     return Entries.of(row)
 
 

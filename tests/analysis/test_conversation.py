@@ -55,7 +55,7 @@ def test_worked_numbers_of_a_position():
         logsumexp=np.array([0.0]),
         token_log_probs=np.log([0.25]),
     )
-    row = encode_rows(distribution, [1])[0]
+    row = encode_rows(distribution, [1], np.array([3]))[0]
     numbers = row_numbers(row, np.array([3]))
     assert numbers.ranks.tolist() == [2] and numbers.kept.tolist() == [2]
     assert numbers.tail_mass[0] == pytest.approx(0.25, abs=0.005)

@@ -21,7 +21,7 @@ from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import check_shard, write_shard
 from chat_logits.storage.shard_list import read_shards, shards_text
 from explore_logits import execute_analysis, execute_summary, execute_thinning
-from logit_codec import CODE_PROBS, draw_tail, pack_indices
+from logit_codec import CODE_PROBS, draw_tail, pack_indices, row_entries
 
 STORED = Setting(64, 16, 0.98)
 SETTINGS = [Setting(64, 16, 0.9), Setting(16, 8, 0.95), Setting(4, 3, 0.98), Setting(64, 5, 0.98)]
@@ -288,11 +288,15 @@ def test_shards_keep_their_rows_and_what_they_skipped(quick_run, tmp_path):
     assert [[getattr(e, name) for name in kept] for e in dataset.shards] == [
         [getattr(e, name) for name in kept] for e in before
     ]
+    unchanged = ("mean_nll", "top1_rate", "max_surprisal")
     for entry in dataset.shards:
         assert check_shard(tmp_path / "deep" / "out", entry.path, dataset.manifest.fingerprint, 3) == entry
-    same = ("logsumexp", "token_log_probs", "messages", "tools", "source_index", "alignment_checksum")
+    same = ("logsumexp", *unchanged, "token_log_probs", "messages", "tools", "source_index", "alignment_checksum")
     for row, other in zip(dataset.rows(), rows_in(quick_run), strict=True):
         assert [row[name] for name in same] == [other[name] for name in same]
+        ids = row_entries(row, "top")[0][:, 0].tolist()
+        numbers = plain_decoder.numbers_of_row(row, ids, 10, 4)
+        assert row["mean_entropy"] == pytest.approx(numbers["mean_entropy"], rel=1e-6) != other["mean_entropy"]
     assert done.num_bytes == sum(e.num_bytes for e in dataset.shards) < done.num_bytes_before
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
 

@@ -31,7 +31,7 @@ from chat_logits.storage import shard
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard_list import SHARDS_FILE, shards_text
-from logit_codec import pack_indices, unpack_indices
+from logit_codec import ROW_NUMBERS, pack_indices, unpack_indices
 
 ROWS = range(2)  # of a damaged copy; the second is the damaged one
 SPREAD = [2 * i + (i == 15) for i in range(16)]  # 0, 2 … 28, 31 of 32 rows
@@ -157,6 +157,13 @@ def added(column, position, amount):
     return change
 
 
+def of_row(column, value):
+    def change(rows):
+        rows[1][column] = value
+
+    return change
+
+
 def rolled(by, kinds=("top", "sampled"), numbers=()):
     def change(rows):
         for kind in kinds:
@@ -237,6 +244,13 @@ DAMAGES = {
     "drawn codes": (edited("sampled", change_drawn_codes), f"{SAMPLED_CODES}, position 11, entry 0: {ONCE}"),
     "drawn ids": (edited("sampled", draw_others), f"{SAMPLED_IDS}, position 6, entry 0: {ONCE}"),
     "nucleus drawn": (draw_the_nucleus, f"{SAMPLED_IDS}, position 3, entry 0: {ONCE}"),
+    "mean NLL": (of_row("mean_nll", 3.0), "row 1, column mean_nll, found 3, expected {mean_nll} from .*columns"),
+    "entropy": (of_row("mean_entropy", 0.0), "row 1, column mean_entropy, found 0, expected {mean_entropy} from .*"),
+    "top-1 rate": (of_row("top1_rate", 1.0), "row 1, column top1_rate, found 1, expected {top1_rate} from .*"),
+    "largest": (
+        of_row("max_surprisal", 0.5),
+        "row 1, column max_surprisal, found 0.5, expected {max_surprisal} from .*",
+    ),
     "unreadable": (edited("top", leave_id_beside_absent), "column top_indices_low of row 1: .*, expected id 0 there"),
 }
 
@@ -244,6 +258,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_cause_is_the_damage(damage, rewritten, real_extraction, smollm2, tokenizer):
     change, expected = DAMAGES[damage]
+    row = open_dataset(str(real_extraction)).read_row(1)
+    for name in ROW_NUMBERS:
+        expected = expected.replace("{" + name + "}", re.escape(f"{row[name]:.8g}"))
     (cause,) = check_rows(rewritten(real_extraction, change), smollm2[0], tokenizer, ROWS).causes
     print(cause)
     assert re.fullmatch(expected, cause) and "also wrong" not in cause

@@ -395,7 +395,7 @@ def test_a_finished_run_is_told_again_without_a_model(flags, undisturbed, tmp_pa
 
 
 def test_a_record_that_is_damaged_is_named_and_can_be_replaced(flags, undisturbed, tmp_path, capsys):
-    (tmp_path / "undisturbed" / "extraction.json").write_text('{"format_version": 1}')
+    (tmp_path / "undisturbed" / "extraction.json").write_text('{"format_version": 2}')
     assert extract_logits.main(flags("undisturbed")) == 1
     assert "extraction.json has no top_k, top_p" in capsys.readouterr().err
     assert extract_logits.main(flags("undisturbed", "--overwrite")) == 0

@@ -232,7 +232,7 @@ def check_moved_draws(request, single, many, moved, logits) -> None:
 
 def divergence(single, many) -> np.ndarray:
     """KL between the decodings of two writers, over the nucleus and one bucket for the rest, nats."""
-    rows = [logit_codec.encode_rows(d, [len(d.logsumexp)])[0] for d in (single, many)]
+    rows = [logit_codec.encode_rows(d, [len(d.logsumexp)], d.top_ids[:, 0])[0] for d in (single, many)]
     one, other = (logit_codec.decode_row(row) for row in rows)
     found = []
     for i in range(len(one.logsumexp)):

@@ -88,7 +88,7 @@ def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
     ("name", "content", "message"),
     [
         ("extraction.json", [], "holds no JSON object"),
-        ("extraction.json", {}, "format_version None, expected 1"),
+        ("extraction.json", {}, "format_version None, expected 2"),
         ("extraction.json", {"top_k": "64"}, "top_k '64', expected"),
         ("extraction.json", {"skipped_token_ids": None}, "skipped_token_ids None, expected"),
         ("shards.json", {}, "lists no shards"),
@@ -134,8 +134,8 @@ def test_damaged_json_is_named(copy):
 
 def test_another_version_is_refused(copy):
     extraction = json.loads((copy / "extraction.json").read_text())
-    (copy / "extraction.json").write_text(json.dumps({**extraction, "format_version": 2}))
-    with pytest.raises(ToolkitError, match="format_version 2, expected 1"):
+    (copy / "extraction.json").write_text(json.dumps({**extraction, "format_version": 1}))
+    with pytest.raises(ToolkitError, match="format_version 1, expected 2"):
         open_dataset(str(copy))
 
 
@@ -254,6 +254,8 @@ def test_row_checksums_are_as_the_format_says(real_extraction):
             parts += [row[f"{kind}_logits_quantized"], packed, row[f"{kind}_indices_high"]]
         n = row["num_tokens"]
         parts += [struct.pack(f"<{n}f", *row["logsumexp"]), struct.pack("<q", n)]
+        numbers = [row[name] for name in ("mean_nll", "mean_entropy", "top1_rate", "max_surprisal")]
+        parts.append(struct.pack("<4f", *numbers))
         messages = [[message["role"], message["content"], message["extra"]] for message in row["messages"]]
         parts += [struct.pack(f"<{n}f", *row["token_log_probs"])]
         parts += [json.dumps(messages, separators=(",", ":"), ensure_ascii=False).encode()]

@@ -71,7 +71,7 @@ def test_the_fingerprint_follows_what_decides_the_rows(content):
 @pytest.mark.parametrize("key", FINGERPRINT_KEYS)
 def test_a_key_that_decides_the_rows_must_be_there(content, key):
     del content[key]
-    with pytest.raises(ToolkitError, match=f"here: (extraction.json has no {key}|format_version None, expected 1)"):
+    with pytest.raises(ToolkitError, match=f"here: (extraction.json has no {key}|format_version None, expected 2)"):
         of(content)
 
 

@@ -138,6 +138,8 @@ class Damage:
             return damage_bytes(value, self.dice) if value else b"\1"
         if isinstance(value, int):
             return max(0, min(2**31 - 1, value + self.dice.choice((-1, 1, 1000, -(10**9), 10**9))))
+        if isinstance(value, float):
+            return self.dice.choice((-value, value + 1, value - 1, 0.0, 1e30, float("inf")))
         if self.dice.random() < 0.5:
             return value[: self.dice.randrange(len(value) + 1)]
         return [*value, *value[:1]]

@@ -50,6 +50,27 @@ def decode_position(row, index, top_k, num_sampled):
     return {"nucleus": nucleus, "sampled": sampled, "tail_mass": tail_mass}
 
 
+def numbers_of_row(row, target_ids, top_k, num_sampled):
+    """The four numbers of a row whose extracted tokens are `target_ids`."""
+    n = row["num_tokens"]
+    surprisal = entropy = 0.0
+    first = 0
+    for index in range(n):
+        position = decode_position(row, index, top_k, num_sampled)
+        surprisal -= row["token_log_probs"][index]
+        for _, probability in position["nucleus"]:
+            entropy -= probability * math.log(probability)
+        for probability, weight in position["sampled"].values():
+            entropy -= weight * math.log(probability)
+        first += bool(position["nucleus"]) and position["nucleus"][0][0] == target_ids[index]
+    return {
+        "mean_nll": surprisal / n,
+        "mean_entropy": entropy / n,
+        "top1_rate": first / n,
+        "max_surprisal": -min(row["token_log_probs"]),
+    }
+
+
 def clip(value, lowest, highest):
     return max(lowest, min(highest, value))
 

@@ -190,7 +190,7 @@ def stored_many_times(logits: torch.Tensor, settings: SelectionSettings) -> dict
     uniforms = torch.from_numpy(draw_uniforms(0, 0, UNIFORMS))
     tokens = torch.zeros(500, dtype=torch.long)
     parts = [select(logits.repeat(500, 1), tokens, some, settings) for some in uniforms.split(500)]
-    (row,) = encode_rows(PendingDistributions(parts).wait(), [UNIFORMS])
+    (row,) = encode_rows(PendingDistributions(parts).wait(), [UNIFORMS], np.zeros(UNIFORMS))
     return row
 
 
