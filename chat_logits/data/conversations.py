@@ -290,7 +290,7 @@ def _extra_object(text: str) -> dict:
     return value
 
 
-def question_of(messages: list[dict], length: int = 80) -> str:
-    """How a conversation's first user message begins, "" without one."""
+def question_of(messages: list[dict], length: int | None = 80) -> str:
+    """How a conversation's first user message begins, or all of it, "" without one."""
     questions = (message["content"] for message in messages if message["role"] == "user")
     return (next(questions, None) or "")[:length]

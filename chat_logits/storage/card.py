@@ -88,6 +88,9 @@ ORIGIN = """
 Made without the model from a dataset with up to {top_k} tokens, a total of {top_p} and {num_sampled} sampled ones (run
 {fingerprint:.16}), by keeping fewer of them: FORMAT.md, "Thinned datasets".
 """
+CHOICE = """
+{rows:,} of the rows of another dataset (run {fingerprint:.16}), {why}: FORMAT.md, "Filtered datasets".
+"""
 NO_NUMBERS = "The extraction has just begun."
 
 
@@ -115,6 +118,7 @@ def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = plac
     licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
     metadata = card_metadata(manifest, entries).to_yaml()
     origin = ORIGIN.format(**manifest.thinned_from[-1]) if manifest.thinned_from else ""
+    origin += _choice(manifest, entries)
     texts = {"metadata": metadata, "numbers": _numbers(entries), "place": place, "origin": origin}
     return CARD.format(**manifest.as_json(), **licenses, **texts)
 
@@ -160,6 +164,17 @@ def size_category(rows: int) -> str:
     if step == 0:
         return f"n<{SIZES[0]}"
     return f"{SIZES[step - 1]}<n<{SIZES[step]}" if step < len(SIZES) else f"n>{SIZES[-1]}"
+
+
+def _choice(manifest: Manifest, entries: list[ShardEntry]) -> str:
+    """Of a filtered dataset, which rows it has."""
+    if not manifest.filtered_from:
+        return ""
+    last = manifest.filtered_from[-1]
+    condition = (last["condition"] or "").replace("`", "'")
+    why = f"those with `{' '.join(condition.split())}`" if condition else "chosen one by one"
+    rows = sum(entry.num_rows for entry in entries)
+    return CHOICE.format(rows=rows, fingerprint=last["fingerprint"], why=why)
 
 
 def _numbers(entries: list[ShardEntry]) -> str:

@@ -19,7 +19,14 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
-from chat_logits.storage.shard import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
+from chat_logits.storage.shard import (
+    read_row_groups,
+    read_shard_columns,
+    read_shard_rows,
+    refuse_special,
+    shard_notes,
+    shard_sizes,
+)
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
 from logit_codec import ROW_NUMBERS, RowError, validate_row
 
@@ -94,6 +101,32 @@ class StoredDataset:
                     self._validate_all(rows, first)
                     yield first, rows
                     first += len(rows)
+
+    def chosen_rows(self, rows: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        """Some of the stored rows, whose numbers ascend, each with its number; otherwise as ``row_groups`` has them.
+
+        Row groups that have none of them are not read.
+        """
+        chosen = np.asarray(rows, np.int64)
+        firsts = itertools.accumulate((shard.num_rows for shard in self.shards), initial=0)
+        for shard, first in zip(self.shards, firsts, strict=False):
+            start, end = np.searchsorted(chosen, [first, first + shard.num_rows])
+            if start == end:
+                continue
+            offsets, numbers = set((chosen[start:end] - first).tolist()), iter(chosen[start:end].tolist())
+            whole = {"cache_type": "readahead", "block_size": READ_AHEAD} if len(offsets) == shard.num_rows else {}
+            with self._open(shard.path, **whole) as source:
+                arguments = (source, shard.path, self.manifest.fingerprint, shard.num_rows, offsets)
+                for row in itertools.chain.from_iterable(read_row_groups(*arguments)):
+                    number = next(numbers)
+                    self._validate(row, number)
+                    yield number, row
+
+    def shard_columns(self, number: int, names: Sequence[str]):
+        """These columns of ``shards[number]``, a pyarrow Table; of a shard on the Hub, nothing else is fetched."""
+        shard = self.shards[number]
+        with self._open(shard.path) as source:
+            return read_shard_columns(source, shard.path, self.manifest.fingerprint, shard.num_rows, names)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).

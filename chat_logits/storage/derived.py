@@ -1,16 +1,23 @@
 """A dataset that is made from another, shard by shard: a whole new folder, or none."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from chat_logits.data.conversations import from_stored
+from chat_logits.data.marks import is_left_out
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import write_shard
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, shards_text
+
+NOT_CHOSEN = "not chosen"  # why a source row of a filtered dataset is skipped that its origin has
 
 
 def write_derived(
@@ -22,17 +29,68 @@ def write_derived(
     time is in memory. Raises ToolkitError where it cannot be written, and what reading raises.
     """
     entries = []
+    with _new_dataset(manifest, folder, dataset.num_rows, entries) as (building, bar):
+        for number, shard in enumerate(dataset.shards):
+            rows = []
+            for row in dataset.shard_rows(number):
+                rows.append(change(row))
+                bar.update()
+            skipped, left_out = dataset.shard_notes(number)
+            entries.append(write_shard(building, manifest, shard.shard, rows, skipped, turns_left_out=left_out))
+    return entries
+
+
+def write_filtered(dataset: StoredDataset, rows: Sequence[int], manifest: Manifest, folder: Path) -> list[ShardEntry]:
+    """Write some of a dataset's rows, by their ascending numbers, as they are (FORMAT.md, "Filtered datasets").
+
+    ``manifest`` is the new dataset's. A shard has the number that it had; the rows that are not wanted are among its
+    skipped source rows, and shards without any row are left out. Otherwise as ``write_derived``.
+    """
+    entries = []
+    with _new_dataset(manifest, folder, len(rows), entries) as (building, bar):
+        chosen = dataset.chosen_rows(rows)
+        for number, wanted in _by_shard(dataset, rows):
+            kept = []
+            for _, row in itertools.islice(chosen, wanted):
+                kept.append(row)
+                bar.update()
+            skipped = _skipped(dataset, number, {row["source_index"] for row in kept})
+            turns = sum(_turns_left_out(row, manifest) for row in kept)
+            shard = dataset.shards[number].shard
+            entries.append(write_shard(building, manifest, shard, kept, skipped, turns_left_out=turns))
+    return entries
+
+
+def _by_shard(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places of the shards that have any of these rows, and how many each has."""
+    ends = np.cumsum([shard.num_rows for shard in dataset.shards])
+    numbers, counts = np.unique(np.searchsorted(ends, np.asarray(rows), side="right"), return_counts=True)
+    return zip(numbers.tolist(), counts.tolist(), strict=True)
+
+
+def _skipped(dataset: StoredDataset, number: int, kept: set[int]) -> list[dict]:
+    """The source rows of a shard that are not ``kept``, with the reason."""
+    stored = dataset.shard_columns(number, ["source_index"])["source_index"].to_pylist()
+    left_out = [{"row": row, "reason": NOT_CHOSEN} for row in stored if row not in kept]
+    return sorted([*dataset.shard_notes(number)[0], *left_out], key=lambda entry: entry["row"])
+
+
+def _turns_left_out(row: dict, manifest: Manifest) -> int:
+    """The assistant's turns of a stored row that are marked not to be trained on, where marks count."""
+    if manifest.all_turns:
+        return 0
+    return sum(is_left_out(message) for message in from_stored(row["messages"]) if message["role"] == "assistant")
+
+
+@contextmanager
+def _new_dataset(
+    manifest: Manifest, folder: Path, num_rows: int, entries: list[ShardEntry]
+) -> Iterator[tuple[Path, tqdm]]:
+    """Within, shards are written to a hidden folder, a bar of ``num_rows`` beside; then the lists of ``entries``."""
     with folder_written_whole(folder) as building:
         write_text(building / EXTRACTION_FILE, manifest.text)
-        with tqdm(total=dataset.num_rows, unit=" conversations", leave=False, delay=1) as bar:
-            for number, shard in enumerate(dataset.shards):
-                rows = []
-                for row in dataset.shard_rows(number):
-                    rows.append(change(row))
-                    bar.update()
-                skipped, left_out = dataset.shard_notes(number)
-                entries.append(write_shard(building, manifest, shard.shard, rows, skipped, turns_left_out=left_out))
+        with tqdm(total=num_rows, unit=" conversations", leave=False, delay=1) as bar:
+            yield building, bar
         with room_or_stop(building):
             write_text(building / SHARDS_FILE, shards_text(entries))
             write_text(building / CARD_FILE, render_card(manifest, entries))
-    return entries

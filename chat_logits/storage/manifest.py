@@ -48,9 +48,11 @@ FINGERPRINT_KEYS = (
     "attn_implementation",
 )
 # Of these, those that have a value decide the rows too.
-IF_PRESENT = ("base_revision", "keep_end_of_turn", "thinned_from")
+IF_PRESENT = ("base_revision", "keep_end_of_turn", "thinned_from", "filtered_from")
 # Of each dataset that a thinned one comes from
 ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
+# Of each dataset that a filtered one has its rows from: the condition that they fulfil, or their numbers there
+CHOICE_KEYS = {"fingerprint": str, "condition": str | None, "rows": list | None}
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -90,6 +92,7 @@ class RunInputs:
     all_turns: bool
     keep_end_of_turn: bool | None = None
     thinned_from: list | None = None
+    filtered_from: list | None = None
     versions: dict | None = None
 
 
@@ -165,6 +168,13 @@ class Manifest(RunInputs):
         thinned_from = [*(self.thinned_from or []), values]
         return replace(self, top_k=top_k, top_p=top_p, num_sampled=num_sampled, thinned_from=thinned_from)
 
+    def filtered(self, condition: str | None, rows: Iterable[int]) -> "Manifest":
+        """The manifest of a dataset with some of this one's rows (FORMAT.md, "Filtered datasets"): those that fulfil
+        the ``condition``, or else these."""
+        listed = None if condition is not None else [int(row) for row in rows]
+        choice = {"fingerprint": self.fingerprint, "condition": condition, "rows": listed}
+        return replace(self, filtered_from=[*(self.filtered_from or []), choice])
+
     def differences(self, wanted: RunInputs, **more: object) -> list[str]:
         """How this run differs from one that is wanted: a text for each key that decides the rows.
 
@@ -189,8 +199,8 @@ def _fits(key: str, value: object) -> bool:
         return kind in (bool, bool | None)
     if kind is float:
         return isinstance(value, int | float)
-    if key == "thinned_from":
-        return value is None or (isinstance(value, list) and bool(value) and all(map(_is_origin, value)))
+    if key in CHAINS:
+        return value is None or (isinstance(value, list) and bool(value) and all(map(CHAINS[key], value)))
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, int) for item in value)
     if key in DATES and isinstance(value, str):
@@ -210,6 +220,19 @@ def _is_origin(value: object) -> bool:
     )
 
 
+def _is_choice(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == CHOICE_KEYS.keys()
+        and all(isinstance(value[key], kind) for key, kind in CHOICE_KEYS.items())
+        and (value["condition"] is None) != (value["rows"] is None)
+        and all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in value["rows"] or [])
+    )
+
+
+CHAINS = {"thinned_from": _is_origin, "filtered_from": _is_choice}
+
+
 def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, int | kind) and not isinstance(value, bool)
 
@@ -226,8 +249,8 @@ def _expected(key: str) -> str:
     kind = KEYS[key]
     if key in DATES:
         return "a day such as 2024-02-29, or null"
-    if key == "thinned_from":
-        return f"a list of objects with {', '.join(ORIGIN_KEYS)}"
+    if key in CHAINS:
+        return f"a list of objects with {', '.join(ORIGIN_KEYS if key == 'thinned_from' else CHOICE_KEYS)}"
     name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
     return f"{name} of at least {LEAST[key]}" if key in LEAST else name
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -222,18 +222,36 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
                 yield row.to_pylist()[0]
 
 
-def read_row_groups(source, path: str, fingerprint: str, num_rows: int) -> Iterator[list[dict]]:
+def read_row_groups(
+    source, path: str, fingerprint: str, num_rows: int, only: Collection[int] | None = None
+) -> Iterator[list[dict]]:
     """The rows of a shard in order, a row group at a time, their lists of numbers as arrays over Arrow's buffers.
 
-    For reading whole shards: ten times as fast as ``read_shard_rows``, whose arguments it takes. Raises DamagedShard.
+    For reading many rows, or those of ``only``: ten times as fast as ``read_shard_rows``, whose other arguments it
+    takes. A row group without any of them is not read. Raises DamagedShard.
     """
     with _opened(source, path, fingerprint) as (file, described, sizes):
         for group, rows in enumerate(_groups(file, described, num_rows, path)):
+            wanted = [row - rows.start for row in rows if only is None or row in only]
+            if not wanted:
+                continue
             _refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
             _check_rows(table, rows.start, described, path)
+            table = table if len(wanted) == len(rows) else table.take(wanted)
             columns = [_row_values(table[name].combine_chunks()) for name in SCHEMA.names]
             yield [dict(zip(SCHEMA.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def read_shard_columns(source, path: str, fingerprint: str, num_rows: int, names: Sequence[str]) -> pa.Table:
+    """These columns of a shard, in this order, by single row groups; arguments are those of ``read_shard_rows``. Rows'
+    checksums, which are over all columns, are not held against them. Raises DamagedShard."""
+    with _opened(source, path, fingerprint) as (file, described, sizes):
+        groups = range(len(_groups(file, described, num_rows, path)))
+        for group in groups:
+            _refuse_bomb(sizes[group], group, path)
+        parts = [file.read_row_group(group, list(names)).select(names) for group in groups]
+        return pa.concat_tables([pa.schema([SCHEMA.field(name) for name in names]).empty_table(), *parts])
 
 
 def _row_values(column: pa.Array) -> list:

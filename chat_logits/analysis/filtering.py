@@ -1,0 +1,157 @@
+"""Some rows of a dataset, listed, or taken out of it: as a filtered logit dataset, as messages, or as source indices.
+
+FORMAT.md, "Filtered datasets", is the specification of the first.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from chat_logits.analysis.condition import Condition
+from chat_logits.analysis.tokens import count_text
+from chat_logits.data.conversations import from_stored, question_of
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.disk import refuse_filled, write_text
+from chat_logits.storage.numbers import number_table
+
+MESSAGES, INDICES = ".jsonl", ".txt"  # endings of the files that a choice of rows is saved to
+OTHER_FILES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # which would not be what their names say
+
+
+@dataclass(frozen=True)
+class FoundRow:
+    """A stored row's numbers, as FORMAT.md has them, and how its first user message begins."""
+
+    row: int
+    source_index: int
+    num_tokens: int
+    mean_nll: float
+    perplexity: float
+    mean_entropy: float
+    top1_rate: float
+    max_surprisal: float
+    question: str
+
+
+@dataclass(frozen=True, repr=False)
+class Filtering:
+    """The rows of a dataset of which a condition is true, and where they were ``saved`` (None: nowhere)."""
+
+    dataset_id: str
+    condition: str
+    num_conversations: int
+    entropy_is_bound: bool
+    rows: list[FoundRow]
+    saved: str | None = None
+
+    def as_dict(self) -> dict:
+        """All of it as plain values."""
+        content = asdict(self)
+        return {"logit_dataset_id": content.pop("dataset_id"), **content}
+
+    def __repr__(self) -> str:
+        found = f"{len(self.rows):,} of {count_text(self.num_conversations, 'conversation')}"
+        return f"<Filtering of {self.dataset_id}: {found} with {self.condition:.80}>"
+
+
+def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None) -> Filtering:
+    """The rows of which a condition is true (``Condition``), saved as by ``save_rows`` where ``save`` is a place.
+
+    Raises UsageError for what is no condition and for a place that cannot be saved to, before anything is read.
+    """
+    wanted = Condition(condition)
+    if save is not None:
+        check_place(save)
+    rows = wanted.rows_of(dataset)
+    if save is not None:
+        save_rows(dataset, rows, save, condition)
+    return Filtering(
+        dataset_id=dataset.dataset_id,
+        condition=condition,
+        num_conversations=dataset.num_rows,
+        entropy_is_bound=not dataset.manifest.num_sampled,
+        rows=found_rows(dataset, rows),
+        saved=None if save is None else str(save),
+    )
+
+
+def found_rows(dataset: StoredDataset, rows: Sequence[int]) -> list[FoundRow]:
+    """The numbers and questions of these stored rows, which ascend."""
+    numbers = number_table(dataset).take(pa.array(rows, pa.int64())).to_pylist()
+    questions = (question_of(row["messages"]) for _, row in dataset.chosen_rows(rows))
+    return [FoundRow(**row, question=question) for row, question in zip(numbers, questions, strict=True)]
+
+
+# --- out of the dataset ---
+
+
+def check_rows(dataset: StoredDataset, rows: Sequence[int]) -> np.ndarray:
+    """Numbers of stored rows, int64, ascending, each once. Raises UsageError for others, and for none."""
+    try:
+        numbers = np.unique(np.asarray(rows if isinstance(rows, np.ndarray) else list(rows)))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"rows {rows!r:.60}: expected numbers of stored rows") from error
+    if not numbers.size:
+        raise ToolkitError(f"{dataset.dataset_id}: no row is chosen, so there is nothing to save")
+    if numbers.dtype.kind not in "iu" or numbers[0] < 0 or numbers[-1] >= dataset.num_rows:
+        wrong = numbers[0] if numbers.dtype.kind not in "iu" or numbers[0] < 0 else numbers[-1]
+        raise UsageError(f"row {wrong}: {dataset.dataset_id} has rows 0 to {dataset.num_rows - 1}")
+    return numbers.astype(np.int64)
+
+
+def check_place(save: str) -> None:
+    """Raise UsageError for a place that rows cannot be saved to."""
+    path = Path(save)
+    if path.suffix in OTHER_FILES or not str(save):
+        raise UsageError(f"`save` {save}: expected a folder, or a file that ends in {MESSAGES} or {INDICES}")
+    if path.suffix not in (MESSAGES, INDICES):
+        refuse_filled(path, "save")
+    elif path.is_dir() or not path.parent.is_dir():
+        fault = "a folder" if path.is_dir() else f"the folder {path.parent} is missing"
+        raise UsageError(f"`save` {save}: {fault}, expected a file to write")
+
+
+def save_rows(dataset: StoredDataset, rows: Sequence[int], save: str, condition: str | None = None) -> None:
+    """Write some stored rows, by their numbers, to ``save``: FILE.jsonl gets their messages, FILE.txt their source
+    indices, and any other name is the folder of a filtered dataset, whose ``condition`` is recorded.
+
+    Raises UsageError as ``check_place`` and ``check_rows``, ToolkitError where it cannot be written.
+    """
+    check_place(save)
+    numbers = check_rows(dataset, rows)
+    if Path(save).suffix not in (MESSAGES, INDICES):
+        write_dataset(dataset, numbers, save, condition)
+        return
+    lines = messages_of(dataset, numbers) if Path(save).suffix == MESSAGES else source_indices(dataset, numbers)
+    try:
+        write_text(Path(save), "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+    except OSError as error:
+        raise ToolkitError(f"{save}: it cannot be written: {error.strerror}") from error
+
+
+def write_dataset(dataset: StoredDataset, rows: Sequence[int], folder: str, condition: str | None = None) -> None:
+    """Write a filtered dataset of these rows to a new or an empty folder. ``condition`` is what they were chosen by;
+    without one, their numbers are recorded. Raises as ``save_rows``."""
+    from chat_logits.storage.derived import write_filtered  # with the card, imports huggingface_hub
+
+    numbers = check_rows(dataset, rows)
+    refuse_filled(Path(folder), "save")
+    write_filtered(dataset, numbers.tolist(), dataset.manifest.filtered(condition, numbers), Path(folder))
+
+
+def messages_of(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[dict]:
+    """``source_index``, ``messages`` and, where there are any, ``tools`` (a list) of these rows, as they were read from
+    the source: what an extraction takes again."""
+    for _, row in dataset.chosen_rows(rows):
+        tools = {} if row["tools"] is None else {"tools": json.loads(row["tools"])}
+        yield {"source_index": row["source_index"], "messages": from_stored(row["messages"]), **tools}
+
+
+def source_indices(dataset: StoredDataset, rows: Sequence[int]) -> list[int]:
+    """The source rows of these stored rows."""
+    return number_table(dataset)["source_index"].take(pa.array(rows, pa.int64())).to_pylist()
