@@ -2,9 +2,10 @@
 
     python explore_logits.py outputs/demo --sample_index 0
 
-From Python: ``execute_analysis(logit_dataset_id=…, sample_index=0)``, and ``execute_summary``, ``execute_comparison``,
-``execute_verification``, ``execute_student``, ``execute_budget`` and ``execute_thinning``; ``unpack_indices`` and
-``dequantize_all_logits`` decode a stored row by hand.
+From Python: ``open_logits(…)``, the whole dataset as one object; ``execute_analysis(logit_dataset_id=…,
+sample_index=0)``, and ``execute_summary``, ``execute_comparison``, ``execute_verification``, ``execute_student``,
+``execute_budget``, ``execute_thinning`` and ``execute_filtering``; ``unpack_indices`` and ``dequantize_all_logits``
+decode a stored row by hand.
 """
 
 import sys
@@ -12,19 +13,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from chat_logits.analysis.budget import BUDGET_ROWS, measure_budget
-from chat_logits.analysis.comparison import compare_analyses, compare_datasets
-from chat_logits.analysis.conversation import Selection, analyze_row, analyze_token_probabilities
+from chat_logits.analysis.conversation import Selection, analyze_token_probabilities
+from chat_logits.analysis.filtering import filter_rows
+from chat_logits.analysis.logits import Conversation
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.analysis.summary import summarize
 from chat_logits.analysis.thinning import read_setting, thin_dataset
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
 from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
 from chat_logits.data.tokenizer import load_tokenizer
+from chat_logits.display.logits import open_logits
 from chat_logits.display.results import (
+    Shown,
     ShownAnalysis,
     ShownBudget,
     ShownComparison,
     ShownDatasetComparison,
+    ShownFiltering,
     ShownStudent,
     ShownSummary,
     ShownThinning,
@@ -42,10 +46,12 @@ __all__ = [
     "execute_analysis",
     "execute_budget",
     "execute_comparison",
+    "execute_filtering",
     "execute_student",
     "execute_summary",
     "execute_thinning",
     "execute_verification",
+    "open_logits",
     "unpack_indices",
 ]
 
@@ -69,9 +75,9 @@ def execute_analysis(
     ``tokenizer_id`` says where the recorded tokenizer lies now; with ``trust_remote_code`` it may run code of its own.
     ``top_n``, ``show_prompt`` and ``only`` are as in ``Analysis``. Raises ToolkitError, with what to do about it.
     """
-    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    options = {"show_prompt": show_prompt, "only": only}
-    return _printed(analyze_row(dataset, tokenizer, sample_index, chat_template, top_n, **options), quiet)
+    logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
+    conversation = Conversation(logits, logits.dataset.row_number(sample_index))
+    return _printed(conversation.analyze(top_n, show_prompt=show_prompt, only=only), quiet)
 
 
 def execute_summary(
@@ -83,8 +89,8 @@ def execute_summary(
     quiet: bool = False,
 ) -> ShownSummary:
     """Print a whole dataset in numbers, unless ``quiet``, and return them. Options are as in ``execute_analysis``."""
-    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    return _printed(summarize(dataset, tokenizer, chat_template), quiet)
+    logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
+    return _printed(logits.summary(), quiet)
 
 
 def execute_comparison(
@@ -105,11 +111,11 @@ def execute_comparison(
     ``compare`` is the other dataset, a folder or a Hub id (at ``compare_revision``), made with the same tokenizer. With
     a ``sample_index`` one conversation token by token, the ``only`` tokens furthest apart; without, all of them.
     """
-    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    other = open_dataset(str(compare), compare_revision)
+    logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     if sample_index is None:
-        return _printed(compare_datasets(dataset, other, tokenizer, chat_template), quiet)
-    return _printed(compare_analyses(dataset, other, tokenizer, sample_index, chat_template, top_n, only), quiet)
+        return _printed(logits.compare(compare, compare_revision), quiet)
+    conversation = Conversation(logits, logits.dataset.row_number(sample_index))
+    return _printed(conversation.compare(compare, compare_revision, top_n, only), quiet)
 
 
 def execute_verification(
@@ -179,8 +185,19 @@ def execute_thinning(
     return _printed(thin_dataset(open_dataset(str(logit_dataset_id), revision), setting, folder), quiet)
 
 
+def execute_filtering(
+    logit_dataset_id: str, where: str, save: str | None = None, revision: str | None = None, quiet: bool = False
+) -> ShownFiltering:
+    """Print the rows of which the condition ``where`` is true, with their numbers, unless ``quiet``, and return them.
+
+    ``where`` is as for ``Logits.where``. ``save`` is where they go: FILE.jsonl gets their messages, FILE.txt their
+    source indices, and a new or an empty folder is made a logit dataset of these rows.
+    """
+    return _printed(filter_rows(open_dataset(str(logit_dataset_id), revision), where, save), quiet)
+
+
 def _printed(result, quiet: bool):
-    result = shown(result)
+    result = result if isinstance(result, Shown) else shown(result)
     if not quiet:
         result.print()
     return result
@@ -198,6 +215,7 @@ MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "student": (execute_student, ("student", "student_revision", "student_rows")),
     "budget": (execute_budget, ("budget_rows",)),
     "thin": (execute_thinning, ("thin",)),
+    "where": (execute_filtering, ("where", "save")),
 }
 
 

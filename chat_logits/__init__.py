@@ -3,6 +3,7 @@
     import chat_logits
 
     chat_logits.extract(chat_logits.ExtractConfig(model_id=…, dataset_id=…, output_dir=…))
+    logits = chat_logits.open_logits("user/my-logits-dataset")
 
 Nothing heavy is imported before it is used.
 """
@@ -14,12 +15,13 @@ import os
 # blocks (54 GiB for batches of 6) unless its segments can grow.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-__all__ = ["ExtractConfig", "Extraction", "extract"]
+__all__ = ["ExtractConfig", "Extraction", "extract", "open_logits"]
 
 _PLACES = {
     "ExtractConfig": "chat_logits.extraction.config",
     "Extraction": "chat_logits.extraction.run",
     "extract": "chat_logits.extraction.run",
+    "open_logits": "chat_logits.display.logits",
 }
 
 

@@ -83,7 +83,7 @@ class Condition:
             except RecursionError as error:
                 raise self._error("too many brackets") from error
             if tree["error"]:
-                raise self._error(tree["error_message"])
+                raise self._error(tree["error_message"].replace('at or near "FROM"', "at its end"))
         (node,) = (statement["node"] for statement in tree["statements"])
         if {key: value for key, value in node.items() if key in BARE} != BARE or len(node["select_list"]) != 1:
             raise self._error("more than one expression")

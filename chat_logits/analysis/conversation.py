@@ -14,7 +14,7 @@ from chat_logits.analysis.tokens import (
     total,
     with_predictions,
 )
-from chat_logits.data.alignment import align_row
+from chat_logits.data.alignment import Alignment, RowAligner, align_row
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
@@ -52,7 +52,9 @@ class Analysis(Sequence):
         return len(self.tokens)
 
     def __getitem__(self, index):
-        return self.tokens[index]
+        """A token, or, of a slice, the same analysis with some of the tokens."""
+        found = self.tokens[index]
+        return replace(self, tokens=found) if isinstance(index, slice) else found
 
     def __repr__(self) -> str:
         return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {len(self)} tokens>"
@@ -115,25 +117,27 @@ def analyze_token_probabilities(
     Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
     extracted from; the remaining tokens then match the stored distributions one to one.
     """
-    alignment = align_row(row, tokenizer, extraction, chat_template)
+    return _analyzed(row, align_row(row, tokenizer, extraction, chat_template), tokenizer, top_n)
+
+
+def _analyzed(row: dict, alignment: Alignment, tokenizer, top_n: int) -> list[TokenAnalysis]:
     numbers = row_numbers(row, alignment.input_ids[alignment.positions])
     return with_predictions(label_tokens(alignment, tokenizer), numbers, tokenizer, top_n)
 
 
 def analyze_row(
-    dataset: StoredDataset, tokenizer, sample_index: int = 0, chat_template: str | None = None, top_n: int = 5, **shown
+    dataset: StoredDataset, row: dict, sample_index: int, aligner: RowAligner, tokenizer, top_n: int = 5, **shown
 ) -> Analysis:
-    """The analysis of stored row ``sample_index``, negative ones from the end.
+    """The analysis of a stored row, number ``sample_index`` of its dataset.
 
-    ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``; ``chat_template`` is as for ``align_row``.
+    ``aligner`` is of the dataset and of ``tokenizer``; ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``.
     """
-    row = dataset.read_row(sample_index)
     return Analysis(
-        tokens=analyze_token_probabilities(row, tokenizer, dataset.manifest, chat_template, top_n),
+        tokens=_analyzed(row, aligner.align(row), tokenizer, top_n),
         messages=row["messages"],
         dataset_id=dataset.dataset_id,
         model_id=dataset.manifest.model_id,
-        sample_index=sample_index % dataset.num_rows,
+        sample_index=sample_index,
         top_n=top_n,
         **shown,
     )

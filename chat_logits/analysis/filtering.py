@@ -40,10 +40,11 @@ class FoundRow:
 
 @dataclass(frozen=True, repr=False)
 class Filtering:
-    """The rows of a dataset of which a condition is true, and where they were ``saved`` (None: nowhere)."""
+    """The rows of a dataset of which a ``condition`` is true (None: that were chosen otherwise), and where they were
+    ``saved`` (None: nowhere)."""
 
     dataset_id: str
-    condition: str
+    condition: str | None
     num_conversations: int
     entropy_is_bound: bool
     rows: list[FoundRow]
@@ -56,7 +57,8 @@ class Filtering:
 
     def __repr__(self) -> str:
         found = f"{len(self.rows):,} of {count_text(self.num_conversations, 'conversation')}"
-        return f"<Filtering of {self.dataset_id}: {found} with {self.condition:.80}>"
+        by = f" with {' '.join(self.condition.split()):.80}" if self.condition else ""
+        return f"<Filtering of {self.dataset_id}: {found}{by}>"
 
 
 def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None) -> Filtering:

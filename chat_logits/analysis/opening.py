@@ -22,15 +22,25 @@ def open_with_tokenizer(
     is another tokenizer than the one recorded.
     """
     dataset = open_dataset(str(dataset_id), revision)
+    return dataset, tokenizer_of(dataset, tokenizer_id, trust_remote_code, model_id)
+
+
+def tokenizer_of(
+    dataset: StoredDataset,
+    tokenizer_id: str | None = None,
+    trust_remote_code: bool = False,
+    model_id: str | None = None,
+):
+    """The tokenizer that a dataset was extracted with, as ``open_with_tokenizer`` gives it."""
     source, commit = recorded_place(dataset, tokenizer_id or model_id, "tokenizer_id")
     if commit is None and not Path(source).exists():  # noticed before transformers is imported
         commit = resolve_commit(source, "model", None)
     gguf_file = None if tokenizer_id else dataset.manifest.gguf_file
     expected = dataset.manifest.tokenizer_fingerprint
-    return dataset, _tokenizer_of(expected, source, commit, gguf_file, trust_remote_code)
+    return _with_fingerprint(expected, source, commit, gguf_file, trust_remote_code)
 
 
-def _tokenizer_of(expected: str, source: str, commit: str | None, gguf_file: str | None, trust_remote_code: bool):
+def _with_fingerprint(expected: str, source: str, commit: str | None, gguf_file: str | None, trust_remote_code: bool):
     """The tokenizer with this fingerprint: from its files alone where they have it, in a tenth of the time."""
     tokenizer = None if gguf_file else read_tokenizer(source, commit)
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) == expected:

@@ -1,5 +1,6 @@
 """A conversation's tokens: which were extracted, and what the model predicted in the place of each."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,15 +25,16 @@ class Prediction:
     probability: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenAnalysis:
     """A token of the conversation and, where it was extracted, the distribution that predicts it (the target token).
 
-    ``status`` is "extracted", "skipped" (with the ``reason``) or "prompt". ``log_prob`` is the target token's, exact,
-    in nats; ``rank`` its place in the nucleus from 1, or None where it is not among the ``kept`` stored entries;
-    ``tail_mass`` the probability outside the nucleus; ``entropy`` in nats, nucleus plus unbiased tail, or a lower
-    bound where no tail was drawn (``entropy_is_bound``). ``text`` has a character's lone bytes as surrogate escapes
-    (PEP 383).
+    ``position`` is its place among the conversation's input ids, and ``index``, where it was extracted, among the row's
+    extracted tokens, as ``dequantize_all_logits`` takes it; both from 0. ``status`` is "extracted", "skipped" (with the
+    ``reason``) or "prompt". ``log_prob`` is the target token's, exact, in nats; ``rank`` its place in the nucleus from
+    1, or None where it is not among the ``kept`` stored entries; ``tail_mass`` the probability outside the nucleus;
+    ``entropy`` in nats, nucleus plus unbiased tail, or a lower bound where no tail was drawn (``entropy_is_bound``).
+    ``text`` has a character's lone bytes as surrogate escapes (PEP 383).
     """
 
     position: int
@@ -47,6 +49,11 @@ class TokenAnalysis:
     entropy: float | None = None
     predictions: list[Prediction] = field(default_factory=list)
     entropy_is_bound: bool = False
+    index: int | None = None
+
+    def __repr__(self) -> str:
+        numbers = f": log_prob {self.log_prob:.4f}, rank {self.rank}" if self.log_prob is not None else ""
+        return f"<TokenAnalysis {self.position} {self.text!r} ({self.reason or self.status}){numbers}>"
 
     @property
     def is_extracted(self) -> bool:
@@ -117,18 +124,19 @@ def near_answers(statuses: list[str]) -> list[bool]:
 
 def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAnalysis]:
     """Every token with its text and whether it is extracted; predictions are not known yet."""
-    tokens = []
+    tokens, indices = [], itertools.count()
     for position, (token_id, reason) in enumerate(zip(alignment.input_ids.tolist(), alignment.reasons, strict=True)):
         status = EXTRACTED if reason is None else PROMPT if reason == chat_alignment.PROMPT else SKIPPED
-        tokens.append(TokenAnalysis(position, token_id, token_text(tokenizer, token_id), status, reason))
+        index = next(indices) if status == EXTRACTED else None
+        text = token_text(tokenizer, token_id)
+        tokens.append(TokenAnalysis(position, token_id, text, status, reason, index=index))
     return tokens
 
 
 def with_predictions(tokens: list[TokenAnalysis], numbers: RowNumbers, tokenizer, top_n: int) -> list[TokenAnalysis]:
     """The tokens, the extracted ones with the row's ``numbers``, one to one."""
-    index = iter(range(len(numbers.log_probs)))
     return [
-        _with_numbers(token, numbers, next(index), tokenizer, top_n) if token.is_extracted else token
+        token if token.index is None else _with_numbers(token, numbers, token.index, tokenizer, top_n)
         for token in tokens
     ]
 
@@ -153,8 +161,10 @@ def _with_numbers(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, 
 
 
 def total(tokens: Iterable[TokenAnalysis]) -> Totals:
-    """The totals over the extracted tokens, of which there is at least one."""
+    """The totals over the extracted tokens, NaN where there are none."""
     extracted = [token for token in tokens if token.is_extracted]
+    if not extracted:
+        return Totals(0, *[math.nan] * 4, entropy_is_bound=False)
     return Totals(
         num_tokens=len(extracted),
         perplexity=perplexity_of(float(np.mean([token.surprisal for token in extracted]))),

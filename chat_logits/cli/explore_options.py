@@ -11,6 +11,7 @@ from chat_logits.options import option, options_of
 _ROWS = ("sample_index", "surprising", "show_prompt", "top_n")
 _TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # no token is rebuilt
 NOT_WITH = {
+    "where": ("thin", "budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "thin": ("budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "budget": ("student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "student": ("verify", "compare", "summary", *_ROWS),
@@ -19,7 +20,7 @@ NOT_WITH = {
     "summary": _ROWS,
 }
 # What is of use beside another option alone.
-NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget"} | dict.fromkeys(
+NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget", "save": "where"} | dict.fromkeys(
     ("student_revision", "student_rows"), "student"
 )
 
@@ -100,6 +101,19 @@ class ExploreOptions(RebuildOptions):
         metavar="K S P FOLDER",
         count=4,
     )
+    where: str | None = option(
+        None,
+        help="list the conversations of which a condition is true, such as 'mean_nll > 4', with their numbers",
+        unset="list none",
+        metavar="CONDITION",
+    )
+    save: str | None = option(
+        None,
+        help="write the conversations of --where: FILE.jsonl gets their messages, FILE.txt their rows in the source, "
+        "any other name is a new folder, with a logit dataset of these rows",
+        unset="write none",
+        metavar="PLACE",
+    )
     html: str | None = option(None, help="write a page that needs nothing else", unset="none", metavar="FILE")
     json: str | None = option(
         None, help="write what is shown as JSON; - prints that alone", unset="none", metavar="FILE"
@@ -115,9 +129,9 @@ def build_parser() -> CommandParser:
         options_of(ExploreOptions).values(),
         positional="logit_dataset_id",
         prog=called_as("explore_logits.py"),
-        usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--verify N] [--student ID] [--html FILE] …",
+        usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--where CONDITION] [--verify N] …",
         description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
-        "or all of it with --summary, --compare, --verify, --student or --budget.",
+        "or all of it with --summary, --where, --compare, --verify, --student or --budget.",
     )
 
 

@@ -13,12 +13,14 @@ from rich.console import Console
 from chat_logits.analysis.budget import Budget
 from chat_logits.analysis.comparison import Comparison, DatasetComparison
 from chat_logits.analysis.conversation import Analysis
+from chat_logits.analysis.filtering import Filtering
 from chat_logits.analysis.summary import DatasetSummary
 from chat_logits.analysis.thinning import Thinning
 from chat_logits.analysis.verification import Verification
 from chat_logits.display.budget_tables import print_budget, print_thinning
 from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
+from chat_logits.display.filter_tables import print_filtering
 from chat_logits.display.page import framed
 from chat_logits.display.student_page import student_page
 from chat_logits.display.student_tables import print_student
@@ -39,8 +41,8 @@ def print_result(result, console: Console) -> None:  # noqa: ARG001
 
 @singledispatch
 def page_of(result) -> str:
-    """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification``, a ``Budget`` and a
-    ``Thinning`` have none."""
+    """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification``, a ``Budget``, a
+    ``Thinning`` and a ``Filtering`` have none."""
     raise TypeError(f"{type(result).__name__} has no page")
 
 
@@ -49,6 +51,7 @@ print_result.register(Comparison, print_comparison)
 print_result.register(DatasetComparison, print_datasets)
 print_result.register(DatasetSummary, print_summary)
 print_result.register(Budget, print_budget)
+print_result.register(Filtering, print_filtering)
 print_result.register(StudentReport, print_student)
 print_result.register(Thinning, print_thinning)
 print_result.register(Verification, print_verification)
@@ -134,9 +137,13 @@ class ShownThinning(Shown, Thinning):
     """A ``Thinning`` that shows itself."""
 
 
+class ShownFiltering(Shown, Filtering):
+    """A ``Filtering`` that shows itself."""
+
+
 KINDS = (
     *(ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification),
-    *(ShownBudget, ShownThinning, ShownStudent),
+    *(ShownBudget, ShownThinning, ShownStudent, ShownFiltering),
 )
 
 

@@ -37,7 +37,7 @@ class DamagedRow(ToolkitError):
     """A stored row that does not follow FORMAT.md; the message names column and row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredDataset:
     """A logit dataset opened at one revision: its ``extraction.json`` and what is in each shard."""
 
@@ -46,19 +46,16 @@ class StoredDataset:
     manifest: Manifest
     shards: list[ShardEntry]
 
+    def __repr__(self) -> str:
+        return f"<StoredDataset {self.dataset_id}: {self.num_rows:,} rows in {len(self.shards):,} shards>"
+
     @property
     def num_rows(self) -> int:
         return sum(shard.num_rows for shard in self.shards)
 
     def read_row(self, sample_index: int) -> dict:
         """Stored row ``sample_index`` (negative ones from the end), checked against FORMAT.md."""
-        self.refuse_empty()
-        rows = self.num_rows
-        if not -rows <= sample_index < rows:
-            raise UsageError(
-                f"sample_index {sample_index}: {self.dataset_id} has {rows} row{'s' * (rows > 1)}, 0 to {rows - 1}"
-            )
-        row_number = offset = sample_index % rows
+        row_number = offset = self.row_number(sample_index)
         for shard in self.shards:
             if offset < shard.num_rows:
                 break
@@ -67,6 +64,16 @@ class StoredDataset:
             (row,) = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows, offset)
         self._validate(row, row_number)
         return row
+
+    def row_number(self, sample_index: int) -> int:
+        """The number from 0 of stored row ``sample_index``, negative ones from the end. Raises UsageError."""
+        self.refuse_empty()
+        rows = self.num_rows
+        if not -rows <= sample_index < rows:
+            raise UsageError(
+                f"sample_index {sample_index}: {self.dataset_id} has {rows} row{'s' * (rows > 1)}, 0 to {rows - 1}"
+            )
+        return sample_index % rows
 
     def rows(self) -> Iterator[dict]:
         """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""

@@ -1,0 +1,298 @@
+"""A whole logit dataset as one object: a sequence of conversations, each analysed when it is asked for."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chat_logits.analysis.comparison import Comparison, DatasetComparison, compare_analyses, compare_datasets
+from chat_logits.analysis.condition import Condition
+from chat_logits.analysis.conversation import Analysis, analyze_row
+from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
+from chat_logits.analysis.opening import tokenizer_of
+from chat_logits.analysis.summary import DatasetSummary, summarize
+from chat_logits.analysis.tokens import TokenAnalysis, Totals, count_text
+from chat_logits.data.alignment import RowAligner
+from chat_logits.data.conversations import from_stored
+from chat_logits.errors import UsageError
+from chat_logits.storage.dataset import StoredDataset, open_dataset
+from chat_logits.storage.manifest import Manifest
+
+FRAMES = ("pandas", "polars", "duckdb", "arrow")
+
+
+class NoSuchRow(UsageError, IndexError):
+    """A conversation that is not there."""
+
+
+class WrongKind(UsageError, TypeError):
+    """A value of a type that does not fit."""
+
+
+class Logits(Sequence):
+    """A logit dataset, or some of its conversations; ``rows`` are their numbers among the stored rows (None: all).
+
+    ``logits[0]`` is a ``Conversation``, a slice or a list of places the ``Logits`` with those. Nothing is read before
+    it is needed, and the tokenizer is opened for tokens alone; the other arguments are those of ``open_logits``.
+    Methods raise ToolkitError, with what to do about it.
+    """
+
+    def __init__(
+        self,
+        dataset: StoredDataset,
+        chat_template: str | None = None,
+        tokenizer_id: str | None = None,
+        trust_remote_code: bool = False,
+        rows: np.ndarray | None = None,
+        condition: str | None = None,
+    ):
+        self.dataset = dataset
+        self.condition = condition  # that chose the rows, all of those that fulfil it
+        self._rows = rows
+        self._options = (chat_template, tokenizer_id, trust_remote_code)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What extraction.json records."""
+        return self.dataset.manifest
+
+    @property
+    def stored_rows(self) -> np.ndarray:
+        """The conversations' numbers among the stored rows, int64 (m,)."""
+        return np.arange(self.dataset.num_rows) if self._rows is None else self._rows
+
+    def __len__(self) -> int:
+        return self.dataset.num_rows if self._rows is None else len(self._rows)
+
+    def __repr__(self) -> str:
+        counted = count_text(self.dataset.num_rows, "conversation")
+        chosen = "" if self._rows is None else f"{len(self):,} of "
+        by = f" with {' '.join(self.condition.split()):.80}" if self.condition else ""
+        return f"<Logits {self.dataset.dataset_id}: {chosen}{counted}{by}>"
+
+    def __iter__(self) -> Iterator["Conversation"]:
+        return (Conversation(self, int(row)) for row in self.stored_rows)
+
+    def __getitem__(self, index):
+        """A conversation by its place, negative ones from the end, or those of a slice or a list of places."""
+        if isinstance(index, slice):
+            return self._with(self.stored_rows[index])
+        if isinstance(index, list | tuple | np.ndarray):
+            return self._with(self.stored_rows[[self._place(one) for one in index]])
+        return Conversation(self, int(self.stored_rows[self._place(index)]))
+
+    def _place(self, index) -> int:
+        try:
+            place = operator.index(None if isinstance(index, bool) else index)
+        except TypeError as error:
+            raise WrongKind(
+                f"{index!r:.40} of {self!r}: expected a whole number, a slice, or a list of whole numbers"
+            ) from error
+        if not -len(self) <= place < len(self):
+            raise NoSuchRow(f"{place} of {self!r}: expected {f'0 to {len(self) - 1}' if len(self) else 'nothing'}")
+        return place
+
+    def _with(self, rows: np.ndarray, condition: str | None = None) -> "Logits":
+        chosen = type(self)(self.dataset, *self._options, rows=rows, condition=condition)
+        for name in ("tokenizer", "aligner"):
+            if name in vars(self):
+                vars(chosen)[name] = vars(self)[name]
+        return chosen
+
+    # --- numbers ---
+
+    def rows(self, kind: str = "pandas") -> Any:
+        """Each conversation's numbers as a data frame of ``kind``, one of ``FRAMES``: ``row``, ``source_index``,
+        ``num_tokens``, ``mean_nll``, ``perplexity``, ``mean_entropy``, ``top1_rate``, ``max_surprisal``, in nats.
+
+        Only the columns of numbers are read. "duckdb" gives a relation, "arrow" a pyarrow Table.
+        """
+        if kind not in FRAMES:
+            raise WrongKind(f"rows({kind!r:.40}): expected one of {', '.join(FRAMES)}")
+        table = self._numbers if self._rows is None else self._numbers.take(self.stored_rows)
+        try:
+            return _framed(table, kind)
+        except ImportError as error:
+            raise UsageError(f"rows({kind!r}) needs {kind}, which is not installed: pip install {kind}") from error
+
+    @cached_property
+    def _numbers(self):
+        from chat_logits.storage.numbers import number_table
+
+        return number_table(self.dataset)
+
+    def where(self, condition: str) -> "Logits":
+        """Those of which a condition is true: a DuckDB expression over the columns of ``Condition``, such as
+        ``mean_nll > 4`` or ``question ILIKE '%roof%' AND num_tokens < 200``."""
+        found = Condition(condition).rows_of(self.dataset)
+        if self._rows is None:
+            return self._with(found, condition)
+        both = f"({self.condition}\n) AND ({condition}\n)" if self.condition else None
+        return self._with(self._rows[np.isin(self._rows, found)], both)
+
+    def listed(self) -> Filtering:
+        """The conversations with their numbers, and how their first user messages begin."""
+        entropy_is_bound = not self.manifest.num_sampled
+        rows = found_rows(self.dataset, np.unique(self.stored_rows))
+        return self._shown(
+            Filtering(self.dataset.dataset_id, self.condition, self.dataset.num_rows, entropy_is_bound, rows)
+        )
+
+    def summary(self) -> DatasetSummary:
+        """The whole dataset in numbers."""
+        self._refuse_part("summary")
+        return self._shown(summarize(self.dataset, self.tokenizer, self._options[0]))
+
+    def compare(self, other: "Logits | str | Path", revision: str | None = None) -> DatasetComparison:
+        """The whole dataset beside another one: a ``Logits``, a folder, or a Hub id at ``revision``."""
+        self._refuse_part("comparison")
+        return self._shown(
+            compare_datasets(self.dataset, dataset_of(other, revision), self.tokenizer, self._options[0])
+        )
+
+    def _refuse_part(self, noun: str) -> None:
+        if self._rows is not None:
+            raise UsageError(
+                f"{self!r}: a {noun} is of a whole dataset. Save these with .save(folder), and open the folder."
+            )
+
+    # --- out ---
+
+    def save(self, place: str | Path) -> None:
+        """Write the conversations out: to FILE.jsonl their messages, to FILE.txt their source indices, or to a new
+        folder a filtered logit dataset, with the stored rows as they are."""
+        save_rows(self.dataset, self.stored_rows, str(place), self.condition)
+
+    def messages(self) -> Iterator[dict]:
+        """``source_index`` and ``messages`` of each, in the order of the stored rows."""
+        return messages_of(self.dataset, np.unique(self.stored_rows))
+
+    @property
+    def source_indices(self) -> list[int]:
+        """The conversations' row numbers in the source."""
+        return source_indices(self.dataset, self.stored_rows)
+
+    # --- tokens ---
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer that the dataset was extracted with."""
+        return tokenizer_of(self.dataset, *self._options[1:])
+
+    @cached_property
+    def aligner(self) -> RowAligner:
+        """Rebuilds the tokens of stored rows."""
+        return RowAligner(self.tokenizer, self.manifest, self._options[0])
+
+    def _shown(self, result: Any) -> Any:
+        """A result as it is given away."""
+        return result
+
+
+class Conversation(Sequence):
+    """Stored row number ``row`` of a dataset: a sequence of its tokens. What an ``Analysis`` has, it has too.
+
+    The row is read and analysed when it is first asked for something of it.
+    """
+
+    def __init__(self, logits: Logits, row: int):
+        self.logits, self.row = logits, row
+
+    @cached_property
+    def stored(self) -> dict:
+        """The stored row's columns."""
+        return self.logits.dataset.read_row(self.row)
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """With five predictions a token."""
+        return self.analyze()
+
+    def analyze(self, top_n: int = 5, **shown) -> Analysis:
+        """Its ``Analysis`` with ``top_n`` predictions a token; ``shown`` are ``show_prompt`` and ``only`` of that."""
+        logits = self.logits
+        found = analyze_row(logits.dataset, self.stored, self.row, logits.aligner, logits.tokenizer, top_n, **shown)
+        return logits._shown(found)
+
+    @property
+    def source_index(self) -> int:
+        """Its row number in the source."""
+        return self.stored["source_index"]
+
+    @property
+    def messages(self) -> list[dict]:
+        """As they were read from the source."""
+        return from_stored(self.stored["messages"])
+
+    @property
+    def tokens(self) -> Analysis:
+        """All tokens of the conversation; a slice of them is an ``Analysis``, too."""
+        return self.analysis
+
+    @property
+    def totals(self) -> Totals:
+        """The answer in five numbers."""
+        return self.analysis.totals
+
+    def compare(
+        self,
+        other: "Logits | Conversation | str | Path",
+        revision: str | None = None,
+        top_n: int = 5,
+        only: int | None = None,
+    ) -> Comparison:
+        """Beside another dataset's row of the same source row; ``other`` is as for ``Logits.compare``, ``top_n`` and
+        ``only`` as in ``Comparison``."""
+        logits, dataset = self.logits, dataset_of(other, revision)
+        template = logits._options[0]
+        found = compare_analyses(logits.dataset, dataset, logits.tokenizer, self.row, template, top_n, only)
+        return logits._shown(found)
+
+    def __len__(self) -> int:
+        return len(self.analysis)
+
+    def __getitem__(self, index) -> TokenAnalysis | Analysis:
+        if not isinstance(index, slice):
+            try:
+                operator.index(index)
+            except TypeError as error:
+                raise WrongKind(f"{index!r:.40} of {self!r}: expected a whole number or a slice") from error
+        return self.analysis[index]
+
+    def __repr__(self) -> str:
+        return f"<Conversation: row {self.row} of {self.logits.dataset.dataset_id}>"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        return getattr(self.analysis, name)
+
+
+def dataset_of(other: object, revision: str | None = None) -> StoredDataset:
+    """The dataset to compare with: of a ``Logits`` or a ``Conversation``, or a folder or a Hub id at ``revision``."""
+    if isinstance(other, Conversation):
+        other = other.logits
+    if isinstance(other, Logits):
+        return other.dataset
+    if isinstance(other, str | Path):
+        return open_dataset(str(other), revision)
+    raise WrongKind(f"{other!r:.60}: expected a logit dataset, opened, or a folder or a Hub id")
+
+
+def _framed(table, kind: str):
+    if kind == "pandas":
+        import pandas  # noqa: F401
+
+        return table.to_pandas()
+    if kind == "polars":
+        import polars
+
+        return polars.from_arrow(table)
+    if kind == "duckdb":
+        import duckdb
+
+        return duckdb.from_arrow(table)
+    return table
