@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.shard import SCHEMA
@@ -40,7 +39,14 @@ def number_table(dataset: StoredDataset) -> pa.Table:
 def with_perplexity(table: pa.Table) -> pa.Table:
     """A table that has ``mean_nll``, and ``perplexity`` behind it."""
     at = table.schema.get_field_index("mean_nll") + 1
-    return table.add_column(at, "perplexity", pc.exp(table["mean_nll"].cast(pa.float64())))
+    with np.errstate(over="ignore"):  # infinite above 709 nats
+        perplexities = np.exp(_values(table["mean_nll"]).astype(np.float64))
+    return table.add_column(at, "perplexity", pa.array(perplexities))
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """The numbers of a column without nulls; to_numpy imports pandas."""
+    return np.from_dlpack(column.combine_chunks())
 
 
 def _check(column: pa.ChunkedArray, name: str) -> None:
@@ -48,7 +54,7 @@ def _check(column: pa.ChunkedArray, name: str) -> None:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise DamagedRow(f"column {name} of row {row}: found null, expected a number")
-    values = np.from_dlpack(column.combine_chunks())  # to_numpy imports pandas
+    values = _values(column)
     if name in ROW_NUMBERS:
         try:
             check_row_numbers(name, values)
