@@ -17,7 +17,7 @@ from chat_logits.data.conversations import from_stored, question_of
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import refuse_filled, write_text
-from chat_logits.storage.numbers import number_table
+from chat_logits.storage.numbers import number_table, read_columns
 
 MESSAGES, INDICES = ".jsonl", ".txt"  # endings of the files that a choice of rows is saved to
 OTHER_FILES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # which would not be what their names say
@@ -84,9 +84,9 @@ def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None)
 
 def found_rows(dataset: StoredDataset, rows: Sequence[int]) -> list[FoundRow]:
     """The numbers and questions of these stored rows, which ascend."""
-    numbers = number_table(dataset).take(pa.array(rows, pa.int64())).to_pylist()
-    questions = (question_of(row["messages"]) for _, row in dataset.chosen_rows(rows))
-    return [FoundRow(**row, question=question) for row, question in zip(numbers, questions, strict=True)]
+    numbers = number_table(dataset, rows).to_pylist()
+    messages = read_columns(dataset, ["messages"], rows)["messages"].to_pylist()
+    return [FoundRow(**row, question=question_of(one)) for row, one in zip(numbers, messages, strict=True)]
 
 
 # --- out of the dataset ---
@@ -156,4 +156,4 @@ def messages_of(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[dict]:
 
 def source_indices(dataset: StoredDataset, rows: Sequence[int]) -> list[int]:
     """The source rows of these stored rows."""
-    return number_table(dataset)["source_index"].take(pa.array(rows, pa.int64())).to_pylist()
+    return read_columns(dataset, ["source_index"])["source_index"].take(pa.array(rows, pa.int64())).to_pylist()

@@ -127,7 +127,8 @@ class Manifest(RunInputs):
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
-            raise ToolkitError(f"{place}: format_version {version!r}, expected {FORMAT_VERSION}")
+            again = "; another version of the toolkit wrote it: extract again" if isinstance(version, int) else ""
+            raise ToolkitError(f"{place}: format_version {version!r:.{SHOWN}}, expected {FORMAT_VERSION}{again}")
         required = [key for key in KEYS if key in FINGERPRINT_KEYS or key in ("model_id", "dataset_id")]
         if missing := [key for key in required if key not in content]:
             raise ToolkitError(f"{place}: {EXTRACTION_FILE} has no {first_names(missing)}")

@@ -3,6 +3,7 @@
 A row's checksum is over all of its columns and is not held against some of them; page CRCs are.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,30 +11,39 @@ import pyarrow as pa
 
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.shard import SCHEMA
-from logit_codec import ROW_NUMBERS, RowError, check_row_numbers
+from logit_codec import RANGES, ROW_NUMBERS
 
 NUMBER_COLUMNS = ("source_index", "num_tokens", *ROW_NUMBERS)
 
 
-def read_columns(dataset: StoredDataset, names: Sequence[str]) -> pa.Table:
-    """``row``, int64 and from 0, and these columns of FORMAT.md, in this order, of every stored row.
+def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Sequence[int] | None = None) -> pa.Table:
+    """``row``, int64 and from 0, and these columns of FORMAT.md, in this order, of every stored row, or of ``rows``,
+    which ascend.
 
-    Of each shard, the footer and these columns are read, some rows at a time. Raises ToolkitError as
-    ``StoredDataset.read_row`` does, where there are no rows, and for a number that no row has.
+    Of each shard, the footer and these columns are read, some rows at a time; none of shards without any of ``rows``.
+    Raises ToolkitError as ``StoredDataset.read_row`` does, where there are no rows, and for a number that no row has.
     """
     dataset.refuse_empty()
-    schema = pa.schema([SCHEMA.field(name) for name in names])
-    parts = [dataset.shard_columns(number, names) for number in range(len(dataset.shards))]
-    table = pa.concat_tables([schema.empty_table(), *parts])
+    wanted = np.arange(dataset.num_rows) if rows is None else np.asarray(rows, np.int64)
+    parts = [pa.schema([SCHEMA.field(name) for name in names]).empty_table()]
+    first = 0
+    for number, shard in enumerate(dataset.shards):
+        start, end = np.searchsorted(wanted, [first, first + shard.num_rows])
+        if start < end:
+            part = dataset.shard_columns(number, names)
+            parts.append(part if end - start == len(part) else part.take(pa.array(wanted[start:end] - first)))
+        first += shard.num_rows
+    table = pa.concat_tables(parts)
     for name in set(names) & {*NUMBER_COLUMNS}:
-        _check(table[name], name)
-    return table.add_column(0, "row", pa.array(np.arange(len(table))))
+        _check(table[name], name, wanted)
+    return table.add_column(0, "row", pa.array(wanted))
 
 
-def number_table(dataset: StoredDataset) -> pa.Table:
-    """Each row's numbers: ``row``, ``source_index``, ``num_tokens``, ``mean_nll``, ``perplexity`` (float64, e to the
-    power of that), ``mean_entropy``, ``top1_rate`` and ``max_surprisal``; nats and shares, as FORMAT.md has them."""
-    return with_perplexity(read_columns(dataset, NUMBER_COLUMNS))
+def number_table(dataset: StoredDataset, rows: Sequence[int] | None = None) -> pa.Table:
+    """Numbers of each row, or of ``rows``, which ascend: ``row``, ``source_index``, ``num_tokens``, ``mean_nll``,
+    ``perplexity`` (float64, e to the power of that), ``mean_entropy``, ``top1_rate`` and ``max_surprisal``; nats and
+    shares, as FORMAT.md has them."""
+    return with_perplexity(read_columns(dataset, NUMBER_COLUMNS, rows))
 
 
 def with_perplexity(table: pa.Table) -> pa.Table:
@@ -49,19 +59,15 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(column.combine_chunks())
 
 
-def _check(column: pa.ChunkedArray, name: str) -> None:
-    """Raise DamagedRow, with the row, for a value that the column cannot have."""
+def _check(column: pa.ChunkedArray, name: str, rows: np.ndarray) -> None:
+    """Raise DamagedRow, with its number of ``rows``, for a value that the column cannot have."""
     if column.null_count:
-        row = column.is_null().to_pylist().index(True)
+        row = rows[column.is_null().to_pylist().index(True)]
         raise DamagedRow(f"column {name} of row {row}: found null, expected a number")
     values = _values(column)
-    if name in ROW_NUMBERS:
-        try:
-            check_row_numbers(name, values)
-        except RowError as error:
-            raise DamagedRow(str(error)) from error
-        return
-    least = int(name == "num_tokens")
-    if (values < least).any():
-        row = int((values < least).argmax())
-        raise DamagedRow(f"column {name} of row {row}: found {values[row]}, expected {least} or more")
+    least, most = RANGES.get(name, (int(name == "num_tokens"), math.inf))
+    wrong = ~((least <= values) & (values <= most))
+    if wrong.any():
+        place = int(wrong.argmax())
+        expected = f"{least:g} to {most:g}"
+        raise DamagedRow(f"column {name} of row {rows[place]}: found {values[place]}, expected {expected}")
