@@ -84,9 +84,10 @@ class Condition:
                 raise self._error("too many brackets") from error
             if tree["error"]:
                 raise self._error(tree["error_message"].replace('at or near "FROM"', "at its end"))
-        (node,) = (statement["node"] for statement in tree["statements"])
-        if {key: value for key, value in node.items() if key in BARE} != BARE or len(node["select_list"]) != 1:
-            raise self._error("more than one expression")
+            node, *others = (statement["node"] for statement in tree["statements"])
+            is_bare = {key: value for key, value in node.items() if key in BARE} == BARE
+            if others or not is_bare or len(node["select_list"]) != 1:
+                raise self._error("more than one expression")
         return node["select_list"][0]
 
     def _refuse(self, node: dict) -> None:
