@@ -141,7 +141,8 @@ def _stored(columns: set[str]) -> list[str]:
 
 def _one_row(columns: set[str]) -> pa.Table:
     """What ``read_columns`` gives for these columns, of one row that is made up."""
-    names, values = _stored(columns), {"messages": [], "tools": None}
+    names = _stored(columns)
+    values: dict = {"messages": [], "tools": None}
     arrays = [pa.array([values.get(name, 0)], SCHEMA.field(name).type) for name in names]
     return pa.Table.from_arrays([pa.array([0]), *arrays], names=["row", *names])
 

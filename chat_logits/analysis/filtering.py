@@ -4,7 +4,7 @@ FORMAT.md, "Filtered datasets", is the specification of the first.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from chat_logits.analysis.condition import Condition
 from chat_logits.analysis.tokens import count_text
 from chat_logits.data.conversations import from_stored, question_of
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.storage.disk import refuse_filled, write_text
 from chat_logits.storage.numbers import number_table, read_columns
 
@@ -82,7 +82,7 @@ def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None)
     )
 
 
-def found_rows(dataset: StoredDataset, rows: Sequence[int]) -> list[FoundRow]:
+def found_rows(dataset: StoredDataset, rows: Rows) -> list[FoundRow]:
     """The numbers and questions of these stored rows, which ascend."""
     numbers = number_table(dataset, rows).to_pylist()
     messages = read_columns(dataset, ["messages"], rows)["messages"].to_pylist()
@@ -92,7 +92,7 @@ def found_rows(dataset: StoredDataset, rows: Sequence[int]) -> list[FoundRow]:
 # --- out of the dataset ---
 
 
-def check_rows(dataset: StoredDataset, rows: Sequence[int]) -> np.ndarray:
+def check_rows(dataset: StoredDataset, rows: Rows) -> np.ndarray:
     """Numbers of stored rows, int64, ascending, each once. Raises UsageError for others, and for none."""
     try:
         numbers = np.unique(np.asarray(rows if isinstance(rows, np.ndarray) else list(rows)))
@@ -118,7 +118,7 @@ def check_place(save: str) -> None:
         raise UsageError(f"`save` {save}: {fault}, expected a file to write")
 
 
-def save_rows(dataset: StoredDataset, rows: Sequence[int], save: str, condition: str | None = None) -> None:
+def save_rows(dataset: StoredDataset, rows: Rows, save: str, condition: str | None = None) -> None:
     """Write some stored rows, by their numbers, to ``save``: FILE.jsonl gets their messages, FILE.txt their source
     indices, and any other name is the folder of a filtered dataset, whose ``condition`` is recorded.
 
@@ -136,7 +136,7 @@ def save_rows(dataset: StoredDataset, rows: Sequence[int], save: str, condition:
         raise ToolkitError(f"{save}: it cannot be written: {error.strerror}") from error
 
 
-def write_dataset(dataset: StoredDataset, rows: Sequence[int], folder: str, condition: str | None = None) -> None:
+def write_dataset(dataset: StoredDataset, rows: Rows, folder: str, condition: str | None = None) -> None:
     """Write a filtered dataset of these rows to a new or an empty folder. ``condition`` is what they were chosen by;
     without one, their numbers are recorded. Raises as ``save_rows``."""
     from chat_logits.storage.derived import write_filtered  # with the card, imports huggingface_hub
@@ -146,7 +146,7 @@ def write_dataset(dataset: StoredDataset, rows: Sequence[int], folder: str, cond
     write_filtered(dataset, numbers.tolist(), dataset.manifest.filtered(condition, numbers), Path(folder))
 
 
-def messages_of(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[dict]:
+def messages_of(dataset: StoredDataset, rows: Rows) -> Iterator[dict]:
     """``source_index``, ``messages`` and, where there are any, ``tools`` (a list) of these rows, as they were read from
     the source: what an extraction takes again."""
     for _, row in dataset.chosen_rows(rows):
@@ -154,6 +154,6 @@ def messages_of(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[dict]:
         yield {"source_index": row["source_index"], "messages": from_stored(row["messages"]), **tools}
 
 
-def source_indices(dataset: StoredDataset, rows: Sequence[int]) -> list[int]:
+def source_indices(dataset: StoredDataset, rows: Rows) -> list[int]:
     """The source rows of these stored rows."""
     return read_columns(dataset, ["source_index"])["source_index"].take(pa.array(rows, pa.int64())).to_pylist()

@@ -14,7 +14,7 @@ from chat_logits.analysis.conversation import Analysis, analyze_row
 from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
 from chat_logits.analysis.opening import tokenizer_of
 from chat_logits.analysis.summary import DatasetSummary, summarize
-from chat_logits.analysis.tokens import TokenAnalysis, Totals, count_text
+from chat_logits.analysis.tokens import Totals, count_text
 from chat_logits.data.alignment import RowAligner
 from chat_logits.data.conversations import from_stored
 from chat_logits.errors import UsageError
@@ -85,12 +85,9 @@ class Logits(Sequence):
         return Conversation(self, int(self.stored_rows[self._place(index)]))
 
     def _place(self, index) -> int:
-        try:
-            place = operator.index(None if isinstance(index, bool) else index)
-        except TypeError as error:
-            raise WrongKind(
-                f"{index!r:.40} of {self!r}: expected a whole number, a slice, or a list of whole numbers"
-            ) from error
+        place = _whole(index)
+        if place is None:
+            raise WrongKind(f"{index!r:.40} of {self!r}: expected a whole number, a slice, or a list of whole numbers")
         if not -len(self) <= place < len(self):
             raise NoSuchRow(f"{place} of {self!r}: expected {f'0 to {len(self) - 1}' if len(self) else 'nothing'}")
         return place
@@ -133,8 +130,8 @@ class Logits(Sequence):
         both = f"({self.condition}\n) AND ({condition}\n)" if self.condition else None
         return self._with(self._rows[np.isin(self._rows, found)], both)
 
-    def listed(self) -> Filtering:
-        """The conversations with their numbers, and how their first user messages begin."""
+    def listed(self) -> Any:
+        """A ``Filtering``: the conversations with their numbers, and how their first user messages begin."""
         entropy_is_bound = not self.manifest.num_sampled
         rows = found_rows(self.dataset, np.unique(self.stored_rows))
         return self._shown(
@@ -254,12 +251,9 @@ class Conversation(Sequence):
     def __len__(self) -> int:
         return len(self.analysis)
 
-    def __getitem__(self, index) -> TokenAnalysis | Analysis:
-        if not isinstance(index, slice):
-            try:
-                operator.index(index)
-            except TypeError as error:
-                raise WrongKind(f"{index!r:.40} of {self!r}: expected a whole number or a slice") from error
+    def __getitem__(self, index):
+        if not isinstance(index, slice) and _whole(index) is None:
+            raise WrongKind(f"{index!r:.40} of {self!r}: expected a whole number or a slice")
         return self.analysis[index]
 
     def __repr__(self) -> str:
@@ -269,6 +263,14 @@ class Conversation(Sequence):
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
         return getattr(self.analysis, name)
+
+
+def _whole(index) -> int | None:
+    """A whole number of any kind, None for all else."""
+    try:
+        return None if isinstance(index, bool) else operator.index(index)
+    except TypeError:
+        return None
 
 
 def dataset_of(other: object, revision: str | None = None) -> StoredDataset:

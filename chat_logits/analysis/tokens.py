@@ -164,7 +164,7 @@ def total(tokens: Iterable[TokenAnalysis]) -> Totals:
     """The totals over the extracted tokens, NaN where there are none."""
     extracted = [token for token in tokens if token.is_extracted]
     if not extracted:
-        return Totals(0, *[math.nan] * 4, entropy_is_bound=False)
+        return Totals(0, math.nan, math.nan, math.nan, math.nan, entropy_is_bound=False)
     return Totals(
         num_tokens=len(extracted),
         perplexity=perplexity_of(float(np.mean([token.surprisal for token in extracted]))),

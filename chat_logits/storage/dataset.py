@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from chat_logits.storage.shard import (
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
 from logit_codec import ROW_NUMBERS, RowError, validate_row
 
+Rows = Sequence[int] | np.ndarray  # numbers of stored rows
 READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read
 
 
@@ -109,7 +111,7 @@ class StoredDataset:
                     yield first, rows
                     first += len(rows)
 
-    def chosen_rows(self, rows: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    def chosen_rows(self, rows: Rows) -> Iterator[tuple[int, dict]]:
         """Some of the stored rows, whose numbers ascend, each with its number; otherwise as ``row_groups`` has them.
 
         Row groups that have none of them are not read.
@@ -121,7 +123,8 @@ class StoredDataset:
             if start == end:
                 continue
             offsets, numbers = set((chosen[start:end] - first).tolist()), iter(chosen[start:end].tolist())
-            whole = {"cache_type": "readahead", "block_size": READ_AHEAD} if len(offsets) == shard.num_rows else {}
+            whole: dict[str, Any] = {"cache_type": "readahead", "block_size": READ_AHEAD}
+            whole = whole if len(offsets) == shard.num_rows else {}
             with self._open(shard.path, **whole) as source:
                 arguments = (source, shard.path, self.manifest.fingerprint, shard.num_rows, offsets)
                 for row in itertools.chain.from_iterable(read_row_groups(*arguments)):

@@ -1,7 +1,7 @@
 """A dataset that is made from another, shard by shard: a whole new folder, or none."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from chat_logits.data.conversations import from_stored
 from chat_logits.data.marks import is_left_out
 from chat_logits.storage.card import render_card
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import write_shard
@@ -28,7 +28,7 @@ def write_derived(
     ``manifest`` is the new dataset's. The folder, new or empty, gets its name once all of it is written. One shard at a
     time is in memory. Raises ToolkitError where it cannot be written, and what reading raises.
     """
-    entries = []
+    entries: list[ShardEntry] = []
     with _new_dataset(manifest, folder, dataset.num_rows, entries) as (building, bar):
         for number, shard in enumerate(dataset.shards):
             rows = []
@@ -40,13 +40,13 @@ def write_derived(
     return entries
 
 
-def write_filtered(dataset: StoredDataset, rows: Sequence[int], manifest: Manifest, folder: Path) -> list[ShardEntry]:
+def write_filtered(dataset: StoredDataset, rows: Rows, manifest: Manifest, folder: Path) -> list[ShardEntry]:
     """Write some of a dataset's rows, by their ascending numbers, as they are (FORMAT.md, "Filtered datasets").
 
     ``manifest`` is the new dataset's. A shard has the number that it had; the rows that are not wanted are among its
     skipped source rows, and shards without any row are left out. Otherwise as ``write_derived``.
     """
-    entries = []
+    entries: list[ShardEntry] = []
     with _new_dataset(manifest, folder, len(rows), entries) as (building, bar):
         chosen = dataset.chosen_rows(rows)
         for number, wanted in _by_shard(dataset, rows):
@@ -61,7 +61,7 @@ def write_filtered(dataset: StoredDataset, rows: Sequence[int], manifest: Manife
     return entries
 
 
-def _by_shard(dataset: StoredDataset, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _by_shard(dataset: StoredDataset, rows: Rows) -> Iterator[tuple[int, int]]:
     """Places of the shards that have any of these rows, and how many each has."""
     ends = np.cumsum([shard.num_rows for shard in dataset.shards])
     numbers, counts = np.unique(np.searchsorted(ends, np.asarray(rows), side="right"), return_counts=True)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from chat_logits.storage.dataset import DamagedRow, StoredDataset
+from chat_logits.storage.dataset import DamagedRow, Rows, StoredDataset
 from chat_logits.storage.shard import SCHEMA
 from logit_codec import RANGES, ROW_NUMBERS
 
 NUMBER_COLUMNS = ("source_index", "num_tokens", *ROW_NUMBERS)
 
 
-def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Sequence[int] | None = None) -> pa.Table:
+def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Rows | None = None) -> pa.Table:
     """``row``, int64 and from 0, and these columns of FORMAT.md, in this order, of every stored row, or of ``rows``,
     which ascend.
 
@@ -39,7 +39,7 @@ def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Sequence[in
     return table.add_column(0, "row", pa.array(wanted))
 
 
-def number_table(dataset: StoredDataset, rows: Sequence[int] | None = None) -> pa.Table:
+def number_table(dataset: StoredDataset, rows: Rows | None = None) -> pa.Table:
     """Numbers of each row, or of ``rows``, which ascend: ``row``, ``source_index``, ``num_tokens``, ``mean_nll``,
     ``perplexity`` (float64, e to the power of that), ``mean_entropy``, ``top1_rate`` and ``max_surprisal``; nats and
     shares, as FORMAT.md has them."""
