@@ -20,6 +20,7 @@ from chat_logits.analysis.verification import check_rows
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import DamagedRow, open_dataset
+from chat_logits.storage.footer import TAIL
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.numbers import NUMBER_COLUMNS, number_table, read_columns
 from chat_logits.storage.shard import METADATA_KEY, check_shard, read_shard_columns, shard_sizes
@@ -27,6 +28,7 @@ from explore_logits import execute_filtering, execute_thinning
 from logit_codec import ROW_NUMBERS
 
 CHOSEN = "num_tokens > 100"
+HOLE = 8192  # bytes between two columns of a row group that pyarrow reads at most, rather than ask twice
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,11 @@ def question(row):
 
 
 CONDITIONS = {
-    "mean_nll > 10.9": lambda row: row["mean_nll"] > np.float32(10.9),
-    "MAX_SURPRISAL BETWEEN 11.5 AND 12": lambda row: 11.5 <= row["max_surprisal"] <= 12,
-    "top1_rate = 0 OR mean_entropy < 9": lambda row: row["top1_rate"] == 0 or row["mean_entropy"] < 9,
-    "perplexity > 60000 AND NOT num_tokens < 50": lambda row: (
-        math.exp(row["mean_nll"]) > 60000 and row["num_tokens"] >= 50
+    "mean_nll > 9.9": lambda row: row["mean_nll"] > np.float32(9.9),
+    "MAX_SURPRISAL BETWEEN 13.5 AND 14": lambda row: 13.5 <= row["max_surprisal"] <= 14,
+    "top1_rate > 0 OR mean_entropy < 6.85": lambda row: row["top1_rate"] > 0 or row["mean_entropy"] < np.float32(6.85),
+    "perplexity > 20000 AND NOT num_tokens < 50": lambda row: (
+        math.exp(row["mean_nll"]) > 20000 and row["num_tokens"] >= 50
     ),
     "question ILIKE '%IS 1_?%'": lambda row: question(row)[:9] == "What is 1" and len(question(row)) == 11,
     "row % 10 = 3": lambda row: row["row"] % 10 == 3,
@@ -174,7 +176,7 @@ def test_only_the_columns_of_numbers_are_read(real_extraction):
     sizes = shard_sizes(path, path.name, fingerprint)
     needed = sizes["footer"] + sum(sizes[name] for name in NUMBER_COLUMNS)
     print(f"{file.count:,} of {file.size:,} bytes read, {needed:,} of the columns and the footer")
-    assert table.num_rows == 32 and needed <= file.count < file.size / 5
+    assert table.num_rows == 32 and needed <= file.count <= needed + TAIL + 2 * HOLE
 
 
 @pytest.mark.parametrize(("column", "value"), [("mean_nll", math.nan), ("top1_rate", 2.0), ("max_surprisal", None)])
@@ -286,7 +288,7 @@ def test_it_holds_up_against_the_model(real_extraction, smollm2, tmp_path):
 def test_a_student_is_trained_on_it(filtered, rows):
     from chat_logits.training.dataset import training_dataset
 
-    examples = training_dataset(filtered)
+    examples = training_dataset(filtered, end_of_turn="skip")
     expected = [row["num_tokens"] for row in rows if row["num_tokens"] > 100]
     assert [len(example["target_ids"]) for example in examples] == expected
 
