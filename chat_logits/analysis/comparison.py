@@ -6,7 +6,7 @@
 import bisect
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,7 @@ from chat_logits.analysis.divergence import (
     comparison_sums,
     totals_of,
 )
+from chat_logits.analysis.runs import RunDifference, run_differences
 from chat_logits.analysis.summary import Histogram, count_in_bins
 from chat_logits.analysis.tokens import (
     count_text,
@@ -47,8 +48,8 @@ LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
 class Comparison(Sequence):
     """A conversation's tokens, all of them, in order, as both models see them; a sequence of ``TokenComparison``.
 
-    ``sample_index`` and ``other_sample_index`` are its rows. ``top_n`` predictions a token and model are shown, and
-    with ``only`` the n extracted tokens with the largest KL alone, the largest first.
+    ``sample_index`` and ``other_sample_index`` are its rows, ``differences`` the runs'. ``top_n`` predictions
+    a token and model are shown, and with ``only`` the n extracted tokens with the largest KL alone, the largest first.
     """
 
     tokens: list[TokenComparison]
@@ -61,6 +62,7 @@ class Comparison(Sequence):
     source_index: int
     top_n: int = 5
     only: int | None = None
+    differences: list[RunDifference] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,10 +91,15 @@ class Comparison(Sequence):
         """A dict per shown token; numbers of tokens that were not extracted are None."""
         return [token.as_dict() for token in self.shown]
 
+    @property
+    def head(self) -> dict:
+        """Which rows of which datasets it is of, how their runs differ, and the totals."""
+        names = ("first", "other", "sample_index", "other_sample_index", "source_index", "differences", "totals")
+        return {name: getattr(self, name) for name in names}
+
     def as_dict(self) -> dict:
-        """Plain values: which rows of which datasets, the totals, and the tokens that are shown."""
-        names = ("first", "other", "sample_index", "other_sample_index", "source_index", "totals")
-        return {**{name: getattr(self, name) for name in names}, "tokens": self.to_dicts()}
+        """Plain values: which rows of which datasets, how their runs differ, the totals, and the tokens shown."""
+        return {**self.head, "tokens": self.to_dicts()}
 
 
 def compare_analyses(
@@ -122,6 +129,7 @@ def compare_analyses(
         sample_index=sample_index % first.num_rows,
         other_sample_index=other_index,
         source_index=row["source_index"],
+        differences=run_differences(first.manifest, other.manifest),
         top_n=top_n,
         only=only,
     )
@@ -198,7 +206,7 @@ class DatasetComparison:
 
     ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
     ``num_different`` those of both whose tokens are not the same, which are left out. ``tokens`` and ``conversations``
-    are those with the largest KL and mean KL, the largest first.
+    are those with the largest KL and mean KL, the largest first; ``differences`` is what differs between the runs.
     """
 
     first: Source
@@ -211,6 +219,7 @@ class DatasetComparison:
     histogram: Histogram
     tokens: list[DivergentToken]
     conversations: list[DivergentConversation]
+    differences: list[RunDifference] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """All of it as plain values."""
@@ -303,6 +312,7 @@ class _ComparisonTally:
             only_in_first=first.num_rows - in_both,
             only_in_other=other.num_rows - in_both,
             num_different=num_different,
+            differences=run_differences(first.manifest, other.manifest),
             histogram=Histogram(KL_EDGES.tolist(), self.counts.tolist(), is_open_ended=True),
             tokens=_largest_first(self.tokens),
             conversations=_largest_first(self.conversations),
@@ -328,6 +338,7 @@ def _divergent_token(
         sample_index=sample_index,
         source_index=row["source_index"],
         position=position,
+        index=i,
         text=text,
         before=before,
         kl=float(compared.kl[i]),

@@ -96,15 +96,19 @@ class Analysis(Sequence):
         """A dict per shown token; numbers of tokens that were not extracted are None."""
         return [token.as_dict() for token in self.shown]
 
-    def as_dict(self) -> dict:
-        """Plain values: which row of which dataset it is, the totals, and the tokens that are shown."""
+    @property
+    def head(self) -> dict:
+        """Which row of which dataset it is, and the totals."""
         return {
             "logit_dataset_id": self.dataset_id,
             "sample_index": self.sample_index,
             "model_id": self.model_id,
             "totals": self.totals,
-            "tokens": self.to_dicts(),
         }
+
+    def as_dict(self) -> dict:
+        """Plain values: which row of which dataset it is, the totals, and the tokens that are shown."""
+        return {**self.head, "tokens": self.to_dicts()}
 
 
 def analyze_token_probabilities(

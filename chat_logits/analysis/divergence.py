@@ -196,13 +196,14 @@ def _model_numbers(token: TokenAnalysis) -> dict:
 class DivergentToken:
     """A token with a large KL divergence: the text before it, and each model's most probable token there.
 
-    ``sample_index`` is the first dataset's row, ``position`` counts the conversation's tokens; all logs are in nats.
-    A prediction is None where that dataset has stored none.
+    ``sample_index`` is the first dataset's row, ``position`` counts the conversation's tokens and ``index`` the row's
+    extracted ones; all logs are in nats. A prediction is None where that dataset has stored none.
     """
 
     sample_index: int
     source_index: int
     position: int
+    index: int
     text: str
     before: str
     kl: float

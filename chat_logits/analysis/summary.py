@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
+from chat_logits.analysis.runs import RunRecord, run_record
 from chat_logits.analysis.tokens import Prediction, count_text, first_prediction, text_and_before
 from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.data.conversations import question_of
@@ -121,11 +122,12 @@ class DatasetSummary:
     against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
     nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
     of the vocabulary by their total loss. ``turns_left_out`` of the assistant are marked not to be trained on, and were
-    not extracted.
+    not extracted. ``run`` is the record of where the rows come from.
     """
 
     dataset_id: str
     model_id: str
+    run: RunRecord
     num_conversations: int
     turns_left_out: int
     num_tokens: int
@@ -250,6 +252,7 @@ class _Tally:
         return DatasetSummary(
             dataset_id=dataset.dataset_id,
             model_id=dataset.manifest.model_id,
+            run=run_record(dataset),
             num_conversations=dataset.num_rows,
             turns_left_out=self.turns_left_out,
             num_tokens=tokens,

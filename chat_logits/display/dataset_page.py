@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from chat_logits.analysis.comparison import DatasetComparison
+from chat_logits.analysis.runs import RunRecord
 from chat_logits.analysis.summary import DatasetSummary, Histogram
+from chat_logits.display.comparison_page import comparison_tiles, difference_rows, names_of, short_hash
 from chat_logits.display.dataset_tables import (
     conversation_tables,
     divergent_conversations_table,
@@ -15,22 +17,27 @@ from chat_logits.display.dataset_tables import (
 from chat_logits.display.formats import entropy_text, short_perplexity
 from chat_logits.display.page import render_page
 from chat_logits.display.tables import Table
-from chat_logits.display.token_page import comparison_tiles
+from chat_logits.display.text import line_of
 
+STYLES = ("runs.css",)
 LABELLED, TICKS = 12, 5  # up to so many bins are all labelled; of more, about so many
 
 
-def summary_page(summary: DatasetSummary) -> str:
-    """The page of a dataset's summary."""
+def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
+    """The page of a dataset's summary; ``frame`` is as for a conversation's page."""
+    at_least = ", at least" * summary.entropy_is_bound
     return render_page(
         "summary.html.jinja",
+        styles=STYLES,
+        frame=frame,
         title=f"Summary of {summary.dataset_id}",
         subtitle=f"What {summary.model_id} predicted in the place of every extracted token",
         tiles=_tiles(summary),
+        record=_record(summary.run),
         figures=[
             _reliability(summary),
-            _histogram("Surprisal of the target tokens, nats", summary.surprisals),
-            _histogram(f"Entropy of the predictions, nats{', at least' * summary.entropy_is_bound}", summary.entropies),
+            _histogram("Surprisal of the target tokens", summary.surprisals, "surprisal, nats"),
+            _histogram("Entropy of the predictions", summary.entropies, f"entropy{at_least}, nats"),
             _kept(summary.kept),
             _sizes(summary),
             *(_table(table, span=6) for table in conversation_tables(summary)),
@@ -38,6 +45,25 @@ def summary_page(summary: DatasetSummary) -> str:
             _table(vocabulary_table(summary.vocabulary_losses)),
         ],
     )
+
+
+def _record(run: RunRecord) -> list[tuple[str, str]]:
+    """Where the rows come from, and how, in a line each."""
+    source = " · ".join(filter(None, (run.source_id, run.source_config, f"split {run.source_split}")))
+    nucleus = f"top-k {run.top_k:,}, top-p {run.top_p:g}, {run.num_sampled} draws from the tail, seed {run.seed}"
+    precision = f"{run.dtype}, head {run.head_dtype}, attention {run.attn_implementation or 'not recorded'}"
+    turns = "all turns" if run.all_turns else "last turn"
+    most = "all rows" if run.max_samples is None else f"the first {run.max_samples:,} rows"
+    lines = [
+        ("Model", f"{run.model_id} at {short_hash(run.model_revision)}"),
+        ("Source", f"{source} at {short_hash(run.source_revision)}, {most}, {turns}"),
+        ("Stored", nucleus),
+        ("Computed in", precision),
+        ("Written", f"{run.written[:16].replace('T', ' ')} UTC")
+        if run.written
+        else ("Revision", short_hash(run.revision or "")),
+    ]
+    return [(name, line_of(text)) for name, text in lines]
 
 
 def _tiles(summary) -> list[tuple[str, str]]:
@@ -59,8 +85,8 @@ def _tiles(summary) -> list[tuple[str, str]]:
 # --- figures ---
 
 
-def _histogram(title: str, counted: Histogram, note: str = "", span: int = 4) -> dict:
-    """A figure of a ``Histogram``; ``span`` is its width in twelfths of the page's."""
+def _histogram(title: str, counted: Histogram, axis: str, note: str = "", span: int = 4) -> dict:
+    """A figure of a ``Histogram`` over an ``axis``; ``span`` is its width in twelfths of the page's."""
     total, largest = max(1, sum(counted.counts)), max(1, *counted.counts)
     step = 1 if len(counted.counts) <= LABELLED else -(-len(counted.counts) // TICKS)
     return {
@@ -68,6 +94,8 @@ def _histogram(title: str, counted: Histogram, note: str = "", span: int = 4) ->
         "span": span,
         "title": title,
         "note": note,
+        "axis": axis,
+        "shares": [f"{largest / total:.1%}", f"{largest / total / 2:.1%}", "0%"],
         "bins": [
             {
                 "percent": round(100 * count / largest, 2),
@@ -140,36 +168,63 @@ def _sizes(summary) -> dict:
 # --- tables ---
 
 
-def _table(table: Table, span: int = 12) -> dict:
+def _table(table: Table, span: int = 12, links: Sequence[str] = ()) -> dict:
+    """A figure of a table; ``links`` are the addresses of its rows, where it has any."""
+    columns = [column for i, column in enumerate(table.columns) if not _repeats(table, i)]
     return {
         "kind": "table",
         "span": span,
         "title": table.title,
         "note": "",
-        "columns": [(column.title, column.is_number) for column in table.columns],
-        "rows": table.rows,
+        "columns": [(column.title, column.is_number) for column in columns],
+        "rows": list(zip(*(column.cells_at(column.most) for column in columns), strict=True)),
+        "links": list(links),
     }
+
+
+def _repeats(table: Table, i: int) -> bool:
+    """Whether a column, such as that of the source rows, says what the one before it has said."""
+    column, before = table.columns[i], table.columns[i - 1]
+    is_repeated = column.title == "Source row" and before.title == "Row"
+    return is_repeated and list(column.cells_at(column.most)) == list(before.cells_at(before.most))
 
 
 # --- two datasets ---
 
 
-def datasets_page(comparison: DatasetComparison) -> str:
-    """The page of two datasets beside each other."""
+def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> str:
+    """The page of two datasets beside each other: how their runs differ, where they part, and how far they are apart.
+
+    A ``frame`` that has ``row``, an address with ``{row}`` in it, has each token and conversation linked to its place.
+    """
     left_out = comparison.only_in_first + comparison.only_in_other + comparison.num_different
     tiles = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", f"{left_out:,}")]
     note = (
         f"Left out: {comparison.only_in_first:,} only in the first, {comparison.only_in_other:,} only in the other, "
         f"{comparison.num_different:,} with other tokens."
     )
+    names = names_of(comparison.first, comparison.other, comparison.differences)
+    address = (frame or {}).get("row")
+    rows = [each.sample_index for each in comparison.conversations] if address else []
+    places = [(each.sample_index, each.index) for each in comparison.tokens] if address else []
     return render_page(
         "summary.html.jinja",
+        styles=STYLES,
+        frame=frame,
         title=f"{comparison.first.logit_dataset_id} and {comparison.other.logit_dataset_id}",
-        subtitle=f"How far {comparison.first.model_id} and {comparison.other.model_id} are apart",
+        subtitle=f"How far {names[0]} and {names[1]} are apart",
         tiles=[*tiles, *comparison_tiles(comparison.totals)],
+        differences=difference_rows(comparison.differences),
+        names=names,
         figures=[
-            _histogram("KL divergence of the tokens, nats, at least", comparison.histogram, note, span=12),
-            _table(divergent_conversations_table(comparison.conversations)),
-            _table(divergent_tokens_table(comparison.tokens)),
+            _table(
+                divergent_tokens_table(comparison.tokens),
+                links=[f"{address.format(row=row)}#t={index}" for row, index in places],
+            ),
+            _table(
+                divergent_conversations_table(comparison.conversations),
+                links=[address.format(row=row) for row in rows],
+            ),
+            _histogram("KL divergence of the tokens", comparison.histogram, "nats, at least", note, span=12),
         ],
     )

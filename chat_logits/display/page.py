@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,25 +27,48 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def render_page(template: str, script: str | None = None, data: dict | None = None, **content) -> str:
+def render_page(
+    template: str,
+    script: str | Sequence[str] = (),
+    data: dict | None = None,
+    lazy_data: dict | None = None,
+    styles: Sequence[str] = (),
+    **content,
+) -> str:
     """A page of ``pages/``, whatever is in its ``content`` escaped.
 
-    ``script`` names a file of ``pages/``; its hash is in the page's security policy, so that nothing else can run.
-    ``data`` is what it reads.
+    ``script`` names files of ``pages/``, which are parts of one function; its hash is in the page's security policy,
+    so that nothing else can run. ``data`` is what it reads, ``lazy_data`` what it reads when it needs it. ``styles``
+    are files that go after ``style.css``.
     """
-    code = (PAGES / script).read_text(encoding="utf-8") if script else ""
+    code = _function([script] if isinstance(script, str) else script)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     return (
         _environment()
         .get_template(template)
         .render(
-            style=Markup((PAGES / "style.css").read_text(encoding="utf-8")),
+            style=Markup("".join(map(_text, ("style.css", *styles)))),
             script=Markup(code),
-            script_sources=f"'sha256-{digest}'" if script else "'none'",
-            data=htmlsafe_json_dumps(plain(data), separators=(",", ":")),
+            script_sources=f"'sha256-{digest}'" if code else "'none'",
+            data=_json(data),
+            lazy_data=_json(lazy_data),
             **plain(content),
         )
     )
+
+
+@cache
+def _text(name: str) -> str:
+    return (PAGES / name).read_text(encoding="utf-8")
+
+
+def _function(names: Sequence[str]) -> str:
+    """The files as one function, which runs at once, "" without any."""
+    return f'"use strict";\n(() => {{\n{"".join(map(_text, names))}}})();\n' if names else ""
+
+
+def _json(value: dict | None) -> Markup:
+    return htmlsafe_json_dumps(plain(value), separators=(",", ":"))
 
 
 def framed(page: str, height: int = 560) -> str:

@@ -1,7 +1,9 @@
 """Tokens as a page shows them: which characters stand at which token, and which tokens make up which turn."""
 
+import bisect
 import codecs
 import itertools
+import re
 from dataclasses import dataclass
 
 import regex
@@ -13,6 +15,8 @@ from chat_logits.display.text import code_of, is_lone_byte, is_plain
 EMOJI = regex.compile(r"(?=[\p{Extended_Pictographic}\p{Regional_Indicator}])\X")
 ASSISTANT, TEMPLATE = "assistant", "template"
 SHOWN_ROLES = ("system", "user", "assistant", "tool")
+# A line that opens or closes a block of code (CommonMark, "Fenced code blocks"), indented as it may be in lists
+FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,43 @@ def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> d
         if token.text and all(map(is_lone_byte, token.text)) and all(map(is_plain, following)):
             parts[token.position] = following
     return parts
+
+
+def without_parts(text: str) -> str:
+    """The text without the bytes of partial characters at its ends, where it was cut, or goes on in the next token."""
+    start, end = 0, len(text)
+    while start < end and is_lone_byte(text[start]):
+        start += 1
+    while end > start and is_lone_byte(text[end - 1]):
+        end -= 1
+    return text[start:end]
+
+
+def in_fences(turns: list[Segment], characters: list[str]) -> set[int]:
+    """Positions of the tokens that are in blocks of code, wholly or in part; ``characters`` are as in ``segments``."""
+    positions: set[int] = set()
+    placed = iter(characters)
+    for turn in turns:
+        pieces = list(itertools.islice(placed, len(turn.tokens)))
+        ends = list(itertools.accumulate(map(len, pieces)))
+        for start, end in fenced_spans("".join(pieces)) if turn.role else []:
+            first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, end)
+            positions.update(token.position for token in turn.tokens[first : last + 1])
+    return positions
+
+
+def fenced_spans(text: str) -> list[tuple[int, int]]:
+    """Where the text has blocks of code, from the fence that opens each to the one that closes it, or to the end."""
+    spans, opened = [], None
+    for line in FENCE.finditer(text):
+        fence, info = line["fence"], line["info"]
+        if opened is None:
+            if fence[0] == "~" or "`" not in info:
+                opened = line
+        elif fence[0] == opened["fence"][0] and len(fence) >= len(opened["fence"]) and not info.strip():
+            spans.append((opened.start(), line.end()))
+            opened = None
+    return [*spans, (opened.start(), len(text))] if opened else spans
 
 
 def pieces_of(characters: str) -> list[tuple[str, str]]:

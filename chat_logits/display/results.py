@@ -18,6 +18,7 @@ from chat_logits.analysis.summary import DatasetSummary
 from chat_logits.analysis.thinning import Thinning
 from chat_logits.analysis.verification import Verification
 from chat_logits.display.budget_tables import print_budget, print_thinning
+from chat_logits.display.comparison_page import comparison_page
 from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
 from chat_logits.display.filter_tables import print_filtering
@@ -26,7 +27,7 @@ from chat_logits.display.student_page import student_page
 from chat_logits.display.student_tables import print_student
 from chat_logits.display.tables import default_console
 from chat_logits.display.text import json_text, whole_texts
-from chat_logits.display.token_page import analysis_page, comparison_page
+from chat_logits.display.token_page import analysis_page
 from chat_logits.display.token_tables import print_analysis, print_comparison
 from chat_logits.training.student_report import StudentReport
 
@@ -40,7 +41,7 @@ def print_result(result, console: Console) -> None:  # noqa: ARG001
 
 
 @singledispatch
-def page_of(result) -> str:
+def page_of(result, frame: dict | None = None) -> str:  # noqa: ARG001
     """A result of ``analysis`` as a page: one file that needs nothing else. A ``Verification``, a ``Budget``, a
     ``Thinning`` and a ``Filtering`` have none."""
     raise TypeError(f"{type(result).__name__} has no page")
@@ -84,9 +85,9 @@ class Shown:
 class ShownPage(Shown):
     """A result that also has a page, which a notebook shows."""
 
-    def to_html(self) -> str:
-        """The page: one file that needs nothing else."""
-        return page_of(self)
+    def to_html(self, frame: dict | None = None) -> str:
+        """The page: one file that needs nothing else. ``frame`` is as in ``token_page``, for one of several pages."""
+        return page_of(self) if frame is None else page_of(self, frame)
 
     def _repr_html_(self) -> str:
         return framed(self.to_html())

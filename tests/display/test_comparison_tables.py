@@ -54,7 +54,7 @@ CONVERSATION = shown(Comparison(TOKENS, TOTALS, MESSAGES, FIRST, OTHER, 3, 3, 3,
 
 def apart(text: str, before: str, first: str, other: str) -> DivergentToken:
     return DivergentToken(
-        12, 12, 3456, text, before, 10.25, -0.03, -123.4, *(Prediction(1, t, 0.56) for t in (first, other))
+        12, 12, 3456, 3000, text, before, 10.25, -0.03, -123.4, *(Prediction(1, t, 0.56) for t in (first, other))
     )
 
 

@@ -60,7 +60,7 @@ def test_a_comparison_shows_both_models_predictions(opened, comparison):
     extracted = [pair for pair in comparison if pair.is_extracted]
     assert page.locator("#text .assistant [data-i].t:not(.skipped)").count() == len(extracted)
     furthest = max(extracted, key=lambda pair: pair.kl)
-    page.locator("#listed button").first.click()
+    page.locator("#listed a").first.click()
     panel = page.locator("#panel")
     assert f"{furthest.kl:.4f} nats" in panel.inner_text()
     assert texts(page, "#panel h4") == [comparison.first.model_id, comparison.other.model_id]

@@ -177,14 +177,14 @@ def test_the_strip_and_the_list_jump(opened, analysis):
     assert page.evaluate("Number(document.activeElement.dataset.i)") == answer[index].position
     assert page.locator("#marker").is_visible()
     most = max(answer, key=lambda found: found.surprisal)
-    page.locator("#listed button").first.click()
+    page.locator("#listed a").first.click()
     assert page.evaluate("Number(document.activeElement.dataset.i)") == most.position
 
 
 def test_only_chooses_what_is_listed(opened, analysis):
     page = opened(analysis.showing(only=lambda found: found.rank is None))
     expected = [found for found in analysis if found.is_extracted and found.rank is None]
-    assert page.locator("#listed button").count() == len(expected)
+    assert page.locator("#listed a").count() == len(expected)
     assert page.locator("#listed h2").inner_text() == "Chosen"
     page = opened(analysis.showing(show_prompt=False))
     assert page.locator("#text [data-i]").count() == len(analysis) - len(of_status(analysis, PROMPT))
@@ -244,7 +244,7 @@ def test_a_dataset_cannot_act_in_the_page(opened, hostile_extraction):
     for entry in found:
         if entry.text in HOSTILE:
             token(page, entry.position).hover()
-    page.locator("#listed button").first.click()
+    page.locator("#listed a").first.click()
     assert page.evaluate("document.ran") is None and not page.complaints
     assert page.locator("#text :is(script, img, svg, b), #panel :is(script, img, svg), h1 b").count() == 0
     assert "<b onclick=1>out" in page.locator("h1").inner_text()

@@ -1,0 +1,66 @@
+"""A conversation as a page copies it: its text, and every token's numbers in columns, each text once.
+
+``share.js`` makes of the columns what ``as_dict`` of an ``Analysis`` or a ``Comparison`` has.
+"""
+
+import json
+from collections.abc import Iterable
+
+from chat_logits.analysis.comparison import Comparison
+from chat_logits.analysis.conversation import Analysis
+from chat_logits.analysis.tokens import TokenAnalysis
+
+TOKEN = ("position", "token_id", "status", "reason")
+NUMBERS = ("log_prob", "rank", "kept", "tail_mass", "entropy", "entropy_is_bound")
+PAIR = ("kl", "agrees", "log_prob_change")
+
+
+def conversation_text(messages: list[dict]) -> str:
+    """The messages for people to read: role, content, and as JSON whatever else a message has."""
+    return "\n\n".join(map(_message_text, messages)) + "\n"
+
+
+def _message_text(message: dict) -> str:
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    more = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in others.items()]
+    content = message.get("content")
+    return "\n".join([f"{message['role']}:", *([content] if content is not None else []), *more])
+
+
+def analysis_numbers(analysis: Analysis) -> dict:
+    """An analysis' tokens, all that its page shows."""
+    tokens = analysis.showing(only=None).shown
+    texts: dict[int, str] = {}
+    return {
+        "text": conversation_text(analysis.messages),
+        "head": analysis.head,
+        "texts": texts,
+        "columns": {**_columns(tokens, TOKEN), **_model(tokens, texts)},
+    }
+
+
+def comparison_numbers(comparison: Comparison) -> dict:
+    """A comparison's tokens, the models' numbers under ``first`` and ``other``."""
+    texts: dict[int, str] = {}
+    firsts = [pair.first for pair in comparison.tokens]
+    others = [pair.other for pair in comparison.tokens]
+    return {
+        "text": conversation_text(comparison.messages),
+        "head": comparison.head,
+        "texts": texts,
+        "columns": {**_columns(firsts, TOKEN), **_columns(comparison.tokens, PAIR)},
+        "models": {"first": _model(firsts, texts), "other": _model(others, texts)},
+    }
+
+
+def _columns(tokens: Iterable, names: Iterable[str]) -> dict[str, list]:
+    return {name: [getattr(token, name) for token in tokens] for name in names}
+
+
+def _model(tokens: list[TokenAnalysis], texts: dict[int, str]) -> dict[str, list]:
+    """A model's numbers per token; predictions as pairs of id and probability, whose ``texts`` are added to those."""
+    for token in tokens:
+        texts[token.token_id] = token.text
+        texts.update((each.token_id, each.text) for each in token.predictions)
+    pairs = [[(each.token_id, each.probability) for each in token.predictions] for token in tokens]
+    return {**_columns(tokens, NUMBERS), "predictions": pairs}
