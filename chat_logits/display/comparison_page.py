@@ -5,7 +5,7 @@ import re
 from chat_logits.analysis.comparison import Comparison
 from chat_logits.analysis.divergence import ComparisonTotals, Source, TokenComparison
 from chat_logits.analysis.runs import RunDifference
-from chat_logits.display.formats import rank_text, short_perplexity
+from chat_logits.display.formats import rank_words, short_perplexity
 from chat_logits.display.measures import Measure, adaptive_floor, is_skewed, short_number
 from chat_logits.display.text import line_of
 from chat_logits.display.token_numbers import comparison_numbers
@@ -55,16 +55,16 @@ def comparison_page(comparison: Comparison, frame: dict | None = None) -> str:
 
 def _measures(pairs: list[TokenComparison], names: tuple[str, str]) -> list[Measure]:
     return [
-        _distance("kl", "KL divergence, at least", [pair.kl or 0.0 for pair in pairs]),
+        _distance("kl", "KL divergence", [pair.kl or 0.0 for pair in pairs], "at least"),
         _distance("change", "|Δ log p|", [abs(pair.log_prob_change or 0.0) for pair in pairs]),
         surprisal_measure(f"Surprisal, {names[0]}", [pair.first for pair in pairs]),
         surprisal_measure(f"Surprisal, {names[1]}", [pair.other for pair in pairs]),
     ]
 
 
-def _distance(key: str, name: str, nats: list[float]) -> Measure:
+def _distance(key: str, name: str, nats: list[float], note: str = "") -> Measure:
     """How far models are apart, on a scale that shows it of close ones too."""
-    return Measure(key, name, "nats", nats, adaptive_floor(nats, LEAST_KL, MOST_KL), is_skewed(nats))
+    return Measure(key, name, "nats", nats, adaptive_floor(nats, LEAST_KL, MOST_KL), is_skewed(nats), note=note)
 
 
 def comparison_tiles(totals: ComparisonTotals) -> list[tuple[str, str]]:
@@ -128,7 +128,7 @@ def _pair_detail(pair: TokenComparison, names: tuple[str, str]) -> dict:
     facts = [
         ("KL, at least", small_nats(pair.kl or 0.0)),
         ("log p", f"{pair.first.log_prob:.2f} and {pair.other.log_prob:.2f}"),
-        ("ranks", f"{rank_text(pair.first)} and {rank_text(pair.other)}"),
+        ("ranks", f"{rank_words(pair.first)} and {rank_words(pair.other)}"),
         (
             "entropies",
             " and ".join(f"{'≥ ' * each.entropy_is_bound}{each.entropy:.2f}" for each in (pair.first, pair.other)),

@@ -34,7 +34,8 @@ class Measure:
     """A number of each extracted token, by which pages shade it.
 
     ``numbers`` are the tokens', in order, at least 0; below ``floor`` they have no shade. One that ``is_logarithmic``
-    has its bars' heights and its stops so. ``unit`` is "" or such as "nats"; ``label`` writes a number for a legend.
+    has its bars' heights and its stops so. ``unit`` is "" or such as "nats", ``note`` "" or such as "at least";
+    ``label`` writes a number for a legend.
     """
 
     key: str
@@ -44,6 +45,12 @@ class Measure:
     floor: float
     is_logarithmic: bool = False
     label: Callable[[float], str] = short_number
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """What stands before the legend."""
+        return ", ".join(filter(None, (self.name, self.note, self.unit)))
 
     @cached_property
     def values(self) -> list[float]:
@@ -103,6 +110,7 @@ class Measure:
         """What the page's script reads: per token the ``values`` and a digit of ``shades``, and the scale."""
         return {
             "name": self.name,
+            "title": self.title,
             "unit": self.unit,
             "values": self.values,
             "shades": "".join(str(self.shade(value)) for value in self.values),

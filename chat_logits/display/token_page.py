@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals, text_before
-from chat_logits.display.formats import entropy_text, rank_text, short_perplexity, short_probability
+from chat_logits.display.formats import entropy_text, rank_words, short_perplexity, short_probability
 from chat_logits.display.measures import Measure, short_number
 from chat_logits.display.page import render_page
 from chat_logits.display.page_text import (
@@ -74,7 +74,7 @@ class TokenPage:
             has_parts=not all(characters),
             rows=self.rows,
             measures=[measure.name for measure in self.measures],
-            scale={name: getattr(first, name) for name in ("unit", "legend", "stops", "start", "strip")},
+            scale={name: getattr(first, name) for name in ("title", "legend", "stops", "start", "strip")},
             frame=frame,
             **content,
         )
@@ -182,13 +182,15 @@ def analysis_page(analysis: Analysis, frame: dict | None = None) -> str:
 def _measures(tokens: list[TokenAnalysis]) -> list[Measure]:
     """The numbers by which a conversation can be shaded; a rank that is not stored counts as the next one."""
     most = max((token.kept for token in tokens), default=0)
-    bound = "≥ " if any(token.entropy_is_bound for token in tokens) else ""
+    bound = "at least" * any(token.entropy_is_bound for token in tokens)
+    unstored = "at least, where it is not stored" * any(not token.rank for token in tokens)
     return [
         surprisal_measure("Surprisal", tokens),
-        Measure("entropy", f"{bound}Entropy", "nats", [token.entropy or 0.0 for token in tokens], 0.1),
+        Measure("entropy", "Entropy", "nats", [token.entropy or 0.0 for token in tokens], 0.1, note=bound),
         Measure(
             *("rank", "Rank", "", [token.rank or token.kept + 1 for token in tokens], 2, True),
             label=lambda rank: f"{rank:.0f}" if rank <= most else f">{most}",
+            note=unstored,
         ),
         Measure("tail_mass", "Tail mass", "", [token.tail_mass or 0.0 for token in tokens], 0.01),
     ]
@@ -219,7 +221,7 @@ def _detail(token: TokenAnalysis) -> dict:
     assert token.probability is not None and token.entropy is not None
     facts = [
         ("probability", short_probability(token.probability)),
-        ("rank", rank_text(token)),
+        ("rank", rank_words(token)),
         ("surprisal", f"{token.surprisal:.2f} nats"),
         ("entropy", entropy_text(token.entropy, token.entropy_is_bound)),
     ]

@@ -36,7 +36,7 @@ const tell = () => {
 };
 
 const drawStrip = () => {
-  const { strip: drawing, name, legend: scale, unit } = measure();
+  const { strip: drawing, name, title, legend: scale } = measure();
   const picture = strip.querySelector("svg");
   picture.setAttribute("aria-label", `${name} over the answer`);
   picture.replaceChildren(
@@ -49,7 +49,7 @@ const drawStrip = () => {
   );
   strip.title = `${name} of each token of the answer; a click goes there`;
   document.getElementById("top").textContent = drawing.top;
-  document.getElementById("named").textContent = unit ? `${name}, ${unit}` : name;
+  document.getElementById("named").textContent = title;
   legend.replaceChildren(...scale.map(([label, shade]) => element("span", `s${shade}`, label)));
 };
 
