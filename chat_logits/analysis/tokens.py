@@ -14,6 +14,7 @@ from chat_logits.data.tokenizer import token_text
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
 PROMPT_END = 4  # prompt tokens that a table shows before each answer
 CONTEXT_TOKENS = 12  # tokens before a token whose text says where it stands
+LONE_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as surrogate escapes
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,12 @@ def text_before(index: int, tokens: Sequence[TokenAnalysis]) -> str:
 
 
 def whole_characters(texts: list[str]) -> str:
-    """Consecutive tokens' texts joined, with characters whole that are spread over several of them."""
-    return "".join(texts).encode(errors="surrogateescape").decode(errors="surrogateescape")
+    """Consecutive tokens' texts joined, with characters whole that are spread over several of them.
+
+    Bytes at the ends are left out: their characters begin before the first token, or go on after the last.
+    """
+    joined = "".join(texts).encode(errors="surrogateescape").decode(errors="surrogateescape")
+    return joined.strip(LONE_BYTES)
 
 
 def near_answers(statuses: list[str]) -> list[bool]:

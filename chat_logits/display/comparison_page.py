@@ -5,7 +5,7 @@ import re
 from chat_logits.analysis.comparison import Comparison
 from chat_logits.analysis.divergence import ComparisonTotals, Source, TokenComparison
 from chat_logits.analysis.runs import RunDifference
-from chat_logits.display.formats import rank_words, short_perplexity
+from chat_logits.display.formats import rank_text, short_perplexity
 from chat_logits.display.measures import Measure, adaptive_floor, is_skewed, short_number
 from chat_logits.display.text import line_of
 from chat_logits.display.token_numbers import comparison_numbers
@@ -128,7 +128,7 @@ def _pair_detail(pair: TokenComparison, names: tuple[str, str]) -> dict:
     facts = [
         ("KL, at least", small_nats(pair.kl or 0.0)),
         ("log p", f"{pair.first.log_prob:.2f} and {pair.other.log_prob:.2f}"),
-        ("ranks", f"{rank_words(pair.first)} and {rank_words(pair.other)}"),
+        ("ranks", f"{rank_text(pair.first)} and {rank_text(pair.other)}"),
         (
             "entropies",
             " and ".join(f"{'≥ ' * each.entropy_is_bound}{each.entropy:.2f}" for each in (pair.first, pair.other)),

@@ -7,11 +7,9 @@ from chat_logits.display.text import quoted
 def short_probability(probability: float) -> str:
     """Two digits of a probability.
 
-    >>> short_probability(0.854), short_probability(0.00042), short_probability(0.0)
-    ('0.85', '4e-04', '0')
+    >>> short_probability(0.854), short_probability(0.00042)
+    ('0.85', '4e-04')
     """
-    if not probability:
-        return "0"
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
 
 
@@ -37,11 +35,6 @@ def entropy_text(nats: float, is_bound: bool) -> str:
 def rank_text(token: TokenAnalysis) -> str:
     """The target token's rank, or ``>k`` where it is not among the k stored ones."""
     return str(token.rank) if token.rank else f">{token.kept}"
-
-
-def rank_words(token: TokenAnalysis) -> str:
-    """As ``rank_text``, where there is room to say what the k are: ``beyond 64 stored``."""
-    return str(token.rank) if token.rank else f"beyond {token.kept} stored"
 
 
 def prediction_text(prediction: Prediction | None) -> str:

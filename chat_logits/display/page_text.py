@@ -72,16 +72,6 @@ def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> d
     return parts
 
 
-def without_parts(text: str) -> str:
-    """The text without the bytes of partial characters at its ends, where it was cut, or goes on in the next token."""
-    start, end = 0, len(text)
-    while start < end and is_lone_byte(text[start]):
-        start += 1
-    while end > start and is_lone_byte(text[end - 1]):
-        end -= 1
-    return text[start:end]
-
-
 def in_fences(turns: list[Segment], characters: list[str]) -> set[int]:
     """Positions of the tokens that are in blocks of code, wholly or in part; ``characters`` are as in ``segments``."""
     positions: set[int] = set()

@@ -7,19 +7,27 @@ import unicodedata
 from dataclasses import asdict, is_dataclass
 
 import numpy as np
+import regex
 
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # than those of lone bytes
 JOINERS = "\u200c\u200d"  # what emoji and some scripts need between their characters
+LETTERS_JOINED = regex.compile(rf"(?<=[\p{{L}}\p{{M}}])[{JOINERS}](?=[\p{{L}}\p{{M}}])")
 
 
 def quoted(text: str, space: str = "␣") -> str:
     """The text in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
 
+    A joiner is left as it is between letters, which it shapes.
+
     >>> quoted(" a\\n")
     '"␣a\\\\n"'
     """
-    shown = "".join(space if character == " " else _visible(character) for character in text)
+    joining = set() if text.isascii() else {match.start() for match in LETTERS_JOINED.finditer(text)}
+    shown = "".join(
+        space if character == " " else character if i in joining else _visible(character)
+        for i, character in enumerate(text)
+    )
     if shown and unicodedata.combining(shown[0]):
         shown = f"◌{shown}"
     return f'"{shown}"'

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis, Totals, text_before
-from chat_logits.display.formats import entropy_text, rank_words, short_perplexity, short_probability
+from chat_logits.display.formats import entropy_text, rank_text, short_perplexity, short_probability
 from chat_logits.display.measures import Measure, short_number
 from chat_logits.display.page import render_page
 from chat_logits.display.page_text import (
@@ -19,7 +19,6 @@ from chat_logits.display.page_text import (
     pieces_of,
     segments,
     token_characters,
-    without_parts,
 )
 from chat_logits.display.text import line_of, quoted
 from chat_logits.display.token_numbers import analysis_numbers
@@ -128,7 +127,7 @@ class TokenPage:
             {
                 "position": token.position,
                 "index": numbers[token.position][0],
-                "before": line_of(without_parts(text_before(indices[token.position], self.tokens))),
+                "before": line_of(text_before(indices[token.position], self.tokens)),
                 "text": quoted(parts.get(token.position, token.text))[1:-1],
                 "is_part": token.position in parts,
                 "value": short_value(numbers[token.position][1]),
@@ -221,7 +220,7 @@ def _detail(token: TokenAnalysis) -> dict:
     assert token.probability is not None and token.entropy is not None
     facts = [
         ("probability", short_probability(token.probability)),
-        ("rank", rank_words(token)),
+        ("rank", rank_text(token)),
         ("surprisal", f"{token.surprisal:.2f} nats"),
         ("entropy", entropy_text(token.entropy, token.entropy_is_bound)),
     ]

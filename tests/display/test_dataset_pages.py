@@ -81,7 +81,7 @@ def test_whole_datasets_beside_each_other(opened, real_extraction, other_extract
     told = page.locator(".bins div").evaluate_all("bins => bins.map(bin => bin.title)")
     counts = [int(re.search(r": ([\d,]+) ", title)[1].replace(",", "")) for title in told]
     assert counts == found.histogram.counts and sum(counts) == found.totals.num_tokens
-    assert page.locator("tbody tr").count() == len(found.tokens) + len(found.conversations)
+    assert page.locator(".figure tbody tr").count() == len(found.tokens) + len(found.conversations)
 
 
 def test_a_dataset_cannot_act_in_its_summary(opened, hostile_extraction):

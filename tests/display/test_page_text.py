@@ -5,11 +5,12 @@ import itertools
 import pytest
 from conftest import REPO
 
-from chat_logits.analysis.tokens import SKIPPED, label_tokens
+from chat_logits.analysis.tokens import SKIPPED, label_tokens, whole_characters
 from chat_logits.data.alignment import Aligner
 from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import skipped_token_ids
-from chat_logits.display.page_text import characters_of_parts, pieces_of, segments, token_characters
+from chat_logits.display.page_text import characters_of_parts, fenced_spans, pieces_of, segments, token_characters
+from chat_logits.display.text import quoted
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,44 @@ def test_characters_stand_at_the_last_of_their_tokens(labelled):
 )
 def test_pieces_show_what_may_not_act_as_codes(characters, pieces):
     assert pieces_of(characters) == pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("می\u200cخواهم", '"می\u200cخواهم"'),  # Persian: the joiner keeps two letters apart
+        ("क्\u200dष", '"क्\u200dष"'),
+        ("\u200ca", r'"\u200ca"'),  # not between letters: it would not be seen
+        ("a\u200c", r'"a\u200c"'),
+        ("1\u200d2", r'"1\u200d2"'),
+        ("a\u200bb", r'"a\u200bb"'),
+    ],
+)
+def test_joiners_between_letters_are_no_escapes(text, shown):
+    assert quoted(text) == shown
+
+
+def test_text_before_a_token_begins_and_ends_with_whole_characters():
+    pieces = [character.encode(errors="surrogateescape") for character in "سلام"]
+    halves = [half.decode(errors="surrogateescape") for piece in pieces for half in (piece[:1], piece[1:])]
+    assert whole_characters(halves[1:]) == "لام"  # the first one's first byte is before
+    assert whole_characters(halves[:-1]) == "سلا" and whole_characters(halves) == "سلام"
+    assert whole_characters(halves[1:2]) == "" and whole_characters(["a", "b"]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("a\n```python\nx\n```\nb", ["```python\nx\n```"]),
+        ("```\na\n~~~\nb\n```", ["```\na\n~~~\nb\n```"]),  # another fence within
+        ("````\n```\n````\n", ["````\n```\n````"]),  # a shorter one
+        ("1. a\n   ```\n   x\n   ```\n2. b", ["   ```\n   x\n   ```"]),
+        ("```a```\nb", []),  # a line's own
+        ("a\n```\nx", ["```\nx"]),  # not closed: to the end
+        ("```\nx\n```y\nz", ["```\nx\n```y\nz"]),  # closes nothing
+        ("~~~\na\n~~~\n```\nb\n```", ["~~~\na\n~~~", "```\nb\n```"]),
+        ("no code", []),
+    ],
+)
+def test_blocks_of_code_are_as_commonmark_has_them(text, code):
+    assert [text[start:end] for start, end in fenced_spans(text)] == code

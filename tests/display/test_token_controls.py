@@ -11,7 +11,7 @@ from hostile import analysed
 from test_token_page import MIXED, is_idle, luminance, of_status, token
 
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED
-from explore_logits import execute_analysis, execute_comparison
+from explore_logits import execute_analysis, execute_comparison, execute_summary
 
 MEASURES = ("Surprisal", "Entropy", "Rank", "Tail mass")
 NARROW, MIDDLE = {"width": 320, "height": 568}, {"width": 900, "height": 800}
@@ -199,6 +199,7 @@ def test_ways_go_on_from_the_token_that_has_the_focus(opened, analysis):
 def test_a_token_has_an_address(opened, analysis):
     page = opened(analysis)
     extracted = of_status(analysis, EXTRACTED)
+    pages = page.evaluate("history.length")
     token(page, extracted[5].position).click()
     assert page.evaluate("location.hash") == "#t=5"
     assert page.locator("#panel a").get_attribute("href") == "#t=5"
@@ -209,6 +210,7 @@ def test_a_token_has_an_address(opened, analysis):
     token(page, extracted[5].position).click()
     page.keyboard.press("Escape")
     assert page.evaluate("location.hash") == "" and is_idle(page)
+    assert page.evaluate("history.length") == pages  # tokens are no pages to go back through
     address = page.url.partition("#")[0]
     page.goto("about:blank")
     page.goto(f"{address}#t=7")
@@ -218,7 +220,6 @@ def test_a_token_has_an_address(opened, analysis):
     page.locator("#listed a").first.click()
     assert page.evaluate("location.hash") == f"#t={extracted.index(most)}"
     assert page.locator("#listed a").first.get_attribute("href") == f"#t={extracted.index(most)}"
-    assert page.evaluate("history.length") <= 3  # tokens are no pages to go back through
 
 
 @pytest.mark.parametrize(
@@ -299,11 +300,11 @@ def test_json_says_what_is_infinite_as_the_command_does(opened, analysis):
 def test_without_a_clipboard_the_text_is_there_to_be_copied(opened, analysis):
     """As where the page may not write to it: the old way first, and then a field with the text selected."""
     page = opened(analysis)
-    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed'))")
+    page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed')))")
     text = copied(page, "Copy text")
     assert text.startswith("user:\n") and "assistant:\n" in text
     assert page.locator("#by_hand").is_hidden() and "copied" in page.locator("#copied").inner_text()
-    page.evaluate("document.execCommand = () => false")
+    page.evaluate("void (document.execCommand = () => false)")
     page.get_by_role("button", name="Copy JSON").click()
     page.locator("#by_hand").wait_for(state="visible")
     assert "Not allowed" in page.locator("#copied").inner_text()
@@ -334,6 +335,21 @@ def test_code_is_in_a_fixed_width_face_with_its_lines(opened, tmp_path):
         .map(e => e.getBoundingClientRect().width / e.textContent.length)"""
     )
     assert len(widths) > 3 and max(widths) - min(widths) < 0.05
+
+
+def test_the_list_shows_letters_where_tokens_are_bytes_of_them(opened, tmp_path):
+    found = analysed(tmp_path, "مرحبا بالعالم، هذا نص عربي قصير")
+    assert any("\udc80" <= entry.text[0] <= "\udcff" for entry in of_status(found, EXTRACTED) if entry.text)
+    page = opened(found)
+    listed = page.locator("#listed ol").inner_text()
+    assert "\\x" not in listed and re.search(r"[\u0600-\u06ff]{3}", listed)
+    for link in page.locator("#listed a").all():
+        position = int(link.get_attribute("data-go"))
+        is_part = link.locator(".part").count() == 1
+        assert is_part == (set(found[position].text) <= set(map(chr, range(0xDC80, 0xDD00))))
+    summary = opened(execute_summary(found.dataset_id, quiet=True))
+    where = summary.locator(".figure.table td[data-title=Where]").all_inner_texts()
+    assert where and not any("\\x" in text for text in where)
 
 
 # --- the frame ---
@@ -453,6 +469,9 @@ def test_a_comparison_begins_with_what_differs_between_the_runs(opened, comparis
         json.loads((folder / "extraction.json").read_text()) for folder in (real_extraction, other_extraction)
     )
     differing = {key for key in here.keys() | there.keys() if here.get(key) != there.get(key)}
+    told = page.locator(".differences summary").inner_text()
+    assert set(told.removeprefix("What differs between the runs: ").split(", ")) == differing
+    page.locator(".differences summary").click()
     rows = [row.locator("td").all_inner_texts() for row in page.locator(".differences tbody tr").all()]
     assert {row[0] for row in rows} == differing and rows[0][0] == "model_id"
     revisions = next(row for row in rows if row[0] == "model_revision")

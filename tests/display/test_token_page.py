@@ -114,6 +114,7 @@ def test_the_keyboard_moves_through_the_answer(opened, analysis):
     def focused() -> int:
         return page.evaluate("Number(document.activeElement.dataset.i)")
 
+    page.locator("#after").focus()  # the last control before the conversation
     page.keyboard.press("Tab")
     assert focused() == positions[0] and not is_idle(page)
     for key, expected in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", -1), ("Home", 0)):
