@@ -204,9 +204,9 @@ def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> s
         f"{comparison.num_different:,} with other tokens."
     )
     names = names_of(comparison.first, comparison.other, comparison.differences)
-    address = (frame or {}).get("row")
-    rows = [each.sample_index for each in comparison.conversations] if address else []
-    places = [(each.sample_index, each.index) for each in comparison.tokens] if address else []
+    address = (frame or {}).get("row", "")
+    rows = [address.format(row=each.sample_index) for each in comparison.conversations]
+    places = [f"{address.format(row=each.sample_index)}#t={each.index}" for each in comparison.tokens]
     return render_page(
         "summary.html.jinja",
         styles=STYLES,
@@ -217,14 +217,8 @@ def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> s
         differences=difference_rows(comparison.differences),
         names=names,
         figures=[
-            _table(
-                divergent_tokens_table(comparison.tokens),
-                links=[f"{address.format(row=row)}#t={index}" for row, index in places],
-            ),
-            _table(
-                divergent_conversations_table(comparison.conversations),
-                links=[address.format(row=row) for row in rows],
-            ),
+            _table(divergent_tokens_table(comparison.tokens), links=places if address else ()),
+            _table(divergent_conversations_table(comparison.conversations), links=rows if address else ()),
             _histogram("KL divergence of the tokens", comparison.histogram, "nats, at least", note, span=12),
         ],
     )

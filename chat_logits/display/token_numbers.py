@@ -13,6 +13,7 @@ from chat_logits.analysis.tokens import TokenAnalysis
 TOKEN = ("position", "token_id", "status", "reason")
 NUMBERS = ("log_prob", "rank", "kept", "tail_mass", "entropy", "entropy_is_bound")
 PAIR = ("kl", "agrees", "log_prob_change")
+CODED = ("status", "reason", "kept", "entropy_is_bound")  # columns of few different values
 
 
 def conversation_text(messages: list[dict]) -> str:
@@ -53,14 +54,24 @@ def comparison_numbers(comparison: Comparison) -> dict:
     }
 
 
-def _columns(tokens: Iterable, names: Iterable[str]) -> dict[str, list]:
-    return {name: [getattr(token, name) for token in tokens] for name in names}
+def _columns(tokens: Iterable, names: Iterable[str]) -> dict:
+    columns = {name: [getattr(token, name) for token in tokens] for name in names}
+    return {name: _coded(column) if name in CODED else column for name, column in columns.items()}
 
 
-def _model(tokens: list[TokenAnalysis], texts: dict[int, str]) -> dict[str, list]:
-    """A model's numbers per token; predictions as pairs of id and probability, whose ``texts`` are added to those."""
+def _coded(column: list) -> dict[str, list]:
+    """A column as its different ``values`` and where ``at`` in these each entry is."""
+    values = {value: code for code, value in enumerate(dict.fromkeys(column))}
+    return {"values": list(values), "at": [values[value] for value in column]}
+
+
+def _model(tokens: list[TokenAnalysis], texts: dict[int, str]) -> dict:
+    """A model's numbers per token; predictions as pairs of id and which of the ``probabilities``, whose ``texts`` are
+    added to those."""
     for token in tokens:
         texts[token.token_id] = token.text
         texts.update((each.token_id, each.text) for each in token.predictions)
-    pairs = [[(each.token_id, each.probability) for each in token.predictions] for token in tokens]
-    return {**_columns(tokens, NUMBERS), "predictions": pairs}
+    shares = [each.probability for token in tokens for each in token.predictions]
+    codes = {share: code for code, share in enumerate(dict.fromkeys(shares))}
+    pairs = [[(each.token_id, codes[each.probability]) for each in token.predictions] for token in tokens]
+    return {**_columns(tokens, NUMBERS), "predictions": {"probabilities": list(codes), "pairs": pairs}}

@@ -79,18 +79,24 @@ class TokenPage:
         )
 
     def _data(self, parts: dict[int, str]) -> dict:
-        """What the page's script reads."""
+        """What the page's script reads; names of facts stand once, and each token has the number of its own."""
+        names: dict[tuple[str, ...], int] = {}
+        details = {token.position: self._with_parts(token, parts, names) for token in self.tokens}
         return {
-            "details": {token.position: self._with_parts(token, parts) for token in self.tokens},
+            "details": details,
+            "facts": list(names),
             "answer": [token.position for token in self.tokens if token.status != PROMPT],
             "measured": [token.position for token in self.tokens if token.is_extracted],
             "measures": [measure.as_data() for measure in self.measures],
         }
 
-    def _with_parts(self, token: TokenAnalysis, parts: dict[int, str]) -> dict:
+    def _with_parts(self, token: TokenAnalysis, parts: dict[int, str], names: dict[tuple[str, ...], int]) -> dict:
         shown = {"token": quoted(token.text), **self.detail(token)}
         if token.position in parts:
             shown["place"] += f" · bytes of {parts[token.position]}"
+        if "facts" in shown:
+            titles, values = zip(*shown["facts"], strict=True)
+            shown["facts"] = [names.setdefault(titles, len(names)), *values]
         return shown
 
     def _turns(self, characters: list[str]) -> list[dict]:

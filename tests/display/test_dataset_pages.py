@@ -1,12 +1,15 @@
 """The pages of whole datasets and of comparisons in a real browser: what they show is what was found."""
 
+import datetime
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import PHONE, WIDE
 from test_token_page import HOSTILE, token
 
+from chat_logits.analysis.runs import RunDifference
 from explore_logits import execute_comparison, execute_summary, main
 
 
@@ -47,8 +50,57 @@ def test_a_summarys_pictures_are_its_numbers(opened, summary):
     assert not page.complaints and [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
 
 
+def test_a_summary_says_where_its_rows_come_from(opened, summary, real_extraction):
+    run = json.loads((real_extraction / "extraction.json").read_text(encoding="utf-8"))
+    page = opened(summary)
+    told = dict(zip(texts(page, ".record dt"), texts(page, ".record dd"), strict=True))
+    assert told["Model"] == f"{run['model_id']} at {run['model_revision'][:12]}…"
+    assert told["Source"] == (
+        f"{run['dataset_id']} · split train at {run['dataset_revision'][:12]}…, the first 32 rows, last turn"
+    )
+    assert told["Stored"] == "top-k 64, top-p 0.98, 16 draws from the tail, seed 0"
+    assert told["Computed in"] == f"{run['dtype']}, head {run['head_dtype']}, attention {run['attn_implementation']}"
+    written = datetime.datetime.fromtimestamp((real_extraction / "extraction.json").stat().st_mtime, datetime.UTC)
+    assert told["Written"] == f"{written:%Y-%m-%d %H:%M} UTC"
+    on_the_hub = opened(replace(summary, run=replace(summary.run, written=None, revision="e" * 40)))
+    assert dict(zip(texts(on_the_hub, ".record dt"), texts(on_the_hub, ".record dd"), strict=True))["Revision"] == (
+        f"{'e' * 12}…"
+    )
+
+
+def test_histograms_have_axes_with_units(opened, summary):
+    page = opened(summary)
+    for title, axis, found in (
+        ("Surprisal", "surprisal, nats", summary.surprisals),
+        ("Entropy", "entropy, nats", summary.entropies),
+    ):
+        figure = page.locator(".figure.histogram", has_text=title)
+        largest = max(found.counts) / sum(found.counts)
+        assert figure.locator(".shares span").all_inner_texts() == [f"{largest:.1%}", f"{largest / 2:.1%}", "0%"]
+        assert figure.locator(".axis").all_inner_texts() == ["share of the tokens", axis]
+        ticks = [tick for tick in figure.locator(".ticks span").all_inner_texts() if tick]
+        assert ticks == ["0", "2.5", "5", "7.5", "10+"]
+        bars, top = figure.locator(".bins").bounding_box(), figure.locator(".shares span").first.bounding_box()
+        assert top["y"] == pytest.approx(bars["y"], abs=8) and top["x"] + top["width"] <= bars["x"]
+
+
+def test_on_a_phone_a_question_is_whole(opened, summary):
+    page = opened(summary, PHONE)
+    figure = page.locator(".figure.table", has_text="Least confident")
+    for row, found in zip(figure.locator("tbody tr").all(), summary.least_confident, strict=True):
+        question = row.locator("td[data-title=Question]")
+        assert found.question in question.inner_text() and found.source_index == found.sample_index
+        box = question.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+        assert question.evaluate("e => e.scrollWidth <= e.clientWidth")
+        assert row.locator("td").count() == 4  # not the source row, which is the row
+    other = replace(summary, least_confident=[replace(each, source_index=90) for each in summary.least_confident])
+    figure = opened(other).locator(".figure.table", has_text="Least confident")
+    assert figure.locator("thead").inner_text().split("\t")[:2] == ["Row", "Source row"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, PHONE])
+@pytest.mark.parametrize("viewport", [WIDE, {"width": 900, "height": 800}, PHONE, {"width": 320, "height": 568}])
 def test_no_page_is_wider_than_the_window(opened, summary, comparison, viewport, scheme):
     for found in (summary, comparison):
         page = opened(found, viewport, scheme)
@@ -82,6 +134,16 @@ def test_whole_datasets_beside_each_other(opened, real_extraction, other_extract
     counts = [int(re.search(r": ([\d,]+) ", title)[1].replace(",", "")) for title in told]
     assert counts == found.histogram.counts and sum(counts) == found.totals.num_tokens
     assert page.locator(".figure tbody tr").count() == len(found.tokens) + len(found.conversations)
+    assert page.locator("main a").count() == 0  # a file alone has no page of each conversation
+    assert page.locator(".differences td code").all_inner_texts() == [each.key for each in found.differences]
+    served = opened(found, source=found.to_html({"home": "/", "row": "/compare/{row}"}))
+    links = [link.get_attribute("href") for link in served.locator("main a").all()]
+    assert links[: len(found.tokens)] == [f"/compare/{each.sample_index}#t={each.index}" for each in found.tokens]
+    assert links[len(found.tokens) :] == [f"/compare/{each.sample_index}" for each in found.conversations]
+    for each in found.tokens[:3]:
+        pairs = execute_comparison(str(real_extraction), str(other_extraction), each.sample_index, quiet=True)
+        there = [pair for pair in pairs if pair.is_extracted][each.index]
+        assert (there.first.position, there.kl) == (each.position, pytest.approx(each.kl))
 
 
 def test_a_dataset_cannot_act_in_its_summary(opened, hostile_extraction):
@@ -90,6 +152,16 @@ def test_a_dataset_cannot_act_in_its_summary(opened, hostile_extraction):
     assert page.locator("main :is(script, img, b)").count() == 0
     shown = page.locator("main").inner_text()
     assert HOSTILE[1] in shown and r"\x1b[31mred" in shown
+    assert not set("\x1b\x07\u202e\u202c\u2066\u2069\u200f\u200b") & set(page.content())
+
+
+def test_what_a_run_records_cannot_act_in_a_comparison(opened, comparison):
+    hostile = [RunDifference(f"key{text}", text, HOSTILE[1]) for text in HOSTILE]
+    page = opened(replace(comparison, differences=hostile))
+    page.locator(".differences summary").click()
+    assert page.locator(".differences tbody tr").count() == len(HOSTILE)
+    assert page.locator(".differences :is(script, img, svg)").count() == 0
+    assert page.evaluate("document.ran") is None and not page.complaints
     assert not set("\x1b\x07\u202e\u202c\u2066\u2069\u200f\u200b") & set(page.content())
 
 

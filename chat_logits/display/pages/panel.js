@@ -34,9 +34,10 @@ const bar = ([label, share, number, kind]) => {
   return row;
 };
 
-const facts = (pairs) => {
+const facts = ([kind, ...values]) => {
   const list = element("dl");
-  for (const [name, value] of pairs) {
+  for (const [i, value] of values.entries()) {
+    const name = data.facts[kind][i];
     const pair = element("div");
     pair.append(element("dt", "", name), element("dd", "", value));
     list.append(pair);

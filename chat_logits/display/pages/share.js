@@ -29,14 +29,15 @@ const openLink = () => {
 
 const lazy = () => JSON.parse(document.getElementById("numbers").textContent);
 
-const predictionsOf = (pairs, texts) =>
-  pairs.map(([token_id, probability]) => ({ token_id, text: texts[token_id], probability }));
-
-const rowOf = (columns, i, texts) => {
-  const row = Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column[i]]));
-  if (row.predictions) row.predictions = predictionsOf(row.predictions, texts);
-  return row;
+const entryOf = (column, i, texts) => {
+  if (Array.isArray(column)) return column[i];
+  if (column.values) return column.values[column.at[i]];
+  const { probabilities, pairs } = column;
+  return pairs[i].map(([token_id, code]) => ({ token_id, text: texts[token_id], probability: probabilities[code] }));
 };
+
+const rowOf = (columns, i, texts) =>
+  Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, entryOf(column, i, texts)]));
 
 const tokenOfRow = ({ columns, models, texts }, i) => {
   const row = rowOf(columns, i, texts);
