@@ -99,6 +99,21 @@ def fenced_spans(text: str) -> list[tuple[int, int]]:
     return [*spans, (opened.start(), len(text))] if opened else spans
 
 
+def with_their_characters(tokens: list[TokenAnalysis], characters: list[str]) -> list[tuple[str, bool]]:
+    """Each token's text with whole characters: those that it is a part of too; and whether there are any.
+
+    ``characters`` are as ``token_characters`` has them.
+    """
+    ends = itertools.accumulate(len(token.text.encode(errors="surrogateescape")) for token in tokens)
+    placed = itertools.accumulate(len(text.encode(errors="surrogateescape")) for text in characters)
+    goes_on = [whole < end for whole, end in zip(placed, ends, strict=True)]
+    shown, following = [], ""
+    for i in reversed(range(len(tokens))):
+        shown.append((characters[i] + following * goes_on[i], goes_on[i] or (i > 0 and goes_on[i - 1])))
+        following = regex.match(r"\X", characters[i])[0] if characters[i] else following
+    return shown[::-1]
+
+
 def pieces_of(characters: str) -> list[tuple[str, str]]:
     """A token's characters as ("plain", text), ("line", end of line), ("code", codes of controls) or ("part", "").
 

@@ -19,6 +19,7 @@ from chat_logits.display.page_text import (
     pieces_of,
     segments,
     token_characters,
+    with_their_characters,
 )
 from chat_logits.display.text import line_of, quoted
 from chat_logits.display.token_numbers import analysis_numbers
@@ -69,7 +70,7 @@ class TokenPage:
             data=self._data(parts),
             lazy_data=self.numbers,
             segments=self._turns(characters),
-            listed=self._entries(parts),
+            listed=self._entries(characters),
             has_parts=not all(characters),
             rows=self.rows,
             measures=[measure.name for measure in self.measures],
@@ -124,9 +125,10 @@ class TokenPage:
             classes.append(f"parts n{part % PART_PLACES}")
         return {"position": token.position, "classes": " ".join(filter(None, classes)), "pieces": pieces_of(characters)}
 
-    def _entries(self, parts: dict[int, str]) -> list[dict]:
+    def _entries(self, characters: list[str]) -> list[dict]:
         """The tokens that a page lists, each with the text before it."""
         indices = {token.position: index for index, token in enumerate(self.tokens)}
+        whole = with_their_characters(self.tokens, characters)
         extracted = [token.position for token in self.tokens if token.is_extracted]
         numbers = {position: (i, self.measures[0].values[i]) for i, position in enumerate(extracted)}
         return [
@@ -134,8 +136,8 @@ class TokenPage:
                 "position": token.position,
                 "index": numbers[token.position][0],
                 "before": line_of(text_before(indices[token.position], self.tokens)),
-                "text": quoted(parts.get(token.position, token.text))[1:-1],
-                "is_part": token.position in parts,
+                "text": quoted(whole[indices[token.position]][0])[1:-1],
+                "is_part": whole[indices[token.position]][1],
                 "value": short_value(numbers[token.position][1]),
             }
             for token in self.listed

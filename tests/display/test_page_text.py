@@ -5,11 +5,18 @@ import itertools
 import pytest
 from conftest import REPO
 
-from chat_logits.analysis.tokens import SKIPPED, label_tokens, whole_characters
+from chat_logits.analysis.tokens import EXTRACTED, SKIPPED, TokenAnalysis, label_tokens, whole_characters
 from chat_logits.data.alignment import Aligner
 from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import skipped_token_ids
-from chat_logits.display.page_text import characters_of_parts, fenced_spans, pieces_of, segments, token_characters
+from chat_logits.display.page_text import (
+    characters_of_parts,
+    fenced_spans,
+    pieces_of,
+    segments,
+    token_characters,
+    with_their_characters,
+)
 from chat_logits.display.text import quoted
 
 
@@ -139,3 +146,18 @@ def test_text_before_a_token_begins_and_ends_with_whole_characters():
 )
 def test_blocks_of_code_are_as_commonmark_has_them(text, code):
     assert [text[start:end] for start, end in fenced_spans(text)] == code
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ([b" \xd9", b"\x85a", b"b"], [(" م", True), ("مa", True), ("b", False)]),
+        ([b"\xf0\x9f", b"\x99", b"\x82", b"x"], [("🙂", True), ("🙂", True), ("🙂", True), ("x", False)]),
+        ([b"\xff", b"a"], [("\udcff", False), ("a", False)]),  # a byte of no character
+        ([b"a", b"\xd9"], [("a", False), ("\udcd9", False)]),
+    ],
+)
+def test_a_token_is_shown_with_the_characters_that_it_is_a_part_of(pieces, shown):
+    texts = [piece.decode(errors="surrogateescape") for piece in pieces]
+    tokens = [TokenAnalysis(i, i, text, EXTRACTED) for i, text in enumerate(texts)]
+    assert with_their_characters(tokens, token_characters(tokens)) == shown
