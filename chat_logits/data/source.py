@@ -150,7 +150,7 @@ def open_source(
     """
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"`split` {split}: expected a split's name alone; `max_samples` N reads its first N rows")
-    commit, arguments = _locate(dataset_id, config, revision, split)
+    commit, arguments = _locate(dataset_id, config, revision)
     name = f"`dataset_id` {dataset_id}, `split` {split}"
     with explained(name):
         rows = _open_rows(arguments, split, streaming, footers)
@@ -172,14 +172,14 @@ def open_source(
     return SourceDataset(rows, commit, rows.num_rows, first_rows, name, names, numbers)
 
 
-def _locate(dataset_id: str, config: str | None, revision: str | None, split: str) -> tuple[str, dict]:
+def _locate(dataset_id: str, config: str | None, revision: str | None) -> tuple[str, dict]:
     """The revision to record, and ``load_dataset``'s arguments."""
     path = Path(dataset_id)
     if path.exists():
         if revision or (config and path.is_file()):
             raise UsageError(f"`dataset_id` {dataset_id}: local, so it has no `dataset_revision` or `dataset_config`")
         content = hash_files(path)
-        return content, _local_arguments(path, config, split, content)
+        return content, _local_arguments(path, config, content)
     if file_format(path):
         raise UsageError(f"`dataset_id` {dataset_id}: no such file")
     commit = resolve_commit(dataset_id, "dataset", revision)
@@ -285,9 +285,9 @@ def _parquet_files(config, split: str) -> list[str]:
     return list(files) if all(file.endswith(".parquet") for file in files) else []
 
 
-def _local_arguments(path: Path, config: str | None, split: str, content: str) -> dict:
+def _local_arguments(path: Path, config: str | None, content: str) -> dict:
     """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
-    or another of the same name, for the one it has cached."""
+    or another of the same name, for the one it has cached. A file is the split train."""
     import datasets
 
     cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
@@ -297,7 +297,7 @@ def _local_arguments(path: Path, config: str | None, split: str, content: str) -
     kind = file_format(path)
     if kind is None:
         raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
-    return {"path": kind, "data_files": {split: str(path)}, **cache}
+    return {"path": kind, "data_files": {"train": str(path)}, **cache}
 
 
 @contextmanager

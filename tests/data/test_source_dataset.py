@@ -498,3 +498,14 @@ def test_a_row_of_several_parquet_files_has_its_place_in_one(tmp_path):
             f"{names[1]}, row 1",
             f"{names[2]}, row 220",
         ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_file_is_the_split_train(tmp_path, kind):
+    """As ``load_dataset`` has it; a split that is not is an error that lists it, for a file too."""
+    table, file = datasets.Dataset.from_dict({"question": ["Hi"], "answer": ["Hello"]}), str(tmp_path / f"chats.{kind}")
+    {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](file)
+    assert open_source(file).num_rows == 1
+    for streaming in (False, True):
+        with pytest.raises(UsageError, match=r"`split` test: .*\btrain\b"):
+            open_source(file, split="test", streaming=streaming)
