@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SPOKEN = ("role", "content", "from", "value")  # who says what; what is no text there is refused
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
+WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # one of them does
 
 
 class ConversationError(ToolkitError):
@@ -24,21 +25,16 @@ class NothingToExtract(ConversationError):
     """A conversation in which there is nothing to extract, through no fault of its own."""
 
 
-def tell_left_out(key: str, kind: str) -> None:
-    """Log that a key of messages is left out."""
-    logger.warning("Messages are stored without %r: JSON has no %s, and the template does not read it", key, kind)
-
-
 class TellOnce:
-    """``tell_left_out`` for each key and type once. Unlike a function with a cache, it can go to another process."""
+    """Logs each text once. Unlike a function with a cache, it can go to another process."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
+        self._told: set[str] = set()
 
-    def __call__(self, key: str, kind: str) -> None:
-        if (key, kind) not in self._told:
-            self._told.add((key, kind))
-            tell_left_out(key, kind)
+    def __call__(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(text)
 
 
 def to_conversation(
@@ -50,15 +46,16 @@ def to_conversation(
     has_arrow_nulls: bool = True,
     features: Mapping[str, object] | None = None,
     template_words: Collection[str] = (),
-    tell: Callable[[str, str], None] = tell_left_out,
+    tell: Callable[[str], None] = logger.warning,
 ) -> list[dict]:
     """The row's messages, ``content`` a string each; ``system_prompt`` goes before those that have none.
 
     ``template_roles`` are the roles that the chat template names itself; ``number_columns`` hold integers or booleans
     and nothing else, which are then texts. With ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
     dropped at every depth, but in values that the columns' ``features``, of ``datasets``, say are JSON. A message's key
-    whose value JSON has not, such as a time, is left out where it is not among the ``template_words``, and ``tell``
-    gets its name and type. Raises ConversationError, whose message is a skip reason.
+    whose value JSON has not, such as a time, is left out where it is not among the ``template_words``; ``tell`` says
+    so, and where messages have a system message of their own beside another in the row's column. Raises
+    ConversationError, whose message is a skip reason.
     """
     if has_arrow_nulls:
         row = {name: without_nulls(row.get(name), (features or {}).get(name)) for name in columns.values()}
@@ -68,24 +65,41 @@ def to_conversation(
         row = {**row, **{name: _number_text(row.get(name)) for name in number_columns}}
         messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
     messages = [_with_json_alone(message, template_words, tell) for message in messages]
-    messages = [_message(message, template_roles) for message in messages]
-    system = row.get(columns.get("system")) or system_prompt
-    if system and not any(message["role"] == "system" for message in messages):
-        messages = [_message({"role": "system", "content": system}, template_roles), *messages]
+    messages = [_message(_with_calls(message, template_words), template_roles) for message in messages]
+    messages = _with_system(messages, row.get(columns.get("system")), system_prompt, template_roles, tell)
     if not any(message["role"] == "assistant" for message in messages):
         raise NothingToExtract("no assistant turn")
     return messages
 
 
+def _with_system(
+    messages: list[dict],
+    column: object,
+    system_prompt: str | None,
+    template_roles: Collection[str],
+    tell: Callable[[str], None],
+) -> list[dict]:
+    """The messages with their own system message, or the column's, or ``system_prompt``, if there is one."""
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if own and column and column not in own:
+        tell("Conversations with a system message of their own are stored without the one of the system column")
+    system = column or system_prompt
+    if own or not system:
+        return messages
+    return [_message({"role": "system", "content": system}, template_roles), *messages]
+
+
 def _number_text(value):
-    return value if value is None else str(value)
+    """The text of an integer or a boolean; anything else as it is."""
+    return str(value) if isinstance(value, int) else value
 
 
 def _prompt_turns(row: dict, columns: dict[str, str]) -> list[dict]:
     prompt = row.get(columns["prompt"])
     added = row.get(columns["input"]) if "input" in columns else None
-    if isinstance(added, str) and added.strip():
-        prompt = f"{prompt}\n\n{added}" if prompt else added
+    added = _plain_text(added, "input") if added is not None else ""
+    if added.strip():
+        prompt = f"{_plain_text(prompt, 'instruction')}\n\n{added}" if prompt else added
     return _history(row.get(columns.get("history"))) + _as_turns(prompt, "user")
 
 
@@ -119,7 +133,7 @@ def _parsed(text: str):
     """What a JSON text says, None where it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -131,15 +145,18 @@ def _message(turn: dict, template_roles: Collection[str]) -> dict:
             raise ConversationError("a turn with neither 'role' nor 'from' and 'value'")
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
         turn = {"role": turn["from"], "content": turn["value"], **others}
-    speaker = turn["role"]
-    if speaker == "function_call":
+    if {"from", "value", "content"} <= set(turn) and turn["content"] != turn["value"]:
+        raise ConversationError("a turn whose 'content' and 'value' differ")
+    speaker = _text(turn["role"]) if isinstance(turn["role"], bytes) else turn["role"]
+    turn["role"] = speaker
+    if isinstance(speaker, str) and speaker.strip().lower() == "function_call":
         turn = _call_turn(turn)
     role = to_role(turn["role"], template_roles)
     if role is None:
         raise ConversationError(f"unknown speaker {speaker!r}")
     if "content" in turn:
         turn["content"] = _text(turn["content"])
-    elif role != "assistant" or set(turn) == {"role"}:
+    elif role != "assistant" or not any(turn.get(name) for name in WITHOUT_CONTENT):
         raise ConversationError(f"a turn of role {role!r} without content")
     return _plain({**_with_objects(turn), "role": role})
 
@@ -157,16 +174,25 @@ def _text(content) -> str:
     return content
 
 
+def _plain_text(value: object, name: str) -> str:
+    """A text to be joined with another one."""
+    if isinstance(value, str | bytes):
+        return _text(value)
+    raise ConversationError(f"an {name} that is not text but {type(value).__name__}")
+
+
 def _part_text(part) -> str:
     if isinstance(part, str):
         return _text(part)
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in TEXT_PARTS:
         raise ConversationError(f"a message whose content is not text: a part of type {kind!r}")
-    text = next((part[name] for name in ("text", "value") if part.get(name) is not None), None)
-    if not isinstance(text, str):
+    texts = [part[name] for name in ("text", "value") if part.get(name) is not None]
+    if not texts or not all(isinstance(text, str | bytes) for text in texts):
         raise ConversationError("a message whose content is not text: a part without any")
-    return _text(text)
+    if texts[1:] and texts[0] != texts[1]:
+        raise ConversationError("a message whose content is not one text: a part whose 'text' and 'value' differ")
+    return _text(texts[0])
 
 
 def without_nulls(value, feature: object = None):
@@ -185,11 +211,27 @@ def without_nulls(value, feature: object = None):
 
 def _call_turn(turn: dict) -> dict:
     """ShareGPT's ``function_call``, whose value is the call as JSON text, as an assistant's turn."""
-    call = _parsed(turn["content"]) if isinstance(turn.get("content"), str) else None
+    return {"role": "assistant", "tool_calls": [_to_call(turn.get("content"))]}
+
+
+def _with_calls(turn: dict, template_words: Collection[str]) -> dict:
+    """OpenAI's older ``function_call`` as ``tool_calls``, where the template does not read it itself."""
+    call = turn.get("function_call")
+    if call is None or "function_call" in template_words:
+        return turn
+    if turn.get("tool_calls"):
+        raise ConversationError("a turn with tool_calls and a function_call")
+    others = {key: value for key, value in turn.items() if key != "function_call"}
+    return {**others, "tool_calls": [_to_call(call)]}
+
+
+def _to_call(value: object) -> dict:
+    """A call with its name and arguments, or JSON text of one, as ``tool_calls`` have it."""
+    call = _parsed(value) if isinstance(value, str) else value
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise ConversationError("a function_call that is no JSON object with a name")
     function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    return {"type": "function", "function": function}
 
 
 def _with_objects(turn: dict) -> dict:
@@ -205,14 +247,14 @@ def _with_objects(turn: dict) -> dict:
 
 
 def _with_object(call: dict) -> dict:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    arguments = _parsed(function["arguments"])
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    """The call, OpenAI's or one with its name and arguments alone, with its arguments as an object."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    arguments = _parsed(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
-def _with_json_alone(message: dict, template_words: Collection[str], tell: Callable[[str, str], None]) -> dict:
+def _with_json_alone(message: dict, template_words: Collection[str], tell: Callable[[str], None]) -> dict:
     """The message without keys whose values JSON has not, and the template does not read."""
     kept = {}
     for key, value in message.items():
@@ -221,7 +263,8 @@ def _with_json_alone(message: dict, template_words: Collection[str], tell: Calla
         elif key in template_words:
             raise ConversationError(f"a message whose {key!r} is {type(value).__name__}, which JSON has not")
         else:
-            tell(str(key), type(value).__name__)
+            kind = type(value).__name__
+            tell(f"Messages are stored without {key!r}: JSON has no {kind}, and the template does not read it")
     return kept
 
 

@@ -65,6 +65,39 @@ def test_whole_columns_of_numbers_are_texts_and_single_numbers_are_not():
         to_conversation(row, columns)
 
 
+@pytest.mark.parametrize("value", [0.5, {"text": "7"}, [7], datetime.date(2024, 1, 1), decimal.Decimal("1.50")])
+def test_what_is_no_number_in_a_column_of_numbers_is_no_text(value):
+    """The first rows of a JSON file are integers; a later one may be anything."""
+    columns = {"prompt": "question", "response": "answer"}
+    with pytest.raises(ConversationError, match=f"content is not text but {type(value).__name__}|no list of messages"):
+        to_conversation({"question": "How many?", "answer": value}, columns, number_columns={"answer"})
+    text = to_conversation({"question": "How many?", "answer": "seven"}, columns, number_columns={"answer"})
+    assert text[1]["content"] == "seven"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "given", "prompt"),
+    [
+        (b"Add caf\xc3\xa9.", "1, 2", "Add café.\n\n1, 2"),
+        ("Add.", b"1, \xc3\xa9", "Add.\n\n1, é"),
+        (b"", b"1", "1"),
+        ("Add.", 5, None),
+        ("Add.", ["1", "2"], None),
+        ("Add.", {"a": 1}, None),
+        (["Add", "."], "1, 2", None),
+        (decimal.Decimal("1.50"), "1, 2", None),
+        (b"Add \xff", "1, 2", None),
+    ],
+)
+def test_instruction_and_input_are_joined_as_texts_and_as_nothing_else(instruction, given, prompt):
+    row = {"instruction": instruction, "input": given, "output": "3"}
+    if prompt is None:
+        with pytest.raises(ConversationError, match=r"that is not text but (int|list|dict|Decimal)|no UTF-8 text"):
+            to_conversation(row, choose_columns(list(row)))
+    else:
+        assert to_conversation(row, choose_columns(list(row)))[0]["content"] == prompt
+
+
 def test_alpacas_history_comes_before_the_question():
     row = {"instruction": "And in May?", "input": "", "output": "Warm.", "history": [["Winter?", "Cold."]]}
     texts = [message["content"] for message in to_conversation(row, choose_columns(list(row)))]
@@ -90,6 +123,41 @@ def test_calls_in_every_form_are_the_same_object():
     value = '{"name": "weather", "arguments": {"city": "Oslo"}}'
     turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value}]
     assert to_conversation({"conversations": turns}, {"messages": "conversations"}) == expected
+
+
+@pytest.mark.parametrize("arguments", [{"k": None}, '{"k": null}'])
+def test_older_and_barer_calls_are_calls(arguments):
+    """OpenAI's ``function_call`` beside the content, and calls of a name and arguments without ``function``."""
+    call = {"name": "find", "arguments": arguments}
+    old = {"messages": [USER, {"role": "assistant", "content": None, "function_call": call}]}
+    meant = [{"type": "function", "function": {"name": "find", "arguments": {"k": None}}}]
+    columns = {"messages": "messages"}
+    for row in (old, {"messages": [USER, {"role": "assistant", "function_call": json.dumps(call)}]}):
+        assert to_conversation(row, columns, has_arrow_nulls=False)[1] == {"role": "assistant", "tool_calls": meant}
+    bare = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    found = to_conversation(bare, columns, has_arrow_nulls=False)[1]["tool_calls"]
+    assert found == [{"name": "find", "arguments": {"k": None}}]
+    read = to_conversation(old, columns, has_arrow_nulls=False, template_words={"function_call"})[1]
+    assert "tool_calls" not in read and read["function_call"] == call
+    with pytest.raises(ConversationError, match="a turn with tool_calls and a function_call"):
+        turn = {"role": "assistant", "function_call": call, "tool_calls": [call]}
+        to_conversation({"messages": [USER, turn]}, columns)
+
+
+def test_speakers_in_any_case_and_in_bytes_are_known():
+    asked = {"from": b"human", "value": b"Hi"}
+    call = {"from": "Function_Call ", "value": '{"name": "find"}'}
+    found = to_conversation({"conversations": [asked, call]}, {"messages": "conversations"})
+    assert found[0] == USER and found[1]["tool_calls"][0]["function"] == {"name": "find", "arguments": {}}
+
+
+def test_a_system_column_that_is_not_used_is_told():
+    own, told = {"role": "system", "content": "Be kind"}, []
+    row = {"messages": [own, USER, ASSISTANT], "system": "Be brief"}
+    assert to_conversation(row, choose_columns(list(row)), tell=told.append) == [own, USER, ASSISTANT]
+    assert told == ["Conversations with a system message of their own are stored without the one of the system column"]
+    to_conversation({**row, "system": "Be kind"}, choose_columns(list(row)), "Be short", tell=told.append)
+    assert len(told) == 1
 
 
 def test_an_alpaca_input_follows_the_instruction():
@@ -155,8 +223,10 @@ def test_an_alpaca_input_without_instruction_is_the_prompt():
 def test_keys_that_json_has_not_are_left_out_aloud_or_the_row_is(value):
     """WildChat's messages carry timestamps. No text is made of them: a template that reads one gets none."""
     row, told = {"messages": [USER, {**ASSISTANT, "timestamp": value, "score": 1}]}, []
-    found = to_conversation(row, {"messages": "messages"}, tell=lambda *about: told.append(about))
-    assert found == [USER, {**ASSISTANT, "score": 1}] and told == [("timestamp", type(value).__name__)]
+    found = to_conversation(row, {"messages": "messages"}, tell=told.append)
+    kind = type(value).__name__
+    assert found == [USER, {**ASSISTANT, "score": 1}]
+    assert told == [f"Messages are stored without 'timestamp': JSON has no {kind}, and the template does not read it"]
     with pytest.raises(ConversationError, match=f"a message whose 'timestamp' is {type(value).__name__}, which JSON"):
         to_conversation(row, {"messages": "messages"}, template_words={"message", "timestamp"})
 
@@ -205,6 +275,15 @@ def test_ambiguous_columns_are_listed(columns):
         ({"question": "Hi", "answer": 7}, "content is not text"),
         ({"question": None, "answer": "Hello"}, "a turn of role 'user' without content"),
         ({"conversations": [None]}, "no list of messages"),
+        ({"messages": "[" * 100_000}, "no list of messages"),
+        ({"messages": [USER, {"role": "assistant", "value": "Hello"}]}, "a turn of role 'assistant' without content"),
+        ({"messages": [USER, {"role": "assistant", "refusal": "No."}]}, "a turn of role 'assistant' without content"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "a turn of role 'assistant' without content"),
+        ({"messages": [{**USER, "from": "human", "value": "Ho"}, ASSISTANT]}, "whose 'content' and 'value' differ"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}, ASSISTANT]},
+            "a part whose 'text' and 'value' differ",
+        ),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown speaker"),
         ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON has not"),
         ({"question": "When?", "answer": datetime.datetime(2024, 1, 1)}, "content is not text but datetime"),
