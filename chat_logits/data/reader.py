@@ -30,13 +30,13 @@ from chat_logits.data.templates import (
 )
 from chat_logits.data.text_rows import BadRow
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
-from chat_logits.data.tools import missing_name, shows_tools, to_stored_tools, to_tools
+from chat_logits.data.tools import called_names, missing_name, shows_calls, shows_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError
 
 logger = logging.getLogger(__name__)
 
 TOLD = 10  # bad rows that are named in the log
-DEFINITIONS = "definitions of tools"  # among the roles that a template shows, of which none has a space
+DEFINITIONS, CALLS = "definitions of tools", "calls of tools"  # among the roles that are shown, which have no spaces
 NO_MASK = "no token to extract: the assistant mask is empty"
 
 
@@ -121,6 +121,7 @@ class Reader:
                 conversation, tools = self.convert(_readable(row))
                 text, spans = self.choice.render(conversation, tools)
                 self._refuse_vanished(conversation, text)
+                self._refuse_vanished_calls(conversation, tools, text)
                 self._refuse_vanished_tools(conversation, tools or self.choice.template.kwargs.get("tools"), text)
                 rendered[index] = self.aligner.marked(conversation, text, spans)
                 stored[index] = to_stored(conversation), to_stored_tools(tools)
@@ -164,6 +165,17 @@ class Reader:
             is_shown = self._shown[role]
             if not is_shown and (is_shown is False or content not in text):
                 raise TemplateError(f"a turn of role {role!r}, of which the chat template shows nothing")
+
+    def _refuse_vanished_calls(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
+        """Raise TemplateError where the template shows nothing of a call, without which its answer means nothing."""
+        names = called_names(conversation)
+        if not names:
+            return
+        asked = f"{CALLS} with definitions" if tools else CALLS
+        if asked not in self._shown:
+            self._shown[asked] = shows_calls(self.choice.template.with_tools(tools).text_or_none)
+        if self._shown[asked] is False or any(name not in text for name in names):
+            raise TemplateError("a call of a tool, of which the chat template shows nothing")
 
     def _refuse_vanished_tools(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
         """Raise TemplateError where the template shows nothing of a tool, so that no answer is scored without the

@@ -19,6 +19,13 @@ PROBED: dict = {
     },
 }
 PROBE = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+_CALL = {"type": "function", "id": "call00001", "function": {"name": SENTINEL, "arguments": {"near": "here"}}}
+CALLING = [
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "Here.", "name": "elsewhere", "tool_call_id": "call00001"},  # its name is no trace
+    {"role": "assistant", "content": "Here."},
+]
 
 
 def to_tools(value: object, has_arrow_nulls: bool = True, feature: object = None) -> list[dict] | None:
@@ -94,11 +101,28 @@ def shows_tools(render: Callable[..., str | None]) -> bool | None:
     return None if text is None else SENTINEL in text
 
 
+def shows_calls(render: Callable[..., str | None]) -> bool | None:
+    """Whether a chat template shows what an assistant calls, None where it refuses the conversation asked with.
+
+    ``render(conversation)`` gives a conversation's text, None where it is refused.
+    """
+    texts = [text for text in (render(CALLING), render(CALLING[:2])) if text is not None]
+    return any(SENTINEL in text for text in texts) if texts else None
+
+
+def called_names(conversation: list[dict]) -> list[str]:
+    """The names of all tools that a conversation's assistant calls."""
+    calls = [call for message in conversation for call in message.get("tool_calls") or ()]
+    return [name for name in map(_name_of, calls) if name is not None]
+
+
 def missing_name(tools: list[dict], text: str) -> str | None:
     """The first tool whose name is not in a rendered text, None where all are."""
-    names = (tool.get("name") or (tool.get("function") or {}).get("name") for tool in map(_with_function, tools))
-    return next((name for name in names if isinstance(name, str) and name not in text), None)
+    return next((name for name in map(_name_of, tools) if name is not None and name not in text), None)
 
 
-def _with_function(tool: dict) -> dict:
-    return tool if isinstance(tool.get("function"), dict) else {**tool, "function": None}
+def _name_of(tool: dict) -> str | None:
+    """The name of a tool or of a call, in either form."""
+    function = tool.get("function")
+    name = tool.get("name") or (function.get("name") if isinstance(function, dict) else None)
+    return name if isinstance(name, str) else None

@@ -149,6 +149,35 @@ def test_no_answer_is_scored_without_the_tools_it_was_written_with(tokenizer, ch
     assert [aligned.tools for aligned in without.first_ready] == [None, None]
 
 
+CALLED = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+TOOL_LESS = BLIND.replace("m.content", "m.content or ''")
+NOTED = TOOL_LESS.replace("{% generation %}", "{% generation %}{{ m.tool_calls }}")
+EMPTY = TOOL_LESS.replace("{% generation %}", "{% generation %}{{ 'weather' if m.tool_calls }}")
+
+
+@pytest.mark.parametrize(("template", "is_shown"), [(QWEN, True), (NOTED, True), (TOOL_LESS, False), (EMPTY, False)])
+def test_no_answer_is_scored_without_the_call_before_it(tokenizer, chat_file, template, is_shown):
+    """A template that drops calls leaves the tool's answer and what is said of it; its name elsewhere is no call."""
+    rows = [
+        [ASK, {"role": "assistant", **said}, {"role": "tool", "content": "weather: 7"}, ANSWER]
+        for said in (
+            {"content": "", "tool_calls": CALLED},
+            {"tool_calls": CALLED},
+            {"content": None, "function_call": CALLED[0]["function"]},
+            {"content": "", "tool_calls": [CALLED[0]["function"]]},
+        )
+    ]
+    reader = opened(
+        tokenizer,
+        chat_file([{"messages": [ASK, ANSWER]}, *({"messages": row} for row in rows)]),
+        chat_template=template,
+    )
+    assert [aligned.source_index for aligned in reader.first_ready] == ([0, 1, 2, 3, 4] if is_shown else [0])
+    assert {entry["reason"] for entry in reader.first_skipped} == (
+        set() if is_shown else {"a call of a tool, of which the chat template shows nothing"}
+    )
+
+
 def test_tools_of_the_rows_and_of_the_option_are_too_many(tokenizer, chat_file):
     path = chat_file([{"messages": [ASK, ANSWER], "tool_defs": [OSLO]}])
     with pytest.raises(UsageError, match="`template_kwargs`: it has tools, and so has the column 'tool_defs'"):
