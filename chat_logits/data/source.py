@@ -16,7 +16,7 @@ from chat_logits.data.hashing import hash_files
 from chat_logits.data.json_rows import JsonRows
 from chat_logits.data.parquet_rows import ParquetRows, name_in_dataset
 from chat_logits.data.text_rows import BadRow, TextRows
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
 
@@ -178,6 +178,8 @@ def _locate(dataset_id: str, config: str | None, revision: str | None) -> tuple[
     if path.exists():
         if revision or (config and path.is_file()):
             raise UsageError(f"`dataset_id` {dataset_id}: local, so it has no `dataset_revision` or `dataset_config`")
+        if not path.is_file() and not path.is_dir():
+            raise UsageError(f"`dataset_id` {dataset_id}: expected a file or a folder, found a pipe or a device")
         content = hash_files(path)
         return content, _local_arguments(path, config, content)
     if file_format(path):
@@ -292,12 +294,23 @@ def _local_arguments(path: Path, config: str | None, content: str) -> dict:
 
     cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
     if path.is_dir():
-        is_saved = any((path / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
-        return {"saved": path} if is_saved else {"path": str(path), "name": config, **cache}
+        if _is_saved(path):
+            return {"saved": path}
+        if within := [folder.name for folder in sorted(path.iterdir()) if _is_saved(folder)]:
+            raise UsageError(
+                f"`dataset_id` {path}: it holds datasets of save_to_disk, which are not read together: "
+                f"{first_names(within)}. Give one of these folders."
+            )
+        return {"path": str(path), "name": config, **cache}
     kind = file_format(path)
     if kind is None:
         raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
     return {"path": kind, "data_files": {"train": str(path)}, **cache}
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote this folder."""
+    return any((folder / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
 
 
 @contextmanager

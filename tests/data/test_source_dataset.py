@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -498,6 +499,20 @@ def test_a_row_of_several_parquet_files_has_its_place_in_one(tmp_path):
             f"{names[1]}, row 1",
             f"{names[2]}, row 220",
         ]
+
+
+def test_saved_datasets_side_by_side_are_not_read_together(tmp_path):
+    for name in ("first", "second"):
+        datasets.Dataset.from_list([{"question": name, "answer": "Hello"}]).save_to_disk(tmp_path / "saved" / name)
+    with pytest.raises(UsageError, match=r"not read together: first, second\. Give one of these folders"):
+        open_source(str(tmp_path / "saved"))
+    assert open_source(str(tmp_path / "saved" / "second")).first_rows[0]["question"] == "second"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "chats.jsonl")
+    with pytest.raises(UsageError, match="expected a file or a folder, found a pipe or a device"):
+        open_source(str(tmp_path / "chats.jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
