@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from chat_logits.errors import ToolkitError, UsageError
 
 FIRST_PAUSE = 1.0  # seconds until the second attempt
-SAID = 200  # characters of the Hub's own sentence
+SAID, SHOWN = 200, 500  # characters of the Hub's own sentence, and of what a library says
 FOR_EVER = 10.0**8  # seconds: three years, which a lock can still wait for
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
 Answer = TypeVar("Answer")
@@ -56,7 +56,15 @@ def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitEr
         return HubUnreachable(f"{name}: the connection to the Hub broke ({str(error) or 'no answer in time'})")
     if failure.has(HFValidationError):
         return UsageError(f"{name}: no such file or folder, and no Hub id (USER/NAME) either")
-    return otherwise(f"{name}: {error}")
+    return otherwise(f"{name}: {_in_one_line(error)}")
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The first paragraph of what a library says: some go on with advice that is not about the toolkit."""
+    said = " ".join(re.split(r"\n\s*\n", str(error).strip())[0].split())
+    return (
+        said[:SHOWN] if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said[:SHOWN]}".rstrip()
+    )
 
 
 def redact(text: str) -> str:
@@ -80,6 +88,8 @@ def explain_loading(error: BaseException, name: str) -> ToolkitError:
             f"{name}: it brings Python code of its own, which would run here. Read that code first; then allow it with "
             "`trust_remote_code`."
         )
+    if type(error).__name__ == "SafetensorError":
+        return ToolkitError(f"{name}: its safetensors are damaged, or were not fetched ({error}). Copy it again.")
     return explain_hub_error(error, name)
 
 

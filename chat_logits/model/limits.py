@@ -21,14 +21,21 @@ class InputLimits:
 
 
 def input_limits(config) -> InputLimits:
-    """The limits that a model's configuration names. Raises ToolkitError for a model with an encoder."""
+    """The limits that a model's configuration names. Raises ToolkitError for a model with an encoder, or without a
+    vocabulary."""
     if config.is_encoder_decoder:
         raise ToolkitError(
             f"model type {config.model_type}: an encoder reads its prompts, so that a conversation is no one text to "
             "it. Expected a decoder alone, such as Llama, Qwen or Gemma."
         )
     text = config.get_text_config()
-    return InputLimits(text.vocab_size, most_positions(text))
+    vocab_size = getattr(text, "vocab_size", None)
+    if type(vocab_size) is not int:
+        raise ToolkitError(
+            f"model type {config.model_type}: its configuration names no vocab_size, so it reads no text. Expected a "
+            "causal language model, such as Llama, Qwen or Gemma."
+        )
+    return InputLimits(vocab_size, most_positions(text))
 
 
 def most_positions(text_config) -> int | None:

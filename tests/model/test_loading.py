@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import MODEL, make_tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config
+from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config, ViTConfig
 
 from chat_logits.errors import ToolkitError
 from chat_logits.model import loading
@@ -70,6 +70,28 @@ def test_tied_weights_are_not_missing(tmp_path):
 def test_models_with_an_encoder_are_refused(config):
     with pytest.raises(ToolkitError, match=f"model type {config.model_type}: an encoder reads its prompts"):
         input_limits(config)
+
+
+def test_models_without_a_vocabulary_are_refused():
+    with pytest.raises(ToolkitError, match="model type vit: its configuration names no vocab_size") as refused:
+        input_limits(ViTConfig())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n", None])
+def test_weights_that_are_no_safetensors_are_told_from_others(tmp_path, text):
+    """Empty, a pointer of Git LFS in their place, cut off."""
+    file = make_tiny_model(tmp_path, vocab_size=1000) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000] if text is None else text)
+    with pytest.raises(ToolkitError, match=r"safetensors are damaged, or were not fetched \(.*\)\. Copy it again"):
+        loading.load_model(str(tmp_path))
+
+
+def test_what_transformers_says_of_a_configuration_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ToolkitError, match="has model type `no-such-type` but Transformers does not") as refused:
+        loading.load_model(str(tmp_path))
+    assert "\n" not in str(refused.value) and "pip install" not in str(refused.value)
 
 
 TEXT = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
