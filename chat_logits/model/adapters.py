@@ -35,6 +35,8 @@ def find_base(model_id: str, revision: str | None = None, gguf_file: str | None 
         raise explain_loading(error, f"model {model_id}: its adapter_config.json") from error
     if config is None:
         return None
+    if not isinstance(config, dict):
+        raise ToolkitError(f"model {model_id}: its adapter_config.json is no JSON object")
     base = config.get("base_model_name_or_path")
     if gguf_file:
         raise UsageError(f"model {model_id}: an adapter (adapter_config.json), which goes into no GGUF file; merge it.")

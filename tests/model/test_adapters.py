@@ -14,6 +14,7 @@ import extract_logits
 from chat_logits.data.hashing import hash_files
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model import loading
+from chat_logits.model.adapters import find_base
 from chat_logits.storage.dataset import open_dataset
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -115,3 +116,9 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path):
         loading.load_model(str(inner), device_map="auto")
     with pytest.raises(UsageError, match="goes into no GGUF file"):
         loading.load_model(str(inner), gguf_file="model.gguf")
+
+
+def test_a_record_of_another_form_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ToolkitError, match=r"its adapter_config\.json is no JSON object"):
+        find_base(str(tmp_path))
