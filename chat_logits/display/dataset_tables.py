@@ -36,7 +36,6 @@ from chat_logits.display.tables import (
     print_parts,
     print_table,
     shares,
-    text_end,
     where,
 )
 from chat_logits.display.text import line_of, quoted, visible
@@ -277,8 +276,8 @@ def _predicted(prediction: Prediction | None, width: int) -> str:
 
 
 def _row_and_place(token: DivergentToken, width: int) -> str:
-    place = f"row {token.sample_index} #{token.position} …"
-    return place + text_end(token.before, width - len(place))
+    row = f"row {token.sample_index} "
+    return row + where(token.position, token.before, width - len(row))
 
 
 def divergent_conversations_table(conversations: list[DivergentConversation]) -> Table:
@@ -337,4 +336,6 @@ def _shifts_table(shifts: dict[str, list[float]]) -> Table:
 def _short_figure(figure: float | None) -> str:
     if figure is None or math.isnan(figure):
         return "-"
+    if figure == 0:
+        return "0"
     return f"{figure:.3f}" if 0.1 <= figure < 999.5 else f"{figure:.1e}"

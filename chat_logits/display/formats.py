@@ -3,14 +3,16 @@
 from chat_logits.analysis.tokens import Prediction, TokenAnalysis
 from chat_logits.display.text import quoted
 
+TAIL = "tail"  # in the place of a rank
+
 
 def short_probability(probability: float) -> str:
-    """Two digits of a probability.
+    """Two digits of a probability; one that is too small for a float is 0.
 
-    >>> short_probability(0.854), short_probability(0.00042)
-    ('0.85', '4e-04')
+    >>> short_probability(0.854), short_probability(0.00042), short_probability(0.0)
+    ('0.85', '4e-04', '0')
     """
-    return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}"
+    return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}" if probability else "0"
 
 
 def short_perplexity(perplexity: float) -> str:
@@ -33,8 +35,8 @@ def entropy_text(nats: float, is_bound: bool) -> str:
 
 
 def rank_text(token: TokenAnalysis) -> str:
-    """The target token's rank, or ``>k`` where it is not among the k stored ones."""
-    return str(token.rank) if token.rank else f">{token.kept}"
+    """The target token's rank, or "tail" where it is not among the stored most probable ones."""
+    return str(token.rank) if token.rank else TAIL
 
 
 def prediction_text(prediction: Prediction | None) -> str:

@@ -36,7 +36,7 @@ TEXT_WIDTH = 160  # cells of what str() gives
 
 @singledispatch
 def print_result(result, console: Console) -> None:  # noqa: ARG001
-    """Print a result of ``analysis``. A terminal gets lines that fit it, a pipe wide ones."""
+    """Print a result of ``analysis``. Lines fit the terminal; a pipe gets ``PIPE_WIDTH`` cells."""
     raise TypeError(f"{type(result).__name__} is no result of an analysis")
 
 

@@ -1,6 +1,8 @@
 """Tables, described once and drawn twice: by rich in the terminal, as wide as it is, and as rows of a page."""
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +13,15 @@ from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.text import Text
 
-from chat_logits.display.text import quoted
+from chat_logits.display.text import line_of
 
-PIPE_WIDTH = 160  # cells, where there is no terminal to fit
-NOTEBOOK_WIDTH = 110  # cells
+PIPE_WIDTH = 160  # cells, where there is no terminal to fit and the environment's COLUMNS says nothing
+NOTEBOOK_WIDTH, LEAST_WIDTH = 110, 20  # cells
 BAR, LEAST_BAR = 50, 9  # cells of a share and its bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
+WORDS_LEAST = 0.4  # of a place's cells that whole words have to fill; else the first one is cut
 GAP = 3  # cells between two columns
+LEAST_CONTEXT = 8  # cells of the text before a token that say where it stands; fewer are left out
 LINES = Box("    \n  | \n----\n  | \n    \n    \n  | \n    \n")  # as the README shows them
 
 
@@ -112,16 +116,25 @@ def bar(share: float, width: int) -> str:
 def where(position: int, before: str, width: int) -> str:
     """A token's place and the end of the text before it, ``#41 …the end``, in ``width`` cells, or the place alone."""
     number = f"#{position} …"
-    end = text_end(before, width - cell_len(number))
-    return number + end if end else number[:-2]
+    room = width - cell_len(number)
+    end = text_end(before, room) if room >= LEAST_CONTEXT else ""
+    return number + end if end else f"#{position}"
 
 
 def text_end(text: str, width: int) -> str:
-    """As much of a text's end, escaped, as ``width`` cells hold."""
-    text = text[-width:] if width > 0 else ""
-    while text and cell_len(quoted(text, space=" ")[1:-1]) > width:
-        text = text[1:]
-    return quoted(text, space=" ")[1:-1]
+    """As much of a text's end, escaped, as ``width`` cells hold, from the beginning of a word where one is near.
+
+    >>> text_end("leads to the start", 12)
+    'the start'
+    """
+    end = text[-width:] if width > 0 else ""
+    while end and cell_len(line_of(end)) > width:
+        end = end[1:]
+    before = text[: len(text) - len(end)]
+    if before and end and not (before[-1].isspace() or end[0].isspace()):
+        _cut, *words = re.split(r"\s+", end, maxsplit=1)
+        end = words[0] if words and cell_len(line_of(words[0])) >= width * WORDS_LEAST else end
+    return line_of(end)
 
 
 # --- in the terminal ---
@@ -186,14 +199,17 @@ def fit(text: str | Text, width: int) -> Text:
     return fitted
 
 
-def table_width(console: Console) -> float:
-    """The terminal's width in cells; a pipe has no end."""
+def line_width(console: Console) -> float:
+    """The cells that a line may take: the terminal's; a pipe has no end."""
     return console.width if console.is_terminal else math.inf
 
 
 def fitting_width(console: Console) -> int:
-    """The cells that a table may take."""
-    return console.width if console.is_terminal else PIPE_WIDTH
+    """The cells that a table may take: the terminal's; in a pipe ``PIPE_WIDTH``, or as many as COLUMNS says."""
+    if console.is_terminal:
+        return console.width
+    asked = os.environ.get("COLUMNS", "")
+    return max(LEAST_WIDTH, int(asked)) if asked.isdecimal() else PIPE_WIDTH
 
 
 def print_title(title: str, console: Console) -> None:
@@ -211,6 +227,6 @@ def print_parts(parts: list[str], console: Console) -> None:
     lines = [parts[0]]
     for part in parts[1:]:
         joined = f"{lines[-1]} · {part}"
-        lines[-1:] = [joined] if cell_len(joined) <= table_width(console) else [lines[-1], part]
+        lines[-1:] = [joined] if cell_len(joined) <= line_width(console) else [lines[-1], part]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from chat_logits.analysis.tokens import (
     count_text,
     near_answers,
     text_before,
+    whole_characters,
 )
 from chat_logits.display.formats import (
     entropy_text,
@@ -34,9 +35,11 @@ from chat_logits.display.tables import (
     default_console,
     draw,
     fit,
+    fitting_width,
+    line_width,
+    print_line,
     print_parts,
     print_title,
-    table_width,
     where,
 )
 from chat_logits.display.text import line_of, quoted
@@ -55,12 +58,13 @@ Cell = str | Text
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:
-    """Print "Detailed Token Analysis:", a line per token, and the totals.
+    """Print "Detailed Token Analysis:" with row and model, a line per token, and the totals.
 
-    A terminal gets lines that fit it, a pipe whole ones; tokens chosen by ``only`` come with where they stand.
+    Lines fit their place; tokens chosen by ``only`` come with where they stand.
     """
-    print_title("Detailed Token Analysis:", console)
-    width = table_width(console)
+    source = source_text(analysis.dataset_id, analysis.model_id)
+    print_line(f"Detailed Token Analysis: row {analysis.sample_index} of {source}", console, "bold")
+    width = fitting_width(console)
     if analysis.only is None:
         _draw_tokens(analysis.table, analysis.top_n, width, console)
     else:
@@ -82,7 +86,11 @@ def _draw_tokens(
     token, predictions, title = _token_widths(tokens, width, reserved)
     columns = [
         _column("Real Token", token, (Text(quoted(each.text), style=_style(each)) for each in tokens)),
-        _column(f"Extracted Predictions (Top {top_n})", predictions, (_predictions(t, predictions) for t in tokens)),
+        _column(
+            _top_title("Extracted Predictions", tokens, top_n, predictions),
+            predictions,
+            (_predictions(t, predictions) for t in tokens),
+        ),
     ]
     if title:
         columns.append(_column(title, len(title), (_numbers(each, title == ALL_NUMBERS) for each in tokens)))
@@ -133,16 +141,37 @@ def predictions_cell(token: TokenAnalysis, width: int | None = None) -> Text:
     """The predictions, ``"The"(0.85), "A"(0.10)``, as many as fit, the target marked; or why there are none."""
     if token.status != EXTRACTED:
         return Text("(prompt)" if token.status == PROMPT else f"({SKIPPED}: {token.reason})")
+    return _joined_predictions(token, width)[0]
+
+
+def _joined_predictions(token: TokenAnalysis, width: int | None) -> tuple[Text, int]:
+    """The predictions of an extracted token that fit, and how many they are; the first always does."""
     cell = Text()
     for rank, prediction in enumerate(token.predictions, start=1):
         mark, style = ("*", "bold green") if rank == token.rank else ("", "")
         entry = f"{prediction_text(prediction)}{mark}"
         separator = ", " if rank > 1 else ""
         if rank > 1 and width is not None and cell_len(cell.plain + separator + entry) > width:
-            break
+            return cell, rank - 1
         cell.append(separator)
         cell.append(entry, style)
-    return cell
+    return cell, len(token.predictions)
+
+
+def _top_title(name: str, tokens: list[TokenAnalysis], top_n: int, width: int) -> str:
+    """The heading of predictions in ``width`` cells: how many of the ``top_n`` most probable ones are shown.
+
+    Where some are left out for want of room, the fewest and the most that a token has.
+    """
+    extracted = [token for token in tokens if token.status == EXTRACTED]
+    counts = [(_joined_predictions(token, width)[1], len(token.predictions)) for token in extracted]
+    cut = [shown for shown, stored in counts if shown < stored]
+    top = f"Top {top_n}"
+    if cut:
+        fewest, most = min(cut), max(shown for shown, _ in counts)
+        top = f"Top {fewest}{f'–{most}' * (most > fewest)} of {top_n}"
+    titles = f"{name} ({top})", f"{name.split()[-1]}, {top}", top, name
+    return next((title for title in titles if cell_len(title) <= width), name)
 
 
 def _numbers(token: TokenAnalysis, is_wide: bool) -> str:
@@ -171,10 +200,11 @@ def totals_parts(totals: Totals) -> list[str]:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print a line per token with both models' predictions, the end of a prompt before each answer, and the totals.
 
-    A terminal gets lines that fit it, a pipe whole ones; tokens chosen by ``only`` come with where they stand.
+    Lines fit their place; tokens chosen by ``only`` come with where they stand.
     """
-    print_sources("Detailed Token Comparison", comparison.first, comparison.other, console)
-    width = table_width(console)
+    rows = f"row {comparison.sample_index} of ", f"row {comparison.other_sample_index} of "
+    print_sources("Detailed Token Comparison", comparison.first, comparison.other, console, rows)
+    width = fitting_width(console)
     if comparison.only is None:
         near = near_answers([pair.first.status for pair in comparison.tokens])
         pairs, place = list(itertools.compress(comparison.tokens, near)), 0
@@ -187,12 +217,17 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     print_parts(comparison_parts(comparison.totals), console)
 
 
-def print_sources(title: str, first: Source, other: Source, console: Console) -> None:
-    """Print a title and which two datasets, of which models, are compared."""
+def print_sources(title: str, first: Source, other: Source, console: Console, rows: tuple[str, str] = ("", "")) -> None:
+    """Print a title and which two datasets, of which models, are compared; ``rows`` are words before the datasets."""
     print_title(f"{title}:", console)
-    for name, source in (("First", first), ("Other", other)):
-        line = f"{name}: {line_of(source.logit_dataset_id)}, model {line_of(source.model_id)}"
-        console.print(fit(line, int(min(table_width(console), cell_len(line)))), soft_wrap=True)
+    for name, row, source in zip(("First", "Other"), rows, (first, other), strict=True):
+        line = f"{name}: {row}{source_text(source.logit_dataset_id, source.model_id)}"
+        console.print(fit(line, int(min(line_width(console), cell_len(line)))), soft_wrap=True)
+
+
+def source_text(dataset_id: str, model_id: str) -> str:
+    """A dataset and its model in words."""
+    return f"{line_of(dataset_id)}, model {line_of(model_id)}"
 
 
 def comparison_parts(totals: ComparisonTotals) -> list[str]:
@@ -216,8 +251,8 @@ def _pair_columns(pairs: list[TokenComparison], top_n: int, width: float) -> lis
     firsts, others = zip(*(_pair_predictions(pair, predictions) for pair in pairs), strict=True) if pairs else ((), ())
     return [
         _column("Target Token", token, (Text(quoted(pair.first.text), style=_pair_style(pair)) for pair in pairs)),
-        _column(f"First (Top {top_n})", predictions, firsts),
-        _column(f"Other (Top {top_n})", predictions, others),
+        _column(_top_title("First", [pair.first for pair in pairs], top_n, predictions), predictions, firsts),
+        _column(_top_title("Other", [pair.other for pair in pairs], top_n, predictions), predictions, others),
         _column(title, len(title), (_pair_numbers(pair, width >= FULL) for pair in pairs)),
     ]
 
@@ -250,6 +285,6 @@ def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | No
     print_title(f"{title}: {len(tokens)} tokens, {extracted} extracted", console)
     for (status, reason), run in itertools.groupby(tokens, key=lambda token: (token.status, token.reason)):
         texts = [token.text for token in run]
-        line = f"  {status:<9} {len(texts):>5}  {quoted(''.join(texts), space=' ')}"
+        line = f"  {status:<9} {len(texts):>5}  {quoted(whole_characters(texts), space=' ')}"
         line += f"  ({reason})" if status == SKIPPED else ""
         console.print(line, markup=False, style="bold green" if status == EXTRACTED else GREY, soft_wrap=True)

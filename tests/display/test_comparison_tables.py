@@ -132,13 +132,13 @@ def test_columns_line_up_by_cells_and_no_line_is_too_long(name, width):
 def test_a_line_a_token_with_both_models_predictions():
     lines = printed(CONVERSATION, 80)
     assert lines[0] == "Detailed Token Comparison:"
-    assert lines[1] == "First: outputs/first, model HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert lines[1] == "First: row 3 of outputs/first, model HuggingFaceTB/SmolLM2-135M-Instruct"
     (the,) = [line for line in lines if line.startswith('"The"')]
     assert [part.strip() for part in the.split(" | ")] == ['"The"', '"The"(0.85)*', '"A"(0.60)', "≠  1.500    -0.31"]
     (smile,) = [line for line in lines if line.startswith('"🙂')]
     assert smile.endswith("   30.538  -200.00")
     titles = [part.strip() for part in tables(lines)[0][0].split(" | ")]
-    assert titles == ["Target Token", "First (Top 2)", "Other (Top 2)", "KL  Δ log p"]
+    assert titles == ["Target Token", "First (Top 1 of 2)", "Other (Top 1 of 2)", "KL  Δ log p"]
     assert not any('"far0"' in line or '"far1"' in line for line in lines) and any('"far5"' in line for line in lines)
     wide = printed(CONVERSATION, 200)
     assert any('"The"(0.85)*, "A"(0.10)' in line and '"A"(0.60), "The"(0.30)*' in line for line in wide)

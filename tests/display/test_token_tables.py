@@ -10,7 +10,9 @@ from rich.console import Console
 
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, Prediction, TokenAnalysis
+from chat_logits.display.formats import short_probability
 from chat_logits.display.results import print_result
+from chat_logits.display.tables import where
 from chat_logits.display.text import quoted
 from chat_logits.display.token_tables import print_preview
 
@@ -48,7 +50,7 @@ def table(width: int | None = None, only=None, show_prompt=None, **options) -> l
 
 def test_the_readmes_lines():
     lines = table()
-    assert lines[0] == "Detailed Token Analysis:"
+    assert lines[0] == "Detailed Token Analysis: row 0 of dataset, model model"
     assert set(lines[1]) == {"="} and set(lines[3]) == {"-"} and len(lines[1]) >= 80
     assert [part.strip() for part in lines[2].split("|")] == [
         "Real Token",
@@ -63,9 +65,9 @@ def test_the_readmes_lines():
     ]
 
 
-def test_a_token_outside_the_nucleus_shows_how_many_were_kept():
+def test_a_token_outside_the_nucleus_is_in_the_tail():
     (line,) = [line for line in table() if line.startswith('"␣capital"')]
-    assert line.split("|")[-1].split() == ["6e-06", ">31", "0.02", "1.50"]
+    assert line.split("|")[-1].split() == ["6e-06", "tail", "0.02", "1.50"]
     assert "*" not in line
 
 
@@ -109,11 +111,65 @@ def test_wider_terminals_show_more():
     assert "Entropy" in titles[200]
 
 
+@pytest.mark.parametrize(
+    ("width", "title"), [(200, "(Top 3)"), (80, "(Top 1–2 of 3)"), (66, "Top 1–2 of 3"), (40, "Top 1–2 of 3")]
+)
+def test_the_heading_says_how_many_predictions_are_shown(width, title):
+    """Of two tokens; the other one's second prediction has room beside its first one in no narrow place."""
+    short, long = [("a", 0.5), ("b", 0.3), ("cccccccccccccccccccc", 0.1)], [("d" * 36, 0.5), ("e", 0.2), ("f", 0.1)]
+    tokens = [extracted("x", 1, short), extracted("y", 1, long)]
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    print_result(Analysis(tokens, [], "dataset", "model", 0, 3), console)
+    heading, first, second = [line.split(" | ")[1] for line in buffer.getvalue().splitlines() if " | " in line]
+    assert title in heading and "…" not in heading
+    assert [line.count('"(0.') for line in (first, second)] == ([3, 3] if width == 200 else [2, 1])
+
+
+def test_a_pipe_gets_160_cells_or_as_many_as_columns_says(monkeypatch):
+    long = [extracted("x", 1, [(f"{'long' * 10}{i}", 0.1) for i in range(5)])] * 3
+    analysis = Analysis(long, [], "dataset", "model", 0, 5)
+
+    def widest() -> int:
+        buffer = io.StringIO()
+        print_result(analysis, Console(file=buffer, highlight=False))
+        return max(cell_len(line) for line in buffer.getvalue().splitlines() if "|" in line or "=" in line)
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert widest() <= 160
+    monkeypatch.setenv("COLUMNS", "300")
+    assert 280 < widest() <= 300
+    monkeypatch.setenv("COLUMNS", "90")
+    assert widest() <= 90
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (6, "#52"),
+        (12, "#52"),
+        (13, "#52 …start"),
+        (17, "#52 …to the start"),
+        (20, "#52 …to the start"),
+        (14, "#52 …the start"),
+        (40, "#52 …Leads to the start"),
+    ],
+)
+def test_a_place_is_its_number_with_whole_words_or_alone(width, shown):
+    assert where(52, "Leads to the start", width) == shown
+
+
 def test_no_color_is_honoured(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     text = "\n".join(table(width=120))
     assert not re.search(r"\x1b\[[\d;]*(3[0-7]|9[0-7]|38)[;m]", text)
     assert "(skipped: think tag)" in text
+
+
+def test_a_probability_that_underflows_is_nought():
+    """−10³⁸ is what masks write; e to its power is no float32, nor any float64."""
+    assert extracted("x", None, [], -3.4e38).probability == 0.0
+    assert short_probability(0.0) == "0" and short_probability(5e-324) == "5e-324"
 
 
 def test_the_totals_are_those_of_all_extracted_tokens():
@@ -162,6 +218,14 @@ def test_nothing_acts_on_the_terminal_and_markup_is_text():
 )
 def test_every_character_can_be_told(text, shown):
     assert quoted(text) == shown
+
+
+def test_a_preview_shows_characters_whole_that_are_spread_over_tokens():
+    """Each letter is two bytes, each byte a token of its own."""
+    texts = ["س", *(byte.to_bytes(1).decode(errors="surrogateescape") for byte in "لام".encode())]
+    buffer = io.StringIO()
+    print_preview("x", [TokenAnalysis(i, i, text, EXTRACTED) for i, text in enumerate(texts)], Console(file=buffer))
+    assert buffer.getvalue().splitlines()[1] == '  extracted     7  "سلام"'
 
 
 def test_a_preview_tells_runs_of_tokens_apart():
