@@ -36,6 +36,7 @@ from chat_logits.display.results import (
     shown,
 )
 from chat_logits.errors import ToolkitError
+from chat_logits.stages import stage
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.dataset import open_for_student
 from logit_codec import dequantize_all_logits, unpack_indices
@@ -134,7 +135,8 @@ def execute_verification(
     """
     from chat_logits.analysis.verification import verify as verify_rows  # loads torch
 
-    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
+    with stage("Opening %s and its tokenizer", logit_dataset_id):
+        dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code, model_id)
     return _printed(verify_rows(dataset, tokenizer, verify, model_id, chat_template, trust_remote_code), quiet)
 
 
@@ -155,13 +157,15 @@ def execute_student(
     ``student`` is a folder or a Hub id (at ``student_revision``), with the extraction's tokenizer; ``student_rows`` are
     spread over the dataset, None for all. Raises UsageError for another tokenizer, naming the first token that differs.
     """
-    from chat_logits.model.loading import choose_device, load_model  # loads torch
-    from chat_logits.training.student_pass import measure_student
-
-    own = load_tokenizer(str(student), student_revision, trust_remote_code=trust_remote_code)
-    dataset, tokenizer = open_for_student(logit_dataset_id, own, revision, trust_remote_code, tokenizer_id)
+    with stage("Importing torch and transformers"):
+        from chat_logits.model.loading import choose_device, load_model
+        from chat_logits.training.student_pass import measure_student
+    with stage("Opening %s and the student's tokenizer", logit_dataset_id):
+        own = load_tokenizer(str(student), student_revision, trust_remote_code=trust_remote_code)
+        dataset, tokenizer = open_for_student(logit_dataset_id, own, revision, trust_remote_code, tokenizer_id)
     device = choose_device(None)
-    model = load_model(str(student), student_revision, device=device, trust_remote_code=trust_remote_code)
+    with stage("Loading %s on %s", student, device):
+        model = load_model(str(student), student_revision, device=device, trust_remote_code=trust_remote_code)
     report = measure_student(dataset, model, tokenizer, student_rows, chat_template, str(student))
     return _printed(report, quiet)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from chat_logits.cli.command_line import leave, run_command, write_result
 from chat_logits.cli.parser import read_options, refuse_missing
 from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
+from chat_logits.stages import stage
 from chat_logits.training.config import TrainConfig
 
 logger = logging.getLogger("chat_logits.train_student")
@@ -24,10 +25,10 @@ def _run(_options: TrainOptions, given: dict) -> None:
     values = read_options(TrainConfig, given)
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
-    # With torch and transformers: help and wrong options don't wait for them.
-    from chat_logits.display.training_page import training_page
-    from chat_logits.display.training_tables import print_training
-    from chat_logits.training.run import train
+    with stage("Importing torch and transformers"):  # help and wrong options don't wait for them
+        from chat_logits.display.training_page import training_page
+        from chat_logits.display.training_tables import print_training
+        from chat_logits.training.run import train
 
     try:
         result = train(config)

@@ -19,6 +19,7 @@ from chat_logits.data.alignment import AlignmentError, RowAligner
 from chat_logits.data.hashing import hash_files
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
+from chat_logits.stages import stage
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import DamagedShard
@@ -99,7 +100,8 @@ def spread(num_rows: int, count: int) -> list[int]:
 
 def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
     """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
-    from chat_logits.model import loading
+    with stage("Importing torch and transformers"):
+        from chat_logits.model import loading
 
     source, revision = recorded_place(dataset, model_id, "model_id")
     manifest = dataset.manifest
@@ -108,19 +110,19 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
         raise ToolkitError(f"extraction.json has dtype {dtype[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
     device = loading.choose_device(None)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
-    logger.info("Loading %s on %s …", shown, device)
     base = manifest.base_revision if is_commit(manifest.base_revision or "") else None
-    model = loading.load_model(
-        source,
-        revision,
-        gguf_file,
-        dtype,
-        device,
-        attention,
-        trust_remote_code,
-        base_revision=base,
-        head_dtype=manifest.head_dtype,
-    )
+    with stage("Loading %s on %s", shown, device):
+        model = loading.load_model(
+            source,
+            revision,
+            gguf_file,
+            dtype,
+            device,
+            attention,
+            trust_remote_code,
+            base_revision=base,
+            head_dtype=manifest.head_dtype,
+        )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:
         raise ToolkitError(

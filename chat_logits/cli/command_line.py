@@ -2,27 +2,31 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from chat_logits.cli import SIGNALLED, leave_at_once
+from chat_logits.cli.going_on import GoingOn
 from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_options, refuse_missing
 from chat_logits.cli.streams import named_failures, open_closed_streams, print_no_more, show_all_characters
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.options import Config
+from chat_logits.stages import Stages
 from chat_logits.storage.disk import nearest_existing
 
 STDOUT = "-"  # as the name of a file to write
+ITS_FUTURE = re.compile("deprecated|will be removed|in (a|the) future|future (version|release)")
 Options = TypeVar("Options", bound=CommonOptions)
 
 
@@ -111,7 +115,15 @@ def _shown(text: str) -> str:
 
 
 class _FitRecord(logging.LogRecord):
-    """What any library logs, which may be a dataset's, a model's or the Hub's words."""
+    """What any library logs, which may be a dataset's, a model's or the Hub's words.
+
+    What transformers tells of its own future is for who writes programs with it: no handler's level is so low.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.name.startswith("transformers.") and ITS_FUTURE.search(self.getMessage()):
+            self.levelno = -1
 
     def getMessage(self) -> str:
         return _shown(super().getMessage())
@@ -120,18 +132,20 @@ class _FitRecord(logging.LogRecord):
 class _BesideBars(logging.Handler):
     """Prints what the package tells on standard error, as it is, without disturbing progress bars."""
 
-    def __init__(self, kinds: tuple[type[Config], ...]):
+    def __init__(self, kinds: tuple[type[Config], ...], going_on: GoingOn):
         super().__init__()
-        self._kinds = kinds
+        self._kinds, self._going_on = kinds, going_on
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(_made_fit(self.format(record), self._kinds), file=sys.stderr)
+        with self._going_on.aside():
+            tqdm.write(_made_fit(self.format(record), self._kinds), file=sys.stderr)
 
 
 @contextmanager
 def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     """Within, what the package logs from this level on is printed; nothing that any library says acts there."""
-    package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds)
+    going_on = GoingOn()
+    package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds, going_on)
     before, format_warning = (package.level, package.propagate), warnings.formatwarning
     make_record = logging.getLogRecordFactory()
     logging.setLogRecordFactory(_FitRecord)
@@ -139,9 +153,15 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     package.addHandler(handler)
     package.setLevel(level.upper())
     package.propagate = False
+    if package.isEnabledFor(logging.INFO):
+        Stages.going_on = going_on
     try:
-        yield
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category, module="transformers")
+            yield
     finally:
+        Stages.going_on = nullcontext
         package.removeHandler(handler)
         package.level, package.propagate = before
         logging.setLogRecordFactory(make_record)

@@ -32,6 +32,7 @@ from chat_logits.data.text_rows import BadRow
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.data.tools import called_names, missing_name, shows_calls, shows_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.stages import stage
 
 logger = logging.getLogger(__name__)
 
@@ -217,15 +218,16 @@ def open_reader(
         response=config.response_column,
         tools=config.tools_column,
     )
-    source = open_source(
-        config.dataset_id,
-        config.dataset_config,
-        config.dataset_revision,
-        config.split,
-        config.streaming,
-        footers,
-        needed=lambda names: choose(names).values(),
-    )
+    with stage("Opening the dataset"):
+        source = open_source(
+            config.dataset_id,
+            config.dataset_config,
+            config.dataset_revision,
+            config.split,
+            config.streaming,
+            footers,
+            needed=lambda names: choose(names).values(),
+        )
     columns = choose(source.column_names)
     if "tools" in columns and "tools" in config.template_kwargs:
         raise UsageError(
@@ -233,11 +235,12 @@ def open_reader(
             "alone, leave the column out: `tools_column` ''"
         )
     refuse_wide_vocabulary(tokenizer)
-    convert = _converter(source, columns, config, tokenizer)
-    conversations, tools = _first_conversations(source, convert)
-    choice = choose_template(
-        config.chat_template, tokenizer, config.template_kwargs, template_date, conversations, tools
-    )
+    with stage("Choosing the chat template on the first conversations"):
+        convert = _converter(source, columns, config, tokenizer)
+        conversations, tools = _first_conversations(source, convert)
+        choice = choose_template(
+            config.chat_template, tokenizer, config.template_kwargs, template_date, conversations, tools
+        )
     skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
     reader = Reader(
         source=source,
@@ -250,7 +253,8 @@ def open_reader(
         vocab_size=limits.vocab_size,
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
-    return _proven(reader)
+    with stage("Aligning the first conversations"):
+        return _proven(reader)
 
 
 def _converter(

@@ -5,12 +5,13 @@ the record, if any -> source, template -> is it the same run? -> the missing sha
 
 import functools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
+from chat_logits.stages import every, stage
 from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
@@ -29,6 +31,8 @@ from chat_logits.storage.repository import Repository
 from chat_logits.storage.shard_list import ShardEntry
 
 logger = logging.getLogger(__name__)
+
+SIGN = 1.5  # seconds from one sign of life to the next
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Extraction:
     ``bytes_in_folder`` of those that are in the folder, ``turns_left_out`` those of the written conversations that are
     marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood
     in nats, None without tokens. ``config`` repeats the run: with the commits that were read of Hub repositories.
+    Of this start alone are ``seconds``, in all, and those ``computing`` the ``new_tokens``.
     """
 
     config: ExtractConfig
@@ -51,6 +56,9 @@ class Extraction:
     num_bytes: int
     bytes_in_folder: int
     mean_nll: float | None
+    seconds: float
+    computing: float
+    new_tokens: int
 
 
 def extract(config: ExtractConfig) -> Extraction:
@@ -76,7 +84,9 @@ def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
 
 
 def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
-    located = locate(config, folder.recorded)  # before anything heavy is imported
+    started = time.monotonic()
+    with stage("Looking for the model %s and the dataset %s", config.model_id, config.dataset_id):
+        located = locate(config, folder.recorded)  # before anything heavy is imported
     workers_of = choose_workers(config)
     sync = _connect(config, folder) if config.output_repo else None
     try:
@@ -84,7 +94,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
         with workers_of(opened, folder) as workers:
             if sync:
                 sync.make(overwrite=_replaces(config, folder, recorded, sync.repository.at))
-            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows))
+            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows), started)
             run.begin_or_resume(recorded)
             run.compute_missing()
         folder.check_finished()
@@ -100,14 +110,16 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
 def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
     """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
     if config.uses_ray:
-        find_ray(config.ray_address)
-        from chat_logits.extraction.workers import RayWorkers
+        with stage("Looking for Ray"):
+            find_ray(config.ray_address)
+            from chat_logits.extraction.workers import RayWorkers
 
         return lambda opened, folder: RayWorkers(opened, folder)
-    from chat_logits.extraction.shard_computer import ShardComputer
-    from chat_logits.model import loading
+    with stage("Importing torch and transformers"):
+        from chat_logits.extraction.shard_computer import ShardComputer
+        from chat_logits.model import loading
 
-    device = loading.choose_device(config.device)
+        device = loading.choose_device(config.device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 
@@ -116,7 +128,8 @@ def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
     configure_client()
     repository = Repository(config.output_repo, config.output_revision, config.private)
     sync = HubSync(repository, folder, config.push_every, config.uploads_without_folder)
-    sync.connect()
+    with stage("Looking at the Hub dataset %s", repository.name):
+        sync.connect()
     return sync
 
 
@@ -175,13 +188,20 @@ class Workers(Protocol):
 
 @dataclass
 class Run:
-    """A run on its way; ``finished`` are its shards, in the folder or only in the repository."""
+    """A run on its way; ``finished`` are its shards, in the folder or only in the repository.
+
+    ``started`` is the monotonic clock's time of this start, ``computing`` the seconds that it computed, and
+    ``new_tokens`` what it extracted.
+    """
 
     opened: OpenedRun
     folder: RunFolder
     workers: Workers
     sync: HubSync | None
     watch: DiskWatch
+    started: float
+    computing: float = field(default=0.0, init=False)
+    new_tokens: int = field(default=0, init=False)
 
     @property
     def finished(self) -> dict[int, ShardEntry]:
@@ -191,7 +211,8 @@ class Run:
         """Resume the recorded run, or start a new one in the folder."""
         config = self.opened.config
         if recorded:
-            self.folder.resume(recorded, config.check_shards)
+            with stage("Looking at the finished shards in %s", self.folder.path):
+                self.folder.resume(recorded, config.check_shards)
         else:
             if not config.uploads_without_folder:
                 self.watch.check_start(config.top_k + config.num_sampled, self.opened.reader.tokens_a_row)
@@ -216,7 +237,7 @@ class Run:
         num_rows, manifest = self.opened.reader.num_rows, self.folder.manifest
         missing = missing_shards(covered, manifest.rows_per_shard, num_rows)
         progress = functools.partial(
-            tqdm,
+            self._progress,
             total=num_rows,
             initial=sum(covered.values()),
             unit=" conversations",
@@ -224,6 +245,14 @@ class Run:
             smoothing=0,
         )
         self.workers.compute(missing, manifest, self._keep, progress)
+
+    @contextmanager
+    def _progress(self, **options: Any) -> Iterator[tqdm]:
+        """A progress bar, which shows its time also while a batch takes long; its end is the computation's."""
+        with tqdm(**options) as bar, every(SIGN, bar.refresh):
+            began = time.monotonic()
+            yield bar
+            self.computing = time.monotonic() - began
 
     def _push_finished(self) -> None:
         """Before a failure ends the run: what is finished may be all that is left of this machine.
@@ -240,6 +269,7 @@ class Run:
 
     def _keep(self, entry: ShardEntry, upload=None) -> None:
         """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
+        self.new_tokens += entry.num_tokens
         is_described = upload is None and self.folder.add(entry)
         if self.sync:
             self.sync.add(entry, upload)
@@ -275,4 +305,7 @@ class Run:
             num_bytes=sum(entry.num_bytes for entry in entries),
             bytes_in_folder=sum(entry.num_bytes for entry in self.folder.entries.values()),
             mean_nll=sum(entry.nll for entry in entries) / tokens if tokens else None,
+            seconds=time.monotonic() - self.started,
+            computing=self.computing,
+            new_tokens=self.new_tokens,
         )

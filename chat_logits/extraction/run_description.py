@@ -15,6 +15,7 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import input_limits, load_config
+from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs
 
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
@@ -44,15 +45,19 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     """
     config = locate(config, recorded)
     commit = config.model_revision
-    weights_id, weights_commit, base_revision = _weights(config, recorded)
-    limits = input_limits(load_config(weights_id, weights_commit, config.gguf_file, config.trust_remote_code))
+    with stage("Reading the model's configuration"):
+        weights_id, weights_commit, base_revision = _weights(config, recorded)
+        limits = input_limits(load_config(weights_id, weights_commit, config.gguf_file, config.trust_remote_code))
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
-    tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
+    with stage("Reading the tokenizer"):
+        tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
     reader = open_reader(config, tokenizer, limits, recorded.template_date if recorded else None, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     base_commit = weights_commit if base_revision else None
-    return OpenedRun(config, reader, commit, base_commit, _describe(config, reader, commit, base_revision))
+    with stage("Telling which run it is, by the model's files" if commit is None else "Telling which run it is"):
+        described = _describe(config, reader, commit, base_revision)
+    return OpenedRun(config, reader, commit, base_commit, described)
 
 
 def _weights(config: ExtractConfig, recorded: RunInputs | None) -> tuple[str, str | None, str | None]:

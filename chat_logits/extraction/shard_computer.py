@@ -31,6 +31,7 @@ from chat_logits.model.batching import Batches, Sharing
 from chat_logits.model.memory import choose_budget, fits_alone
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
+from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import write_shard
 from chat_logits.storage.shard_list import ShardEntry
@@ -104,6 +105,7 @@ class ShardComputer:
             self.load_model()
             assert self.sharing is not None
             settings = replace(manifest, **self._budget(manifest))
+            _tell_budget(settings)
             with progress() as bar:
                 run_shards(self.model, settings, self.sharing, itertools.chain([first], read), threads, finish, bar)
 
@@ -117,22 +119,23 @@ class ShardComputer:
             return
         config = self.opened.config
         where = "over all devices" if config.device_map else f"on {self.device}"
-        logger.info("Loading %s %s …", config.model_id, where)
-        self.model = loading.load_model(
-            config.model_id,
-            self.opened.model_commit,
-            config.gguf_file,
-            config.dtype,
-            self.device,
-            config.attn_implementation,
-            config.trust_remote_code,
-            config.device_map,
-            config.max_memory,
-            self._stack.enter_context(scratch_folder()) if config.device_map else None,
-            self.opened.base_commit,
-            config.head_dtype,
-        )
-        self.sharing = probe.probe_model(self.model)
+        with stage("Loading %s %s", config.model_id, where):
+            self.model = loading.load_model(
+                config.model_id,
+                self.opened.model_commit,
+                config.gguf_file,
+                config.dtype,
+                self.device,
+                config.attn_implementation,
+                config.trust_remote_code,
+                config.device_map,
+                config.max_memory,
+                self._stack.enter_context(scratch_folder()) if config.device_map else None,
+                self.opened.base_commit,
+                config.head_dtype,
+            )
+        with stage("Checking the model: padded batches and shared prefixes against its reference forward pass"):
+            self.sharing = probe.probe_model(self.model)
         for line in self.sharing.restrictions(config.prefix_cache):
             logger.info("%s", line)
 
@@ -156,6 +159,12 @@ class ShardComputer:
         agrees = self.sharing is not None and self.sharing.prefix
         cached = config.prefix_cache and agrees and getattr(recorded, "prefix_cache", None) is not False
         return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}
+
+
+def _tell_budget(settings: Manifest) -> None:
+    prefixes = "cached" if settings.prefix_cache else "not cached"
+    figures = settings.batch_tokens, settings.batch_logit_rows, prefixes
+    logger.info("Forward passes of up to %s padded tokens, logits of up to %s rows; shared prefixes are %s", *figures)
 
 
 def run_shards(

@@ -23,6 +23,7 @@ from chat_logits.extraction.run_description import OpenedRun
 from chat_logits.extraction.shard_plan import AHEAD, ATTEMPTS, ShardPlan, pause_after
 from chat_logits.extraction.worker import ShardWorker, assign
 from chat_logits.hub_errors import HubRefused, redact
+from chat_logits.stages import stage
 from chat_logits.storage.disk import DiskFull
 from chat_logits.storage.manifest import Manifest
 
@@ -95,7 +96,8 @@ class RayWorkers:
 
     def describe(self) -> Manifest:
         """The manifest of a new run, by the first worker that has loaded its model."""
-        self._run(until=lambda: self._described)
+        with stage("Waiting for a worker that has its model"):
+            self._run(until=lambda: self._described)
         # As they were given: the paths that workers have hold on this cluster alone.
         here = self._opened.described
         return replace(self._described[0], model_id=here.model_id, dataset_id=here.dataset_id)
@@ -110,7 +112,8 @@ class RayWorkers:
             return
         self.folder.admit_workers(self._token)
         self._manifest, self._finished = manifest, finished
-        self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
+        with stage("Waiting for a worker that has begun"):
+            self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
         with progress() as self._bar:  # its speed is of working hours alone
             self._run(until=lambda: self._plan.is_empty and not any(worker.shards for worker in self._workers))
         if self._plan.given_up:

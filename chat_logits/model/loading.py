@@ -6,6 +6,8 @@ memory) for as long as its layer works. Meanwhile its parameters are on "meta", 
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,9 +84,27 @@ def load_model(
 
 def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, options: dict):
     auto_class = _auto_class(model_id, revision, gguf_file, options["trust_remote_code"])
-    model, loaded = from_pretrained(auto_class, model_id, revision, gguf_file, **options)
+    with _without_its_bar():
+        model, loaded = from_pretrained(auto_class, model_id, revision, gguf_file, **options)
     _refuse_incomplete(model_id, loaded)
     return model
+
+
+@contextmanager
+def _without_its_bar() -> Iterator[None]:
+    """Within, transformers shows no bar over tensors, which says little; the Hub's client still shows its downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as its
+
+    were_shown = its.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    its.disable_progress_bar()
+    if were_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            its.enable_progress_bar()
 
 
 def _load_adapted(base: Base, model_id: str, revision: str | None, base_revision: str | None, options: dict):

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from chat_logits.errors import UsageError
+from chat_logits.stages import stage
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.collator import PackingCollator, PaddingCollator, refuse_packing
 from chat_logits.training.config import TrainConfig
@@ -38,11 +39,13 @@ def train(config: TrainConfig) -> TrainingResult:
     if checkpoint:
         go_on(result, checkpoint)
     set_seed(config.seed)
-    tokenizer = student_tokenizer(config)
+    with stage("Reading the student's configuration and tokenizer"):
+        tokenizer = student_tokenizer(config)
     taught, kept = _packs(config, tokenizer, arguments, result)
     _count_steps(arguments, config, taught, checkpoint)
     with explained_failures(config):
-        student = load_student(config)
+        with stage("Loading the student %s", config.student_id):
+            student = load_student(config)
         data = {"train_dataset": taught, "eval_dataset": kept, "data_collator": _collator(student, tokenizer)}
         trainer = MeasuringTrainer(student, arguments, **data, result=result)
         _take_steps(trainer, checkpoint)
@@ -57,7 +60,8 @@ def _take_steps(trainer: MeasuringTrainer, checkpoint: Checkpoint | None) -> Non
         trainer.measure(checkpoint.step)
         return
     if not trainer.result.points:
-        trainer.measure(0)
+        with stage("Measuring the student on the held-out conversations, before any step"):
+            trainer.measure(0)
     with stopping(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     trainer.measure(trainer.state.global_step)
@@ -131,7 +135,7 @@ def _packs(
     stored = open_dataset(config.logit_dataset_id, config.revision)
     result.teacher = stored.manifest.model_id
     options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
-    with arguments.main_process_first(desc="aligning rows"):
+    with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
         examples = training_dataset(config.logit_dataset_id, tokenizer, stored.revision, **options)
     return _split(examples, config)
 

@@ -123,7 +123,7 @@ def test_the_heading_says_how_many_predictions_are_shown(width, title):
     print_result(Analysis(tokens, [], "dataset", "model", 0, 3), console)
     heading, first, second = [line.split(" | ")[1] for line in buffer.getvalue().splitlines() if " | " in line]
     assert title in heading and "…" not in heading
-    assert [line.count('"(0.') for line in (first, second)] == ([3, 3] if width == 200 else [2, 1])
+    assert [line.count(', "') + 1 for line in (first, second)] == ([3, 3] if width == 200 else [2, 1])
 
 
 def test_a_pipe_gets_160_cells_or_as_many_as_columns_says(monkeypatch):
