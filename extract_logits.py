@@ -46,10 +46,12 @@ def _extract(config: ExtractConfig, command: list[str]) -> None:
         resuming = [word for word in command if not (begun and word == "--overwrite")]
         logger.info("To resume:\n  %s", shlex.join(resuming))
         raise
-    from chat_logits.cli.extract_report import print_extraction
+    from chat_logits.cli.extract_report import looking_commands, print_extraction
 
     print_extraction(done)
-    logger.info("To repeat:\n  %s", shlex.join([*_program(command), *config_words(done.config)]))
+    program = _program(command)
+    logger.info("To look at it:\n  %s", "\n  ".join(looking_commands(done, program)))
+    logger.info("To repeat:\n  %s", shlex.join([*program, *config_words(done.config)]))
 
 
 def _program(command: list[str]) -> list[str]:

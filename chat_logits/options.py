@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from chat_logits.errors import UsageError
 
@@ -150,8 +150,16 @@ def _kind(hint: Any) -> type:
 class Config:
     """What dataclasses of options have in common: values checked as they are made, and shown where they are chosen.
 
+    ``given`` are the names of the options that a value was given for, be it the default; None counts as left out.
     Raises UsageError, naming option, value and range.
     """
+
+    given: ClassVar[frozenset[str]] = frozenset()
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        made = super().__new__(cls)
+        object.__setattr__(made, "given", frozenset(name for name, value in options.items() if value is not None))
+        return made
 
     def __post_init__(self) -> None:
         for name, one in options_of(type(self)).items():

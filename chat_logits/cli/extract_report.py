@@ -1,5 +1,9 @@
 """What the extract command prints: conversations before any model runs, and a finished run in numbers."""
 
+import shlex
+import shutil
+from pathlib import Path
+
 from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.tokens import count_text, label_tokens
 from chat_logits.display.text import visible
@@ -37,3 +41,45 @@ def print_extraction(done: Extraction) -> None:
         print(f"Target tokens  mean NLL {done.mean_nll:.4f} nats, perplexity {perplexity_of(done.mean_nll):.2f}")
     if done.url:
         print(f"Pushed         {done.url}")
+    print(f"Time           {_time_text(done)}")
+
+
+def _time_text(done: Extraction) -> str:
+    """How long this start took, and how fast what it extracted was."""
+    whole = duration_text(done.seconds)
+    if not done.new_tokens:
+        return f"{whole}; nothing was left to compute"
+    rate = done.new_tokens / max(done.computing, 0.01)
+    return f"{whole}, {duration_text(done.computing)} of it computing: {rate:,.3g} tokens extracted a second"
+
+
+def duration_text(seconds: float) -> str:
+    """A time in words, to the second from a minute on.
+
+    >>> duration_text(8.26), duration_text(83.4), duration_text(7384)
+    ('8.3 s', '1 min 23 s', '2 h 3 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def looking_commands(done: Extraction, program: list[str]) -> list[str]:
+    """The commands that look at what was extracted, as a shell takes them; ``program`` are this command's own words.
+
+    ``explore-logits`` lies where ``extract-logits`` does, and the one script beside the other.
+    """
+    *before, script = program
+    name = Path(script).name
+    if name == "extract-logits" and shutil.which(name):
+        explore = ["explore-logits"]
+    else:
+        explore = [*before, str(Path(script).with_name(name.replace("extract", "explore", 1)))]
+    if done.bytes_in_folder or not done.config.output_repo:
+        dataset = [str(done.folder)]
+    else:
+        branch = done.config.output_revision
+        dataset = [done.config.output_repo, *(["--revision", branch] if branch else [])]
+    return [shlex.join([*explore, *dataset, *more]) for more in ([], ["--browse"])]

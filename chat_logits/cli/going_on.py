@@ -1,4 +1,4 @@
-"""That a stage goes on, shown on standard error: its seconds in a terminal, where they vanish with it, dots in a log."""
+"""Stages that go on, on standard error: in a terminal their seconds, which vanish with them, in a log a row of dots."""
 
 import sys
 import threading

@@ -86,7 +86,7 @@ def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
 def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
     started = time.monotonic()
     with stage("Looking for the model %s and the dataset %s", config.model_id, config.dataset_id):
-        located = locate(config, folder.recorded)  # before anything heavy is imported
+        located = locate(config, _to_resume(config, folder))  # before anything heavy is imported
     workers_of = choose_workers(config)
     sync = _connect(config, folder) if config.output_repo else None
     try:
@@ -147,16 +147,22 @@ def open_or_resume(
     ``located`` is the config with the commits that fit the folder's record, or a new run. Raises UsageError where the
     recorded run is another one, unless it is to be replaced.
     """
-    recorded, where = folder.recorded, f"`output_dir` {folder.path}"
+    here = recorded = _to_resume(config, folder)
+    where = f"`output_dir` {folder.path}"
     if not recorded and sync and sync.remote.state and not folder.is_replacing:
         recorded, where = sync.remote.state.manifest, sync.repository.name
     if config.overwrite and not folder.is_replacing:
         recorded = None
-    opened = open_run(located if recorded is folder.recorded else config, recorded)
+    opened = open_run(located if recorded is here else config, recorded)
     different = differences(opened, recorded) if recorded else []
     if different and not config.overwrite:
         raise another_run(where, different, "place")
     return (open_run(config), None) if different else (opened, recorded)
+
+
+def _to_resume(config: ExtractConfig, folder: RunFolder) -> Manifest | None:
+    """The record of the run in the folder, unless that is to be replaced and has not begun to be."""
+    return folder.recorded if folder.is_replacing or not config.overwrite else None
 
 
 def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:

@@ -11,10 +11,11 @@ from chat_logits.data.reader import Reader, open_reader
 from chat_logits.data.source import file_format
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
+from chat_logits.extraction.as_recorded import as_recorded, opened_as_recorded, read_as_recorded, recorded_columns
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
-from chat_logits.model.limits import input_limits, load_config
+from chat_logits.model.limits import InputLimits, input_limits, load_config
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs
 
@@ -40,7 +41,7 @@ class OpenedRun:
 def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: dict | None = None) -> OpenedRun:
     """Open the source and choose the template; no model is loaded.
 
-    What the options leave open is as it was ``recorded``, where there is a record: revisions, dtype, the date.
+    What the options leave open is as it was ``recorded``, where there is a record.
     ``footers`` of the source are what another process knows of it.
     """
     config = locate(config, recorded)
@@ -52,12 +53,28 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     with stage("Reading the tokenizer"):
         tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
-    reader = open_reader(config, tokenizer, limits, recorded.template_date if recorded else None, footers)
+    config = opened_as_recorded(config, recorded, limits.positions, tokenizer) if recorded else config
+    config, reader = _open_reader(config, recorded, tokenizer, limits, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     base_commit = weights_commit if base_revision else None
     with stage("Telling which run it is, by the model's files" if commit is None else "Telling which run it is"):
         described = _describe(config, reader, commit, base_revision)
     return OpenedRun(config, reader, commit, base_commit, described)
+
+
+def _open_reader(
+    config: ExtractConfig, recorded: RunInputs | None, tokenizer: Any, limits: InputLimits, footers: dict | None
+) -> tuple[ExtractConfig, Reader]:
+    """The reader of the source, and the config with the columns and the template that it turns out to need."""
+    if recorded is None:
+        return config, open_reader(config, tokenizer, limits, None, footers)
+    named = replace(config, **recorded_columns(config, recorded))
+    reader = open_reader(named, tokenizer, limits, recorded.template_date, footers)
+    kept = read_as_recorded(config, recorded, reader.source.column_names, reader.choice.template.text)
+    if kept.chat_template != config.chat_template:
+        named = replace(named, chat_template=kept.chat_template)
+        reader = open_reader(named, tokenizer, limits, recorded.template_date, footers)
+    return kept, reader
 
 
 def _weights(config: ExtractConfig, recorded: RunInputs | None) -> tuple[str, str | None, str | None]:
@@ -80,7 +97,7 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
 
     Raises UsageError for a model or a dataset that is not there, ToolkitError where the Hub refuses.
     """
-    config = _as_recorded(config, recorded) if recorded else config
+    config = as_recorded(config, recorded) if recorded else config
     commits: dict[str, Any] = {}
     for kind in ("model", "dataset"):
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
@@ -93,21 +110,6 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
         else:
             commits[f"{kind}_revision"] = resolve_commit(name, kind, revision)
     return replace(config, **commits)
-
-
-def _as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
-    """The config with what it leaves open as it was recorded: revisions of the Hub, dtype and attention."""
-    filled = {}
-    for kind in ("model", "dataset"):
-        source, revision = getattr(config, f"{kind}_id"), getattr(recorded, f"{kind}_revision")
-        if getattr(recorded, f"{kind}_id") == source and is_commit(revision) and not Path(source).exists():
-            filled[f"{kind}_revision"] = getattr(config, f"{kind}_revision") or revision
-    if isinstance(recorded, Manifest):
-        filled["dtype"] = recorded.dtype if config.dtype == "auto" else config.dtype
-        recorded_head = "float32" if recorded.head_dtype == "float32" else "model"
-        filled["head_dtype"] = config.head_dtype or recorded_head
-        filled["attn_implementation"] = config.attn_implementation or recorded.attn_implementation
-    return replace(config, **filled)
 
 
 def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_revision: str | None) -> RunInputs:

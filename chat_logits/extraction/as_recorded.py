@@ -1,0 +1,126 @@
+"""A resumed run's options: what was left open is as it was recorded, and whoever started the run is told.
+
+Options that were given are compared with the record elsewhere, and another value is refused by its name.
+"""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from chat_logits.data.columns import choose_columns
+from chat_logits.data.tokenizer import skipped_token_ids
+from chat_logits.errors import UsageError
+from chat_logits.extraction.config import ExtractConfig
+from chat_logits.hub import is_commit
+from chat_logits.storage.manifest import Manifest, RunInputs
+
+logger = logging.getLogger(__name__)
+
+# Options that are recorded as they are.
+SAME = (
+    *("top_k", "top_p", "num_sampled", "seed", "rows_per_shard", "max_samples"),
+    *("system_prompt", "template_kwargs", "all_turns", "keep_end_of_turn"),
+)
+OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file"]  # of the recorded one alone
+COLUMNS = ("messages", "prompt", "response", "tools")
+BY_OPTION = "--chat_template"  # in the words on where a template's spans come from
+SHOWN = 60  # characters of a value in the log
+
+
+def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
+    """The config with what it leaves open as it was recorded, as far as that can be told before anything is opened:
+    numbers and names, a template that was given, revisions of the Hub, dtype and attention."""
+    names = [*SAME, *OF_DATASET * (recorded.dataset_id == config.dataset_id)]
+    names += OF_MODEL * (recorded.model_id == config.model_id)
+    taken = {name: _recorded_value(recorded, name) for name in names if name not in config.given}
+    if config.chat_template is None and BY_OPTION in (recorded.mask_source or "") and recorded.tools_template is None:
+        taken["chat_template"] = recorded.chat_template
+    config = _taking(config, taken)
+    return replace(config, **_revisions(config, recorded), **_formats(config, recorded))
+
+
+def _recorded_value(recorded: RunInputs, name: str) -> Any:
+    value = getattr(recorded, name)
+    return bool(value) if name == "keep_end_of_turn" else value
+
+
+def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, str]:
+    filled = {}
+    for kind in ("model", "dataset"):
+        source, revision = getattr(config, f"{kind}_id"), getattr(recorded, f"{kind}_revision")
+        if getattr(recorded, f"{kind}_id") == source and is_commit(revision) and not Path(source).exists():
+            filled[f"{kind}_revision"] = getattr(config, f"{kind}_revision") or revision
+    return filled
+
+
+def _formats(config: ExtractConfig, recorded: RunInputs) -> dict[str, str | None]:
+    if not isinstance(recorded, Manifest):
+        return {}
+    head = "float32" if recorded.head_dtype == "float32" else "model"
+    return {
+        "dtype": recorded.dtype if config.dtype == "auto" else config.dtype,
+        "head_dtype": config.head_dtype or head,
+        "attn_implementation": config.attn_implementation or recorded.attn_implementation,
+    }
+
+
+def opened_as_recorded(
+    config: ExtractConfig, recorded: RunInputs, positions: int | None, tokenizer: Any
+) -> ExtractConfig:
+    """The config with what model and tokenizer have a say in, as it was recorded where it is left open: the length,
+    the tokens not to extract, a template where the tokenizer has none.
+
+    ``positions`` are the most that the model reads.
+    """
+    taken: dict[str, Any] = {}
+    if config.max_length is None and recorded.max_length != positions:
+        taken["max_length"] = recorded.max_length
+    usual, ids = skipped_token_ids(tokenizer), set(recorded.skipped_token_ids)
+    if not (config.skip_tokens or config.keep_tokens) and ids != usual:
+        taken["skip_tokens"] = tuple(tokenizer.convert_ids_to_tokens(sorted(ids - usual)))
+        taken["keep_tokens"] = tuple(tokenizer.convert_ids_to_tokens(sorted(usual - ids)))
+    if config.chat_template is None and not getattr(tokenizer, "chat_template", None):
+        taken["chat_template"] = recorded.chat_template
+    return _taking(config, taken)
+
+
+def recorded_columns(config: ExtractConfig, recorded: RunInputs) -> dict[str, str]:
+    """The options that name the recorded columns, where the config leaves all of them open; nothing for another
+    dataset."""
+    is_open = all(getattr(config, f"{kind}_column") is None for kind in COLUMNS)
+    if recorded.dataset_id != config.dataset_id or not is_open:
+        return {}
+    named = {f"{kind}_column": recorded.columns[kind] for kind in COLUMNS if kind in recorded.columns}
+    return {"tools_column": "", **named}
+
+
+def read_as_recorded(config: ExtractConfig, recorded: RunInputs, names: list[str], template: str) -> ExtractConfig:
+    """The config with what the source has a say in, as it was recorded where it is left open: columns, where the
+    ``names`` of all would give others, and the template, where that chosen is not the recorded one."""
+    taken: dict[str, Any] = recorded_columns(config, recorded)
+    try:
+        if choose_columns(names) == recorded.columns:
+            taken = {}
+    except UsageError:  # no telling which
+        pass
+    is_own = recorded.model_id == config.model_id and recorded.tools_template is None
+    if config.chat_template is None and is_own and template != recorded.chat_template:
+        taken["chat_template"] = recorded.chat_template
+    return _taking(config, taken)
+
+
+def _taking(config: ExtractConfig, taken: dict[str, Any]) -> ExtractConfig:
+    """The config with these values. Those that are others than it has are told."""
+    changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
+    if changed:
+        texts = (f"`{name}` {_short(value)}" for name, value in changed.items())
+        logger.info("Left out, and taken from the run that is resumed: %s", ", ".join(texts))
+    return replace(config, **taken)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    line = " ".join(text.split())
+    return f"{line[:SHOWN]}…" if len(line) > SHOWN else line
