@@ -48,6 +48,11 @@ class Option:
     most: float | None = None
     check_value: Callable[[Any], None] | None = None
     count: int | None = None  # texts of a tuple, None for any number
+    example: str = ""  # as it is typed; options that have one are basic, and the first that a help shows
+
+    @property
+    def is_basic(self) -> bool:
+        return bool(self.example)
 
     @property
     def is_required(self) -> bool:

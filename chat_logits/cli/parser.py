@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from chat_logits.errors import UsageError
 from chat_logits.options import Config, Option, option, options_of
 
+HELP_ALL = "help_all"
 NO = "no_"  # before the name of a switch: turned off, where a config file turns it on
 
 
@@ -49,21 +50,33 @@ class RebuildOptions(CommonOptions):
 class CommandParser(argparse.ArgumentParser):
     """Parses the ``options`` of a command into those that were given, as text. Raises UsageError.
 
-    ``groups`` are the headings of the help, in order. An argument without a name is that of ``positional``.
+    ``groups`` are the headings of the help, in order. An argument without a name is that of ``positional``. ``--help``
+    shows the basic options with an example each, ``--help_all`` the others too.
     """
 
     def __init__(self, options: Iterable[Option], groups: Iterable[str] = (), positional: str = "", **about: Any):
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **about)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False, **about)
         self._positional = positional
-        self._names = {"help"}
+        self._names = {"help", HELP_ALL}
+        self._advanced: list[argparse.Action] = []
+        self.add_argument("-h", "--help", action="help", help="show the basic options")
+        shown_whole = {"action": _WholeHelp, "nargs": 0, "dest": HELP_ALL, "help": "show all options"}
+        self.add_argument(f"--{HELP_ALL}", **shown_whole)
         sections = {name: self.add_argument_group(name) for name in groups}
+        options = list(options)
+        self._count = len(options)
         last = (options_of(RebuildOptions), options_of(CommonOptions))
         for one in sorted(options, key=lambda one: sum(not one.group and one.name in names for names in last)):
             self._add(sections.get(one.group, self), one)
 
     def _add(self, section: argparse._ActionsContainer, one: Option) -> None:
-        add = section.add_argument
-        help_text = one.full_help.replace("%", "%%")
+        def add(*names: str, **about: Any) -> None:
+            action = section.add_argument(*names, **about)
+            if not one.is_basic:
+                self._advanced.append(action)
+
+        example = f"; e.g. {one.example}" if one.is_basic else ""
+        help_text = f"{one.full_help}{example}".replace("%", "%%")
         self._names.add(one.name)
         if one.kind is bool:
             self._names.add(NO + one.name)
@@ -76,6 +89,18 @@ class CommandParser(argparse.ArgumentParser):
         metavar = one.metavar or (f"{{{','.join(one.choices)}}}" if one.choices else None)
         parts = tuple(one.metavar.split()) if one.count else metavar
         add(f"--{one.name}", help=help_text, metavar=parts, **more)
+
+    def format_help(self, is_whole: bool = False) -> str:
+        """The help on the basic options, or on all of them."""
+        helps = {action: action.help for action in self._advanced}
+        for action in () if is_whole else self._advanced:
+            action.help = argparse.SUPPRESS
+        try:
+            more = "" if is_whole else f"\n--{HELP_ALL} shows all {self._count} options.\n"
+            return super().format_help() + more
+        finally:
+            for action, text in helps.items():
+                action.help = text
 
     def given(self, argv: list[str]) -> dict[str, str | list[str] | bool]:
         """The options that are on a command line, by name, as they are written there."""
@@ -101,13 +126,22 @@ class CommandParser(argparse.ArgumentParser):
         if not dashes or not name or " " in word or word == "-h" or re.fullmatch(r"-\d*\.?\d+", word):
             return word  # for argparse, a value
         near = difflib.get_close_matches(spelled, self._names, 1)
-        meant = f"; did you mean --{near[0]}?" if near else "; --help lists them"
+        meant = f"; did you mean --{near[0]}?" if near else f"; --{HELP_ALL} lists them"
         raise UsageError(f"{dashes}{name}: no such option{meant}")
 
     def error(self, message: str) -> NoReturn:
         """In place of argparse's page of usage."""
         message = re.sub(r"^argument (-\S+): ", r"\1: ", message)
         raise UsageError(re.sub(r"ignored explicit argument (.*)", r"expected no value, found \1", message))
+
+
+class _WholeHelp(argparse.Action):
+    """Prints the help on all options and ends the command, as ``--help`` does for the basic ones."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, CommandParser)
+        print(parser.format_help(is_whole=True), end="")
+        parser.exit()
 
 
 def read_options(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ class SourceConfig(Config):
     """A chat dataset, and the template that renders its conversations."""
 
     dataset_id: str = option(
-        help="the chat dataset: a Hub id, a folder, or a .jsonl, .json, .parquet or .csv file", group=READ, metavar="ID"
+        help="the chat dataset: a Hub id, a folder, or a .jsonl, .json, .parquet or .csv file",
+        group=READ,
+        metavar="ID",
+        example="--dataset_id chats.jsonl",
     )
     dataset_config: str | None = option(
         None, help="configuration of the dataset", unset="its only one", group=READ, metavar="NAME"
@@ -49,7 +52,13 @@ class SourceConfig(Config):
         None, help="system message for conversations without one", unset="none", group=READ, metavar="TEXT"
     )
     max_samples: int | None = option(
-        None, help="read the first N source rows only", unset="all", group=READ, metavar="N", least=1
+        None,
+        help="read the first N source rows only",
+        unset="all",
+        group=READ,
+        metavar="N",
+        least=1,
+        example="--max_samples 1000",
     )
     max_length: int | None = option(
         None,
@@ -65,6 +74,7 @@ class SourceConfig(Config):
         unset="the model's own",
         group=EXTRACTED,
         metavar="FILE_OR_TEXT",
+        example="--chat_template templates/qwen2_5.jinja",
     )
     template_kwargs: dict = option(
         {},

@@ -41,7 +41,14 @@ class ExtractConfig(SourceConfig, ModelConfig):
         metavar="SHARE_OR_N",
         least=0,
     )
-    top_k: int = option(64, help="most probable tokens considered", group=EXTRACTED, metavar="K", least=1)
+    top_k: int = option(
+        64,
+        help="most probable tokens considered",
+        group=EXTRACTED,
+        metavar="K",
+        least=1,
+        example="--top_k 128",
+    )
     top_p: float = option(
         0.98,
         help="of those, keep up to this total probability, in (0, 1]",
@@ -51,7 +58,12 @@ class ExtractConfig(SourceConfig, ModelConfig):
         most=1,
     )
     num_sampled: int = option(
-        16, help="tokens sampled from outside the nucleus, a position", group=EXTRACTED, metavar="S", least=0
+        16,
+        help="tokens sampled from outside the nucleus, a position",
+        group=EXTRACTED,
+        metavar="S",
+        least=0,
+        example="--num_sampled 32",
     )
     seed: int = option(0, help="seed of the sampling", group=EXTRACTED, metavar="N", least=0, most=2**63 - 1)
     output_repo: str | None = option(
@@ -61,6 +73,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=WRITTEN,
         metavar="USER/NAME",
         check_value=_check_repo,
+        example="--output_repo user/my-logits-dataset",
     )
     output_revision: str | None = option(
         None, help="its branch, made if it is missing", unset="main", group=WRITTEN, metavar="BRANCH"
@@ -68,13 +81,19 @@ class ExtractConfig(SourceConfig, ModelConfig):
     private: bool = option(False, help="make the Hub dataset private if it is new", unset="public", group=WRITTEN)
     push_every: float = option(300.0, help="time between commits to the Hub", group=WRITTEN, metavar="SECONDS", least=0)
     output_dir: str | None = option(
-        None, help="local folder", unset="outputs/NAME of the Hub dataset", group=WRITTEN, metavar="FOLDER"
+        None,
+        help="local folder",
+        unset="outputs/NAME of the Hub dataset",
+        group=WRITTEN,
+        metavar="FOLDER",
+        example="--output_dir outputs/chats",
     )
     overwrite: bool = option(
         False,
         help="replace the run that is in folder and Hub dataset; given again in the same folder, it resumes that",
         unset="resume the run that is there, if it is this one",
         group=WRITTEN,
+        example="--overwrite",
     )
     rows_per_shard: int = option(
         256,

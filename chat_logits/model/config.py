@@ -18,7 +18,11 @@ class ModelConfig(Config):
     """A chat model, and how its forward passes are computed."""
 
     model_id: str = option(
-        help="the chat model: a Hub id or a folder", group=READ, metavar="ID", check_value=_refuse_gguf_path
+        help="the chat model: a Hub id or a folder",
+        group=READ,
+        metavar="ID",
+        check_value=_refuse_gguf_path,
+        example="--model_id Qwen/Qwen2.5-0.5B-Instruct",
     )
     model_revision: str | None = option(
         None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"

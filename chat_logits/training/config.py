@@ -22,6 +22,7 @@ class TaughtOptions(Config):
         metavar="SHARE",
         least=0,
         most=1,
+        example="--hard_weight 0.1",
     )
     end_of_turn: str = option(
         "hard",
@@ -39,7 +40,10 @@ class TrainConfig(TaughtOptions):
     """A student, the logit dataset that teaches it, and how its steps are taken."""
 
     logit_dataset_id: str = option(
-        help="the logit dataset to learn from, a folder or a Hub id", group=READ, metavar="ID"
+        help="the logit dataset to learn from, a folder or a Hub id",
+        group=READ,
+        metavar="ID",
+        example="--logit_dataset_id outputs/chats",
     )
     revision: str | None = option(
         None, help="branch, tag or commit of a Hub dataset", unset="its main branch", group=READ, metavar="REV"
@@ -48,6 +52,7 @@ class TrainConfig(TaughtOptions):
         help="the model to train, a folder or a Hub id, with the tokenizer that the rows were extracted with",
         group=READ,
         metavar="ID",
+        example="--student_id Qwen/Qwen2.5-0.5B-Instruct",
     )
     student_revision: str | None = option(
         None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"
@@ -63,8 +68,19 @@ class TrainConfig(TaughtOptions):
         metavar="N",
         least=1,
     )
-    output_dir: str = option(help="folder for the trained student", group=WRITTEN, metavar="FOLDER")
-    resume: bool = option(False, help="go on from the last checkpoint in the folder", unset="begin anew", group=WRITTEN)
+    output_dir: str = option(
+        help="folder for the trained student",
+        group=WRITTEN,
+        metavar="FOLDER",
+        example="--output_dir outputs/student",
+    )
+    resume: bool = option(
+        False,
+        help="go on from the last checkpoint in the folder",
+        unset="begin anew",
+        group=WRITTEN,
+        example="--resume",
+    )
     save_every: int = option(
         500, help="steps from one checkpoint to the next; the last one is kept", group=WRITTEN, metavar="STEPS", least=1
     )
@@ -74,11 +90,25 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="TOKENS",
         least=1,
+        example="--batch_tokens 8192",
     )
     accumulate: int = option(1, help="batches of a step", group=COMPUTED, metavar="N", least=1)
-    epochs: int = option(1, help="times each conversation is read", group=COMPUTED, metavar="N", least=1)
+    epochs: int = option(
+        1,
+        help="times each conversation is read",
+        group=COMPUTED,
+        metavar="N",
+        least=1,
+        example="--epochs 3",
+    )
     max_steps: int | None = option(
-        None, help="steps to take", unset="as the epochs need", group=COMPUTED, metavar="STEPS", least=1
+        None,
+        help="steps to take",
+        unset="as the epochs need",
+        group=COMPUTED,
+        metavar="STEPS",
+        least=1,
+        example="--max_steps 200",
     )
     learning_rate: float | None = option(
         None,
@@ -88,6 +118,7 @@ class TrainConfig(TaughtOptions):
         metavar="RATE",
         above=0,
         most=1,
+        example="--learning_rate 1e-5",
     )
     measure_every: int | None = option(
         None,
@@ -104,6 +135,7 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="RANK",
         least=1,
+        example="--lora_rank 16",
     )
     dtype: str = option(
         "auto",

@@ -143,7 +143,7 @@ def test_a_frame_and_json_have_what_the_tokens_have(analyses):
 def test_printed_it_is_the_table(real_extraction, analyses, capsys):
     execute_analysis(str(real_extraction), 2)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == "Detailed Token Analysis:"
+    assert printed.splitlines()[0].startswith(f"Detailed Token Analysis: row 2 of {real_extraction}, model ")
     assert str(analyses[2]) == printed.rstrip("\n")
 
 

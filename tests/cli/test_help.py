@@ -11,6 +11,7 @@ import explore_logits
 import export_targets
 import extract_logits
 import train_student
+from chat_logits.cli.parser import read_options
 from chat_logits.options import options_of
 
 COMMANDS = {
@@ -41,6 +42,41 @@ def test_every_option_is_explained_with_its_default(name):
         for one in options_of(kind).values():
             assert one.help and re.search(r"\((default: .+|required)\)$", one.full_help, re.S), one.name
             assert re.fullmatch(r"[a-z_]+", one.name)
+
+
+def printed_help(name: str, word: str, capsys) -> str:
+    with pytest.raises(SystemExit) as left:
+        COMMANDS[name].main([word])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_basic_options_and_help_all_the_others_too(name, capsys):
+    options = {one.name: one for kind in COMMANDS[name].KINDS for one in options_of(kind).values()}
+    basic = {one.name for one in options.values() if one.is_basic}
+    required = {one.name for one in options.values() if one.is_required}
+    assert required <= basic and 3 <= len(basic) <= 10
+
+    def listed(text: str) -> set[str]:
+        return {found.removeprefix("no_") for found in re.findall(r"^  --(\w+)", text, re.M)} - {"help_all"}
+
+    short = printed_help(name, "--help", capsys)
+    assert listed(short) == basic == listed(printed_help(name, "-h", capsys))
+    assert short.endswith(f"\n--help_all shows all {len(options)} options.\n")
+    for word in ("--help_all", "--help-all"):
+        assert listed(printed_help(name, word, capsys)) == set(options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_can_be_typed_as_they_stand(name, capsys):
+    parser, shown = COMMANDS[name].build_parser(), " ".join(printed_help(name, "--help", capsys).split())
+    for kind in COMMANDS[name].KINDS:
+        for one in options_of(kind).values():
+            if one.is_basic:
+                given = parser.given(one.example.split())
+                assert list(given) == [one.name] and read_options(kind, given)[one.name] != one.default
+                assert f"; e.g. {one.example}" in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

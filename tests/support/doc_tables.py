@@ -34,11 +34,12 @@ def tables(name: str) -> str:
 
 def _table(group: str, options: Iterable[Option]) -> str:
     lines = [f"| {group or 'option'} | |", "| --- | --- |"]
-    for one in options:
+    for one in sorted(options, key=lambda one: not one.is_basic):
         name = f"--{'no_' if one.kind is bool and one.default is True else ''}{one.name}"
         value = "" if one.kind is bool else f" {one.metavar or ','.join(one.choices)}"
         text = f"{'do not ' if name.startswith('--no_') else ''}{one.full_help}".replace("|", "\\|")
-        lines.append(f"| `{name}{value}` | {text} |")
+        basic = f"; e.g. `{one.example}`" if one.is_basic else ""
+        lines.append(f"| `{name}{value}` | {text}{basic} |")
     return "\n".join(lines) + "\n"
 
 
