@@ -27,6 +27,20 @@ def configure_client() -> None:
     hub_logging.set_verbosity_error()
 
 
+def shows_downloads() -> bool:
+    """Whether the Hub's client shows bars of its downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    return not are_progress_bars_disabled()
+
+
+def show_downloads() -> None:
+    """Have the Hub's client show them."""
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()
+
+
 def _patient_client():
     from huggingface_hub.utils._http import default_client_factory
 

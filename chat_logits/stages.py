@@ -10,7 +10,7 @@ as long as a stage lasts.
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,13 @@ def stage(text: str, *values: object) -> Iterator[None]:
 
 @contextmanager
 def every(seconds: float, do: Callable[[], object]) -> Iterator[None]:
-    """Within, ``do()`` is called by a thread at least so often."""
+    """Within, ``do()`` is called by a thread so often, until it finds that it cannot write."""
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(seconds):
-            do()
+        with suppress(OSError):
+            while not ended.wait(seconds):
+                do()
 
     thread = threading.Thread(target=repeat, name="every", daemon=True)
     thread.start()

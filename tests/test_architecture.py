@@ -19,6 +19,7 @@ BASE = (
     "chat_logits.hub_errors",
     "chat_logits.options",
     "chat_logits.scratch",
+    "chat_logits.stages",
 )
 ROOMS = ("data", "model", "storage", "extraction", "analysis", "training", "display", "cli")  # lowest first
 FLAG = re.compile(r"--[a-z]")

@@ -25,7 +25,7 @@ SAME = (
 )
 OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file"]  # of the recorded one alone
 COLUMNS = ("messages", "prompt", "response", "tools")
-BY_OPTION = "--chat_template"  # in the words on where a template's spans come from
+BY_OPTION = "chat_template"  # in the words on where a template's spans come from
 SHOWN = 60  # characters of a value in the log
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
@@ -93,13 +94,12 @@ def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, opti
 @contextmanager
 def _without_its_bar() -> Iterator[None]:
     """Within, transformers shows no bar over tensors, which says little; the Hub's client still shows its downloads."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as its
 
-    were_shown = its.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    were_shown = its.is_progress_bar_enabled() and shows_downloads()
     its.disable_progress_bar()
     if were_shown:
-        enable_progress_bars()
+        show_downloads()
     try:
         yield
     finally:
