@@ -48,11 +48,11 @@ class Option:
     most: float | None = None
     check_value: Callable[[Any], None] | None = None
     count: int | None = None  # texts of a tuple, None for any number
-    example: str = ""  # as it is typed; options that have one are basic, and the first that a help shows
+    example: str | None = None  # a value as it is typed, "" of a switch; options with one are basic: help begins there
 
     @property
     def is_basic(self) -> bool:
-        return bool(self.example)
+        return self.example is not None
 
     @property
     def is_required(self) -> bool:

@@ -32,14 +32,14 @@ class ExploreOptions(RebuildOptions):
     logit_dataset_id: str = option(
         help="the logit dataset, a folder or a Hub id; the name of this option may be left out",
         metavar="ID",
-        example="--logit_dataset_id outputs/chats",
+        example="outputs/chats",
     )
     sample_index: int | None = option(
         None,
         help="stored row, negative from the end",
         unset="0; with --compare: all rows",
         metavar="N",
-        example="--sample_index -1",
+        example="-1",
     )
     top_n: int | None = option(None, help="predictions shown a token", unset="5", metavar="N", least=1)
     surprising: int | None = option(
@@ -48,14 +48,14 @@ class ExploreOptions(RebuildOptions):
         unset="all tokens",
         metavar="N",
         least=1,
-        example="--surprising 20",
+        example="20",
     )
     show_prompt: bool = option(False, help="show the whole prompt in the table", unset="its last tokens")
     summary: bool = option(
         False,
         help="show the whole dataset in numbers: perplexity, calibration, histograms, extremes",
         unset="one row",
-        example="--summary",
+        example="",
     )
     compare: str | None = option(
         None,
@@ -63,7 +63,7 @@ class ExploreOptions(RebuildOptions):
         "apart, in nats of KL divergence a token",
         unset="none",
         metavar="ID",
-        example="--compare outputs/other",
+        example="outputs/other",
     )
     compare_revision: str | None = option(
         None, help="branch, tag or commit of the other dataset", unset="its main branch", metavar="REV"
@@ -75,7 +75,7 @@ class ExploreOptions(RebuildOptions):
         unset="load none",
         metavar="N",
         least=1,
-        example="--verify 8",
+        example="8",
     )
     model_id: str | None = option(
         None,
@@ -89,7 +89,7 @@ class ExploreOptions(RebuildOptions):
         "the teacher is not loaded",
         unset="load none",
         metavar="ID",
-        example="--student outputs/student",
+        example="outputs/student",
     )
     student_revision: str | None = option(
         None, help="branch, tag or commit of a student on the Hub", unset="its main branch", metavar="REV"
@@ -130,14 +130,14 @@ class ExploreOptions(RebuildOptions):
         help="write a page that needs nothing else",
         unset="none",
         metavar="FILE",
-        example="--html page.html",
+        example="page.html",
     )
     json: str | None = option(
         None,
         help="write what is shown as JSON; - prints that alone",
         unset="none",
         metavar="FILE",
-        example="--json -",
+        example="-",
     )
 
 

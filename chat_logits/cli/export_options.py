@@ -17,17 +17,17 @@ class ExportOptions(TaughtOptions, RebuildOptions):
     logit_dataset_id: str = option(
         help="the logit dataset, a folder or a Hub id; the name of this option may be left out",
         metavar="ID",
-        example="--logit_dataset_id outputs/chats",
+        example="outputs/chats",
     )
     format: str = option(
         help="who reads it",
         choices=tuple(FORMATS),
-        example="--format axolotl",
+        example="axolotl",
     )
     output_dir: str = option(
         help="a new or an empty folder to write",
         metavar="FOLDER",
-        example="--output_dir outputs/for_axolotl",
+        example="outputs/for_axolotl",
     )
     student_vocab_size: int | None = option(
         None,
@@ -35,7 +35,7 @@ class ExportOptions(TaughtOptions, RebuildOptions):
         unset="all ids are kept",
         metavar="N",
         least=1,
-        example="--student_vocab_size 151936",
+        example="151936",
     )
     sequence_length: int | None = option(
         None,
@@ -43,7 +43,7 @@ class ExportOptions(TaughtOptions, RebuildOptions):
         unset="the longest conversation's",
         metavar="N",
         least=2,
-        example="--sequence_length 4096",
+        example="4096",
     )
     temperature: float = option(
         1.0, help="of the targets: others than 1 are refused, as draws give no unbiased target at them", metavar="T"

@@ -29,7 +29,7 @@ class ExtractOptions(CommonOptions):
         group=EXTRACTED,
         metavar="N",
         least=1,
-        example="--preview 2",
+        example="2",
     )
 
 

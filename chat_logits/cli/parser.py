@@ -75,7 +75,7 @@ class CommandParser(argparse.ArgumentParser):
             if not one.is_basic:
                 self._advanced.append(action)
 
-        example = f"; e.g. {one.example}" if one.is_basic else ""
+        example = f"; e.g. {example_of(one)}" if one.is_basic else ""
         help_text = f"{one.full_help}{example}".replace("%", "%%")
         self._names.add(one.name)
         if one.kind is bool:
@@ -133,6 +133,15 @@ class CommandParser(argparse.ArgumentParser):
         """In place of argparse's page of usage."""
         message = re.sub(r"^argument (-\S+): ", r"\1: ", message)
         raise UsageError(re.sub(r"ignored explicit argument (.*)", r"expected no value, found \1", message))
+
+
+def example_of(one: Option) -> str:
+    """A basic option as it may be typed.
+
+    >>> example_of(Option("top_k", int, 64, "", example="8"))
+    '--top_k 8'
+    """
+    return f"--{one.name} {one.example or ''}".rstrip()
 
 
 class _WholeHelp(argparse.Action):

@@ -20,7 +20,7 @@ class SourceConfig(Config):
         help="the chat dataset: a Hub id, a folder, or a .jsonl, .json, .parquet or .csv file",
         group=READ,
         metavar="ID",
-        example="--dataset_id chats.jsonl",
+        example="chats.jsonl",
     )
     dataset_config: str | None = option(
         None, help="configuration of the dataset", unset="its only one", group=READ, metavar="NAME"
@@ -58,7 +58,7 @@ class SourceConfig(Config):
         group=READ,
         metavar="N",
         least=1,
-        example="--max_samples 1000",
+        example="1000",
     )
     max_length: int | None = option(
         None,
@@ -74,7 +74,7 @@ class SourceConfig(Config):
         unset="the model's own",
         group=EXTRACTED,
         metavar="FILE_OR_TEXT",
-        example="--chat_template templates/qwen2_5.jinja",
+        example="templates/qwen2_5.jinja",
     )
     template_kwargs: dict = option(
         {},

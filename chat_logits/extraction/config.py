@@ -47,7 +47,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=EXTRACTED,
         metavar="K",
         least=1,
-        example="--top_k 128",
+        example="128",
     )
     top_p: float = option(
         0.98,
@@ -63,7 +63,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=EXTRACTED,
         metavar="S",
         least=0,
-        example="--num_sampled 32",
+        example="32",
     )
     seed: int = option(0, help="seed of the sampling", group=EXTRACTED, metavar="N", least=0, most=2**63 - 1)
     output_repo: str | None = option(
@@ -73,7 +73,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=WRITTEN,
         metavar="USER/NAME",
         check_value=_check_repo,
-        example="--output_repo user/my-logits-dataset",
+        example="user/my-logits-dataset",
     )
     output_revision: str | None = option(
         None, help="its branch, made if it is missing", unset="main", group=WRITTEN, metavar="BRANCH"
@@ -86,14 +86,14 @@ class ExtractConfig(SourceConfig, ModelConfig):
         unset="outputs/NAME of the Hub dataset",
         group=WRITTEN,
         metavar="FOLDER",
-        example="--output_dir outputs/chats",
+        example="outputs/chats",
     )
     overwrite: bool = option(
         False,
         help="replace the run that is in folder and Hub dataset; given again in the same folder, it resumes that",
         unset="resume the run that is there, if it is this one",
         group=WRITTEN,
-        example="--overwrite",
+        example="",
     )
     rows_per_shard: int = option(
         256,

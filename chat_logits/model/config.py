@@ -22,7 +22,7 @@ class ModelConfig(Config):
         group=READ,
         metavar="ID",
         check_value=_refuse_gguf_path,
-        example="--model_id Qwen/Qwen2.5-0.5B-Instruct",
+        example="Qwen/Qwen2.5-0.5B-Instruct",
     )
     model_revision: str | None = option(
         None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"

@@ -22,7 +22,7 @@ class TaughtOptions(Config):
         metavar="SHARE",
         least=0,
         most=1,
-        example="--hard_weight 0.1",
+        example="0.1",
     )
     end_of_turn: str = option(
         "hard",
@@ -43,7 +43,7 @@ class TrainConfig(TaughtOptions):
         help="the logit dataset to learn from, a folder or a Hub id",
         group=READ,
         metavar="ID",
-        example="--logit_dataset_id outputs/chats",
+        example="outputs/chats",
     )
     revision: str | None = option(
         None, help="branch, tag or commit of a Hub dataset", unset="its main branch", group=READ, metavar="REV"
@@ -52,7 +52,7 @@ class TrainConfig(TaughtOptions):
         help="the model to train, a folder or a Hub id, with the tokenizer that the rows were extracted with",
         group=READ,
         metavar="ID",
-        example="--student_id Qwen/Qwen2.5-0.5B-Instruct",
+        example="Qwen/Qwen2.5-0.5B-Instruct",
     )
     student_revision: str | None = option(
         None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"
@@ -72,14 +72,14 @@ class TrainConfig(TaughtOptions):
         help="folder for the trained student",
         group=WRITTEN,
         metavar="FOLDER",
-        example="--output_dir outputs/student",
+        example="outputs/student",
     )
     resume: bool = option(
         False,
         help="go on from the last checkpoint in the folder",
         unset="begin anew",
         group=WRITTEN,
-        example="--resume",
+        example="",
     )
     save_every: int = option(
         500, help="steps from one checkpoint to the next; the last one is kept", group=WRITTEN, metavar="STEPS", least=1
@@ -90,7 +90,7 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="TOKENS",
         least=1,
-        example="--batch_tokens 8192",
+        example="8192",
     )
     accumulate: int = option(1, help="batches of a step", group=COMPUTED, metavar="N", least=1)
     epochs: int = option(
@@ -99,7 +99,7 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="N",
         least=1,
-        example="--epochs 3",
+        example="3",
     )
     max_steps: int | None = option(
         None,
@@ -108,7 +108,7 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="STEPS",
         least=1,
-        example="--max_steps 200",
+        example="200",
     )
     learning_rate: float | None = option(
         None,
@@ -118,7 +118,7 @@ class TrainConfig(TaughtOptions):
         metavar="RATE",
         above=0,
         most=1,
-        example="--learning_rate 1e-5",
+        example="1e-5",
     )
     measure_every: int | None = option(
         None,
@@ -135,7 +135,7 @@ class TrainConfig(TaughtOptions):
         group=COMPUTED,
         metavar="RANK",
         least=1,
-        example="--lora_rank 16",
+        example="16",
     )
     dtype: str = option(
         "auto",

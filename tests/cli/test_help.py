@@ -11,7 +11,7 @@ import explore_logits
 import export_targets
 import extract_logits
 import train_student
-from chat_logits.cli.parser import read_options
+from chat_logits.cli.parser import example_of, read_options
 from chat_logits.options import options_of
 
 COMMANDS = {
@@ -74,9 +74,9 @@ def test_examples_can_be_typed_as_they_stand(name, capsys):
     for kind in COMMANDS[name].KINDS:
         for one in options_of(kind).values():
             if one.is_basic:
-                given = parser.given(one.example.split())
+                given = parser.given(example_of(one).split())
                 assert list(given) == [one.name] and read_options(kind, given)[one.name] != one.default
-                assert f"; e.g. {one.example}" in shown
+                assert f"; e.g. {example_of(one)}" in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -12,6 +12,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
 from chat_logits.cli import explore_options, export_options, extract_options, train_options  # noqa: E402
+from chat_logits.cli.parser import example_of  # noqa: E402
 from chat_logits.options import READ, Option, options_of  # noqa: E402
 from chat_logits.training.config import TAUGHT  # noqa: E402
 
@@ -38,7 +39,7 @@ def _table(group: str, options: Iterable[Option]) -> str:
         name = f"--{'no_' if one.kind is bool and one.default is True else ''}{one.name}"
         value = "" if one.kind is bool else f" {one.metavar or ','.join(one.choices)}"
         text = f"{'do not ' if name.startswith('--no_') else ''}{one.full_help}".replace("|", "\\|")
-        basic = f"; e.g. `{one.example}`" if one.is_basic else ""
+        basic = f"; e.g. `{example_of(one)}`" if one.is_basic else ""
         lines.append(f"| `{name}{value}` | {text}{basic} |")
     return "\n".join(lines) + "\n"
 
