@@ -5,6 +5,7 @@ What is kept on the way has the size of the vocabulary, however many rows there 
 
 import heapq
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -76,7 +77,8 @@ class ConversationSummary:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A target token of row ``sample_index``, at ``position`` in the conversation, and the text ``before`` it.
+    """A target token of row ``sample_index``, at ``position`` in the conversation and ``index`` among the row's
+    extracted tokens, and the text ``before`` it.
 
     ``log_prob`` is its own, in nats; ``prediction`` the nucleus' first entry, None where the nucleus is empty. Texts
     have a character's lone bytes as surrogate escapes (PEP 383).
@@ -84,6 +86,7 @@ class TokenLoss:
 
     sample_index: int
     position: int
+    index: int
     text: str
     before: str
     log_prob: float
@@ -92,7 +95,10 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class VocabularyLoss:
-    """A token of the vocabulary wherever it is the target: nats in all, as ``share`` of all loss, and each time."""
+    """A token of the vocabulary wherever it is the target: nats in all, as ``share`` of all loss, and each time.
+
+    Its largest loss is in row ``sample_index``, at ``index`` among the row's extracted tokens.
+    """
 
     token_id: int
     text: str
@@ -100,6 +106,8 @@ class VocabularyLoss:
     total_loss: float
     share: float
     mean_loss: float
+    sample_index: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -163,15 +171,24 @@ class DatasetSummary:
         return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {self.perplexity:,.2f}>"
 
 
-def summarize(dataset: StoredDataset, tokenizer, chat_template: str | None = None) -> DatasetSummary:
+def _show_progress(rows: Iterable[dict], total: int) -> Iterator[dict]:
+    return iter(tqdm(rows, total=total, dynamic_ncols=True, unit=" conversations"))
+
+
+def summarize(
+    dataset: StoredDataset,
+    tokenizer,
+    chat_template: str | None = None,
+    watch: Callable[[Iterable[dict], int], Iterator[dict]] = _show_progress,
+) -> DatasetSummary:
     """The summary of a dataset, whose tokens are rebuilt with ``tokenizer`` as by ``RowAligner``.
 
-    ``chat_template`` (a path or text) replaces the recorded one. Raises ToolkitError where the dataset has no rows,
+    ``chat_template`` (a path or text) replaces the recorded one; ``watch(rows, total)`` goes through the rows, and may
+    tell how far it is. Raises ToolkitError where the dataset has no rows,
     and what reading and aligning raise, with the row.
     """
     aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
-    rows = tqdm(dataset.rows(), total=dataset.num_rows, dynamic_ncols=True, unit=" conversations")
-    for sample_index, row in enumerate(rows):
+    for sample_index, row in enumerate(watch(dataset.rows(), dataset.num_rows)):
         try:
             alignment = aligner.align(row)
         except AlignmentError as error:
@@ -193,6 +210,7 @@ class _Tally:
         self.top5_is_bound = self.entropy_is_bound = False
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.token_counts, self.token_losses = np.zeros(vocab_size, np.int64), np.zeros(vocab_size)
+        self.largest, self.places = np.full(vocab_size, -1.0), np.zeros((vocab_size, 2), np.int64)
         self.most_confident: list[ConversationSummary] = []
         self.least_confident: list[ConversationSummary] = []
         self.largest_losses: list[TokenLoss] = []
@@ -215,6 +233,7 @@ class _Tally:
         self._add_distributions(numbers)
         np.add.at(self.token_counts, token_ids, 1)
         np.add.at(self.token_losses, token_ids, losses)
+        self._add_places(sample_index, token_ids, losses)
         self._add_conversation(sample_index, row, losses)
         self._add_losses(sample_index, alignment, numbers)
 
@@ -226,6 +245,16 @@ class _Tally:
         self.entropies += count_in_bins(numbers.entropies, NATS)
         self.surprisals += count_in_bins(-numbers.log_probs, NATS)
         self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
+
+    def _add_places(self, sample_index: int, token_ids: np.ndarray, losses: np.ndarray) -> None:
+        """Where each token of the vocabulary has its largest loss: row and index in it, the first of equal ones."""
+        falling = np.argsort(-losses, kind="stable")
+        ids, first = np.unique(token_ids[falling], return_index=True)
+        worst = falling[first]
+        is_larger = losses[worst] > self.largest[ids]
+        ids, worst = ids[is_larger], worst[is_larger]
+        self.largest[ids] = losses[worst]
+        self.places[ids] = np.stack([np.full(len(worst), sample_index), worst], axis=1)
 
     def _add_conversation(self, sample_index: int, row: dict, losses: np.ndarray) -> None:
         perplexity, question = perplexity_of(losses.mean()), question_of(row["messages"])
@@ -241,7 +270,7 @@ class _Tally:
             if log_probs[i] < least:
                 place, first = int(positions[i]), first_prediction(numbers, i, self.tokenizer)
                 text, before = text_and_before(alignment.input_ids, place, self.tokenizer)
-                candidates.append(TokenLoss(sample_index, place, text, before, float(log_probs[i]), first))
+                candidates.append(TokenLoss(sample_index, place, int(i), text, before, float(log_probs[i]), first))
         self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *candidates], lambda one: one.log_prob)
 
     def summary(self, dataset: StoredDataset) -> DatasetSummary:
@@ -280,8 +309,8 @@ class _Tally:
         for token_id in np.argsort(-self.token_losses, kind="stable")[:LOSSES].tolist():
             count, loss = int(self.token_counts[token_id]), float(self.token_losses[token_id])
             if count:
-                share = loss / total if total else 0.0
-                entries.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count))
+                share, place = loss / total if total else 0.0, self.places[token_id].tolist()
+                entries.append(VocabularyLoss(token_id, self.text(token_id), count, loss, share, loss / count, *place))
         return entries
 
 

@@ -62,7 +62,7 @@ class StoredDataset:
             if offset < shard.num_rows:
                 break
             offset -= shard.num_rows
-        with self._open(shard.path) as source:
+        with self.opened(shard.path) as source:
             (row,) = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows, offset)
         self._validate(row, row_number)
         return row
@@ -85,7 +85,7 @@ class StoredDataset:
     def shard_rows(self, number: int) -> Iterator[dict]:
         """The stored rows of ``shards[number]``, as ``rows`` gives them."""
         shard, first = self.shards[number], sum(shard.num_rows for shard in self.shards[:number])
-        with self._open(shard.path) as source:
+        with self.opened(shard.path) as source:
             rows = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows)
             for row_number, row in enumerate(rows, first):
                 self._validate(row, row_number)
@@ -94,7 +94,7 @@ class StoredDataset:
     def shard_notes(self, number: int) -> tuple[list[dict], int]:
         """What ``shards[number]`` says of the source rows and turns that are not in it, as ``write_shard`` takes it."""
         path = self.shards[number].path
-        with self._open(path) as source:
+        with self.opened(path) as source:
             return shard_notes(source, path, self.manifest.fingerprint)
 
     def row_groups(self, shards: Sequence[ShardEntry]) -> Iterator[tuple[int, list[dict]]]:
@@ -105,7 +105,7 @@ class StoredDataset:
         firsts = dict(zip((shard.path for shard in self.shards), starts, strict=False))
         for shard in shards:
             first = firsts[shard.path]
-            with self._open(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
+            with self.opened(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
                 for rows in read_row_groups(source, shard.path, self.manifest.fingerprint, shard.num_rows):
                     self._validate_all(rows, first)
                     yield first, rows
@@ -125,7 +125,7 @@ class StoredDataset:
             offsets, numbers = set((chosen[start:end] - first).tolist()), iter(chosen[start:end].tolist())
             whole: dict[str, Any] = {"cache_type": "readahead", "block_size": READ_AHEAD}
             whole = whole if len(offsets) == shard.num_rows else {}
-            with self._open(shard.path, **whole) as source:
+            with self.opened(shard.path, **whole) as source:
                 arguments = (source, shard.path, self.manifest.fingerprint, shard.num_rows, offsets)
                 for row in itertools.chain.from_iterable(read_row_groups(*arguments)):
                     number = next(numbers)
@@ -135,7 +135,7 @@ class StoredDataset:
     def shard_columns(self, number: int, names: Sequence[str]):
         """These columns of ``shards[number]``, a pyarrow Table; of a shard on the Hub, nothing else is fetched."""
         shard = self.shards[number]
-        with self._open(shard.path) as source:
+        with self.opened(shard.path) as source:
             return read_shard_columns(source, shard.path, self.manifest.fingerprint, shard.num_rows, names)
 
     def sizes(self) -> dict[str, int]:
@@ -145,7 +145,7 @@ class StoredDataset:
         """
         fingerprint, total = self.manifest.fingerprint, Counter[str]()
         for shard in self.shards:
-            with self._open(shard.path) as source:
+            with self.opened(shard.path) as source:
                 total.update(shard_sizes(source, shard.path, fingerprint))
         return dict(total)
 
@@ -171,7 +171,7 @@ class StoredDataset:
                 self._validate(row, number)
 
     @contextmanager
-    def _open(self, path: str, cache_type: str = "none", **options):
+    def opened(self, path: str, cache_type: str = "none", **options):
         """The shard as a file that is there, or one on the Hub of which only what is asked for is fetched, or with
         these options of fsspec's cache."""
         if self.revision is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 # Fields of parquet.thrift: of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
 ROW_GROUPS, COLUMNS, NUM_ROWS, META_DATA = 4, 1, 3, 3
-TYPE, ENCODINGS, PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED = 1, 2, 3, 5, 6, 7
+TYPE, ENCODINGS, PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, PAGES, DICTIONARY = 1, 2, 3, 5, 6, 7, 9, 11
 MAGIC, TAIL = b"PAR1", 2**16  # at both ends of a file; bytes that are read at first, as pyarrow does
 DEEPEST = 16  # structs within structs
 WIDTHS = {1: 4, 2: 8, 4: 4}  # INT32, INT64, FLOAT: bytes of a value
@@ -22,12 +22,22 @@ LEVELS = 4  # bytes of a value's definition and repetition level
 
 @dataclass(frozen=True)
 class ColumnSizes:
-    """A column of a row group by the footer: its name, and bytes in the file and, at most, in memory."""
+    """A column of a row group by the footer: its name and its place in the file, and bytes there and, at most, in
+    memory. ``path`` is the column's, with those within it that lead to its values."""
 
-    name: str
+    path: tuple[str, ...]
     num_values: int
+    start: int
     stored: int
     unpacked: int
+
+    @property
+    def name(self) -> str:
+        return self.path[0]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.stored
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,16 @@ class RowGroupSizes:
         return sum(column.unpacked for column in self.columns)
 
 
-def read_footer(source) -> bytes:
-    """The footer of a path or an open file, as a Parquet file that has nothing else. Raises ValueError without one."""
+def read_footer(source, tail_bytes: int = TAIL) -> bytes:
+    """The footer of a path or an open file, as a Parquet file that has nothing else. Raises ValueError without one.
+
+    ``tail_bytes`` are read at first, and all of it then where it is longer.
+    """
     if isinstance(source, (str, Path)):
         with Path(source).open("rb") as file:
             return read_footer(file)
     size = source.seek(0, io.SEEK_END)
-    tail = _last(source, size, TAIL)
+    tail = _last(source, size, tail_bytes)
     footer = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != MAGIC or footer > size:
         raise ValueError("no Parquet footer at its end")
@@ -83,7 +96,9 @@ def _column(fields: dict[int, Any]) -> ColumnSizes:
         # An entry of a dictionary, or a prefix, may be repeated for each value.
         repeats = 1 if PLAIN.issuperset(fields[ENCODINGS]) else max(1, num_values)
         unpacked = uncompressed * repeats + num_values * (8 + LEVELS)
-    return ColumnSizes(fields[PATH][0].decode(errors="replace"), num_values, stored, unpacked)
+    path = tuple(part.decode(errors="replace") for part in fields[PATH])
+    start = min(fields[PAGES], fields.get(DICTIONARY) or fields[PAGES])
+    return ColumnSizes(path, num_values, start, stored, unpacked)
 
 
 class _Compact:

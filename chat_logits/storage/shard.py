@@ -191,9 +191,9 @@ def _entry(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry
 def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
     """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
     file = folder / path
-    with _opened(file, path, fingerprint) as (parquet, described, groups):
+    with opened_shard(file, path, fingerprint) as (parquet, described, groups):
         for number, group in enumerate(groups):
-            _refuse_bomb(group, number, path)
+            refuse_bomb(group, number, path)
         table = parquet.read()
         first, rows = ShardEntry(path, 0).shard * rows_per_shard, table["source_index"].to_pylist()
         covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
@@ -209,12 +209,12 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
 
     ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (file, described, sizes):
-        for group, rows in enumerate(_groups(file, described, num_rows, path)):
+    with opened_shard(source, path, fingerprint) as (file, described, sizes):
+        for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
             wanted = rows if only is None else [only] if only in rows else []
             if not wanted:
                 continue
-            _refuse_bomb(sizes[group], group, path)
+            refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
             for offset in wanted:
                 row = table.slice(offset - rows.start, 1)
@@ -230,12 +230,12 @@ def read_row_groups(
     For reading many rows, or those of ``only``: ten times as fast as ``read_shard_rows``, whose other arguments it
     takes. A row group without any of them is not read. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (file, described, sizes):
-        for group, rows in enumerate(_groups(file, described, num_rows, path)):
+    with opened_shard(source, path, fingerprint) as (file, described, sizes):
+        for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
             wanted = [row - rows.start for row in rows if only is None or row in only]
             if not wanted:
                 continue
-            _refuse_bomb(sizes[group], group, path)
+            refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
             _check_rows(table, rows.start, described, path)
             table = table if len(wanted) == len(rows) else table.take(wanted)
@@ -246,10 +246,10 @@ def read_row_groups(
 def read_shard_columns(source, path: str, fingerprint: str, num_rows: int, names: Sequence[str]) -> pa.Table:
     """These columns of a shard, in this order, by single row groups; arguments are those of ``read_shard_rows``. Rows'
     checksums, which are over all columns, are not held against them. Raises DamagedShard."""
-    with _opened(source, path, fingerprint) as (file, described, sizes):
-        groups = range(len(_groups(file, described, num_rows, path)))
+    with opened_shard(source, path, fingerprint) as (file, described, sizes):
+        groups = range(len(row_ranges(file, described, num_rows, path)))
         for group in groups:
-            _refuse_bomb(sizes[group], group, path)
+            refuse_bomb(sizes[group], group, path)
         parts = [file.read_row_group(group, list(names)).select(names) for group in groups]
         return pa.concat_tables([pa.schema([SCHEMA.field(name) for name in names]).empty_table(), *parts])
 
@@ -266,7 +266,7 @@ def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
     """What a shard says of source rows that are not in it, ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
     them. ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (_, described, _):
+    with opened_shard(source, path, fingerprint) as (_, described, _):
         return described["skipped"], described.get("turns_left_out", 0)
 
 
@@ -275,7 +275,7 @@ def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
 
     ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
     """
-    with _opened(source, path, fingerprint) as (_, _, groups):
+    with opened_shard(source, path, fingerprint) as (_, _, groups):
         sizes = dict.fromkeys(SCHEMA.names, 0)
         for column in (column for group in groups for column in group.columns):
             sizes[column.name] += column.stored
@@ -284,14 +284,17 @@ def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
 
 
 @contextmanager
-def _opened(source, path: str, fingerprint: str):
-    """The shard as a Parquet file, its footer's own metadata and its row groups' sizes; schema and metadata checked."""
+def opened_shard(source, path: str, fingerprint: str, footer: bytes | None = None, pre_buffer: bool = True):
+    """The shard as a Parquet file, its footer's own metadata and its row groups' sizes; schema and metadata checked.
+
+    ``footer`` is ``read_footer``'s where it has been read; without ``pre_buffer`` no byte is read between columns.
+    """
     if isinstance(source, (str, Path)):
         refuse_special(Path(source), path)
-    with _named(path):
-        footer = read_footer(source)
+    with named_damage(path):
+        footer = footer or read_footer(source)
         options = {"metadata": pq.read_metadata(pa.BufferReader(footer)), "page_checksum_verification": True}
-        with pq.ParquetFile(source, pre_buffer=True, **options) as file:
+        with pq.ParquetFile(source, pre_buffer=pre_buffer, **options) as file:
             check_schema(file.schema_arrow, path)
             yield file, _described(file, path, fingerprint), row_group_sizes(footer)
 
@@ -302,7 +305,7 @@ def refuse_special(file: Path, name: str) -> None:
         raise DamagedShard(f"{name}: a folder, a pipe or a device, expected a file")
 
 
-def _refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
+def refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
     """Raise DamagedShard where a row group would take far more memory than its bytes in the file: before it is read."""
     most = GROUP_LEAST + GROUP_RATIO * group.stored
     if group.num_rows > min(column.num_values for column in group.columns):
@@ -314,7 +317,7 @@ def _refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
         )
 
 
-def _groups(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
+def row_ranges(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
     """The rows of each row group; other writers' groups have other sizes."""
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
@@ -345,7 +348,8 @@ def _refuse_long(row: pa.Table, offset: int, path: str) -> None:
 
 
 @contextmanager
-def _named(path: str):
+def named_damage(path: str):
+    """Within, what reading a damaged file raises is a DamagedShard that names it."""
     try:
         yield
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:

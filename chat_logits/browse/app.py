@@ -1,0 +1,304 @@
+"""The addresses of the server and what each answers."""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from chat_logits.analysis.comparison import compare_analyses, compare_datasets
+from chat_logits.analysis.conversation import analyze_row
+from chat_logits.browse.browsed import Browsed
+from chat_logits.browse.front import losses, parts
+from chat_logits.browse.index import Clock
+from chat_logits.browse.jobs import DONE, Job
+from chat_logits.browse.marks import Mark
+from chat_logits.browse.render import in_frame, policy, render, script, whole
+from chat_logits.browse.security import Guard
+from chat_logits.browse.view import Range, View, view_of
+from chat_logits.data.conversations import from_stored
+from chat_logits.display.results import shown
+from chat_logits.display.text import line_of, plain, quoted, visible
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset
+
+LINES_MOST = 64  # rows in a request
+BODY_MOST = 64 * 2**10  # bytes of a request's body
+MESSAGE_ROWS = 64  # read at once for a download
+TOP_N = 5  # predictions a token
+FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
+
+
+class BadRequest(UsageError):
+    """A request that is not understood."""
+
+
+class Site:
+    """What is browsed, ``other`` beside it if there is one, and the answers."""
+
+    def __init__(self, browsed: Browsed, other: StoredDataset | None = None):
+        self.browsed, self.other, self.token = browsed, other, secrets.token_urlsafe(24)
+        self.comparison = Job(self._compare)
+
+    def app(self, port: int):
+        """The ASGI application, which answers at ``port`` of this machine alone."""
+        get = {
+            "/": self.front,
+            "/view": self.view,
+            "/losses": self.losses,
+            "/lines": self.lines,
+            "/summary": self.summary,
+            "/compare": self.compared,
+            "/row/{row:int}": self.row,
+            "/compare/{row:int}": self.pair,
+            "/indices": self.indices,
+            "/messages": self.messages,
+        }
+        post = {"/losses": self.begin_summary, "/marks": self.put_mark}
+        routes = [Route(path, _told(answer), methods=["GET"]) for path, answer in get.items()]
+        routes += [Route(path, _posted(answer), methods=["POST"]) for path, answer in post.items()]
+        application = Starlette(routes=routes, exception_handlers={404: _not_found, 405: _not_found})
+        return Guard(application, port, self.token)
+
+    def _compare(self, watch: Callable):  # noqa: ARG002
+        return compare_datasets(self.browsed.dataset, self.other, self.browsed.tokenizer, self.browsed.chat_template)
+
+    # --- the front page ---
+
+    def front(self, request: Request, clock: Clock) -> Response:
+        view, error = _view_or_error(request)
+        browsed, status = self.browsed, 400 if error else 200
+        shown_parts, error = self._parts(view, clock, error)
+        role, span = next(iter(view.roles.items()), ("", Range()))
+        roles = sorted({*browsed.index.roles(clock), "user", "assistant", role} - {""})
+        code = script(*FRONT)
+        page = whole(
+            "browse.html.jinja",
+            code=code,
+            token=self.token,
+            title=line_of(browsed.dataset.dataset_id),
+            subtitle=f"What {line_of(browsed.dataset.manifest.model_id)} predicted in the place of every extracted token",
+            view=view,
+            hidden=[(name, str(span)) for name, span in view.ranges.items()],
+            roles=roles,
+            chosen_role=role or "user",
+            chosen_span=["" if end is None else f"{end:g}" for end in (span.low, span.high)],
+            tags=browsed.index.tags(clock),
+            losses=losses(browsed.summary, browsed),
+            **shown_parts,
+        )
+        return HTMLResponse(page, status, {"content-security-policy": policy(code)})
+
+    def view(self, request: Request, clock: Clock) -> Response:
+        view, error = _view_or_error(request)
+        shown_parts, error = self._parts(view, clock, error)
+        return HTMLResponse(render("view.html.jinja", **shown_parts), 400 if error else 200)
+
+    def _parts(self, view: View, clock: Clock, error: str | None) -> tuple[dict, str | None]:
+        other = line_of(self.other.dataset_id) if self.other else None
+        try:
+            return parts(self.browsed, view, clock, error, other), error
+        except UsageError as found:  # a condition that DuckDB cannot use
+            return parts(self.browsed, View(), clock, str(found), other), str(found)
+
+    def losses(self, _request: Request, _clock: Clock) -> Response:
+        return HTMLResponse(render("losses.html.jinja", losses=losses(self.browsed.summary, self.browsed)))
+
+    def lines(self, request: Request, _clock: Clock) -> Response:
+        text = request.query_params.get("rows", "")
+        rows = [int(part) for part in text.split(",") if part.isascii() and part.isdecimal()]
+        total = self.browsed.dataset.num_rows
+        if not 0 < len(rows) <= LINES_MOST or any(row >= total for row in rows):
+            raise BadRequest(f"rows={text[:40]}: expected 1 to {LINES_MOST} numbers of rows below {total:,}")
+        return JSONResponse([_line(line) for line in self.browsed.lines(rows)])
+
+    def begin_summary(self, _content: dict) -> Response:
+        self.browsed.summary.start()
+        return HTMLResponse(render("losses.html.jinja", losses=losses(self.browsed.summary, self.browsed)))
+
+    # --- pages of display ---
+
+    def row(self, request: Request, clock: Clock) -> Response:
+        return self._framed(request, clock, self._analysis)
+
+    def pair(self, request: Request, clock: Clock) -> Response:
+        return self._framed(request, clock, self._comparison)
+
+    def _analysis(self, row: int):
+        browsed = self.browsed
+        return analyze_row(browsed.dataset, browsed.tokenizer, row, browsed.chat_template, TOP_N)
+
+    def _comparison(self, row: int):
+        if self.other is None:
+            raise UsageError("no other dataset: start the server with `compare` OTHER")
+        browsed = self.browsed
+        return compare_analyses(browsed.dataset, self.other, browsed.tokenizer, row, browsed.chat_template, TOP_N)
+
+    def _framed(self, request: Request, clock: Clock, analyse: Callable) -> Response:
+        row, base = request.path_params["row"], request.url.path.split("/")[1]
+        view = view_of(request.query_params)
+        if row >= self.browsed.dataset.num_rows:
+            raise UsageError(f"row {row}: {self.browsed.dataset.dataset_id} has {self.browsed.dataset.num_rows:,} rows")
+        frame = self._frame(view, row, base, clock)
+        try:
+            page = shown(analyse(row)).to_html()
+        except ToolkitError as error:
+            names = {"Previous": frame["previous"], "Next": frame["next"], "All conversations": frame["home"]}
+            return _error_page(f"Row {row}", str(error), [(name, at) for name, at in names.items() if at], 422)
+        source_index = self.browsed.index.source_index(row, clock)
+        mark = self.browsed.mark_of(source_index) if source_index is not None else Mark("", [])
+        code = script(*FRAME)
+        content = {"frame": frame, "mark": mark, "source_index": source_index, "token": self.token, "is_framed": True}
+        page, its_policy = in_frame(page, code, **content)
+        return HTMLResponse(page, headers={"content-security-policy": its_policy})
+
+    def _frame(self, view: View, row: int, base: str, clock: Clock) -> dict:
+        near = self.browsed.index.neighbours(view, row, clock)
+        query = view.query(page=1)
+
+        def to(row: int | None) -> str | None:
+            return None if row is None else f"/{base}/{row}" + f"?{query}" * bool(query)
+
+        place = f"{near['place']:,} of {near['of']:,}" if near["place"] else "not in the selection"
+        page = (near["place"] - 1) // 50 + 1 if near["place"] else 1
+        return {
+            "home": f"/?{view.query(page=page)}",
+            "previous": to(near["previous"]),
+            "next": to(near["next"]),
+            "place": place,
+            "downloads": {},
+        }
+
+    def summary(self, _request: Request, _clock: Clock) -> Response:
+        job = self.browsed.summary
+        if job.state != DONE:
+            raise UsageError("the summary is not known yet: it is begun on the front page, and takes all rows")
+        return _display_page(shown(job.result).to_html())
+
+    def compared(self, _request: Request, _clock: Clock) -> Response:
+        if self.other is None:
+            raise UsageError("no other dataset: start the server with `compare` OTHER")
+        self.comparison.start()
+        self.comparison.finished.wait()
+        if self.comparison.state != DONE:
+            raise ToolkitError(self.comparison.reason)
+        return _display_page(shown(self.comparison.result).to_html())
+
+    # --- taking along ---
+
+    def indices(self, request: Request, clock: Clock) -> Response:
+        chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
+        if any(source is None for _, source in chosen):
+            raise ToolkitError("rows without a source row are chosen, as their shard is damaged: choose others")
+        text = "".join(f"{source}\n" for _, source in chosen)
+        return PlainTextResponse(text, headers={"content-disposition": 'attachment; filename="indices.txt"'})
+
+    def messages(self, request: Request, clock: Clock) -> Response:
+        chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
+        lines = self._message_lines([row for row, _ in chosen])
+        named = {"content-disposition": 'attachment; filename="messages.jsonl"'}
+        return StreamingResponse(lines, media_type="application/jsonl", headers=named)
+
+    def _message_lines(self, rows: list[int]) -> Iterator[str]:
+        """A line a row; a damaged one ends it, so that the browser tells of an unfinished download."""
+        for start in range(0, len(rows), MESSAGE_ROWS):
+            for row in self.browsed.reader.rows(rows[start : start + MESSAGE_ROWS], ("messages", "tools")):
+                if isinstance(row, ToolkitError):
+                    raise row
+                content = {"messages": from_stored(row["messages"])}
+                tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
+                yield json.dumps({**content, **tools}, ensure_ascii=False) + "\n"
+
+    # --- marks ---
+
+    def put_mark(self, content: dict) -> Response:
+        source_index = content.get("source_index")
+        if not isinstance(source_index, int) or isinstance(source_index, bool):
+            raise BadRequest("expected the number of a source row")
+        mark = Mark.read(content.get("note"), content.get("tags"))
+        self.browsed.mark(source_index, mark)
+        return JSONResponse({"note": mark.note, "tags": mark.tags})
+
+
+def _view_or_error(request: Request) -> tuple[View, str | None]:
+    try:
+        return view_of(request.query_params), None
+    except UsageError as error:
+        return View(), str(error)
+
+
+def _line(line) -> dict:
+    content = {"row": line.row, "question": line_of(line.question), "bars": line.bars, "at": line.at}
+    told = {"fault": line.fault and visible(line.fault), "surprisal": line.surprisal}
+    return plain({**content, **told, "token": quoted(line.token)[1:-1], "before": line_of(line.before)})
+
+
+def _display_page(page: str) -> Response:
+    """A page of ``display`` alone; its own policy is in it."""
+    return HTMLResponse(page, headers={"content-security-policy": "frame-ancestors 'none'"})
+
+
+# --- answers ---
+
+
+def _told(answer: Callable) -> Callable:
+    """An endpoint that answers with how long DuckDB took and how long the rest, and errors in words."""
+
+    def endpoint(request: Request) -> Response:
+        clock, start = Clock(), time.perf_counter()
+        response = _in_words(partial(answer, request, clock))
+        own = 1000 * (time.perf_counter() - start) - clock.duckdb
+        response.headers["server-timing"] = f"duckdb;dur={clock.duckdb:.1f}, own;dur={own:.1f}"
+        return response
+
+    return endpoint
+
+
+def _posted(answer: Callable) -> Callable:
+    """An endpoint that takes a JSON object."""
+
+    async def endpoint(request: Request) -> Response:
+        from starlette.concurrency import run_in_threadpool
+
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_MOST:
+                return PlainTextResponse(f"expected {BODY_MOST:,} bytes at most\n", 413)
+        try:
+            content = json.loads(body or b"{}")
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            return PlainTextResponse("expected a JSON object\n", 400)
+        return await run_in_threadpool(_in_words, partial(answer, content), is_page=False)
+
+    return endpoint
+
+
+def _in_words(answer: Callable[[], Response], is_page: bool = True) -> Response:
+    try:
+        return answer()
+    except Exception as error:
+        status = 400 if isinstance(error, UsageError) else 422 if isinstance(error, ToolkitError) else 500
+        text = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}; this was not expected"
+        text = visible(text.replace("`", ""))
+        return _error_page("This cannot be shown", text, [("All conversations", "/")], status) if is_page else (
+            PlainTextResponse(text, status)
+        )
+
+
+def _error_page(title: str, message: str, links: list[tuple[str, str]], status: int) -> Response:
+    page = whole("error.html.jinja", title=title, message=message, links=links)
+    return HTMLResponse(page, status, {"content-security-policy": policy()})
+
+
+def _not_found(request: Request, error) -> Response:
+    path = Path(request.url.path).name[:60]
+    return _error_page("Not here", f"Nothing is at {visible(path)}", [("All conversations", "/")], error.status_code)

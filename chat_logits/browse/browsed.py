@@ -1,0 +1,162 @@
+"""A dataset that is browsed: its index as it fills, its marks, and what is read of single rows."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from chat_logits.analysis.summary import DatasetSummary, summarize
+from chat_logits.analysis.tokens import text_and_before
+from chat_logits.browse.index import NUMBERS, Index
+from chat_logits.browse.jobs import Job
+from chat_logits.browse.marks import Mark, Marks, marks_file
+from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
+from chat_logits.data.conversations import question_of
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.columns import ColumnReader
+from chat_logits.storage.dataset import StoredDataset
+
+READERS = 4  # shards at once
+SPARK = 48  # bars of a sparkline
+OF_LINES = ("messages", "tools", "token_log_probs", "alignment_checksum", "num_tokens")
+AT_ONCE_BYTES = 256 * 2**20  # of a dataset's shards: its summary is begun by itself up to here, if they are local
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the list shows of a row beside its numbers: ``bars`` are surprisals in nats, the largest of neighbours,
+    ``token`` the text of the most surprising token, ``before`` what comes before it, ``at`` its index among the row's
+    extracted tokens. Of a row that cannot be read, ``fault`` says why."""
+
+    row: int
+    question: str = ""
+    bars: list[float] = field(default_factory=list)
+    token: str = ""
+    before: str = ""
+    at: int | None = None
+    surprisal: float | None = None
+    fault: str | None = None
+
+
+class Browsed:
+    """A dataset and the ``tokenizer`` that it was extracted with, with an index in ``folder``."""
+
+    def __init__(self, dataset: StoredDataset, tokenizer, folder: Path, chat_template: str | None = None):
+        dataset.refuse_empty()
+        self.dataset, self.tokenizer, self.chat_template = dataset, tokenizer, chat_template
+        self.reader, self.index = ColumnReader(dataset), Index(folder)
+        self.marks = Marks(marks_file(dataset), dataset.manifest.fingerprint)
+        self.index.set_marks([(row, mark.note, mark.tags) for row, mark in self.marks.all().items()])
+        self._aligner, self._aligning = RowAligner(tokenizer, dataset.manifest, chat_template), threading.Lock()
+        self.texts, self.summary = Job(self._read_texts), Job(self._summarize)
+        self.unread: list[str] = []  # why shards' texts are not searched
+
+    @property
+    def is_local(self) -> bool:
+        return self.dataset.revision is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards, by shards.json; 0 where it does not say."""
+        return sum(shard.num_bytes for shard in self.dataset.shards)
+
+    def read_numbers(self, watch: Callable) -> None:
+        """Fill the index with the numbers of all rows; of shards that are damaged, with the reason."""
+        for number, table in self._shards(NUMBERS, watch):
+            first, count = self.reader.firsts[number], self.dataset.shards[number].num_rows
+            if isinstance(table, ToolkitError):
+                self.index.add_faults(first, count, str(table))
+            elif count:
+                self.index.add_numbers(first, table)
+
+    def begin(self) -> None:
+        """Begin what is done beside: a local dataset's texts, and the summary of one that is small."""
+        if self.is_local:
+            self.texts.start()
+            if self.num_bytes <= AT_ONCE_BYTES:
+                self.summary.start()
+
+    def _read_texts(self, watch: Callable) -> None:
+        for number, table in self._shards(("messages",), watch):
+            if isinstance(table, ToolkitError):
+                self.unread.append(str(table))
+            elif len(table):
+                self.index.add_texts(self.reader.firsts[number], table)
+        self.index.has_texts = True
+
+    def _shards(self, names: Sequence[str], watch: Callable):
+        """Columns of all shards, or the error that reading one raised, as they come, in the shards' order."""
+
+        def read(number: int):
+            try:
+                return number, self.reader.shard(number, names)
+            except ToolkitError as error:
+                return number, error
+
+        count = len(self.dataset.shards)
+        with ThreadPoolExecutor(READERS) as pool:
+            ahead = 2 * READERS  # what is read and not yet in the index has this bound
+            waiting = [pool.submit(read, number) for number in range(min(ahead, count))]
+            for number in watch(range(count), count):
+                result = waiting.pop(0).result()
+                if number + ahead < count:
+                    waiting.append(pool.submit(read, number + ahead))
+                yield result
+
+    def _summarize(self, watch: Callable) -> DatasetSummary:
+        if self.is_local:
+            self.texts.finished.wait()  # the list is of more use, and cores may be few
+        return summarize(self.dataset, self.tokenizer, self.chat_template, watch)
+
+    # --- single rows ---
+
+    def lines(self, rows: Sequence[int]) -> list[Line]:
+        """What the list shows of these rows, those that cannot be read with their reason."""
+        found = self.reader.rows(rows, OF_LINES)
+        alignments = self._aligned([row for row in found if isinstance(row, dict)])
+        return [
+            self._line(number, row, next(alignments)) if isinstance(row, dict) else Line(number, fault=str(row))
+            for number, row in zip(rows, found, strict=True)
+        ]
+
+    def _aligned(self, rows: list[dict]):
+        """Each row's alignment, or the error."""
+        with self._aligning:
+            try:
+                return iter(self._aligner.align_all(rows))
+            except AlignmentError:
+                return iter([self._aligned_alone(row) for row in rows])
+
+    def _aligned_alone(self, row: dict) -> Alignment | AlignmentError:
+        try:
+            return self._aligner.align(row)
+        except AlignmentError as error:
+            return error
+
+    def _line(self, number: int, row: dict, alignment: Alignment | AlignmentError) -> Line:
+        surprisals = -np.asarray(row["token_log_probs"], np.float64)
+        question = question_of(row["messages"], 200)
+        fault = str(alignment) if isinstance(alignment, AlignmentError) else None
+        if fault is None and (len(surprisals) != row["num_tokens"] or not np.isfinite(surprisals).all()):
+            fault = "column token_log_probs is not what the format asks for"
+        if fault is not None or not len(surprisals):
+            return Line(number, question, fault=fault or "no tokens")
+        assert isinstance(alignment, Alignment)
+        worst = int(surprisals.argmax())
+        text, before = text_and_before(alignment.input_ids, int(alignment.positions[worst]), self.tokenizer)
+        parts = np.array_split(surprisals, min(SPARK, len(surprisals)))
+        bars = [round(float(part.max()), 2) for part in parts]
+        return Line(number, question, bars, text, before, worst, float(surprisals[worst]))
+
+    # --- marks ---
+
+    def mark(self, source_index: int, mark: Mark) -> None:
+        """Put a mark on a source row of the dataset."""
+        self.marks.put(source_index, mark)
+        self.index.set_marks([(source_index, mark.note, mark.tags)])
+
+    def mark_of(self, source_index: int) -> Mark:
+        return self.marks.all().get(source_index, Mark("", []))

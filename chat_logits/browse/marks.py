@@ -1,0 +1,103 @@
+"""Notes and tags on conversations, in a small file of SQLite beside the dataset, or among the user's own data.
+
+A mark is a source row's of a run, by the run's fingerprint, so that it holds in a copy of the dataset too.
+"""
+
+import json
+import os
+import sqlite3
+import sys
+import threading
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset
+
+FILE = "marks.sqlite"
+LONGEST, TAG_LONGEST, TAGS_MOST = 4000, 60, 20  # characters of a note and a tag; tags of a conversation
+TABLE = """CREATE TABLE IF NOT EXISTS marks (fingerprint TEXT, source_index INTEGER, note TEXT, tags TEXT,
+    PRIMARY KEY (fingerprint, source_index))"""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A note on a conversation, "" without one, and its tags, in order."""
+
+    note: str
+    tags: list[str]
+
+    @classmethod
+    def read(cls, note: object, tags: object) -> "Mark":
+        """A mark as a page gives it. Raises UsageError for what is none."""
+        if not isinstance(note, str) or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise UsageError("expected a text as the note, and a list of texts as tags")
+        names = sorted({" ".join(tag.split()) for tag in tags} - {""})
+        if len(note) > LONGEST or len(names) > TAGS_MOST or any(len(name) > TAG_LONGEST for name in names):
+            raise UsageError(
+                f"a note has {LONGEST:,} characters at most, a tag {TAG_LONGEST}, and a conversation {TAGS_MOST} tags"
+            )
+        return cls(note.strip(), names)
+
+
+def marks_file(dataset: StoredDataset) -> Path:
+    """Where a dataset's marks are: in its folder, or, if that is the Hub's or cannot be written, among the user's own
+    data, where all such datasets share a file."""
+    folder = Path(dataset.dataset_id)
+    if dataset.revision is None and os.access(folder, os.W_OK):
+        return folder / FILE
+    return _user_data() / "chat-logits" / FILE
+
+
+def _user_data() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+
+
+class Marks:
+    """The marks of one run in ``file``, which is made with the first of them. Any thread may ask.
+
+    Raises ToolkitError where the file is not one of marks, or cannot be read or written.
+    """
+
+    def __init__(self, file: Path, fingerprint: str):
+        self.file, self._fingerprint, self._lock = file, fingerprint, threading.Lock()
+
+    def all(self) -> dict[int, Mark]:
+        """The marks by source row."""
+        if not self.file.exists() and not self.file.is_symlink():
+            return {}
+        with self._opened() as connection:
+            sql = "SELECT source_index, note, tags FROM marks WHERE fingerprint = ?"
+            rows = connection.execute(sql, [self._fingerprint]).fetchall()
+        try:
+            return {int(source_index): Mark.read(note, json.loads(tags)) for source_index, note, tags in rows}
+        except (ValueError, TypeError, UsageError) as error:
+            raise ToolkitError(f"{self.file}: its marks are not what was written ({error}); move it away") from error
+
+    def put(self, source_index: int, mark: Mark) -> None:
+        """A source row's mark in the place of the one that it had; an empty one is none."""
+        with self._opened() as connection:
+            key = [self._fingerprint, source_index]
+            connection.execute("DELETE FROM marks WHERE fingerprint = ? AND source_index = ?", key)
+            if mark.note or mark.tags:
+                connection.execute(
+                    "INSERT INTO marks VALUES (?, ?, ?, ?)", [*key, mark.note, json.dumps(mark.tags, ensure_ascii=False)]
+                )
+
+    @contextmanager
+    def _opened(self):
+        if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
+            raise ToolkitError(f"{self.file}: no file of its own, expected one of marks; move it away")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock, closing(sqlite3.connect(self.file, timeout=10)) as connection, connection:
+                connection.execute("PRAGMA trusted_schema = OFF")  # the dataset may be somebody else's
+                connection.execute(TABLE)
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise ToolkitError(f"{self.file}: marks cannot be read or written there: {error}") from error

@@ -1,0 +1,101 @@
+"""``explore-logits DATASET --browse``: the server, from its start to Ctrl-C."""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import webbrowser
+
+from tqdm import tqdm
+
+from chat_logits.browse.security import HOST
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.scratch import scratch_folder
+from chat_logits.storage.dataset import StoredDataset
+
+logger = logging.getLogger(__name__)
+PORT, TRIED = 8765, 20  # the port where none is given, and how many after it, should it be taken
+INSTALL = 'pip install "chat-logits[browse]"'
+
+
+def browse(
+    dataset: StoredDataset,
+    tokenizer,
+    other: StoredDataset | None = None,
+    chat_template: str | None = None,
+    port: int | None = None,
+    opens: bool = True,
+) -> None:
+    """Serve the pages of a dataset on this machine until SIGINT; ``opens`` the browser at them.
+
+    ``other`` is a dataset beside it, ``chat_template`` as for ``RowAligner``; without a ``port`` it is 8765, or the
+    next one that is free. Raises ToolkitError where a package is missing, UsageError where the port is taken.
+    """
+    refuse_missing()
+    from chat_logits.browse.app import Site
+    from chat_logits.browse.browsed import Browsed
+
+    with listening(port) as listener, scratch_folder() as folder:
+        browsed = Browsed(dataset, tokenizer, folder, chat_template)
+        browsed.read_numbers(_bar)
+        browsed.begin()
+        port = listener.getsockname()[1]
+        address = f"http://{HOST}:{port}/"
+        print(f"{dataset.dataset_id} is at {address} (Ctrl-C ends it)", flush=True)
+        if opens:
+            _open(address)
+        try:
+            serve(Site(browsed, other).app(port), listener)
+        except KeyboardInterrupt:
+            print("\nEnded.")
+        finally:
+            browsed.index.close()
+
+
+def refuse_missing() -> None:
+    """Raise ToolkitError where a package of the extra ``browse`` is missing."""
+    for name in ("duckdb", "starlette", "uvicorn"):
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:
+            raise ToolkitError(f"{name} is not installed, which browsing needs: {INSTALL}") from error
+
+
+def listening(port: int | None) -> socket.socket:
+    """A socket that listens at this port of this machine. Raises UsageError where that cannot be."""
+    for number in [port] if port is not None else range(PORT, PORT + TRIED):
+        listener = socket.socket()
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, number))
+            listener.listen()
+            return listener
+        except OSError as error:
+            listener.close()
+            reason = error.strerror or str(error)
+    named = f"`port` {port}" if port is not None else f"ports {PORT} to {PORT + TRIED - 1}"
+    raise UsageError(f"{named}: {HOST} cannot be listened to there ({reason}); give another port, or 0 for any")
+
+
+def serve(app, listener: socket.socket) -> None:
+    """Answer until SIGINT or SIGTERM."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, lifespan="off", ws="none", server_header=False, date_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bar(steps, total: int):
+    return tqdm(steps, "Reading the numbers", total, unit=" shards", leave=False, delay=1, dynamic_ncols=True)
+
+
+def _open(address: str) -> None:
+    """Open the browser, in a thread, as some wait; none that would take the terminal."""
+    has_screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if has_screen:
+        threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()

@@ -1,0 +1,141 @@
+"""Some columns of a stored dataset, of all rows or of a few, without the others.
+
+Of a shard on the Hub come the footer and the bytes of these columns, nothing between them.
+"""
+
+import io
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_sizes
+from chat_logits.storage.shard import named_damage, opened_shard, refuse_bomb, row_ranges
+
+AT_ONCE = 8  # requests for the pieces of a shard
+FIRST_TAIL, MORE = 2**14, 1024  # bytes of a footer that are asked for first: of the first shard, beyond the last one's
+FOOTERS = 128  # of shards that are kept, the least recently used one going first
+
+
+class ColumnReader:
+    """Reads columns of a dataset's shards; any thread may ask. The footers of the shards asked for last are kept."""
+
+    def __init__(self, dataset: StoredDataset):
+        self._dataset = dataset
+        self._footers: dict[int, tuple[bytes, list[RowGroupSizes]]] = {}
+        self._tail = FIRST_TAIL
+        self.firsts = list(itertools.accumulate((shard.num_rows for shard in dataset.shards), initial=0))
+
+    def shard(self, number: int, names: Sequence[str], only: Sequence[int] | None = None) -> pa.Table:
+        """Columns of ``shards[number]``, all its rows or those ``only`` (within it, in this order).
+
+        ``names`` are columns, or paths within them such as "messages.list.element.role". The rows' own checksums are
+        over all columns, and are not compared; those of Parquet's pages are. Raises DamagedShard and what the Hub's
+        reading raises.
+        """
+        shard, fingerprint = self._dataset.shards[number], self._dataset.manifest.fingerprint
+        with self._dataset.opened(shard.path) as source, named_damage(shard.path):
+            footer, sizes = self._footer(number, source)
+            remote = None if _is_path(source) else _Pieces(source)
+            arguments = (remote if remote is not None else source, shard.path, fingerprint, footer)
+            with opened_shard(*arguments, pre_buffer=remote is None) as (file, described, _):
+                ranges = row_ranges(file, described, shard.num_rows, shard.path)
+                groups = [group for group, rows in enumerate(ranges) if only is None or any(i in rows for i in only)]
+                for group in groups:
+                    refuse_bomb(sizes[group], group, shard.path)
+                if remote is not None:
+                    remote.fetch([place for group in groups for place in _places(sizes[group], names)])
+                table = file.read_row_groups(groups, columns=list(names))
+            table.validate(full=True)  # texts that are no UTF-8 among it
+        if only is None:
+            return table
+        kept = list(itertools.chain.from_iterable(ranges[group] for group in groups))
+        return table.take([kept.index(row) for row in only])
+
+    def rows(self, rows: Sequence[int], names: Sequence[str]) -> list[dict | ToolkitError]:
+        """Columns of some stored rows, each as a dict, or as the error that reading it raised."""
+        found: dict[int, dict | ToolkitError] = {}
+        for number, (first, end) in enumerate(itertools.pairwise(self.firsts)):
+            offsets = [row - first for row in rows if first <= row < end]
+            if offsets:
+                read = self._apart(number, offsets, names)
+                found.update(zip((first + offset for offset in offsets), read, strict=True))
+        return [found[row] for row in rows]
+
+    def _apart(self, number: int, offsets: list[int], names: Sequence[str]) -> list:
+        """Rows of a shard together, or one by one where a damaged one is among them: it is to spoil no other."""
+        try:
+            return self.shard(number, names, offsets).to_pylist()
+        except ToolkitError as error:
+            if len(offsets) == 1:
+                return [error]
+        return [entry for offset in offsets for entry in self._apart(number, [offset], names)]
+
+    def _footer(self, number: int, source) -> tuple[bytes, list[RowGroupSizes]]:
+        if number not in self._footers:
+            footer = read_footer(source, self._tail)
+            self._tail = len(footer) + MORE
+            self._footers[number] = footer, row_group_sizes(footer)
+            while len(self._footers) > FOOTERS:
+                self._footers.pop(next(iter(self._footers)), None)
+        return self._footers[number]
+
+
+def _is_path(source) -> bool:
+    return isinstance(source, (str, Path))
+
+
+def _places(group: RowGroupSizes, names: Sequence[str]) -> list[tuple[int, int]]:
+    """From where to where the columns lie, neighbours together."""
+    wanted = [column for column in group.columns if column.name in names or ".".join(column.path) in names]
+    places: list[tuple[int, int]] = []
+    for column in sorted(wanted, key=lambda column: column.start):
+        if places and places[-1][1] == column.start:
+            places[-1] = places[-1][0], column.end
+        else:
+            places.append((column.start, column.end))
+    return places
+
+
+class _Pieces(io.RawIOBase):
+    """A file on the Hub, of which pieces are fetched together before they are read."""
+
+    def __init__(self, file):
+        self._file, self.size, self._place = file, file.size, 0
+        self._pieces: dict[int, bytes] = {}  # by their first byte
+
+    def fetch(self, places: list[tuple[int, int]]) -> None:
+        """Fetch these pieces, some at once."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            data = pool.map(lambda place: self._file._fetch_range(*place), places)
+            self._pieces = {start: piece for (start, _), piece in zip(places, data, strict=True)}
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
+        return self._place
+
+    def readinto(self, buffer) -> int:
+        start, end = self._place, min(self.size, self._place + len(buffer))
+        data = self._stored(start, end) or self._file._fetch_range(start, end) if end > start else b""
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _stored(self, start: int, end: int) -> bytes | None:
+        for first, piece in self._pieces.items():
+            if first <= start and end <= first + len(piece):
+                return piece[start - first : end - first]
+        return None
