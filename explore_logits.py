@@ -43,6 +43,7 @@ from logit_codec import dequantize_all_logits, unpack_indices
 
 __all__ = [
     "analyze_token_probabilities",
+    "browse_dataset",
     "dequantize_all_logits",
     "execute_analysis",
     "execute_budget",
@@ -200,6 +201,30 @@ def execute_filtering(
     return _printed(filter_rows(open_dataset(str(logit_dataset_id), revision), where, save), quiet)
 
 
+def browse_dataset(
+    logit_dataset_id: str,
+    compare: str | None = None,
+    port: int | None = None,
+    no_open: bool = False,
+    chat_template: str | None = None,
+    tokenizer_id: str | None = None,
+    revision: str | None = None,
+    compare_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Serve a dataset's pages on this machine, and open the browser at them unless ``no_open``, until Ctrl-C.
+
+    ``compare`` is a dataset beside it, as in ``execute_comparison``; without a ``port`` it is 8765 or the next free one.
+    Raises UsageError where the port is taken, and ToolkitError where the extra ``browse`` is not installed.
+    """
+    from chat_logits.browse.server import browse, refuse_missing  # DuckDB and a server are optional
+
+    refuse_missing()
+    dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
+    other = open_dataset(str(compare), compare_revision) if compare is not None else None
+    browse(dataset, tokenizer, other, chat_template, port, not no_open)
+
+
 def _printed(result, quiet: bool):
     result = result if isinstance(result, Shown) else shown(result)
     if not quiet:
@@ -225,6 +250,11 @@ MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 
 def _explore(options: ExploreOptions, _given: dict) -> None:
     check_options(options)
+    if options.browse:
+        chosen = options.chosen()
+        names = (*SOURCE_OPTIONS, "compare", "compare_revision", "port", "no_open")
+        browse_dataset(**{name: chosen[name] for name in names if name in chosen})
+        return
     result = _analyze(options)
     if options.html:
         write_result(options.html, result.to_html())

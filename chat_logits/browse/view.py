@@ -113,7 +113,7 @@ def _take(given: dict, name: str, value: str) -> None:
         given[name] = value == "1"
     elif name == "sort" and value in SORTS:
         given["sort"] = value
-    elif name == "page" and value.isascii() and value.isdecimal() and 0 < int(value[:9]):
+    elif name == "page" and value.isascii() and value.isdecimal() and int(value[:9]) > 0:
         given["page"] = int(value[:9])
     else:
         expected = {"sort": f"one of {', '.join(SORTS)}", "page": "a number from 1", "marked": "1", "down": "1"}

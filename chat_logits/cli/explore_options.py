@@ -11,6 +11,7 @@ from chat_logits.options import option, options_of
 _ROWS = ("sample_index", "surprising", "show_prompt", "top_n")
 _TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # no token is rebuilt
 NOT_WITH = {
+    "browse": ("thin", "budget", "student", "verify", "summary", *_ROWS, "html", "json"),
     "where": ("thin", "budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "thin": ("budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
     "budget": ("student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
@@ -20,8 +21,10 @@ NOT_WITH = {
     "summary": _ROWS,
 }
 # What is of use beside another option alone.
-NEEDS = {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget", "save": "where"} | dict.fromkeys(
-    ("student_revision", "student_rows"), "student"
+NEEDS = (
+    {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget", "save": "where"}
+    | dict.fromkeys(("student_revision", "student_rows"), "student")
+    | dict.fromkeys(("port", "no_open"), "browse")
 )
 
 
@@ -89,7 +92,6 @@ class ExploreOptions(RebuildOptions):
         "the teacher is not loaded",
         unset="load none",
         metavar="ID",
-        example="outputs/student",
     )
     student_revision: str | None = option(
         None, help="branch, tag or commit of a student on the Hub", unset="its main branch", metavar="REV"
@@ -117,6 +119,7 @@ class ExploreOptions(RebuildOptions):
         help="list the conversations of which a condition is true, such as 'mean_nll > 4', with their numbers",
         unset="list none",
         metavar="CONDITION",
+        example='"mean_nll > 4"',
     )
     save: str | None = option(
         None,
@@ -125,6 +128,22 @@ class ExploreOptions(RebuildOptions):
         unset="write none",
         metavar="PLACE",
     )
+    browse: bool = option(
+        False,
+        help="open the dataset in the browser, with --compare beside the other one: sort, filter, search and mark its "
+        "conversations; served to this machine alone, until Ctrl-C",
+        unset="print",
+        example="",
+    )
+    port: int | None = option(
+        None,
+        help="port of --browse; 0 for any that is free",
+        unset="8765, or the next that is free",
+        metavar="N",
+        least=0,
+        most=65535,
+    )
+    no_open: bool = option(False, help="with --browse, print the address alone", unset="open the browser")
     html: str | None = option(
         None,
         help="write a page that needs nothing else",
