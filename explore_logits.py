@@ -214,7 +214,7 @@ def browse_dataset(
 ) -> None:
     """Serve a dataset's pages on this machine, and open the browser at them unless ``no_open``, until Ctrl-C.
 
-    ``compare`` is a dataset beside it, as in ``execute_comparison``; without a ``port`` it is 8765 or the next free one.
+    ``compare`` is a dataset beside it, as in ``execute_comparison``; without a ``port`` it is 8765, or the next free.
     Raises UsageError where the port is taken, and ToolkitError where the extra ``browse`` is not installed.
     """
     from chat_logits.browse.server import browse, refuse_missing  # DuckDB and a server are optional

@@ -83,7 +83,7 @@ class Site:
             code=code,
             token=self.token,
             title=line_of(browsed.dataset.dataset_id),
-            subtitle=f"What {line_of(browsed.dataset.manifest.model_id)} predicted in the place of every extracted token",
+            subtitle=f"What {line_of(browsed.dataset.manifest.model_id)} predicted in place of every extracted token",
             view=view,
             hidden=[(name, str(span)) for name, span in view.ranges.items()],
             roles=roles,
@@ -289,8 +289,10 @@ def _in_words(answer: Callable[[], Response], is_page: bool = True) -> Response:
         status = 400 if isinstance(error, UsageError) else 422 if isinstance(error, ToolkitError) else 500
         text = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}; this was not expected"
         text = visible(text.replace("`", ""))
-        return _error_page("This cannot be shown", text, [("All conversations", "/")], status) if is_page else (
-            PlainTextResponse(text, status)
+        return (
+            _error_page("This cannot be shown", text, [("All conversations", "/")], status)
+            if is_page
+            else (PlainTextResponse(text, status))
         )
 
 

@@ -94,7 +94,9 @@ def _chips(view: View) -> list[tuple[str, str]]:
     """Each filter in words, and the query without it."""
     chips = [(f"“{line_of(view.text)}”", view.query(text="", page=1))] if view.text else []
     chips += [(view.where, view.query(where="", page=1))] if view.where else []
-    chips += [(f"{TITLES[name]} {_span_text(name, span)}", view.without(name).query()) for name, span in view.ranges.items()]
+    chips += [
+        (f"{TITLES[name]} {_span_text(name, span)}", view.without(name).query()) for name, span in view.ranges.items()
+    ]
     for role, span in view.roles.items():
         others = {name: other for name, other in view.roles.items() if name != role}
         chips.append((f"{_whole(span)} of {line_of(role)}", view.query(roles=others, page=1)))

@@ -118,7 +118,8 @@ class Index:
         where, values = self._condition(view)
         names = ("rows", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "faults")
         means = (f"sum({name} * num_tokens) / sum(num_tokens)" for name in names[2:5])
-        sql = f"SELECT count(*), sum(num_tokens), {', '.join(means)}, count(fault) FROM {self._tables(view)} WHERE {where}"
+        columns = f"count(*), sum(num_tokens), {', '.join(means)}, count(fault)"
+        sql = f"SELECT {columns} FROM {self._tables(view)} WHERE {where}"
         return dict(zip(names, self._rows(sql, values, clock)[0], strict=True))
 
     def page(self, view: View, clock: Clock) -> list[dict]:

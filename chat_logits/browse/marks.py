@@ -86,7 +86,8 @@ class Marks:
             connection.execute("DELETE FROM marks WHERE fingerprint = ? AND source_index = ?", key)
             if mark.note or mark.tags:
                 connection.execute(
-                    "INSERT INTO marks VALUES (?, ?, ?, ?)", [*key, mark.note, json.dumps(mark.tags, ensure_ascii=False)]
+                    "INSERT INTO marks VALUES (?, ?, ?, ?)",
+                    [*key, mark.note, json.dumps(mark.tags, ensure_ascii=False)],
                 )
 
     @contextmanager

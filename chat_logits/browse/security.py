@@ -42,7 +42,9 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        refused = "no such protocol" if scope["type"] != "http" else self._refusal(scope["method"], Headers(scope=scope))
+        refused = (
+            "no such protocol" if scope["type"] != "http" else self._refusal(scope["method"], Headers(scope=scope))
+        )
 
         async def sending(message: dict) -> None:
             if message["type"] == "http.response.start":

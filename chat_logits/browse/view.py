@@ -9,7 +9,17 @@ from chat_logits.errors import UsageError
 
 PAGE_ROWS = 50
 # What the list is sorted by: a column of the index each.
-SORTS = ("row", "source_index", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "max_surprisal", "question", "note")
+SORTS = (
+    "row",
+    "source_index",
+    "num_tokens",
+    "mean_nll",
+    "mean_entropy",
+    "top1_rate",
+    "max_surprisal",
+    "question",
+    "note",
+)
 RANGES = ("mean_nll", "mean_entropy", "num_tokens", "top1_rate", "max_surprisal", "source_index")
 LONGEST = 1000  # characters of a text in the address
 
@@ -117,7 +127,9 @@ def _take(given: dict, name: str, value: str) -> None:
         given["page"] = int(value[:9])
     else:
         expected = {"sort": f"one of {', '.join(SORTS)}", "page": "a number from 1", "marked": "1", "down": "1"}
-        raise UsageError(f"{name}={value[:40]}: " + (f"expected {expected[name]}" if name in expected else "no such filter"))
+        raise UsageError(
+            f"{name}={value[:40]}: " + (f"expected {expected[name]}" if name in expected else "no such filter")
+        )
 
 
 def view_of(query: Mapping) -> View:
