@@ -67,6 +67,7 @@ class Site:
         return Guard(application, port, self.token)
 
     def _compare(self, watch: Callable):  # noqa: ARG002
+        assert self.other is not None  # asked by those who know
         return compare_datasets(self.browsed.dataset, self.other, self.browsed.tokenizer, self.browsed.chat_template)
 
     # --- the front page ---
@@ -105,7 +106,8 @@ class Site:
         try:
             return parts(self.browsed, view, clock, error, other), error
         except UsageError as found:  # a condition that DuckDB cannot use
-            return parts(self.browsed, View(), clock, str(found), other), str(found)
+            told = str(found).replace("`", "")
+            return parts(self.browsed, View(), clock, told, other), told
 
     def losses(self, _request: Request, _clock: Clock) -> Response:
         return HTMLResponse(render("losses.html.jinja", losses=losses(self.browsed.summary, self.browsed)))

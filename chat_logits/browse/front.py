@@ -47,7 +47,7 @@ def parts(browsed: Browsed, view: View, clock: Clock, error: str | None = None, 
         "found": _found(totals["rows"], browsed.dataset.num_rows),
         "count_text": count_text(totals["rows"], "conversation"),
         "chips": _chips(view),
-        "columns": [_column(*column, view) for column in COLUMNS],
+        "columns": [_column(view, *column) for column in COLUMNS],
         "rows": rows,
         "pages": _pages(view, totals["rows"]),
         "comparison": other,
@@ -141,7 +141,7 @@ def _histogram(counted: Counted, view: View) -> dict:
         "low": low,
         "high": max(low, high),
         "span": "" if name not in view.ranges else _span_text(name, span),
-        "clear": view.without(name).query() if name in view.ranges else None,
+        "reset": view.without(name).query() if name in view.ranges else None,
         "bins": [{"all": every, "left": left} for every, left in heights],
         "labels": labels,
         "ticks": labels[:: bins // 4],
@@ -168,7 +168,7 @@ def _median(counts: list[int]) -> int:
     return 0
 
 
-def _column(name: str | None, title: str, kind: str, down: bool, view: View) -> dict:
+def _column(view: View, name: str | None, title: str, kind: str, down: bool) -> dict:
     is_sorted = name is not None and view.sort == name
     query = None if name is None else view.query(sort=name, down=not view.down if is_sorted else down, page=1)
     return {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from chat_logits.analysis.condition import read_condition
 from chat_logits.browse.view import PAGE_ROWS, View
 from chat_logits.errors import UsageError
 
@@ -64,7 +65,7 @@ class Index:
     def __init__(self, folder: Path):
         import duckdb
 
-        settings = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(folder / "spill")}
+        settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(folder / "spill")}
         self._connection = duckdb.connect(str(folder / "index.duckdb"), config=settings)
         self._connection.execute(TABLES)
         for setting in ("python_enable_replacements = false", "enable_external_access = false"):
@@ -208,6 +209,8 @@ class Index:
             _add_range(parts, values, "coalesce(roles[?], 0)", span)
             for i in range((span.low is not None) + (span.high is not None)):
                 values.insert(at + 2 * i, role)
+        if view.where:
+            parts.append(read_condition(view.where))
         if view.text:
             parts.append("contains(text, lower(?))")
             values.append(view.text)

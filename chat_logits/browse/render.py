@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import re
 from functools import cache
 from pathlib import Path
@@ -76,7 +77,7 @@ def in_frame(page: str, code: str, **content) -> tuple[str, str]:
     of bars are in the page's ``style`` attributes, which a policy cannot name one by one.
     """
     found = META_POLICY.search(page)
-    own = " ".join(SCRIPT_HASH.findall(found[1])) if found else ""
+    own = " ".join(SCRIPT_HASH.findall(html.unescape(found[1]))) if found else ""
     parts = render("frame.html.jinja", **content)
     head = f"<style>{_text(PAGES / 'browse.css')}</style>\n</head>"
     page = META_POLICY.sub("", page, count=1).replace("</head>", head, 1)

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
@@ -22,7 +23,7 @@ POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-App = Callable[[dict, Callable, Callable], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Guard:
@@ -38,7 +39,7 @@ class Guard:
         if port == 80:
             self._hosts |= {HOST, "localhost"}
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -46,7 +47,7 @@ class Guard:
             "no such protocol" if scope["type"] != "http" else self._refusal(scope["method"], Headers(scope=scope))
         )
 
-        async def sending(message: dict) -> None:
+        async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in {"content-security-policy": POLICY, **ALWAYS}.items():

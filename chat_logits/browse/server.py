@@ -46,7 +46,7 @@ def browse(
         if opens:
             _open(address)
         try:
-            serve(Site(browsed, other).app(port), listener)
+            server_of(Site(browsed, other).app(port)).run(sockets=[listener])
         except KeyboardInterrupt:
             print("\nEnded.")
         finally:
@@ -79,8 +79,8 @@ def listening(port: int | None) -> socket.socket:
     raise UsageError(f"{named}: {HOST} cannot be listened to there ({reason}); give another port, or 0 for any")
 
 
-def serve(app, listener: socket.socket) -> None:
-    """Answer until SIGINT or SIGTERM."""
+def server_of(app):
+    """A server that answers by ``app``: ``run(sockets=[…])`` ends with SIGINT or SIGTERM."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -93,7 +93,7 @@ def serve(app, listener: socket.socket) -> None:
         date_header=False,
         timeout_graceful_shutdown=1,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
 
 
 def _bar(steps, total: int):
