@@ -3,9 +3,10 @@
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,6 +15,8 @@ from starlette.routing import Route
 
 from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.conversation import analyze_row
+from chat_logits.analysis.filtering import messages_of, write_dataset
+from chat_logits.analysis.tokens import count_text
 from chat_logits.browse.browsed import Browsed
 from chat_logits.browse.front import losses, parts
 from chat_logits.browse.index import Clock
@@ -22,7 +25,6 @@ from chat_logits.browse.marks import Mark
 from chat_logits.browse.render import in_frame, policy, render, script, whole
 from chat_logits.browse.security import Guard
 from chat_logits.browse.view import Range, View, view_of
-from chat_logits.data.conversations import from_stored
 from chat_logits.display.results import shown
 from chat_logits.display.text import line_of, plain, quoted, visible
 from chat_logits.errors import ToolkitError, UsageError
@@ -30,7 +32,6 @@ from chat_logits.storage.dataset import StoredDataset
 
 LINES_MOST = 64  # rows in a request
 BODY_MOST = 64 * 2**10  # bytes of a request's body
-MESSAGE_ROWS = 64  # read at once for a download
 TOP_N = 5  # predictions a token
 FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
 
@@ -60,7 +61,7 @@ class Site:
             "/indices": self.indices,
             "/messages": self.messages,
         }
-        post = {"/losses": self.begin_summary, "/marks": self.put_mark}
+        post = {"/losses": self.begin_summary, "/marks": self.put_mark, "/save": self.save}
         routes = [Route(path, _told(answer), methods=["GET"]) for path, answer in get.items()]
         routes += [Route(path, _posted(answer), methods=["POST"]) for path, answer in post.items()]
         application = Starlette(routes=routes, exception_handlers={404: _not_found, 405: _not_found})
@@ -149,19 +150,19 @@ class Site:
             raise UsageError(f"row {row}: {self.browsed.dataset.dataset_id} has {self.browsed.dataset.num_rows:,} rows")
         frame = self._frame(view, row, base, clock)
         try:
-            page = shown(analyse(row)).to_html()
+            page = shown(analyse(row)).to_html(frame)
         except ToolkitError as error:
             names = {"Previous": frame["previous"], "Next": frame["next"], "All conversations": frame["home"]}
             return _error_page(f"Row {row}", str(error), [(name, at) for name, at in names.items() if at], 422)
         source_index = self.browsed.index.source_index(row, clock)
         mark = self.browsed.mark_of(source_index) if source_index is not None else Mark("", [])
         code = script(*FRAME)
-        content = {"frame": frame, "mark": mark, "source_index": source_index, "token": self.token, "is_framed": True}
+        content = {"mark": mark, "source_index": source_index, "token": self.token}
         page, its_policy = in_frame(page, code, **content)
         return HTMLResponse(page, headers={"content-security-policy": its_policy})
 
     def _frame(self, view: View, row: int, base: str, clock: Clock) -> dict:
-        near = self.browsed.index.neighbours(view, row, clock)
+        near, source = self.browsed.index.neighbours(view, row, clock), self.browsed.index.source_index(row, clock)
         query = view.query(page=1)
 
         def to(row: int | None) -> str | None:
@@ -174,14 +175,14 @@ class Site:
             "previous": to(near["previous"]),
             "next": to(near["next"]),
             "place": place,
-            "downloads": {},
+            "downloads": {"Messages": f"/messages?source_index={source}..{source}"} if source is not None else {},
         }
 
     def summary(self, _request: Request, _clock: Clock) -> Response:
         job = self.browsed.summary
         if job.state != DONE:
             raise UsageError("the summary is not known yet: it is begun on the front page, and takes all rows")
-        return _display_page(shown(job.result).to_html())
+        return _display_page(shown(job.result).to_html({"home": "/"}))
 
     def compared(self, _request: Request, _clock: Clock) -> Response:
         if self.other is None:
@@ -190,7 +191,7 @@ class Site:
         self.comparison.finished.wait()
         if self.comparison.state != DONE:
             raise ToolkitError(self.comparison.reason)
-        return _display_page(shown(self.comparison.result).to_html())
+        return _display_page(shown(self.comparison.result).to_html({"home": "/"}))
 
     # --- taking along ---
 
@@ -198,24 +199,26 @@ class Site:
         chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
         if any(source is None for _, source in chosen):
             raise ToolkitError("rows without a source row are chosen, as their shard is damaged: choose others")
-        text = "".join(f"{source}\n" for _, source in chosen)
+        text = "".join(f"{source}\n" for source in sorted(source for _, source in chosen))
         return PlainTextResponse(text, headers={"content-disposition": 'attachment; filename="indices.txt"'})
 
     def messages(self, request: Request, clock: Clock) -> Response:
         chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
-        lines = self._message_lines([row for row, _ in chosen])
+        found = messages_of(self.browsed.dataset, sorted(row for row, _ in chosen))
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)  # a damaged row ends them: unfinished
         named = {"content-disposition": 'attachment; filename="messages.jsonl"'}
         return StreamingResponse(lines, media_type="application/jsonl", headers=named)
 
-    def _message_lines(self, rows: list[int]) -> Iterator[str]:
-        """A line a row; a damaged one ends it, so that the browser tells of an unfinished download."""
-        for start in range(0, len(rows), MESSAGE_ROWS):
-            for row in self.browsed.reader.rows(rows[start : start + MESSAGE_ROWS], ("messages", "tools")):
-                if isinstance(row, ToolkitError):
-                    raise row
-                content = {"messages": from_stored(row["messages"])}
-                tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
-                yield json.dumps({**content, **tools}, ensure_ascii=False) + "\n"
+    def save(self, content: dict) -> Response:
+        """Write the rows of a view as a logit dataset into a new folder."""
+        folder, query = content.get("folder"), content.get("query")
+        if not isinstance(folder, str) or not folder.strip() or not isinstance(query, str):
+            raise BadRequest("expected the folder to write to")
+        view = View.read(parse_qsl(query))
+        rows = sorted(row for row, _ in self.browsed.index.chosen(view, Clock()))
+        place = str(Path(folder.strip()).expanduser())
+        write_dataset(self.browsed.dataset, rows, place, view.where if view.is_where_alone else None)
+        return JSONResponse({"told": f"{count_text(len(rows), 'conversation')} written to {Path(place).resolve()}"})
 
     # --- marks ---
 

@@ -80,7 +80,7 @@ class Browsed:
                 self.summary.start()
 
     def _read_texts(self, watch: Callable) -> None:
-        for number, table in self._shards(("messages",), watch):
+        for number, table in self._shards(("messages", "tools"), watch):
             if isinstance(table, ToolkitError):
                 self.unread.append(str(table))
             elif len(table):

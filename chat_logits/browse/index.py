@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from chat_logits.analysis.condition import read_condition
-from chat_logits.browse.view import PAGE_ROWS, View
+from chat_logits.analysis.condition import Condition
+from chat_logits.browse.view import OF_TEXTS, PAGE_ROWS, View, condition_of
 from chat_logits.errors import UsageError
 
 MEMORY = "96MiB"  # of DuckDB's own; what is beyond goes to the temporary folder
@@ -24,18 +24,21 @@ THREADS = 2
 NUMBERS = ("source_index", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "max_surprisal")
 BINS = 40
 EDGES = 0.002  # of the rows, at either end, that are beyond a histogram's first and last edge
-QUESTION = 200  # characters of a conversation's question that are kept
+QUESTION = 200  # characters of a conversation's question that the list shows
 TABLES = """
 CREATE TABLE numbers (row INTEGER, source_index BIGINT, num_tokens INTEGER, mean_nll FLOAT, mean_entropy FLOAT,
     top1_rate FLOAT, max_surprisal FLOAT, fault VARCHAR);
-CREATE TABLE texts (row INTEGER, question VARCHAR, text VARCHAR, roles MAP(VARCHAR, UBIGINT));
+CREATE TABLE texts (row INTEGER, question VARCHAR, tools VARCHAR, text VARCHAR, num_messages INTEGER,
+    roles MAP(VARCHAR, UBIGINT));
 CREATE TABLE marks (source_index BIGINT, note VARCHAR, tags VARCHAR[]);
+CREATE VIEW seen AS SELECT *, exp(mean_nll::DOUBLE) AS perplexity FROM numbers;
+CREATE VIEW seen_with_texts AS SELECT * FROM seen JOIN texts USING (row);
 """
-TEXTS = f"""
+TEXTS = """
 INSERT INTO texts SELECT row,
-    coalesce(substr((list_filter(messages, lambda m: m.role = 'user')[1]).content, 1, {QUESTION}), ''),
+    coalesce((list_filter(messages, lambda m: m.role = 'user')[1]).content, ''), tools,
     lower(array_to_string(list_transform(messages, lambda m: concat_ws(' ', m.content, m.extra)), chr(10))),
-    list_aggregate(list_transform(messages, lambda m: m.role), 'histogram')
+    len(messages), list_aggregate(list_transform(messages, lambda m: m.role), 'histogram')
 FROM batch
 """
 ALL = "numbers LEFT JOIN texts USING (row) LEFT JOIN marks USING (source_index)"
@@ -127,8 +130,9 @@ class Index:
         """The rows of the view's page."""
         where, values = self._condition(view)
         columns = ("row", *NUMBERS, "fault", "question", "note", "tags")
+        shown = ", ".join(columns).replace("question", f"substr(question, 1, {QUESTION})")
         sql = (
-            f"SELECT {', '.join(columns)} FROM {ALL} WHERE row IN (SELECT row FROM {self._tables(view)} WHERE {where} "
+            f"SELECT {shown} FROM {ALL} WHERE row IN (SELECT row FROM {self._tables(view)} WHERE {where} "
             f"ORDER BY {self._order(view)} LIMIT {PAGE_ROWS} OFFSET {PAGE_ROWS * (view.page - 1)}) "
             f"ORDER BY {self._order(view)}"
         )
@@ -210,7 +214,7 @@ class Index:
             for i in range((span.low is not None) + (span.high is not None)):
                 values.insert(at + 2 * i, role)
         if view.where:
-            parts.append(read_condition(view.where))
+            parts.append(_chosen_by(condition_of(view.where)))
         if view.text:
             parts.append("contains(text, lower(?))")
             values.append(view.text)
@@ -255,6 +259,12 @@ class Index:
             raise UsageError(f"the filter cannot be used: {str(error).splitlines()[0]}") from error
         finally:
             clock.duckdb += 1000 * (time.perf_counter() - start)
+
+
+def _chosen_by(condition: Condition) -> str:
+    """A condition, which can be about its own columns alone, as one on ``row``."""
+    place = "seen_with_texts" if condition.columns & OF_TEXTS else "seen"
+    return f"row IN (SELECT row FROM {place} WHERE (\n{condition.text}\n))"
 
 
 def _add_range(parts: list[str], values: list, column: str, span) -> None:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from urllib.parse import urlencode
 
+from chat_logits.analysis.condition import Condition
 from chat_logits.errors import UsageError
 
 PAGE_ROWS = 50
@@ -21,7 +23,14 @@ SORTS = (
     "note",
 )
 RANGES = ("mean_nll", "mean_entropy", "num_tokens", "top1_rate", "max_surprisal", "source_index")
+OF_TEXTS = {"num_messages", "question", "tools"}  # columns of a condition that are not numbers of the rows
 LONGEST = 1000  # characters of a text in the address
+
+
+@lru_cache(64)
+def condition_of(text: str) -> Condition:
+    """The condition that a text is, which takes a moment to check. Raises UsageError where it is none."""
+    return Condition(text)
 
 
 @dataclass(frozen=True)
@@ -101,9 +110,15 @@ class View:
         return not (self.text or self.where or self.ranges or self.roles or self.marked or self.tag)
 
     @property
+    def is_where_alone(self) -> bool:
+        """Whether ``where`` says all of what is chosen."""
+        return bool(self.where) and replace(self, where="").is_whole
+
+    @property
     def needs_texts(self) -> bool:
-        """Whether the messages have to be known."""
-        return bool(self.text or self.roles or self.sort == "question")
+        """Whether the messages have to be known. Raises UsageError where ``where`` is no condition."""
+        columns = condition_of(self.where).columns if self.where else set()
+        return bool(self.text or self.roles or self.sort == "question" or columns & OF_TEXTS)
 
     def without(self, name: str) -> "View":
         """The view without one of its ranges."""

@@ -1,5 +1,5 @@
-// A conversation's mark, on its own page.
-const frame = document.getElementById("frame"), markButton = document.getElementById("mark");
+// A conversation's mark, on its own page: beside the way back to the list.
+const frame = document.getElementById("mine"), markButton = document.getElementById("mark");
 
 async function mark() {
   const {source, note, tags, token} = frame.dataset;
@@ -18,6 +18,7 @@ async function mark() {
   markButton.focus();
 }
 
+document.querySelector("nav.frame")?.append(frame);
 if (frame.dataset.source) markButton.addEventListener("click", mark);
 else markButton.disabled = true;
 document.addEventListener("keydown", event => {
