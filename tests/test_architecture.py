@@ -21,7 +21,7 @@ BASE = (
     "chat_logits.scratch",
     "chat_logits.stages",
 )
-ROOMS = ("data", "model", "storage", "extraction", "analysis", "training", "display", "cli")  # lowest first
+ROOMS = ("data", "model", "storage", "extraction", "analysis", "training", "display", "browse", "cli")  # lowest first
 FLAG = re.compile(r"--[a-z]")
 FLAGS_ELSEWHERE = {
     # Datasets and their shards have these texts in them, which stay as they are.
@@ -38,6 +38,7 @@ UNKNOWN_TO = {  # packages and lower rooms that a room does without
     "analysis": {"argparse", "rich", "jinja2"},
     "training": {"extraction", "argparse", "rich", "jinja2"},
     "display": {"torch", "transformers", "huggingface_hub", "argparse"},
+    "browse": {"torch", "transformers", "huggingface_hub", "argparse", "rich"},
 }
 
 

@@ -13,7 +13,8 @@ from doc_pages import BLOCKS, REPO, Block, commands_in
 from doc_session import DocSession
 from loopback_hub import LoopbackHub
 
-from chat_logits.cli import extract_options
+from chat_logits.cli import explore_options, extract_options
+from chat_logits.cli.explore_options import ExploreOptions, check_options
 from chat_logits.cli.parser import read_options
 from chat_logits.extraction.config import ExtractConfig
 
@@ -109,6 +110,8 @@ def run_or_check(words: list[str], session: DocSession, folder: Path) -> None:
         from ray.scripts.scripts import start
 
         start.make_context("start", words[2:])
+    elif "--browse" in words:  # serves until it is stopped; tests/browse does that
+        check_options(ExploreOptions(**read_options(ExploreOptions, explore_options.build_parser().given(words[1:]))))
     elif set(words) & set(NOT_HERE):
         ExtractConfig(**read_options(ExtractConfig, extract_options.build_parser().given(words[1:])))
     else:

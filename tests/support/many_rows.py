@@ -1,12 +1,15 @@
 """Logit datasets of many rows, written without a model: an extraction's rows again with other questions, and rows of
 numbers that nothing stands behind."""
 
-import shutil
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import CONVERSATIONS, TEMPLATE, make_tiny_model
 
 from chat_logits.data.alignment import Aligner
 from chat_logits.data.conversations import from_stored
@@ -18,16 +21,27 @@ from chat_logits.storage.shard_list import SHARDS_FILE, shards_text
 from logit_codec import ROW_NUMBERS
 
 
-def repeated(source: Path, folder: Path, count: int, model: Path) -> Path:
+def extracted_rows(folder: Path) -> tuple[Path, Path]:
+    """A dataset of 64 real conversations, extracted with a random tiny model, and the model's folder."""
+    import extract_logits
+
+    model = make_tiny_model(folder / "model", vocab_size=49_152)
+    flags = ["--model_id", model, "--dataset_id", CONVERSATIONS, "--max_samples", 64, "--output_dir", folder / "some"]
+    with redirect_stdout(sys.stderr):
+        assert extract_logits.main([*map(str, flags), "--chat_template", str(TEMPLATE)]) == 0
+    return folder / "some", model
+
+
+def repeated(source: Path, folder: Path, count: int, model: Path, rows_per_shard: int = 256) -> Path:
     """A dataset of ``count`` rows, those of ``source`` in turn, each with its number before its question.
 
     The answers' tokens, and so their distributions, stay as they are; the checksums of the tokens are made anew.
     """
     dataset = open_dataset(str(source))
-    rows, manifest = list(dataset.rows()), dataset.manifest
+    rows, manifest = list(dataset.rows()), replace(dataset.manifest, rows_per_shard=rows_per_shard)
     aligner = Aligner.from_recorded(read_tokenizer(str(model), None), manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source / EXTRACTION_FILE, folder)
+    (folder / EXTRACTION_FILE).write_text(manifest.text(), encoding="utf-8")
     entries = []
     for start in range(0, count, manifest.rows_per_shard):
         numbers = range(start, min(count, start + manifest.rows_per_shard))

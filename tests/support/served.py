@@ -1,0 +1,50 @@
+"""A dataset's server in a thread of the test's own process, and questions to it over plain HTTP."""
+
+import http.client
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from chat_logits.analysis.opening import open_with_tokenizer
+from chat_logits.browse.app import Site
+from chat_logits.browse.browsed import Browsed
+from chat_logits.browse.server import listening, server_of
+from chat_logits.storage.dataset import open_dataset
+
+
+@contextmanager
+def served(folder, scratch: Path, other=None, begins: bool = True):
+    """The server of a dataset, with its ``address``, ``port``, ``token`` and ``browsed``, all of it read."""
+    dataset, tokenizer = open_with_tokenizer(str(folder))
+    browsed = Browsed(dataset, tokenizer, scratch)
+    browsed.read_numbers(lambda steps, total: steps)  # noqa: ARG005
+    if begins:
+        browsed.begin()
+        assert browsed.texts.finished.wait(300) and browsed.summary.finished.wait(300)
+    site = Site(browsed, open_dataset(str(other)) if other else None)
+    listener = listening(0)
+    port = listener.getsockname()[1]
+    server = server_of(site.app(port))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, token=site.token, browsed=browsed)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        browsed.index.close()
+        listener.close()
+
+
+def ask(port: int, path: str, method: str = "GET", body: str | None = None, **headers: str):
+    """The answer's status, headers and text; ``headers`` in Python's spelling, ``host`` among them."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    named.setdefault("host", f"127.0.0.1:{port}")
+    try:
+        connection.request(method, path, body, named)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode()
+    finally:
+        connection.close()
