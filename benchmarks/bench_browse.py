@@ -1,9 +1,9 @@
-"""What browsing costs: the first list beside a bare page, sorting and searching, memory, a million rows, bytes from a Hub.
+"""What browsing costs: the first list beside a bare page, sorting and searching, memory, a million rows, a Hub's bytes.
 
     python benchmarks/bench_browse.py [--rows 10000] [--million 1000000] [--rounds 5]
 
-The rows are a tiny model's, repeated with other questions, in shards of 256; ``explore-logits --browse`` runs in a process
-of its own. The million rows are numbers alone, in the index of this process. The Hub is one on loopback. Needs Chromium.
+The rows are a tiny model's, repeated with other questions, in shards of 256; the command runs in a process
+of its own. The million rows are numbers alone, in this process. The Hub is one on loopback. Needs Chromium.
 """
 
 import argparse
