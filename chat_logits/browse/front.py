@@ -51,7 +51,7 @@ def parts(browsed: Browsed, view: View, clock: Clock, error: str | None = None, 
         "rows": rows,
         "pages": _pages(view, totals["rows"]),
         "comparison": other,
-        "query_of_rows": query,
+        "after": f"?{query}" * bool(query),
     }
 
 

@@ -27,6 +27,7 @@ def opened(browser, server):
     def open_page(path="/", viewport=WIDE, scheme="light"):
         contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
         page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
         page.requests, page.complaints = [], []
         page.on("request", lambda request: page.requests.append(request.url))
         page.on("console", lambda message: page.complaints.append(message.text))
@@ -87,7 +88,7 @@ def test_search_and_filters(opened, server):
     page.keyboard.press("/")
     page.keyboard.type("WHAT IS 17")
     assert shown(page, "q=WHAT+IS+17") == rows_of(server, text="what is 17") != []
-    assert "17" in page.locator(".question").nth(0).inner_text()
+    assert "17" in page.locator("tbody .question").nth(0).inner_text()
     page.locator("[name=where]").fill("num_tokens > 30")
     page.keyboard.press("Enter")
     both = rows_of(server, text="what is 17", where="num_tokens > 30")
