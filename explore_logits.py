@@ -27,8 +27,10 @@ from chat_logits.display.results import (
     ShownAnalysis,
     ShownBudget,
     ShownComparison,
+    ShownCrossComparison,
     ShownDatasetComparison,
     ShownFiltering,
+    ShownSpanComparison,
     ShownStudent,
     ShownSummary,
     ShownThinning,
@@ -103,21 +105,24 @@ def execute_comparison(
     tokenizer_id: str | None = None,
     revision: str | None = None,
     compare_revision: str | None = None,
-    top_n: int = 5,
+    compare_tokenizer_id: str | None = None,
+    top_n: int | None = None,
     only: int | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
-) -> ShownComparison | ShownDatasetComparison:
+) -> ShownComparison | ShownDatasetComparison | ShownSpanComparison | ShownCrossComparison:
     """Print two datasets beside each other, unless ``quiet``, and return the comparison.
 
-    ``compare`` is the other dataset, a folder or a Hub id (at ``compare_revision``), made with the same tokenizer. With
-    a ``sample_index`` one conversation token by token, the ``only`` tokens furthest apart; without, all of them.
+    ``compare`` is the other dataset, a folder or a Hub id (at ``compare_revision``). With one tokenizer they are
+    compared token by token, with two, of which ``compare_tokenizer_id`` says where the other's lies now, by their text,
+    in bits per byte over the spans that both tokenizations bound. With a ``sample_index`` one conversation, the ``only``
+    tokens or spans furthest apart; without, all of them. ``top_n`` predictions are shown, None for 5, of one tokenizer.
     """
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     if sample_index is None:
-        return _printed(logits.compare(compare, compare_revision), quiet)
+        return _printed(logits.compare(compare, compare_revision, compare_tokenizer_id), quiet)
     conversation = Conversation(logits, logits.dataset.row_number(sample_index))
-    return _printed(conversation.compare(compare, compare_revision, top_n, only), quiet)
+    return _printed(conversation.compare(compare, compare_revision, compare_tokenizer_id, top_n, only), quiet)
 
 
 def execute_verification(
@@ -239,7 +244,7 @@ SOURCE_OPTIONS = ("logit_dataset_id", "revision", "chat_template", "tokenizer_id
 MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "row": (execute_analysis, ("sample_index", "top_n", "surprising", "show_prompt")),
     "summary": (execute_summary, ()),
-    "compare": (execute_comparison, ("compare", "compare_revision", "sample_index", "top_n", "surprising")),
+    "compare": (execute_comparison, ("compare", "compare_revision", "compare_tokenizer_id", "sample_index", "top_n", "surprising")),
     "verify": (execute_verification, ("verify", "model_id")),
     "student": (execute_student, ("student", "student_revision", "student_rows")),
     "budget": (execute_budget, ("budget_rows",)),

@@ -139,7 +139,7 @@ def _same_conversation(first: StoredDataset, other: StoredDataset, sample_index:
     """The row, and the other's index and row of the same source row with the same tokens."""
     refuse_other_tokenizer(first, other)
     row = first.read_row(sample_index)
-    other_index, other_row = _row_of(other, row["source_index"], sample_index % first.num_rows)
+    other_index, other_row = row_of(other, row["source_index"], sample_index % first.num_rows)
     if not has_same_tokens(row, other_row):
         raise ToolkitError(
             f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
@@ -158,7 +158,7 @@ def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
         )
 
 
-def _row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int, dict]:
+def row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int, dict]:
     """The stored row of a source row and its number, which is ``likely`` unless the datasets lack different rows.
 
     Rows are in the order of their source rows.
@@ -243,7 +243,7 @@ def compare_datasets(
     tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
     num_different = 0
     with tqdm(first.rows(), "Comparing", first.num_rows, unit=" conversations", leave=False, delay=1) as rows:
-        for sample_index, row, other_row in _paired(rows, other.rows()):
+        for sample_index, row, _, other_row in paired_rows(rows, other.rows()):
             if has_same_tokens(row, other_row):
                 tally.add(sample_index, row, compare_rows(row, other_row))
             else:
@@ -257,16 +257,17 @@ def compare_datasets(
     return tally.comparison(first, other, num_different)
 
 
-def _paired(rows: Iterable[dict], other_rows: Iterator[dict]) -> Iterator[tuple[int, dict, dict]]:
-    """The rows of the same source rows, with the first's number; both are in the order of their source rows."""
-    other_row = next(other_rows, None)
+def paired_rows(rows: Iterable[dict], other_rows: Iterable[dict]) -> Iterator[tuple[int, dict, int, dict]]:
+    """The rows of the same source rows, each with its number; both are in the order of their source rows."""
+    others = enumerate(other_rows)
+    other_index, other_row = next(others, (0, None))
     for sample_index, row in enumerate(rows):
         while other_row is not None and other_row["source_index"] < row["source_index"]:
-            other_row = next(other_rows, None)
+            other_index, other_row = next(others, (0, None))
         if other_row is None:
             return
         if other_row["source_index"] == row["source_index"]:
-            yield sample_index, row, other_row
+            yield sample_index, row, other_index, other_row
 
 
 class _ComparisonTally:
@@ -289,7 +290,7 @@ class _ComparisonTally:
         self.sums += sums
         self.counts += count_in_bins(compared.kl, KL_EDGES)
         record = _divergent_conversation(sample_index, row, totals_of(sums))
-        _keep(self.conversations, (record.mean_kl, -sample_index, record), LISTED_CONVERSATIONS)
+        keep(self.conversations, (record.mean_kl, -sample_index, record), LISTED_CONVERSATIONS)
 
     def _keep_tokens(self, sample_index: int, row: dict, compared: RowComparison) -> None:
         largest = np.argsort(-compared.kl, kind="stable")[:LISTED_TOKENS]
@@ -299,7 +300,7 @@ class _ComparisonTally:
             alignment = self.align(row)
         for i in largest.tolist():
             record = _divergent_token(sample_index, row, compared, i, alignment, self.tokenizer)
-            _keep(self.tokens, (record.kl, -int(self.sums[0]) - i, record), LISTED_TOKENS)
+            keep(self.tokens, (record.kl, -int(self.sums[0]) - i, record), LISTED_TOKENS)
 
     def comparison(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
         """The comparison of the two datasets, once every row has been added."""
@@ -314,17 +315,17 @@ class _ComparisonTally:
             num_different=num_different,
             differences=run_differences(first.manifest, other.manifest),
             histogram=Histogram(KL_EDGES.tolist(), self.counts.tolist(), is_open_ended=True),
-            tokens=_largest_first(self.tokens),
-            conversations=_largest_first(self.conversations),
+            tokens=largest_first(self.tokens),
+            conversations=largest_first(self.conversations),
         )
 
 
-def _keep(heap: list, entry: tuple, size: int) -> None:
+def keep(heap: list, entry: tuple, size: int) -> None:
     """Add an entry to the ``size`` largest ones."""
     (heapq.heappush if len(heap) < size else heapq.heappushpop)(heap, entry)
 
 
-def _largest_first(heap: list) -> list:
+def largest_first(heap: list) -> list:
     return [record for *_, record in sorted(heap, reverse=True)]
 
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from chat_logits.analysis.comparison import Comparison, DatasetComparison, compare_analyses, compare_datasets
+from chat_logits.analysis.comparison import Comparison, DatasetComparison
 from chat_logits.analysis.condition import Condition
 from chat_logits.analysis.conversation import Analysis, analyze_row
+from chat_logits.analysis.cross_records import CrossComparison, SpanComparison
+from chat_logits.analysis.cross_tokenizer import compare_any
 from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
-from chat_logits.analysis.opening import tokenizer_of
+from chat_logits.analysis.opening import open_beside, tokenizer_of
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import Totals, count_text
 from chat_logits.data.alignment import RowAligner
 from chat_logits.data.conversations import from_stored
 from chat_logits.errors import UsageError
-from chat_logits.storage.dataset import StoredDataset, open_dataset
+from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
 
 FRAMES = ("pandas", "polars", "duckdb", "arrow")
@@ -143,12 +145,31 @@ class Logits(Sequence):
         self._refuse_part("summary")
         return self._shown(summarize(self.dataset, self.tokenizer, self._options[0]))
 
-    def compare(self, other: "Logits | str | Path", revision: str | None = None) -> DatasetComparison:
-        """The whole dataset beside another one: a ``Logits``, a folder, or a Hub id at ``revision``."""
+    def compare(
+        self, other: "Logits | str | Path", revision: str | None = None, tokenizer_id: str | None = None
+    ) -> DatasetComparison | CrossComparison:
+        """The whole dataset beside another one: a ``Logits``, a folder, or a Hub id at ``revision``.
+
+        With another tokenizer, of which ``tokenizer_id`` may say where it lies now, by their text.
+        """
         self._refuse_part("comparison")
-        return self._shown(
-            compare_datasets(self.dataset, dataset_of(other, revision), self.tokenizer, self._options[0])
-        )
+        return self._beside(other, revision, tokenizer_id)
+
+    def _beside(self, other: object, revision: str | None, tokenizer_id: str | None, *chosen) -> Any:
+        """``chosen`` are the row, ``top_n`` and ``only`` of ``compare_any``."""
+        row, *shown = chosen or (None,)
+        dataset, tokenizer = self._opened_beside(other, revision, tokenizer_id)
+        return self._shown(compare_any(self.dataset, dataset, self.tokenizer, tokenizer, row, self._options[0], *shown))
+
+    def _opened_beside(self, other: object, revision: str | None, tokenizer_id: str | None) -> tuple[StoredDataset, Any]:
+        """The other dataset, and its tokenizer where that is another one."""
+        other = other.logits if isinstance(other, Conversation) else other
+        if isinstance(other, Logits):
+            same = other.manifest.tokenizer_fingerprint == self.manifest.tokenizer_fingerprint
+            return other.dataset, None if same else other.tokenizer
+        if isinstance(other, str | Path):
+            return open_beside(self.dataset, str(other), revision, tokenizer_id, self._options[2])
+        raise WrongKind(f"{other!r:.60}: expected a logit dataset, opened, or a folder or a Hub id")
 
     def _refuse_part(self, noun: str) -> None:
         if self._rows is not None:
@@ -238,15 +259,13 @@ class Conversation(Sequence):
         self,
         other: "Logits | Conversation | str | Path",
         revision: str | None = None,
-        top_n: int = 5,
+        tokenizer_id: str | None = None,
+        top_n: int | None = None,
         only: int | None = None,
-    ) -> Comparison:
+    ) -> Comparison | SpanComparison:
         """Beside another dataset's row of the same source row; ``other`` is as for ``Logits.compare``, ``top_n`` and
-        ``only`` as in ``Comparison``."""
-        logits, dataset = self.logits, dataset_of(other, revision)
-        template = logits._options[0]
-        found = compare_analyses(logits.dataset, dataset, logits.tokenizer, self.row, template, top_n, only)
-        return logits._shown(found)
+        ``only`` as in ``compare_any``."""
+        return self.logits._beside(other, revision, tokenizer_id, self.row, top_n, only)
 
     def __len__(self) -> int:
         return len(self.analysis)
@@ -271,17 +290,6 @@ def _whole(index) -> int | None:
         return None if isinstance(index, bool) else operator.index(index)
     except TypeError:
         return None
-
-
-def dataset_of(other: object, revision: str | None = None) -> StoredDataset:
-    """The dataset to compare with: of a ``Logits`` or a ``Conversation``, or a folder or a Hub id at ``revision``."""
-    if isinstance(other, Conversation):
-        other = other.logits
-    if isinstance(other, Logits):
-        return other.dataset
-    if isinstance(other, str | Path):
-        return open_dataset(str(other), revision)
-    raise WrongKind(f"{other!r:.60}: expected a logit dataset, opened, or a folder or a Hub id")
 
 
 def _framed(table, kind: str):

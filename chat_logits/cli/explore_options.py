@@ -22,7 +22,8 @@ NOT_WITH = {
 }
 # What is of use beside another option alone.
 NEEDS = (
-    {"model_id": "verify", "compare_revision": "compare", "budget_rows": "budget", "save": "where"}
+    {"model_id": "verify", "budget_rows": "budget", "save": "where"}
+    | dict.fromkeys(("compare_revision", "compare_tokenizer_id"), "compare")
     | dict.fromkeys(("student_revision", "student_rows"), "student")
     | dict.fromkeys(("port", "no_open"), "browse")
 )
@@ -47,7 +48,7 @@ class ExploreOptions(RebuildOptions):
     top_n: int | None = option(None, help="predictions shown a token", unset="5", metavar="N", least=1)
     surprising: int | None = option(
         None,
-        help="show the N most surprising tokens alone; with --compare and --sample_index, the N furthest apart",
+        help="show the N most surprising tokens alone; with --compare and --sample_index, the N tokens or spans furthest apart",
         unset="all tokens",
         metavar="N",
         least=1,
@@ -62,14 +63,21 @@ class ExploreOptions(RebuildOptions):
     )
     compare: str | None = option(
         None,
-        help="another logit dataset, over the same conversations and with the same tokenizer: how far the two are "
-        "apart, in nats of KL divergence a token",
+        help="another logit dataset over the same conversations: how far the two are apart, in nats of KL divergence a "
+        "token, or where their tokenizers differ in bits per byte",
         unset="none",
         metavar="ID",
         example="outputs/other",
     )
     compare_revision: str | None = option(
         None, help="branch, tag or commit of the other dataset", unset="its main branch", metavar="REV"
+    )
+    compare_tokenizer_id: str | None = option(
+        None,
+        help="folder or Hub id of the other dataset's tokenizer, if that is another one and its recorded model is not "
+        "there",
+        unset="its recorded model",
+        metavar="ID",
     )
     verify: int | None = option(
         None,

@@ -8,7 +8,7 @@ What is left are the *extracted positions*: the tokens whose predicting distribu
 
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -157,17 +157,20 @@ class Aligner:
 
     def align_rendered(self, rendered: Sequence[tuple]) -> list[Alignment]:
         """An alignment for each ``Rendered``, or text with its spans alone; tokenized in batches."""
-        alignments = []
+        return [alignment for alignment, _ in self.placed(rendered)]
+
+    def placed(self, rendered: Sequence[tuple]) -> Iterator[tuple[Alignment, np.ndarray]]:
+        """As ``align_rendered``, with each the characters that its tokens stand for, as ``token_extents`` gives them."""
         for start in range(0, len(rendered), AT_ONCE):
             batch = [Rendered(*one) for one in rendered[start : start + AT_ONCE]]
             encoded = self.tokenizer(
                 [one.text for one in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            alignments += [self._mask(one, *ids) for one, ids in zip(batch, tokens, strict=True)]
-        return alignments
+            for one, ids in zip(batch, tokens, strict=True):
+                yield self._mask(one, *ids)
 
-    def _mask(self, rendered: Rendered, ids: list[int], offsets: list) -> Alignment:
+    def _mask(self, rendered: Rendered, ids: list[int], offsets: list) -> tuple[Alignment, np.ndarray]:
         """Which tokens are the assistant's, and which of those are skipped."""
         text = rendered.text
         input_ids = np.array(ids, np.int64)
@@ -188,7 +191,7 @@ class Aligner:
             reasons[turn_end] = None
         if reasons and reasons[0] is None:
             reasons[0] = FIRST_TOKEN_REASON
-        return Alignment(input_ids, reasons, len(rendered.left_out), turn_ends)
+        return Alignment(input_ids, reasons, len(rendered.left_out), turn_ends), extents
 
     def _earlier_end(self) -> int | None:
         return self._end_of_the_first
@@ -263,16 +266,19 @@ class RowAligner:
 
     def align_all(self, rows: Sequence[dict]) -> list[Alignment]:
         """The alignments of several rows, tokenized together. Raises as ``align`` for the first that is at fault."""
+        return [alignment for _, alignment, _ in self.placed(rows)]
+
+    def placed(self, rows: Sequence[dict]) -> Iterator[tuple[Rendered, Alignment, np.ndarray]]:
+        """As ``align_all``, with each row's text, and the characters in it that its tokens stand for, int64 (T, 2)."""
         rendered = [
             one for start in range(0, len(rows), AT_ONCE) for one in self._render(rows[start : start + AT_ONCE])
         ]
         if self._aligner is None:
-            return []
-        alignments = self._aligner.align_rendered(rendered)
-        for row, alignment in zip(rows, alignments, strict=True):
+            return
+        for row, one, (alignment, extents) in zip(rows, rendered, self._aligner.placed(rendered), strict=True):
             if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
                 raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
-        return alignments
+            yield one, alignment, extents
 
     def _render(self, rows: Sequence[dict]) -> list[Rendered]:
         talks = [(from_stored(row["messages"]), from_stored_tools(row["tools"])) for row in rows]

@@ -68,10 +68,10 @@ def token_text(tokenizer, token_id: int) -> str:
     if piece.startswith("▁"):
         return piece.replace("▁", " ")
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    return _token_bytes(piece).decode(errors="surrogateescape") if "\ufffd" in text else text
+    return piece_bytes(piece).decode(errors="surrogateescape") if "\ufffd" in text else text
 
 
-def _token_bytes(piece: str) -> bytes:
+def piece_bytes(piece: str) -> bytes:
     """The bytes of a byte-fallback piece such as ``<0xF0>``, or of a byte-level BPE piece."""
     if fallback := BYTE_FALLBACK.fullmatch(piece):
         return bytes([int(fallback[1], 16)])
@@ -91,6 +91,14 @@ def special_token_ids(tokenizer) -> set[int]:
     """Ids of the tokens that the tokenizer marks as special, ends of turns among them."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | set(tokenizer.all_special_ids)
+
+
+def unknown_token_id(tokenizer) -> int | None:
+    """The id of the token that stands for whatever the vocabulary has not, None where there is none."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:
+        return model["unk_id"]
+    return tokenizer.get_vocab().get(model.get("unk_token"))
 
 
 def skipped_token_ids(tokenizer, skip: Sequence[str] = (), keep: Sequence[str] = ()) -> frozenset[int]:

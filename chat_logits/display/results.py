@@ -13,6 +13,7 @@ from rich.console import Console
 from chat_logits.analysis.budget import Budget
 from chat_logits.analysis.comparison import Comparison, DatasetComparison
 from chat_logits.analysis.conversation import Analysis
+from chat_logits.analysis.cross_records import CrossComparison, SpanComparison
 from chat_logits.analysis.filtering import Filtering
 from chat_logits.analysis.summary import DatasetSummary
 from chat_logits.analysis.thinning import Thinning
@@ -23,6 +24,8 @@ from chat_logits.display.dataset_page import datasets_page, summary_page
 from chat_logits.display.dataset_tables import print_datasets, print_summary, print_verification
 from chat_logits.display.filter_tables import print_filtering
 from chat_logits.display.page import framed
+from chat_logits.display.span_page import bits_page, spans_page
+from chat_logits.display.span_tables import print_bits, print_spans
 from chat_logits.display.student_page import student_page
 from chat_logits.display.student_tables import print_student
 from chat_logits.display.tables import default_console
@@ -50,6 +53,8 @@ def page_of(result, frame: dict | None = None) -> str:  # noqa: ARG001
 print_result.register(Analysis, print_analysis)
 print_result.register(Comparison, print_comparison)
 print_result.register(DatasetComparison, print_datasets)
+print_result.register(SpanComparison, print_spans)
+print_result.register(CrossComparison, print_bits)
 print_result.register(DatasetSummary, print_summary)
 print_result.register(Budget, print_budget)
 print_result.register(Filtering, print_filtering)
@@ -59,6 +64,8 @@ print_result.register(Verification, print_verification)
 page_of.register(Analysis, analysis_page)
 page_of.register(Comparison, comparison_page)
 page_of.register(DatasetComparison, datasets_page)
+page_of.register(SpanComparison, spans_page)
+page_of.register(CrossComparison, bits_page)
 page_of.register(DatasetSummary, summary_page)
 page_of.register(StudentReport, student_page)
 
@@ -94,12 +101,12 @@ class ShownPage(Shown):
 
 
 class ShownTokens(ShownPage):
-    """A result that is also a list of tokens."""
+    """A result that is also a list of tokens, or of spans of them."""
 
     to_dicts: Callable[[], list[dict]]
 
     def to_frame(self):
-        """A pandas DataFrame, a row per shown token, which can be written as JSON and Parquet: bytes that are no whole
+        """A pandas DataFrame, a row per shown entry, which can be written as JSON and Parquet: bytes that are no whole
         character are U+FFFD in its texts. Needs pandas."""
         import pandas
 
@@ -116,6 +123,14 @@ class ShownComparison(ShownTokens, Comparison):
 
 class ShownDatasetComparison(ShownPage, DatasetComparison):
     """A ``DatasetComparison`` that shows itself."""
+
+
+class ShownSpanComparison(ShownTokens, SpanComparison):
+    """A ``SpanComparison`` that shows itself."""
+
+
+class ShownCrossComparison(ShownPage, CrossComparison):
+    """A ``CrossComparison`` that shows itself."""
 
 
 class ShownSummary(ShownPage, DatasetSummary):
@@ -144,6 +159,7 @@ class ShownFiltering(Shown, Filtering):
 
 KINDS = (
     *(ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification),
+    *(ShownSpanComparison, ShownCrossComparison),
     *(ShownBudget, ShownThinning, ShownStudent, ShownFiltering),
 )
 

@@ -1,0 +1,433 @@
+"""Two logit datasets over the same conversations with different tokenizers: compared by the text that their tokens write.
+
+Target-token log-probabilities are added up over the spans that both tokenizations bound (``spans``), in bits per byte of
+UTF-8. ``compare_spans`` is for one conversation, ``compare_bits`` for all of them, ``compare_any`` for whichever
+comparison two datasets allow.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from chat_logits.analysis.comparison import (
+    Comparison,
+    DatasetComparison,
+    compare_analyses,
+    compare_datasets,
+    keep,
+    largest_first,
+    paired_rows,
+    row_of,
+    source_of,
+)
+from chat_logits.analysis.cross_records import (
+    BitTotals,
+    ConversationBits,
+    CrossComparison,
+    LeftOut,
+    SpanComparison,
+    SpanToken,
+    Surprised,
+    SurprisingSpan,
+    TextSpan,
+    bit_totals,
+    difference_of,
+)
+from chat_logits.analysis.cross_sides import Side, SideRow
+from chat_logits.analysis.spans import Share, Span, spans_of, told
+from chat_logits.analysis.tokens import count_text
+from chat_logits.data.alignment import AT_ONCE
+from chat_logits.data.conversations import question_of
+from chat_logits.data.tokenizer import token_text
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset
+
+LISTED_SPANS, BEFORE = 10, 48  # spans listed of each model, and characters before one
+OUTSIDE = "outside of the answers' texts"
+NATS = math.log(2)  # in a bit
+
+
+def compare_any(
+    first: StoredDataset,
+    other: StoredDataset,
+    tokenizer,
+    other_tokenizer=None,
+    sample_index: int | None = None,
+    chat_template: str | None = None,
+    top_n: int | None = None,
+    only: int | None = None,
+) -> Comparison | DatasetComparison | SpanComparison | CrossComparison:
+    """Token by token where ``other_tokenizer`` is None, as both datasets have one; else by their text.
+
+    With a ``sample_index`` that row of the first alone. ``chat_template`` is the first's, as for ``align_row``;
+    ``top_n`` and ``only`` as in ``Comparison``. Raises UsageError for a ``top_n`` of two tokenizers' predictions.
+    """
+    if other_tokenizer is None and sample_index is None:
+        return compare_datasets(first, other, tokenizer, chat_template)
+    if other_tokenizer is None:
+        return compare_analyses(first, other, tokenizer, sample_index or 0, chat_template, top_n or 5, only)
+    if top_n is not None:
+        raise UsageError("`top_n` is for datasets of one tokenizer: tokens of two have no predictions in common")
+    sides = Side(first, tokenizer, chat_template), Side(other, other_tokenizer)
+    return compare_bits(*sides) if sample_index is None else compare_spans(*sides, sample_index, only)
+
+
+# --- a pair of rows ---
+
+
+class Answer(NamedTuple):
+    """An answer that both datasets have: its number among the answers and the messages, and its spans."""
+
+    number: int
+    message: int
+    content: bytes
+    spans: list[Span]
+
+
+class Pair(NamedTuple):
+    """Two rows of one conversation, its answers in spans, and what is left out of them."""
+
+    first: SideRow
+    other: SideRow
+    answers: list[Answer]
+    left_out: list[LeftOut]
+
+    @property
+    def compared(self) -> list[tuple[Answer, Span]]:
+        """The spans that are compared, each with its answer."""
+        return [(answer, span) for answer in self.answers for span in answer.spans if span.reason is None]
+
+    @property
+    def totals(self) -> BitTotals:
+        """Over the spans that are compared."""
+        spans = [span for _, span in self.compared]
+        return bit_totals(
+            len(spans),
+            sum(span.end - span.start for span in spans),
+            *(sum(len(getattr(span, side).tokens) for span in spans) for side in ("first", "other")),
+            *(sum(getattr(span, side).nll for span in spans) / NATS for side in ("first", "other")),
+        )
+
+
+def pair_of(first: SideRow, other: SideRow) -> Pair:
+    """Both rows' answers, cut at the boundaries that both tokenizations have."""
+    messages = first.row["messages"]
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = []
+    for number, message in enumerate(places):
+        content = (messages[message]["content"] or "").encode()
+        answers.append(Answer(number, message, content, _spans(first, other, number, len(content))))
+    return Pair(first, other, answers, _left_out(first, other, answers))
+
+
+def _spans(first: SideRow, other: SideRow, number: int, length: int) -> list[Span]:
+    """The spans of an answer of so many bytes; one that is left out where one of the rows has not got the answer."""
+    if not length:
+        return []
+    found = [side.answer(number) for side in (first, other)]
+    why = [each if isinstance(each, str) else None for each in found]
+    if any(why):
+        shares = (Share(tokens=side.tokens_of_turn(number)) for side in (first, other))
+        return [Span(0, length, *shares, reason=told(*why))]
+    return spans_of(*found, length)
+
+
+def _left_out(first: SideRow, other: SideRow, answers: list[Answer]) -> list[LeftOut]:
+    """By reason, with each extracted token that is not compared in one of them."""
+    counts: dict[str, list[int]] = {}
+    rest = [set(side.placed.alignment.positions.tolist()) for side in (first, other)]
+    for answer in answers:
+        for span in answer.spans:
+            tokens = [len(own & set(share.tokens)) for own, share in zip(rest, (span.first, span.other), strict=True)]
+            rest = [own - set(share.tokens) for own, share in zip(rest, (span.first, span.other), strict=True)]
+            if span.reason is not None:
+                size = span.end - span.start
+                _count(counts, span.reason, [int(size == len(answer.content)), size, *tokens])
+    if any(rest):
+        _count(counts, OUTSIDE, [0, 0, *map(len, rest)])
+    return [LeftOut(reason, *numbers) for reason, numbers in counts.items()]
+
+
+def _count(counts: dict[str, list[int]], reason: str, numbers: list[int]) -> None:
+    counts[reason] = [sum(pair) for pair in zip(counts.get(reason, [0] * len(numbers)), numbers, strict=True)]
+
+
+def _joined(parts: Iterable[LeftOut]) -> list[LeftOut]:
+    """One of each reason, that with the most bytes first."""
+    counts: dict[str, list[int]] = {}
+    for part in parts:
+        _count(counts, part.reason, [part.num_answers, part.num_bytes, part.num_tokens, part.other_num_tokens])
+    return sorted((LeftOut(reason, *numbers) for reason, numbers in counts.items()), key=lambda each: -each.num_bytes)
+
+
+def _rewrites(side: Side, row: SideRow, answers: list[Answer], name: str) -> int:
+    """The number of answers whose compared spans the side's tokens decode to other characters."""
+    found = 0
+    for answer in answers:
+        spans = [span for span in answer.spans if span.reason is None]
+        tokens = [token for span in spans for token in getattr(span, name).tokens]
+        text = b"".join(answer.content[span.start : span.end] for span in spans).decode(errors="replace")
+        found += bool(tokens) and side.rewrites(row, tokens, text)
+    return found
+
+
+def has_same_messages(row: dict, other_row: dict) -> bool:
+    """Whether two rows have the same roles and contents, those of system messages apart."""
+    said, other_said = (
+        [(message["role"], message["content"]) for message in each["messages"] if message["role"] != "system"]
+        for each in (row, other_row)
+    )
+    return said == other_said
+
+
+def has_other_system(row: dict, other_row: dict) -> bool:
+    """Whether two rows' system messages differ."""
+    said, other_said = (
+        [message["content"] for message in each["messages"] if message["role"] == "system"] for each in (row, other_row)
+    )
+    return said != other_said
+
+
+# --- one conversation ---
+
+
+def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | None = None) -> SpanComparison:
+    """Row ``sample_index`` of the first (negative ones from the end) beside the other's row of the same source row.
+
+    Raises ToolkitError where the other has not got the conversation, or has it with other messages.
+    """
+    row = first.dataset.read_row(sample_index)
+    sample_index %= first.dataset.num_rows
+    other_index, other_row = row_of(other.dataset, row["source_index"], sample_index)
+    if not has_same_messages(row, other_row):
+        raise ToolkitError(
+            f"{other.dataset.dataset_id}: source row {row['source_index']} has other messages there than in "
+            f"{first.dataset.dataset_id}; expected the same conversation"
+        )
+    pair = pair_of(*first.place([row]), *other.place([other_row]))
+    return SpanComparison(
+        spans=_text_spans(pair, first.tokenizer, other.tokenizer),
+        totals=pair.totals,
+        left_out=_joined(pair.left_out),
+        messages=row["messages"],
+        first=source_of(first.dataset),
+        other=source_of(other.dataset),
+        sample_index=sample_index,
+        other_sample_index=other_index,
+        source_index=row["source_index"],
+        has_other_system=has_other_system(row, other_row),
+        rewrites=_rewrites(first, pair.first, pair.answers, "first"),
+        other_rewrites=_rewrites(other, pair.other, pair.answers, "other"),
+        only=only,
+    )
+
+
+def _text_spans(pair: Pair, tokenizer, other_tokenizer) -> list[TextSpan]:
+    spans = [(answer, span) for answer in pair.answers for span in answer.spans]
+    return [
+        TextSpan(
+            index=index,
+            message=answer.message,
+            start=span.start,
+            end=span.end,
+            text=_text(answer.content[span.start : span.end]),
+            tokens=_span_tokens(pair.first, span.first.tokens, tokenizer),
+            other_tokens=_span_tokens(pair.other, span.other.tokens, other_tokenizer),
+            bits=None if span.reason else span.first.nll / NATS,
+            other_bits=None if span.reason else span.other.nll / NATS,
+            reason=span.reason,
+        )
+        for index, (answer, span) in enumerate(spans)
+    ]
+
+
+def _span_tokens(row: SideRow, tokens: Sequence[int], tokenizer) -> list[SpanToken]:
+    ids = row.placed.alignment.input_ids
+    return [
+        SpanToken(
+            position=token,
+            token_id=int(ids[token]),
+            text=token_text(tokenizer, int(ids[token])),
+            log_prob=float(row.log_probs[token]) if row.is_extracted(token) else None,
+        )
+        for token in tokens
+    ]
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="surrogateescape")
+
+
+# --- two datasets ---
+
+
+def compare_bits(first: Side, other: Side) -> CrossComparison:
+    """Compare every conversation of both datasets, in one pass; memory grows by a record a conversation.
+
+    Raises ToolkitError where there is no conversation, or no span, to compare.
+    """
+    tally = _BitTally(first, other)
+    with tqdm(first.dataset.rows(), "Comparing", first.dataset.num_rows, unit=" conversations", leave=False, delay=1) as rows:
+        pairs = paired_rows(rows, other.dataset.rows())
+        while some := list(itertools.islice(pairs, AT_ONCE)):
+            tally.add_all(some)
+    if not tally.conversations:
+        ids = f"{first.dataset.dataset_id} and {other.dataset.dataset_id}"
+        raise ToolkitError(
+            f"{ids} share no conversation that can be compared ({count_text(tally.num_paired, 'source row')} in both, "
+            f"{tally.num_different:,} with other messages); expected datasets extracted from the same source"
+        )
+    return tally.comparison()
+
+
+class _BitTally:
+    """Sums and counts of the rows added so far, and the spans furthest apart."""
+
+    def __init__(self, first: Side, other: Side):
+        self.first, self.other = first, other
+        self.num_paired = self.num_different = self.num_without_spans = self.num_other_system = 0
+        self.rewrites = [0, 0]
+        self.totals: list[BitTotals] = []
+        self.conversations: list[ConversationBits] = []
+        self.left_out: list[LeftOut] = []
+        # By who was more surprised, the first or the other: counts, and a heap of (bits, −place in order, record).
+        self.surprised = [Surprised(0, 0, 0, 0.0)] * 2
+        self.spans: tuple[list, list] = ([], [])
+
+    def add_all(self, pairs: list[tuple[int, dict, int, dict]]) -> None:
+        """Count conversations in, which are rendered and tokenized together."""
+        self.num_paired += len(pairs)
+        alike = [pair for pair in pairs if has_same_messages(pair[1], pair[3])]
+        self.num_different += len(pairs) - len(alike)
+        placed = zip(
+            alike,
+            self.first.place([row for _, row, _, _ in alike]),
+            self.other.place([row for *_, row in alike]),
+            strict=True,
+        )
+        for (sample_index, _, other_index, _), *rows in placed:
+            self.add(sample_index, other_index, pair_of(*rows))
+
+    def add(self, sample_index: int, other_index: int, pair: Pair) -> None:
+        """Count a conversation in."""
+        self.left_out = _joined([*self.left_out, *pair.left_out])
+        totals = pair.totals
+        if not totals.num_spans:
+            self.num_without_spans += 1
+            return
+        self.num_other_system += has_other_system(pair.first.row, pair.other.row)
+        self.rewrites[0] += _rewrites(self.first, pair.first, pair.answers, "first")
+        self.rewrites[1] += _rewrites(self.other, pair.other, pair.answers, "other")
+        self.totals.append(totals)
+        self.conversations.append(_conversation_bits(sample_index, other_index, pair.first.row, totals))
+        for who in (0, 1):
+            self._add_surprised(who, sample_index, other_index, pair, totals)
+
+    def _add_surprised(self, who: int, sample_index: int, other_index: int, pair: Pair, totals: BitTotals) -> None:
+        """The spans in which the first, or the other, was more surprised."""
+        sign = (-1, 1)[who]
+        found = [
+            (sign * difference_of(span.first.nll, span.other.nll) / NATS, answer, span) for answer, span in pair.compared
+        ]
+        found = [each for each in found if each[0] > 0]
+        before = self.surprised[who]
+        self.surprised[who] = Surprised(
+            num_conversations=before.num_conversations + (sign * totals.difference > 0),
+            num_spans=before.num_spans + len(found),
+            num_bytes=before.num_bytes + sum(span.end - span.start for _, _, span in found),
+            bits=before.bits + sum(bits for bits, *_ in found),
+        )
+        heap = self.spans[who]
+        for bits, answer, span in sorted(found, key=lambda each: -each[0])[:LISTED_SPANS]:
+            if len(heap) < LISTED_SPANS or bits > heap[0][0]:
+                record = self._surprising_span(sample_index, other_index, pair, answer, span)
+                keep(heap, (bits, (-sample_index, -answer.number, -span.start), record), LISTED_SPANS)
+
+    def _surprising_span(
+        self, sample_index: int, other_index: int, pair: Pair, answer: Answer, span: Span
+    ) -> SurprisingSpan:
+        bits, other_bits = span.first.nll / NATS, span.other.nll / NATS
+        tokens, other_tokens = (
+            [token.text for token in _span_tokens(row, share.tokens, side.tokenizer)]
+            for row, share, side in (
+                (pair.first, span.first, self.first),
+                (pair.other, span.other, self.other),
+            )
+        )
+        return SurprisingSpan(
+            sample_index=sample_index,
+            other_sample_index=other_index,
+            source_index=pair.first.row["source_index"],
+            message=answer.message,
+            start=span.start,
+            num_bytes=span.end - span.start,
+            text=_text(answer.content[span.start : span.end]),
+            before=_text(answer.content[: span.start])[-BEFORE:],
+            tokens=tokens,
+            other_tokens=other_tokens,
+            bits=bits,
+            other_bits=other_bits,
+            difference=difference_of(bits, other_bits),
+        )
+
+    def comparison(self) -> CrossComparison:
+        """The comparison of the two datasets, once every row has been added."""
+        totals = _added(self.totals)
+        return CrossComparison(
+            first=source_of(self.first.dataset),
+            other=source_of(self.other.dataset),
+            totals=totals,
+            error=standard_error(self.totals),
+            num_conversations=len(self.conversations),
+            only_in_first=self.first.dataset.num_rows - self.num_paired,
+            only_in_other=self.other.dataset.num_rows - self.num_paired,
+            num_different=self.num_different,
+            num_without_spans=self.num_without_spans,
+            num_other_system=self.num_other_system,
+            rewrites=self.rewrites[0],
+            other_rewrites=self.rewrites[1],
+            left_out=self.left_out,
+            first_surprised=self.surprised[0],
+            other_surprised=self.surprised[1],
+            first_spans=largest_first(self.spans[0]),
+            other_spans=largest_first(self.spans[1]),
+            conversations=self.conversations,
+        )
+
+
+def _conversation_bits(sample_index: int, other_index: int, row: dict, totals: BitTotals) -> ConversationBits:
+    return ConversationBits(
+        sample_index=sample_index,
+        other_sample_index=other_index,
+        source_index=row["source_index"],
+        num_spans=totals.num_spans,
+        num_bytes=totals.num_bytes,
+        bits_per_byte=totals.bits_per_byte,
+        other_bits_per_byte=totals.other_bits_per_byte,
+        difference=totals.difference,
+        question=question_of(row["messages"]),
+    )
+
+
+def _added(totals: list[BitTotals]) -> BitTotals:
+    names = ("num_spans", "num_bytes", "num_tokens", "other_num_tokens", "bits", "other_bits")
+    return bit_totals(*(sum(getattr(each, name) for each in totals) for name in names))
+
+
+def standard_error(totals: list[BitTotals]) -> float:
+    """Of the difference in bits per byte of all, from the conversations' sums, as spans of one are alike; nan of one.
+
+    The ratio estimator's: Cochran, "Sampling Techniques", 6.3.
+    """
+    n, size = len(totals), sum(each.num_bytes for each in totals)
+    if n < 2:
+        return math.nan
+    with np.errstate(invalid="ignore"):
+        differences = np.array([difference_of(each.bits, each.other_bits) for each in totals])
+        ratio = differences.sum() / size
+        apart = differences - ratio * np.array([each.num_bytes for each in totals])
+        return float(np.sqrt((apart**2).sum() * n / (n - 1)) / size)

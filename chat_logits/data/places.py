@@ -1,0 +1,191 @@
+"""Where tokens and answers stand in a rendered conversation, in bytes of UTF-8.
+
+Tokenizers tell characters, in which tokens of different tokenizers cannot be compared: several may share one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from chat_logits.data.alignment import Alignment, Rendered
+from chat_logits.data.tokenizer import piece_bytes
+
+CHANGED = "the template changes the answer"
+REPEATED = "the template writes the answer more than once"
+OTHER_TURNS = "the template has more or fewer turns than messages"
+CLOSING_TAG = "</think>"
+
+
+class Unit(NamedTuple):
+    """Bytes ``start`` to ``end`` of a text, and the tokens ``first`` to ``last`` that stand for them together.
+
+    That is one token, or several of which it cannot be told which byte is whose.
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+class Place(NamedTuple):
+    """Bytes ``start`` to ``end`` of an answer, which stand in the conversation's text ``shift`` bytes further on."""
+
+    start: int
+    end: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class PlacedRow:
+    """A conversation's tokens and answers in its text.
+
+    ``units`` are in order, each token in one of them. For each message of the assistant ``answers`` has its ``Place``,
+    or the reason why it has none; ``turns`` are the bytes of its turn in the text, none where turns and messages are
+    not one to one.
+    """
+
+    alignment: Alignment
+    units: list[Unit]
+    answers: list[Place | str]
+    turns: list[tuple[int, int]]
+
+
+def place_row(
+    messages: list[dict],
+    rendered: Rendered,
+    alignment: Alignment,
+    extents: np.ndarray,
+    to_pieces: Callable[[list[int]], list[str]],
+) -> PlacedRow:
+    """The places of a conversation that ``RowAligner.placed`` gave; ``to_pieces`` spells ids as the vocabulary does."""
+    text = rendered.text.encode()
+    to_byte = byte_offsets(rendered.text)
+    units = byte_units(text, to_byte[extents], to_pieces(alignment.input_ids.tolist()))
+    contents = [message.get("content") or "" for message in messages if message["role"] == "assistant"]
+    turns = [(int(to_byte[start]), int(to_byte[end])) for start, end in rendered.spans]
+    if len(turns) != len(contents):
+        return PlacedRow(alignment, units, [OTHER_TURNS] * len(contents), [])
+    extracted = partial(_extracted_bytes, units, alignment.reasons)
+    answers = [find_answer(content, text, turn, extracted) for content, turn in zip(contents, turns, strict=True)]
+    return PlacedRow(alignment, units, answers, turns)
+
+
+def byte_offsets(text: str) -> np.ndarray:
+    """For each character of a text, and for its end, the byte of its UTF-8 at which it begins: int64 (len + 1,)."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
+
+
+# --- tokens ---
+
+
+def byte_units(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -> list[Unit]:
+    """The units of a text's tokens, which stand for ``extents``, bytes, int64 (T, 2), and are spelled ``pieces``.
+
+    Tokens with a common character each have their own bytes of it where their pieces say these and write the text;
+    else they are one unit. A token without any text, such as a beginning that some vocabularies add, is one with what
+    follows it.
+    """
+    extents = _split_characters(text, extents, pieces)
+    units: list[Unit] = []
+    for token, (start, end) in enumerate(extents.tolist()):
+        last = units[-1] if units else None
+        if last is not None and (last.start == last.end or start < last.end):
+            units[-1] = Unit(min(last.start, start), max(last.end, end), last.first, token)
+        else:
+            units.append(Unit(start, end, token, token))
+    return units
+
+
+def _split_characters(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -> np.ndarray:
+    """The extents, those of tokens that share characters as their own bytes where the pieces tell them."""
+    shares = (extents[1:, 0] < extents[:-1, 1]).tolist()
+    extents = extents.copy()
+    first = 0
+    while first < len(shares):
+        last = first
+        while last < len(shares) and shares[last]:
+            last += 1
+        if last > first:
+            parts = [piece_bytes(piece) for piece in pieces[first : last + 1]]
+            start, end = int(extents[first : last + 1, 0].min()), int(extents[first : last + 1, 1].max())
+            if b"".join(parts) == text[start:end]:
+                ends = start + np.cumsum([len(part) for part in parts])
+                extents[first : last + 1] = np.stack([np.concatenate([[start], ends[:-1]]), ends], axis=1)
+        first = last + 1
+    return extents
+
+
+# --- answers ---
+
+
+def _extracted_bytes(units: list[Unit], reasons: list[str | None], start: int, end: int) -> int:
+    """How many of the bytes ``start`` to ``end`` of the text are extracted tokens'."""
+    overlaps = (min(end, unit.end) - max(start, unit.start) for unit in units if reasons[unit.first] is None)
+    return sum(overlap for overlap in overlaps if overlap > 0)
+
+
+def find_answer(
+    content: str, text: bytes, turn: tuple[int, int], extracted: Callable[[int, int], int]
+) -> Place | str:
+    """Where a message's content stands in its turn, bytes ``turn`` of the text, or the reason why that is not known.
+
+    A template may trim it, or leave out the thoughts in front of it: then what is left is found, byte for byte. Of
+    several places the one with the most ``extracted`` bytes is it.
+    """
+    whole = content.encode()
+    if not whole:
+        return Place(0, 0, turn[0])
+    for start, end in _parts(content):
+        starts = _occurrences(whole[start:end], text, turn)
+        if not starts:
+            continue
+        size = end - start
+        best = sorted(((extracted(at, at + size), -at) for at in starts), reverse=True) if starts[1:] else [(0, -starts[0])]
+        if best[1:] and best[0][0] == best[1][0]:
+            return REPEATED
+        return _grown(whole, text, turn, Place(start, end, -best[0][1] - start))
+    return CHANGED
+
+
+def _parts(content: str) -> list[tuple[int, int]]:
+    """The content, without white space at its ends, and what is behind the thoughts in it: bytes, none of it empty."""
+    behind = content.rfind(CLOSING_TAG) + len(CLOSING_TAG) if CLOSING_TAG in content else 0
+    parts = [(0, len(content))]
+    for first in dict.fromkeys((0, behind)):
+        rest = content[first:]
+        start = first + len(rest) - len(rest.lstrip())
+        parts.append((start, start + len(rest.strip())))
+    to_byte = byte_offsets(content)
+    return [(int(to_byte[start]), int(to_byte[end])) for start, end in dict.fromkeys(parts) if start < end]
+
+
+def _occurrences(part: bytes, text: bytes, turn: tuple[int, int]) -> list[int]:
+    starts, at = [], text.find(part, *turn)
+    while at >= 0:
+        starts.append(at)
+        at = text.find(part, at + 1, turn[1])
+    return starts
+
+
+def _grown(content: bytes, text: bytes, turn: tuple[int, int], place: Place) -> Place:
+    """The place with the whole characters at both of its ends that content and text have in common, too."""
+    start, end, shift = place
+    while start > 0 and start + shift > turn[0] and content[start - 1] == text[start - 1 + shift]:
+        start -= 1
+    while end < len(content) and end + shift < turn[1] and content[end] == text[end + shift]:
+        end += 1
+    while start < place.start and _is_inside_character(content, start):
+        start += 1
+    while end > place.end and _is_inside_character(content, end):
+        end -= 1
+    return Place(start, end, shift)
+
+
+def _is_inside_character(content: bytes, at: int) -> bool:
+    return at < len(content) and 0x80 <= content[at] < 0xC0

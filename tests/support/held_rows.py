@@ -1,0 +1,66 @@
+"""Rows of a logit dataset with chosen log-probabilities, held in memory, for comparisons of tokenizers."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+
+from chat_logits.data.alignment import Aligner, RowAligner
+from chat_logits.data.conversations import to_stored
+from chat_logits.data.tokenizer import skipped_token_ids
+
+
+class HeldDataset:
+    """What a comparison reads of a ``StoredDataset``.
+
+    ``draw`` gives a row's target-token log-probabilities for their number; conversations of None are rows that the
+    dataset has not got.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer,
+        template: str,
+        conversations: list[list[dict] | None],
+        draw: Callable[[int], np.ndarray],
+        **recorded,
+    ):
+        self.dataset_id, self.tokenizer = name, tokenizer
+        self.manifest = SimpleNamespace(
+            model_id=f"model of {name}",
+            chat_template=template,
+            tools_template=None,
+            template_kwargs={},
+            template_date=None,
+            skipped_token_ids=sorted(skipped_token_ids(tokenizer)),
+            all_turns=False,
+            **{"keep_end_of_turn": False, **recorded},
+        )
+        aligner = Aligner.from_recorded(tokenizer, self.manifest)
+        self.held = [
+            self._row(i, talk, aligner.align(talk), draw) for i, talk in enumerate(conversations) if talk is not None
+        ]
+        self.num_rows = len(self.held)
+
+    @staticmethod
+    def _row(source_index: int, talk: list[dict], alignment, draw) -> dict:
+        count = len(alignment.positions)
+        return {
+            "source_index": source_index,
+            "messages": to_stored(talk),
+            "tools": None,
+            "num_tokens": count,
+            "alignment_checksum": alignment.checksum,
+            "token_log_probs": np.asarray(draw(count), np.float32),
+        }
+
+    def rows(self):
+        return iter(self.held)
+
+    def read_row(self, index: int) -> dict:
+        return self.held[index]
+
+    def placed(self, index: int):
+        """Text with spans, alignment and characters of the tokens of a row."""
+        return next(iter(RowAligner(self.tokenizer, self.manifest).placed([self.held[index]])))
