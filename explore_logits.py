@@ -244,7 +244,10 @@ SOURCE_OPTIONS = ("logit_dataset_id", "revision", "chat_template", "tokenizer_id
 MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "row": (execute_analysis, ("sample_index", "top_n", "surprising", "show_prompt")),
     "summary": (execute_summary, ()),
-    "compare": (execute_comparison, ("compare", "compare_revision", "compare_tokenizer_id", "sample_index", "top_n", "surprising")),
+    "compare": (
+        execute_comparison,
+        ("compare", "compare_revision", "compare_tokenizer_id", "sample_index", "top_n", "surprising"),
+    ),
     "verify": (execute_verification, ("verify", "model_id")),
     "student": (execute_student, ("student", "student_revision", "student_rows")),
     "budget": (execute_budget, ("budget_rows",)),

@@ -39,7 +39,11 @@ def bit_totals(
     num_spans: int, num_bytes: int, num_tokens: int, other_num_tokens: int, bits: float, other_bits: float
 ) -> BitTotals:
     """The totals with their ratios."""
-    ratios = [math.nan] * 3 if not num_bytes else [n / num_bytes for n in (bits, other_bits, difference_of(bits, other_bits))]
+    ratios = (
+        [math.nan] * 3
+        if not num_bytes
+        else [n / num_bytes for n in (bits, other_bits, difference_of(bits, other_bits))]
+    )
     return BitTotals(num_spans, num_bytes, num_tokens, other_num_tokens, bits, other_bits, *ratios)
 
 
@@ -250,4 +254,6 @@ class CrossComparison:
     def __repr__(self) -> str:
         counts = f"{count_text(self.num_conversations, 'conversation')}, {count_text(self.totals.num_bytes, 'byte')}"
         bits = f"{self.totals.bits_per_byte:.4f} and {self.totals.other_bits_per_byte:.4f} bits per byte"
-        return f"<CrossComparison of {self.first.logit_dataset_id} with {self.other.logit_dataset_id}: {counts}, {bits}>"
+        return (
+            f"<CrossComparison of {self.first.logit_dataset_id} with {self.other.logit_dataset_id}: {counts}, {bits}>"
+        )

@@ -271,7 +271,9 @@ def compare_bits(first: Side, other: Side) -> CrossComparison:
     Raises ToolkitError where there is no conversation, or no span, to compare.
     """
     tally = _BitTally(first, other)
-    with tqdm(first.dataset.rows(), "Comparing", first.dataset.num_rows, unit=" conversations", leave=False, delay=1) as rows:
+    with tqdm(
+        first.dataset.rows(), "Comparing", first.dataset.num_rows, unit=" conversations", leave=False, delay=1
+    ) as rows:
         pairs = paired_rows(rows, other.dataset.rows())
         while some := list(itertools.islice(pairs, AT_ONCE)):
             tally.add_all(some)
@@ -331,7 +333,8 @@ class _BitTally:
         """The spans in which the first, or the other, was more surprised."""
         sign = (-1, 1)[who]
         found = [
-            (sign * difference_of(span.first.nll, span.other.nll) / NATS, answer, span) for answer, span in pair.compared
+            (sign * difference_of(span.first.nll, span.other.nll) / NATS, answer, span)
+            for answer, span in pair.compared
         ]
         found = [each for each in found if each[0] > 0]
         before = self.surprised[who]

@@ -130,9 +130,7 @@ def _extracted_bytes(units: list[Unit], reasons: list[str | None], start: int, e
     return sum(overlap for overlap in overlaps if overlap > 0)
 
 
-def find_answer(
-    content: str, text: bytes, turn: tuple[int, int], extracted: Callable[[int, int], int]
-) -> Place | str:
+def find_answer(content: str, text: bytes, turn: tuple[int, int], extracted: Callable[[int, int], int]) -> Place | str:
     """Where a message's content stands in its turn, bytes ``turn`` of the text, or the reason why that is not known.
 
     A template may trim it, or leave out the thoughts in front of it: then what is left is found, byte for byte. Of
@@ -146,7 +144,11 @@ def find_answer(
         if not starts:
             continue
         size = end - start
-        best = sorted(((extracted(at, at + size), -at) for at in starts), reverse=True) if starts[1:] else [(0, -starts[0])]
+        best = (
+            sorted(((extracted(at, at + size), -at) for at in starts), reverse=True)
+            if starts[1:]
+            else [(0, -starts[0])]
+        )
         if best[1:] and best[0][0] == best[1][0]:
             return REPEATED
         return _grown(whole, text, turn, Place(start, end, -best[0][1] - start))

@@ -33,9 +33,12 @@ class HeldDataset:
             tools_template=None,
             template_kwargs={},
             template_date=None,
-            skipped_token_ids=sorted(skipped_token_ids(tokenizer)),
-            all_turns=False,
-            **{"keep_end_of_turn": False, **recorded},
+            **{
+                "skipped_token_ids": sorted(skipped_token_ids(tokenizer)),
+                "all_turns": False,
+                "keep_end_of_turn": False,
+                **recorded,
+            },
         )
         aligner = Aligner.from_recorded(tokenizer, self.manifest)
         self.held = [

@@ -1,5 +1,6 @@
 """Small tokenizers of several kinds, trained on real text, and tiny models that have one."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def _byte_fallback(texts: list[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[*SPECIAL, *BYTES], limit_alphabet=64, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    form = json.loads(tokenizer.to_str())
+    form["added_tokens"] = form["added_tokens"][: len(SPECIAL)]  # bytes are ordinary tokens
+    return Tokenizer.from_str(json.dumps(form))
 
 
 def _unigram(texts: list[str], vocab_size: int) -> Tokenizer:
