@@ -115,8 +115,8 @@ def execute_comparison(
 
     ``compare`` is the other dataset, a folder or a Hub id (at ``compare_revision``). With one tokenizer they are
     compared token by token, with two, of which ``compare_tokenizer_id`` says where the other's lies now, by their text,
-    in bits per byte over the spans that both tokenizations bound. With a ``sample_index`` one conversation, the ``only``
-    tokens or spans furthest apart; without, all of them. ``top_n`` predictions are shown, None for 5, of one tokenizer.
+    in bits per byte over the spans that both tokenizations bound. With a ``sample_index`` one conversation, the
+    ``only`` tokens or spans furthest apart; without, all of them. ``top_n`` is for one tokenizer, None for 5.
     """
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     if sample_index is None:

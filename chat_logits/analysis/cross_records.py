@@ -5,10 +5,11 @@ A ``difference`` is the other's bits minus the first's: above 0, the other model
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from chat_logits.analysis.divergence import Source
+from chat_logits.analysis.runs import RunDifference
 from chat_logits.analysis.tokens import count_text
 
 
@@ -76,7 +77,7 @@ class Surprised:
 
 @dataclass(frozen=True)
 class SpanToken:
-    """A token of a span; ``log_prob`` in nats, None where it was not extracted. ``text`` as ``TokenAnalysis`` has it."""
+    """A token of a span; ``log_prob`` in nats, None where it was not extracted; ``text`` is as in ``TokenAnalysis``."""
 
     position: int
     token_id: int
@@ -124,7 +125,8 @@ class SpanComparison(Sequence):
     """A conversation's answers as two models with tokenizers of their own see them; a sequence of ``TextSpan``.
 
     All bytes of the answers are in one of them, in order. ``has_other_system`` where the system messages differ;
-    ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other characters.
+    ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other characters;
+    ``differences`` are the runs'.
     """
 
     spans: list[TextSpan]
@@ -140,6 +142,7 @@ class SpanComparison(Sequence):
     rewrites: int
     other_rewrites: int
     only: int | None = None
+    differences: list[RunDifference] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -167,13 +170,18 @@ class SpanComparison(Sequence):
         """A dict per shown span; numbers of spans that are left out are None."""
         return [span.as_dict() for span in self.shown]
 
-    def as_dict(self) -> dict:
-        """Plain values: which rows of which datasets, the totals, what is left out, and the spans that are shown."""
+    @property
+    def head(self) -> dict:
+        """Which rows of which datasets it is of, how their runs differ, the totals, and what is left out."""
         names = (
-            *("first", "other", "sample_index", "other_sample_index", "source_index", "has_other_system"),
-            *("rewrites", "other_rewrites", "totals", "left_out"),
+            *("first", "other", "sample_index", "other_sample_index", "source_index", "differences"),
+            *("has_other_system", "rewrites", "other_rewrites", "totals", "left_out"),
         )
-        return {**{name: getattr(self, name) for name in names}, "spans": self.to_dicts()}
+        return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict:
+        """Plain values: the head, and the spans that are shown."""
+        return {**self.head, "spans": self.to_dicts()}
 
 
 # --- two datasets ---
@@ -225,7 +233,8 @@ class CrossComparison:
     and ``only_in_other`` count source rows of one alone, ``num_different`` those of both whose messages are not the
     same, ``num_without_spans`` those with nothing to compare. ``num_other_system`` of those compared have another
     system message there; ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other
-    characters. ``first_spans`` and ``other_spans`` are those where that model was more surprised, the largest first.
+    characters. ``first_spans`` and ``other_spans`` are those where that model was more surprised, the largest first;
+    ``differences`` is what differs between the runs.
     """
 
     first: Source
@@ -246,6 +255,7 @@ class CrossComparison:
     first_spans: list[SurprisingSpan]
     other_spans: list[SurprisingSpan]
     conversations: list[ConversationBits]
+    differences: list[RunDifference] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """All of it as plain values."""

@@ -1,7 +1,7 @@
-"""Two logit datasets over the same conversations with different tokenizers: compared by the text that their tokens write.
+"""Two logit datasets over the same conversations with different tokenizers, compared by the text of their tokens.
 
-Target-token log-probabilities are added up over the spans that both tokenizations bound (``spans``), in bits per byte of
-UTF-8. ``compare_spans`` is for one conversation, ``compare_bits`` for all of them, ``compare_any`` for whichever
+Target-token log-probabilities are added up over the spans that both tokenizations bound (``spans``), in bits per byte
+of UTF-8. ``compare_spans`` is for one conversation, ``compare_bits`` for all of them, ``compare_any`` for whichever
 comparison two datasets allow.
 """
 
@@ -38,6 +38,7 @@ from chat_logits.analysis.cross_records import (
     difference_of,
 )
 from chat_logits.analysis.cross_sides import Side, SideRow
+from chat_logits.analysis.runs import run_differences
 from chat_logits.analysis.spans import Share, Span, spans_of, told
 from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import AT_ONCE
@@ -223,6 +224,7 @@ def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | N
         rewrites=_rewrites(first, pair.first, pair.answers, "first"),
         other_rewrites=_rewrites(other, pair.other, pair.answers, "other"),
         only=only,
+        differences=run_differences(first.dataset.manifest, other.dataset.manifest),
     )
 
 
@@ -399,6 +401,7 @@ class _BitTally:
             first_spans=largest_first(self.spans[0]),
             other_spans=largest_first(self.spans[1]),
             conversations=self.conversations,
+            differences=run_differences(self.first.dataset.manifest, self.other.dataset.manifest),
         )
 
 

@@ -48,7 +48,8 @@ class ExploreOptions(RebuildOptions):
     top_n: int | None = option(None, help="predictions shown a token", unset="5", metavar="N", least=1)
     surprising: int | None = option(
         None,
-        help="show the N most surprising tokens alone; with --compare and --sample_index, the N tokens or spans furthest apart",
+        help="show the N most surprising tokens alone; with --compare and --sample_index, the N tokens or spans "
+        "furthest apart",
         unset="all tokens",
         metavar="N",
         least=1,

@@ -160,7 +160,7 @@ class Aligner:
         return [alignment for alignment, _ in self.placed(rendered)]
 
     def placed(self, rendered: Sequence[tuple]) -> Iterator[tuple[Alignment, np.ndarray]]:
-        """As ``align_rendered``, with each the characters that its tokens stand for, as ``token_extents`` gives them."""
+        """As ``align_rendered``, with each the characters that its tokens stand for, as ``token_extents``."""
         for start in range(0, len(rendered), AT_ONCE):
             batch = [Rendered(*one) for one in rendered[start : start + AT_ONCE]]
             encoded = self.tokenizer(

@@ -36,13 +36,13 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
         record=_record(summary.run),
         figures=[
             _reliability(summary),
-            _histogram("Surprisal of the target tokens", summary.surprisals, "surprisal, nats"),
-            _histogram("Entropy of the predictions", summary.entropies, f"entropy{at_least}, nats"),
+            histogram_figure("Surprisal of the target tokens", summary.surprisals, "surprisal, nats"),
+            histogram_figure("Entropy of the predictions", summary.entropies, f"entropy{at_least}, nats"),
             _kept(summary.kept),
             _sizes(summary),
-            *(_table(table, span=6) for table in conversation_tables(summary)),
-            _table(losses_table(summary.largest_losses)),
-            _table(vocabulary_table(summary.vocabulary_losses)),
+            *(table_figure(table, span=6) for table in conversation_tables(summary)),
+            table_figure(losses_table(summary.largest_losses)),
+            table_figure(vocabulary_table(summary.vocabulary_losses)),
         ],
     )
 
@@ -85,7 +85,7 @@ def _tiles(summary) -> list[tuple[str, str]]:
 # --- figures ---
 
 
-def _histogram(title: str, counted: Histogram, axis: str, note: str = "", span: int = 4) -> dict:
+def histogram_figure(title: str, counted: Histogram, axis: str, note: str = "", span: int = 4) -> dict:
     """A figure of a ``Histogram`` over an ``axis``; ``span`` is its width in twelfths of the page's."""
     total, largest = max(1, sum(counted.counts)), max(1, *counted.counts)
     step = 1 if len(counted.counts) <= LABELLED else -(-len(counted.counts) // TICKS)
@@ -168,7 +168,7 @@ def _sizes(summary) -> dict:
 # --- tables ---
 
 
-def _table(table: Table, span: int = 12, links: Sequence[str] = ()) -> dict:
+def table_figure(table: Table, span: int = 12, links: Sequence[str] = ()) -> dict:
     """A figure of a table; ``links`` are the addresses of its rows, where it has any."""
     columns = [column for i, column in enumerate(table.columns) if not _repeats(table, i)]
     return {
@@ -217,8 +217,8 @@ def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> s
         differences=difference_rows(comparison.differences),
         names=names,
         figures=[
-            _table(divergent_tokens_table(comparison.tokens), links=places if address else ()),
-            _table(divergent_conversations_table(comparison.conversations), links=rows if address else ()),
-            _histogram("KL divergence of the tokens", comparison.histogram, "nats, at least", note, span=12),
+            table_figure(divergent_tokens_table(comparison.tokens), links=places if address else ()),
+            table_figure(divergent_conversations_table(comparison.conversations), links=rows if address else ()),
+            histogram_figure("KL divergence of the tokens", comparison.histogram, "nats, at least", note, span=12),
         ],
     )

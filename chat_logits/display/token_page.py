@@ -46,7 +46,8 @@ class TokenPage:
 
     ``mark`` gives "second" or "absent" for tokens that are underlined, else "". ``detail`` gives what the panel shows
     of one: ``place``, ``facts``, ``groups`` of bars, of which and of whose titles there are ``rows`` at most. The
-    ``listed`` tokens stand with the first measure's numbers. ``numbers`` are what the page copies.
+    ``listed`` tokens stand with the first measure's numbers. ``numbers`` are what the page copies. ``noun`` is what the
+    page calls its tokens.
     """
 
     tokens: list[TokenAnalysis]
@@ -57,6 +58,7 @@ class TokenPage:
     listed: list[TokenAnalysis]
     rows: int
     numbers: dict
+    noun: str = "token"
 
     def render(self, frame: dict | None = None, **content) -> str:
         """The page; ``content`` is what else ``tokens.html.jinja`` shows."""
@@ -73,6 +75,7 @@ class TokenPage:
             listed=self._entries(characters),
             has_parts=not all(characters),
             rows=self.rows,
+            noun=self.noun,
             measures=[measure.name for measure in self.measures],
             scale={name: getattr(first, name) for name in ("title", "legend", "stops", "start", "strip")},
             frame=frame,
@@ -89,6 +92,7 @@ class TokenPage:
             "answer": [token.position for token in self.tokens if token.status != PROMPT],
             "measured": [token.position for token in self.tokens if token.is_extracted],
             "measures": [measure.as_data() for measure in self.measures],
+            "noun": self.noun,
         }
 
     def _with_parts(self, token: TokenAnalysis, parts: dict[int, str], names: dict[tuple[str, ...], int]) -> dict:

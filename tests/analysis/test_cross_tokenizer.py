@@ -1,5 +1,6 @@
 """Datasets of two tokenizers compared by their text: against sums over single bytes, by other means than offsets."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -133,7 +134,7 @@ def brute_force(held: HeldDataset, kind: str, index: int, content: str, occurren
 def expected_spans(sides: list[tuple[set, list]]) -> list[tuple[int, int, float, float]]:
     common = sorted(sides[0][0] & sides[1][0])
     found = []
-    for start, end in zip(common, common[1:], strict=False):
+    for start, end in itertools.pairwise(common):
         values = [side[1][start:end] for side in sides]
         if all(value is not None for side in values for value in side):
             sums = [
@@ -231,14 +232,14 @@ def test_a_character_over_several_tokens_is_cut_where_both_cut_it(tokenizers):
     assert [span.start for span in found] == cuts[:-1]
     assert [len(span.other_tokens) for span in found] == [1, *sizes, 1]
     assert [span.text.encode(errors="surrogateescape") for span in found] == [
-        f"a{wizard}b".encode()[start:end] for start, end in zip(cuts, cuts[1:], strict=False)
+        f"a{wizard}b".encode()[start:end] for start, end in itertools.pairwise(cuts)
     ]
 
 
 # --- what is left out ---
 
 
-def compared(tokenizers, *sides, index: int = 0, kinds=("smollm2", "byte-level")):
+def compared(tokenizers, *sides, kinds=("smollm2", "byte-level")):
     """One conversation of two datasets; each side is a conversation with a template and what is recorded of it."""
     held = [
         HeldDataset(kind, tokenizers[kind], template, [conversation], drawn(seed), **recorded)
@@ -527,10 +528,10 @@ def test_smollm2_beside_a_model_with_another_tokenizer(real_extraction, tiny_ext
         assert one.totals.bits == pytest.approx(nll / math.log(2))
 
 
-def test_which_comparison_it_is_and_what_is_refused(real_extraction, other_extraction, tiny_extraction, tmp_path):
+def test_which_comparison_it_is_and_what_is_refused(real_extraction, tiny_extraction, tmp_path):
     with pytest.raises(UsageError, match="`top_n` is for datasets of one tokenizer"):
         execute_comparison(str(real_extraction), str(tiny_extraction), 0, top_n=3, quiet=True)
-    with pytest.raises(UsageError, match="`compare_tokenizer_id` .* which `tokenizer_id` is for"):
+    with pytest.raises(UsageError, match=r"`compare_tokenizer_id` .* which `tokenizer_id` is for"):
         execute_comparison(str(real_extraction), str(real_extraction), compare_tokenizer_id=str(MODEL), quiet=True)
     with pytest.raises(ToolkitError, match="Name another with `compare_tokenizer_id`"):
         execute_comparison(str(real_extraction), str(tiny_extraction), compare_tokenizer_id=str(MODEL), quiet=True)

@@ -1,5 +1,6 @@
 """Spans that two tokenizations bound: random segmentations against sums over single bytes."""
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ def tokenizations(draw, length: int) -> Tokenization:
     """A text of so many bytes in pieces, some with a reason, some bytes in none."""
     cuts = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=length))})
     pieces, token = [], 0
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         if draw(st.integers(0, 9)) == 0:
             continue  # no token stands for it
         reason = draw(st.sampled_from([None] * 8 + ["think tag"]))
@@ -36,7 +37,7 @@ def by_bytes(first: Tokenization, other: Tokenization, length: int) -> list[tupl
     edges = [{edge for piece in side.pieces for edge in (piece.start, piece.end)} for side in (first, other)]
     found = []
     common = sorted(edges[0] & edges[1])
-    for start, end in zip(common, common[1:], strict=False):
+    for start, end in itertools.pairwise(common):
         inside = [{id(owner[byte]): owner[byte] for byte in range(start, end)} for owner in owners]
         pieces = [list(each.values()) for each in inside]
         if all(piece is not None and piece.reason is None for side in pieces for piece in side):
@@ -59,7 +60,7 @@ def test_any_two_segmentations_add_up_as_their_bytes_do(data, length):
     for side, name in ((first, "first"), (other, "other")):
         tokens = [token for span in spans for token in getattr(span, name).tokens]
         assert tokens == [token for piece in side.pieces for token in piece.tokens]
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         assert before.reason is None or before.reason != after.reason
 
 
@@ -67,7 +68,7 @@ def pieces(*cuts: int, **reasons: str) -> list[Piece]:
     """Pieces between the cuts, with 1, 2, 4, … nats; ``reasons`` by number, ``_0`` for the first."""
     return [
         Piece(start, end, range(i, i + 1), float(2**i), reasons.get(f"_{i}"))
-        for i, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for i, (start, end) in enumerate(itertools.pairwise(cuts))
     ]
 
 

@@ -60,7 +60,7 @@ def _byte_fallback(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def _unigram(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Unigram with ``▁`` for spaces and NFKC, as T5 has it; what it has not is ``<unk>``, which no one calls special."""
+    """Unigram with ``▁`` for spaces and NFKC, as T5 has it; what it has not is ``<unk>``."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -93,7 +93,7 @@ KINDS = {
 
 
 def trained(kind: str, texts: Iterable[str], vocab_size: int = 500) -> PreTrainedTokenizerFast:
-    """A tokenizer of one of the ``KINDS`` for chats; its ``<unk>`` is not among its special tokens."""
+    """A tokenizer of one of the ``KINDS`` for chats."""
     tokenizer = KINDS[kind](list(texts), vocab_size)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

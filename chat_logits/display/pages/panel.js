@@ -60,7 +60,7 @@ const placeLine = (text, position) => {
   if (place.has(position)) {
     const link = element("a", "", `#t=${place.get(position)}`);
     link.href = `#t=${place.get(position)}`;
-    link.title = "A link to this token";
+    link.title = `A link to this ${data.noun}`;
     line.append(" ", link);
   }
   return line;

@@ -28,7 +28,7 @@ const tell = () => {
   const [least, label, height] = threshold();
   const above = values.filter((value) => value >= least).length;
   const text = `${label}${unit && ` ${unit}`}`;
-  told.textContent = `${text}: ${above.toLocaleString("en")} of ${values.length.toLocaleString("en")} tokens`;
+  told.textContent = `${text}: ${above.toLocaleString("en")} of ${values.length.toLocaleString("en")} ${data.noun}s`;
   slider.setAttribute("aria-valuetext", told.textContent);
   line.style.setProperty("--height", 0.0097 * height);
   line.hidden = !thresholds[chosen];
@@ -47,7 +47,7 @@ const drawStrip = () => {
       return made;
     }),
   );
-  strip.title = `${name} of each token of the answer; a click goes there`;
+  strip.title = `${name} of each ${data.noun} of the answer; a click goes there`;
   document.getElementById("top").textContent = drawing.top;
   document.getElementById("named").textContent = title;
   legend.replaceChildren(...scale.map(([label, shade]) => element("span", `s${shade}`, label)));

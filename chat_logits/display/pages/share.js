@@ -20,8 +20,8 @@ const openLink = () => {
   if (!location.hash) return;
   const last = data.measured.length - 1;
   const number = /^#t=(\d{1,9})$/.exec(location.hash)?.[1];
-  if (number === undefined) return complain(`${location.hash.slice(0, 40)} is no link to a token; expected #t=0 to #t=${last}`);
-  if (Number(number) > last) return complain(`There is no token ${number}: the extracted ones are 0 to ${last}`);
+  if (number === undefined) return complain(`${location.hash.slice(0, 40)} is no link to a ${data.noun}; expected #t=0 to #t=${last}`);
+  if (Number(number) > last) return complain(`There is no ${data.noun} ${number}: the extracted ones are 0 to ${last}`);
   goTo(tokens.get(data.measured[number]));
 };
 
@@ -53,6 +53,7 @@ const tokenOfRow = ({ columns, models, texts }, i) => {
 
 const asJson = () => {
   const numbers = lazy();
+  if (numbers.spans) return `${JSON.stringify({ ...numbers.head, spans: numbers.spans }, null, 2)}\n`;
   const rows = numbers.columns.position.map((_, i) => tokenOfRow(numbers, i));
   return `${JSON.stringify({ ...numbers.head, tokens: rows }, null, 2)}\n`;
 };
