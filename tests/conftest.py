@@ -165,6 +165,23 @@ def calm_source(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer_extraction(shared, source_rows) -> Path:
+    """The first 40 conversations, extracted by a tiny model that has a byte-level tokenizer of 500 tokens."""
+    import other_tokenizers
+
+    import extract_logits
+
+    def make(folder: Path) -> None:
+        texts = [turn["value"] for row in source_rows[:200] for turn in row["conversations"]]
+        model = other_tokenizers.save_tiny_model(folder / "model", other_tokenizers.trained("byte-level", texts))
+        options = {"model_id": model, "dataset_id": CONVERSATIONS, "max_samples": 40, "device": "cpu"}
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        assert extract_logits.main([*flags, "--output_dir", str(folder / "out")]) == 0
+
+    return shared("other_tokenizer", make) / "out"
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Headless Chromium; its tests are skipped where there is none, but not where CI has installed it."""
     from playwright.sync_api import sync_playwright

@@ -67,10 +67,11 @@ def session(hub, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(real_extraction, other_extraction, tmp_path) -> Path:
+def folder(real_extraction, other_extraction, other_tokenizer_extraction, tmp_path) -> Path:
     """A folder as a reader of the pages has it."""
     shutil.copytree(real_extraction, tmp_path / "outputs" / "demo")
     shutil.copytree(other_extraction, tmp_path / "outputs" / "other")
+    shutil.copytree(other_tokenizer_extraction, tmp_path / "outputs" / "of_another_family")
     (tmp_path / ".cache").symlink_to(MODEL.parent)
     (tmp_path / "templates").symlink_to(REPO / "templates")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")

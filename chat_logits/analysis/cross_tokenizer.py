@@ -7,8 +7,7 @@ comparison two datasets allow.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +22,16 @@ from chat_logits.analysis.comparison import (
     paired_rows,
     row_of,
     source_of,
+)
+from chat_logits.analysis.cross_pairs import (
+    NATS,
+    Answer,
+    Pair,
+    count_rewrites,
+    has_other_system,
+    has_same_messages,
+    joined_by_reason,
+    pair_of,
 )
 from chat_logits.analysis.cross_records import (
     BitTotals,
@@ -39,7 +48,7 @@ from chat_logits.analysis.cross_records import (
 )
 from chat_logits.analysis.cross_sides import Side, SideRow
 from chat_logits.analysis.runs import run_differences
-from chat_logits.analysis.spans import Share, Span, spans_of, told
+from chat_logits.analysis.spans import Span
 from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import AT_ONCE
 from chat_logits.data.conversations import question_of
@@ -48,8 +57,6 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
 
 LISTED_SPANS, BEFORE = 10, 48  # spans listed of each model, and characters before one
-OUTSIDE = "outside of the answers' texts"
-NATS = math.log(2)  # in a bit
 
 
 def compare_any(
@@ -77,122 +84,6 @@ def compare_any(
     return compare_bits(*sides) if sample_index is None else compare_spans(*sides, sample_index, only)
 
 
-# --- a pair of rows ---
-
-
-class Answer(NamedTuple):
-    """An answer that both datasets have: its number among the answers and the messages, and its spans."""
-
-    number: int
-    message: int
-    content: bytes
-    spans: list[Span]
-
-
-class Pair(NamedTuple):
-    """Two rows of one conversation, its answers in spans, and what is left out of them."""
-
-    first: SideRow
-    other: SideRow
-    answers: list[Answer]
-    left_out: list[LeftOut]
-
-    @property
-    def compared(self) -> list[tuple[Answer, Span]]:
-        """The spans that are compared, each with its answer."""
-        return [(answer, span) for answer in self.answers for span in answer.spans if span.reason is None]
-
-    @property
-    def totals(self) -> BitTotals:
-        """Over the spans that are compared."""
-        spans = [span for _, span in self.compared]
-        return bit_totals(
-            len(spans),
-            sum(span.end - span.start for span in spans),
-            *(sum(len(getattr(span, side).tokens) for span in spans) for side in ("first", "other")),
-            *(sum(getattr(span, side).nll for span in spans) / NATS for side in ("first", "other")),
-        )
-
-
-def pair_of(first: SideRow, other: SideRow) -> Pair:
-    """Both rows' answers, cut at the boundaries that both tokenizations have."""
-    messages = first.row["messages"]
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    answers = []
-    for number, message in enumerate(places):
-        content = (messages[message]["content"] or "").encode()
-        answers.append(Answer(number, message, content, _spans(first, other, number, len(content))))
-    return Pair(first, other, answers, _left_out(first, other, answers))
-
-
-def _spans(first: SideRow, other: SideRow, number: int, length: int) -> list[Span]:
-    """The spans of an answer of so many bytes; one that is left out where one of the rows has not got the answer."""
-    if not length:
-        return []
-    found = [side.answer(number) for side in (first, other)]
-    why = [each if isinstance(each, str) else None for each in found]
-    if any(why):
-        shares = (Share(tokens=side.tokens_of_turn(number)) for side in (first, other))
-        return [Span(0, length, *shares, reason=told(*why))]
-    return spans_of(*found, length)
-
-
-def _left_out(first: SideRow, other: SideRow, answers: list[Answer]) -> list[LeftOut]:
-    """By reason, with each extracted token that is not compared in one of them."""
-    counts: dict[str, list[int]] = {}
-    rest = [set(side.placed.alignment.positions.tolist()) for side in (first, other)]
-    for answer in answers:
-        for span in answer.spans:
-            tokens = [len(own & set(share.tokens)) for own, share in zip(rest, (span.first, span.other), strict=True)]
-            rest = [own - set(share.tokens) for own, share in zip(rest, (span.first, span.other), strict=True)]
-            if span.reason is not None:
-                size = span.end - span.start
-                _count(counts, span.reason, [int(size == len(answer.content)), size, *tokens])
-    if any(rest):
-        _count(counts, OUTSIDE, [0, 0, *map(len, rest)])
-    return [LeftOut(reason, *numbers) for reason, numbers in counts.items()]
-
-
-def _count(counts: dict[str, list[int]], reason: str, numbers: list[int]) -> None:
-    counts[reason] = [sum(pair) for pair in zip(counts.get(reason, [0] * len(numbers)), numbers, strict=True)]
-
-
-def _joined(parts: Iterable[LeftOut]) -> list[LeftOut]:
-    """One of each reason, that with the most bytes first."""
-    counts: dict[str, list[int]] = {}
-    for part in parts:
-        _count(counts, part.reason, [part.num_answers, part.num_bytes, part.num_tokens, part.other_num_tokens])
-    return sorted((LeftOut(reason, *numbers) for reason, numbers in counts.items()), key=lambda each: -each.num_bytes)
-
-
-def _rewrites(side: Side, row: SideRow, answers: list[Answer], name: str) -> int:
-    """The number of answers whose compared spans the side's tokens decode to other characters."""
-    found = 0
-    for answer in answers:
-        spans = [span for span in answer.spans if span.reason is None]
-        tokens = [token for span in spans for token in getattr(span, name).tokens]
-        text = b"".join(answer.content[span.start : span.end] for span in spans).decode(errors="replace")
-        found += bool(tokens) and side.rewrites(row, tokens, text)
-    return found
-
-
-def has_same_messages(row: dict, other_row: dict) -> bool:
-    """Whether two rows have the same roles and contents, those of system messages apart."""
-    said, other_said = (
-        [(message["role"], message["content"]) for message in each["messages"] if message["role"] != "system"]
-        for each in (row, other_row)
-    )
-    return said == other_said
-
-
-def has_other_system(row: dict, other_row: dict) -> bool:
-    """Whether two rows' system messages differ."""
-    said, other_said = (
-        [message["content"] for message in each["messages"] if message["role"] == "system"] for each in (row, other_row)
-    )
-    return said != other_said
-
-
 # --- one conversation ---
 
 
@@ -213,7 +104,7 @@ def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | N
     return SpanComparison(
         spans=_text_spans(pair, first.tokenizer, other.tokenizer),
         totals=pair.totals,
-        left_out=_joined(pair.left_out),
+        left_out=joined_by_reason(pair.left_out),
         messages=row["messages"],
         first=source_of(first.dataset),
         other=source_of(other.dataset),
@@ -221,8 +112,8 @@ def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | N
         other_sample_index=other_index,
         source_index=row["source_index"],
         has_other_system=has_other_system(row, other_row),
-        rewrites=_rewrites(first, pair.first, pair.answers, "first"),
-        other_rewrites=_rewrites(other, pair.other, pair.answers, "other"),
+        rewrites=count_rewrites(first, pair.first, pair.answers, "first"),
+        other_rewrites=count_rewrites(other, pair.other, pair.answers, "other"),
         only=only,
         differences=run_differences(first.dataset.manifest, other.dataset.manifest),
     )
@@ -318,14 +209,14 @@ class _BitTally:
 
     def add(self, sample_index: int, other_index: int, pair: Pair) -> None:
         """Count a conversation in."""
-        self.left_out = _joined([*self.left_out, *pair.left_out])
+        self.left_out = joined_by_reason([*self.left_out, *pair.left_out])
         totals = pair.totals
         if not totals.num_spans:
             self.num_without_spans += 1
             return
         self.num_other_system += has_other_system(pair.first.row, pair.other.row)
-        self.rewrites[0] += _rewrites(self.first, pair.first, pair.answers, "first")
-        self.rewrites[1] += _rewrites(self.other, pair.other, pair.answers, "other")
+        self.rewrites[0] += count_rewrites(self.first, pair.first, pair.answers, "first")
+        self.rewrites[1] += count_rewrites(self.other, pair.other, pair.answers, "other")
         self.totals.append(totals)
         self.conversations.append(_conversation_bits(sample_index, other_index, pair.first.row, totals))
         for who in (0, 1):

@@ -64,7 +64,7 @@ def spans_table(spans: Sequence[TextSpan]) -> Table:
         numbers("Other's", [bits_text(span.other_bits) for span in spans], least=7),
         numbers("Difference", [bits_text(span.difference, "+") for span in spans]),
     ]
-    return Table("Spans", columns, ("Bytes", "Other's Tokens", "First's Tokens"))
+    return Table("Spans", columns, ("Bytes", "Other's Tokens", "First's Tokens", "Other's", "Bits"))
 
 
 def _style(span: TextSpan) -> str:
@@ -96,9 +96,18 @@ def bits_text(bits: float | None, sign: str = "") -> str:
     return f"{bits:{sign}.2f}" if abs(bits) < 9999.5 or not math.isfinite(bits) else f"{bits:{sign}.0e}"
 
 
+def total_text(bits: float) -> str:
+    """Bits of many spans with one decimal."""
+    return f"{bits:,.1f}" if abs(bits) < 1e12 or not math.isfinite(bits) else f"{bits:.0e}"
+
+
 def rate_text(bits_per_byte: float, sign: str = "") -> str:
     """Bits per byte with four decimals."""
-    return f"{bits_per_byte:{sign}.4f}" if abs(bits_per_byte) < 9999.5 else f"{bits_per_byte:{sign}.0e}"
+    return (
+        f"{bits_per_byte:{sign}.4f}"
+        if abs(bits_per_byte) < 9999.5 or not math.isfinite(bits_per_byte)
+        else f"{bits_per_byte:{sign}.0e}"
+    )
 
 
 # --- two datasets ---
@@ -174,25 +183,25 @@ def totals_table(totals: BitTotals) -> Table:
     columns = [
         labels("Dataset", [FIRST, OTHER]),
         numbers("Bits per byte", map(rate_text, rates)),
-        numbers("Bits", [f"{each:,.1f}" for each in bits]),
+        numbers("Bits", map(total_text, bits)),
         numbers("Tokens", [f"{count:,}" for count in counts]),
         numbers("Bytes a token", [f"{totals.num_bytes / count:.2f}" if count else "" for count in counts]),
     ]
     title = f"Of {count_text(totals.num_bytes, 'byte')} in {count_text(totals.num_spans, 'span')}"
-    return Table(title, columns, ("Bytes a token", "Tokens"))
+    return Table(title, columns, ("Bytes a token", "Tokens", "Bits"))
 
 
 def surprised_table(comparison: CrossComparison) -> Table:
     """Where each model was the more surprised one."""
     sides: list[Surprised] = [comparison.first_surprised, comparison.other_surprised]
     columns = [
-        labels("More surprised", [FIRST, OTHER]),
+        labels("Model", [FIRST, OTHER]),
         numbers("Conversations", [f"{each.num_conversations:,}" for each in sides]),
         numbers("Spans", [f"{each.num_spans:,}" for each in sides]),
         numbers("Bytes", [f"{each.num_bytes:,}" for each in sides]),
-        numbers("By bits", [f"{each.bits:,.1f}" for each in sides]),
+        numbers("By bits", [total_text(each.bits) for each in sides]),
     ]
-    return Table("Who was more surprised", columns, ("Bytes",))
+    return Table("Who was more surprised", columns, ("Bytes", "Spans"))
 
 
 def left_out_table(left_out: Sequence[LeftOut]) -> Table:
@@ -201,10 +210,10 @@ def left_out_table(left_out: Sequence[LeftOut]) -> Table:
         Column("Reason", [each.reason for each in left_out], 20, 60),
         numbers("Answers", [f"{each.num_answers:,}" for each in left_out]),
         numbers("Bytes", [f"{each.num_bytes:,}" for each in left_out]),
-        numbers("First's tokens", [f"{each.num_tokens:,}" for each in left_out]),
-        numbers("Other's tokens", [f"{each.other_num_tokens:,}" for each in left_out]),
+        numbers("Tokens", [f"{each.num_tokens:,}" for each in left_out]),
+        numbers("Other's", [f"{each.other_num_tokens:,}" for each in left_out]),
     ]
-    return Table("Left out of the comparison", columns, ("Answers",))
+    return Table("Left out of the comparison", columns, ("Answers", "Other's", "Tokens"))
 
 
 def spans_listed(comparison: CrossComparison, side: str, width: float = math.inf) -> Table:
@@ -241,4 +250,4 @@ def conversations_table(conversations: Sequence[ConversationBits], most: int = L
         numbers("Difference", [rate_text(each.difference, "+") for each in shown]),
         Column("Question", [quoted(each.question, space=" ") for each in shown], 8, 80),
     ]
-    return Table(f"Conversations furthest apart{of_all}", columns, ("Bytes", "Question"))
+    return Table(f"Conversations furthest apart{of_all}", columns, ("Bytes", "Question", "Other's", "Bits per byte"))

@@ -8,17 +8,17 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from conftest import CONVERSATIONS, MODEL
+from conftest import MODEL
 from held_rows import HeldDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from other_tokenizers import KINDS, TRIMMED, save_tiny_model, trained
+from other_tokenizers import KINDS, TRIMMED, trained
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import extract_logits
+from chat_logits.analysis.cross_pairs import OUTSIDE
 from chat_logits.analysis.cross_sides import EDGE_REASON, UNKNOWN_REASON, Side
-from chat_logits.analysis.cross_tokenizer import OUTSIDE, compare_bits, compare_spans
+from chat_logits.analysis.cross_tokenizer import compare_bits, compare_spans
 from chat_logits.analysis.spans import NOT_THERE
 from chat_logits.data.alignment import SPECIAL_REASON
 from chat_logits.data.places import CHANGED, OTHER_TURNS, REPEATED
@@ -490,28 +490,10 @@ def test_who_was_more_surprised_where(whole, each_alone):
 # --- real extractions, and the command's function ---
 
 
-@pytest.fixture(scope="module")
-def tiny_extraction(shared, tokenizers):
-    """The first 40 conversations, extracted by a tiny model with a byte-level tokenizer of 500 tokens."""
-
-    def make(folder) -> None:
-        save_tiny_model(folder / "model", tokenizers["byte-level"])
-        options = {
-            "model_id": folder / "model",
-            "dataset_id": CONVERSATIONS,
-            "max_samples": 40,
-            "output_dir": folder / "out",
-            "device": "cpu",
-        }
-        assert extract_logits.main([str(part) for name, value in options.items() for part in (f"--{name}", value)]) == 0
-
-    return shared("tiny_other_tokenizer", make) / "out"
-
-
-def test_smollm2_beside_a_model_with_another_tokenizer(real_extraction, tiny_extraction):
-    found = execute_comparison(str(real_extraction), str(tiny_extraction), quiet=True)
+def test_smollm2_beside_a_model_with_another_tokenizer(real_extraction, other_tokenizer_extraction):
+    found = execute_comparison(str(real_extraction), str(other_tokenizer_extraction), quiet=True)
     assert (found.num_conversations, found.only_in_first, found.only_in_other) == (32, 0, 8)
-    first, other = open_dataset(str(real_extraction)), open_dataset(str(tiny_extraction))
+    first, other = open_dataset(str(real_extraction)), open_dataset(str(other_tokenizer_extraction))
     tokens = [sum(row["num_tokens"] for row in list(dataset.rows())[:32]) for dataset in (first, other)]
     assert found.totals.num_tokens + sum(each.num_tokens for each in found.left_out) == tokens[0]
     assert found.totals.other_num_tokens + sum(each.other_num_tokens for each in found.left_out) == tokens[1]
@@ -519,7 +501,7 @@ def test_smollm2_beside_a_model_with_another_tokenizer(real_extraction, tiny_ext
     assert found.totals.num_bytes + sum(each.num_bytes for each in found.left_out) == size
     assert found.totals.num_bytes > 0.98 * size
     assert found.totals.difference > 2 and found.other_surprised.num_conversations == 32  # a random model's
-    one = execute_comparison(str(real_extraction), str(tiny_extraction), 3, only=5, quiet=True)
+    one = execute_comparison(str(real_extraction), str(other_tokenizer_extraction), 3, only=5, quiet=True)
     assert [abs(span.difference) for span in one.shown] == sorted(
         (abs(s.difference) for s in one if s.bits is not None), reverse=True
     )[:5]
@@ -528,16 +510,18 @@ def test_smollm2_beside_a_model_with_another_tokenizer(real_extraction, tiny_ext
         assert one.totals.bits == pytest.approx(nll / math.log(2))
 
 
-def test_which_comparison_it_is_and_what_is_refused(real_extraction, tiny_extraction, tmp_path):
+def test_which_comparison_it_is_and_what_is_refused(real_extraction, other_tokenizer_extraction, tmp_path):
     with pytest.raises(UsageError, match="`top_n` is for datasets of one tokenizer"):
-        execute_comparison(str(real_extraction), str(tiny_extraction), 0, top_n=3, quiet=True)
+        execute_comparison(str(real_extraction), str(other_tokenizer_extraction), 0, top_n=3, quiet=True)
     with pytest.raises(UsageError, match=r"`compare_tokenizer_id` .* which `tokenizer_id` is for"):
         execute_comparison(str(real_extraction), str(real_extraction), compare_tokenizer_id=str(MODEL), quiet=True)
     with pytest.raises(ToolkitError, match="Name another with `compare_tokenizer_id`"):
-        execute_comparison(str(real_extraction), str(tiny_extraction), compare_tokenizer_id=str(MODEL), quiet=True)
+        execute_comparison(
+            str(real_extraction), str(other_tokenizer_extraction), compare_tokenizer_id=str(MODEL), quiet=True
+        )
     moved = tmp_path / "tokenizer"
-    AutoTokenizer.from_pretrained(tiny_extraction.parent / "model").save_pretrained(moved)
+    AutoTokenizer.from_pretrained(other_tokenizer_extraction.parent / "model").save_pretrained(moved)
     found = execute_comparison(
-        str(real_extraction), str(tiny_extraction), 0, compare_tokenizer_id=str(moved), quiet=True
+        str(real_extraction), str(other_tokenizer_extraction), 0, compare_tokenizer_id=str(moved), quiet=True
     )
     assert type(found).__name__ == "ShownSpanComparison"
