@@ -172,9 +172,10 @@ def compare_bits(first: Side, other: Side) -> CrossComparison:
             tally.add_all(some)
     if not tally.conversations:
         ids = f"{first.dataset.dataset_id} and {other.dataset.dataset_id}"
+        why = "".join(f"; {each.reason}" for each in tally.left_out if each.num_answers)
         raise ToolkitError(
             f"{ids} share no conversation that can be compared ({count_text(tally.num_paired, 'source row')} in both, "
-            f"{tally.num_different:,} with other messages); expected datasets extracted from the same source"
+            f"{tally.num_different:,} with other messages{why}); expected datasets extracted from the same source"
         )
     return tally.comparison()
 

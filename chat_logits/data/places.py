@@ -3,12 +3,13 @@
 Tokenizers tell characters, in which tokens of different tokenizers cannot be compared: several may share one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
 from chat_logits.data.alignment import Alignment, Rendered
 from chat_logits.data.tokenizer import piece_bytes
@@ -64,7 +65,8 @@ def place_row(
     """The places of a conversation that ``RowAligner.placed`` gave; ``to_pieces`` spells ids as the vocabulary does."""
     text = rendered.text.encode()
     to_byte = byte_offsets(rendered.text)
-    units = byte_units(text, to_byte[extents], to_pieces(alignment.input_ids.tolist()))
+    within = {int(to_byte[at]) for at in within_characters(rendered.text)}
+    units = byte_units(text, to_byte[extents], to_pieces(alignment.input_ids.tolist()), within)
     contents = [message.get("content") or "" for message in messages if message["role"] == "assistant"]
     turns = [(int(to_byte[start]), int(to_byte[end])) for start, end in rendered.spans]
     if len(turns) != len(contents):
@@ -84,22 +86,37 @@ def byte_offsets(text: str) -> np.ndarray:
 # --- tokens ---
 
 
-def byte_units(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -> list[Unit]:
+def within_characters(text: str) -> set[int]:
+    """The places within what people take for one character, such as a letter with its accent."""
+    if text.isascii():
+        return set()
+    return {at for found in regex.finditer(r"\X", text) for at in range(found.start() + 1, found.end())}
+
+
+def byte_units(text: bytes, extents: np.ndarray, pieces: Sequence[str], within: Collection[int] = ()) -> list[Unit]:
     """The units of a text's tokens, which stand for ``extents``, bytes, int64 (T, 2), and are spelled ``pieces``.
 
     Tokens with a common character each have their own bytes of it where their pieces say these and write the text;
     else they are one unit. A token without any text, such as a beginning that some vocabularies add, is one with what
-    follows it.
+    follows it. A boundary ``within`` a character and its accents (bytes) is one only where the tokens on both sides
+    write the text as it is: of what a tokenizer composes, its offsets have the first part alone.
     """
     extents = _split_characters(text, extents, pieces)
+    writes = [_writes(piece, text[start:end]) for piece, (start, end) in zip(pieces, extents.tolist(), strict=True)]
     units: list[Unit] = []
     for token, (start, end) in enumerate(extents.tolist()):
         last = units[-1] if units else None
-        if last is not None and (last.start == last.end or start < last.end):
+        is_vague = start in within and not (writes[token - 1] and writes[token])
+        if last is not None and (last.start == last.end or start < last.end or is_vague):
             units[-1] = Unit(min(last.start, start), max(last.end, end), last.first, token)
         else:
             units.append(Unit(start, end, token, token))
     return units
+
+
+def _writes(piece: str, text: bytes) -> bool:
+    """Whether this is what a token that is spelled so writes."""
+    return text in (piece_bytes(piece), piece.replace("▁", " ").encode())
 
 
 def _split_characters(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -> np.ndarray:

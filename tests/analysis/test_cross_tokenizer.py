@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import astuple
 
 import numpy as np
 import pytest
+import regex
 from conftest import MODEL
 from held_rows import HeldDataset
 from hypothesis import HealthCheck, given, settings
@@ -108,11 +110,38 @@ def merged(owners: list[frozenset]) -> list[frozenset]:
     return owners
 
 
+def composed(owners: list[frozenset], text: str, pieces: list[str], kind: str) -> list[frozenset]:
+    """Where tokens meet within a letter with its accents and do not write their bytes, all of them."""
+    if kind in ("byte-level", "trimmed", "smollm2"):
+        return owners  # these write all bytes
+    data = text.encode()
+    said: dict[frozenset, bytes] = {}
+    for owner, byte in zip(owners, data, strict=True):
+        said[owner] = said.get(owner, b"") + bytes([byte])
+
+    def writes(owner: frozenset) -> bool:
+        (token,) = owner if len(owner) == 1 else (None,)
+        piece = "" if token is None else pieces[token].replace("▁", " ")
+        return said[owner] == (bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x..>", piece) else piece.encode())
+
+    exact = {owner: writes(owner) for owner in said}
+    at, whole = 0, list(owners)
+    for cluster in regex.findall(r"\X", text):
+        for _ in range(len(cluster) - 1):
+            at += len(text[len(data[:at].decode())].encode())
+            if owners[at - 1] != owners[at] and not (exact[owners[at - 1]] and exact[owners[at]]):
+                union = whole[at - 1] | whole[at]
+                whole = [union if owner & union else owner for owner in whole]
+        at += len(text[len(data[:at].decode())].encode())
+    return merged(whole)
+
+
 def brute_force(held: HeldDataset, kind: str, index: int, content: str, occurrence: int = -1) -> tuple[set, list]:
     """Boundaries within an answer, and for each of its bytes the tokens, or None where they cannot be compared."""
     rendered, alignment, _ = held.placed(index)
     row, text = held.held[index], rendered.text
     owners = merged(byte_owners(kind, held.tokenizer, text, alignment.input_ids.tolist()))
+    owners = composed(owners, text, held.tokenizer.convert_ids_to_tokens(alignment.input_ids.tolist()), kind)
     log_probs = dict(zip(alignment.positions.tolist(), row["token_log_probs"].tolist(), strict=True))
     unknown = {
         i for i, piece in enumerate(held.tokenizer.convert_ids_to_tokens(alignment.input_ids)) if piece == "<unk>"
@@ -196,7 +225,7 @@ def check_identities(found, held) -> None:
 
 
 PAIRS = [
-    *(("smollm2", kind) for kind in KINDS),
+    *(("smollm2", kind) for kind in KINDS if kind != "composed"),
     *(("byte-level", "byte-fallback"), ("word-piece", "unigram"), ("trimmed", "byte-level")),
 ]
 
@@ -234,6 +263,19 @@ def test_a_character_over_several_tokens_is_cut_where_both_cut_it(tokenizers):
     assert [span.text.encode(errors="surrogateescape") for span in found] == [
         f"a{wizard}b".encode()[start:end] for start, end in itertools.pairwise(cuts)
     ]
+
+
+def test_what_a_tokenizer_composes_is_cut_nowhere_within(tokenizers):
+    said = "Cafe\u0301 \U0001f9d9 \u1100\u1161."  # e with an accent, a wizard, and a Korean syllable in two letters
+    found = compared(tokenizers, (talk(said), PLAIN, {}), (talk(said), PLAIN, {}), kinds=("byte-level", "composed"))
+    text = said.encode()
+    inside = [
+        *range(text.index(b"e\xcc") + 1, text.index(b"e\xcc") + 3),
+        *range(text.index("\u1100".encode()) + 1, text.index(b".")),
+    ]
+    starts = {span.start for span in found}
+    assert not starts & set(inside) and {text.index(b"e\xcc"), text.index(b"\x9f\xa7")} <= starts
+    assert not found.left_out and found.other_rewrites == 1
 
 
 # --- what is left out ---

@@ -1,13 +1,21 @@
 """Rows of a logit dataset with chosen log-probabilities, held in memory, for comparisons of tokenizers."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 
 from chat_logits.data.alignment import Aligner, RowAligner
 from chat_logits.data.conversations import to_stored
-from chat_logits.data.tokenizer import skipped_token_ids
+from chat_logits.data.tokenizer import skipped_token_ids, tokenizer_fingerprint
+from chat_logits.storage.manifest import Manifest
+
+SETTINGS: dict = {
+    **{"top_k": 8, "top_p": 0.98, "num_sampled": 0, "seed": 0, "rows_per_shard": 8, "max_samples": None},
+    **{"model_revision": "0" * 40, "gguf_file": None, "dataset_id": "chats", "dataset_config": None, "split": "train"},
+    **{"dataset_revision": "0" * 40, "max_length": None, "columns": {}, "system_prompt": None, "tools_template": None},
+    **{"template_kwargs": {}, "template_date": None, "dtype": "float32", "head_dtype": "float32"},
+    **{"attn_implementation": None},
+}
 
 
 class HeldDataset:
@@ -27,12 +35,12 @@ class HeldDataset:
         **recorded,
     ):
         self.dataset_id, self.tokenizer = name, tokenizer
-        self.manifest = SimpleNamespace(
+        self.manifest = Manifest(
+            **SETTINGS,
             model_id=f"model of {name}",
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             chat_template=template,
-            tools_template=None,
-            template_kwargs={},
-            template_date=None,
+            vocab_size=len(tokenizer),
             **{
                 "skipped_token_ids": sorted(skipped_token_ids(tokenizer)),
                 "all_turns": False,

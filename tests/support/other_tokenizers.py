@@ -43,6 +43,13 @@ def _trimmed(texts: list[str], vocab_size: int) -> Tokenizer:
     return _byte_level(texts, vocab_size, trim_offsets=True)
 
 
+def _composed(texts: list[str], vocab_size: int) -> Tokenizer:
+    """The same behind NFC, as Qwen has it: what a token stands for may be other bytes than what it writes."""
+    tokenizer = _byte_level(texts, vocab_size)
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
 def _byte_fallback(texts: list[str], vocab_size: int) -> Tokenizer:
     """BPE over characters with ``▁`` for spaces, as Llama 2 has it: a character that it has not is its bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -86,6 +93,7 @@ def _word_piece(texts: list[str], vocab_size: int) -> Tokenizer:
 KINDS = {
     "byte-level": _byte_level,
     "trimmed": _trimmed,
+    "composed": _composed,
     "byte-fallback": _byte_fallback,
     "unigram": _unigram,
     "word-piece": _word_piece,
