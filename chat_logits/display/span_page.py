@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 
 from chat_logits.analysis.cross_records import BitTotals, CrossComparison, SpanComparison, SpanToken, TextSpan
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis
@@ -146,19 +147,6 @@ def _left_out(comparison: SpanComparison | CrossComparison) -> str:
 def bits_page(comparison: CrossComparison, frame: dict | None = None) -> str:
     """The page of two datasets with tokenizers of their own; a ``frame`` is as for ``datasets_page``."""
     names = names_of(comparison.first, comparison.other, comparison.differences)
-    address = (frame or {}).get("row")
-    conversations = conversations_table(comparison.conversations, CONVERSATIONS)
-    error = f" ± {rate_text(comparison.error)}" if math.isfinite(comparison.error) else ""
-    tiles = dict(_tiles(comparison.totals))
-    tiles["Difference"] += error
-    tables = [(totals_table(comparison.totals), 6, []), (surprised_table(comparison), 6, [])]
-    for side, spans in ((FIRST, comparison.first_spans), (OTHER, comparison.other_spans)):
-        rows = [span.sample_index for span in spans] if address else []
-        tables.append((spans_listed(comparison, side), 12, [address.format(row=row) for row in rows]))
-    rows = [int(row[0]) for row in conversations.rows] if address else []
-    tables.append((conversations, 12, [address.format(row=row) for row in rows]))
-    if comparison.left_out:
-        tables.append((left_out_table(comparison.left_out), 12, []))
     return render_page(
         "summary.html.jinja",
         styles=STYLES,
@@ -167,16 +155,35 @@ def bits_page(comparison: CrossComparison, frame: dict | None = None) -> str:
         subtitle=". ".join(
             [
                 f"How surprised {names[0]} (first) and {names[1]} (other) were by the same text, in bits",
-                f"{', '.join(counts_parts(comparison))}",
+                ", ".join(counts_parts(comparison)),
                 *notes_of(comparison),
             ]
         ),
-        tiles=[
-            *tiles.items(),
-            ("Conversations", f"{comparison.num_conversations:,}"),
-            ("Left out", _left_out(comparison)),
-        ],
+        tiles=_dataset_tiles(comparison),
         differences=difference_rows(comparison.differences),
         names=names,
-        figures=[table_figure(table, span, links) for table, span, links in tables if table.rows],
+        figures=_figures(comparison, (frame or {}).get("row")),
     )
+
+
+def _dataset_tiles(comparison: CrossComparison) -> list[tuple[str, str]]:
+    error = f" ± {rate_text(comparison.error)}" if math.isfinite(comparison.error) else ""
+    tiles = [(name, text + error * (name == "Difference")) for name, text in _tiles(comparison.totals)]
+    counts = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", _left_out(comparison))]
+    return [*tiles, *counts]
+
+
+def _figures(comparison: CrossComparison, address: str | None) -> list[dict]:
+    """The tables that have rows; spans and conversations lead to their place with an ``address`` that has ``{row}``."""
+
+    def links(rows: Iterable[int]) -> list[str]:
+        return [address.format(row=row) for row in rows] if address else []
+
+    figures = [table_figure(totals_table(comparison.totals), 6), table_figure(surprised_table(comparison), 6)]
+    for side, spans in ((FIRST, comparison.first_spans), (OTHER, comparison.other_spans)):
+        figures.append(table_figure(spans_listed(comparison, side), links=links(span.sample_index for span in spans)))
+    conversations = conversations_table(comparison.conversations, CONVERSATIONS)
+    rows = conversations.columns[0].cells_at(0)
+    figures.append(table_figure(conversations, links=links(int(str(row)) for row in rows)))
+    figures.append(table_figure(left_out_table(comparison.left_out)))
+    return [figure for figure in figures if figure["rows"]]
