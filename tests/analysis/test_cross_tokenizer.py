@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import astuple
+from functools import cache
 
 import numpy as np
 import pytest
@@ -175,13 +176,21 @@ def expected_spans(sides: list[tuple[set, list]]) -> list[tuple[int, int, float,
     return found
 
 
-def check_pair(tokenizers, kinds: tuple[str, str], answers: list[str], templates=(PLAIN, TRIMMED)) -> int:
+@pytest.fixture(scope="module")
+def side_of(tokenizers):
+    """A side for each tokenizer and template, made once, as that takes longer than a conversation."""
+    return cache(
+        lambda kind, template: Side(HeldDataset(kind, tokenizers[kind], template, [], drawn(0)), tokenizers[kind])
+    )
+
+
+def check_pair(side_of, kinds: tuple[str, str], answers: list[str], templates=(PLAIN, TRIMMED)) -> int:
     """Compare one conversation in both ways; the number of spans compared."""
-    held = [
-        HeldDataset(kind, tokenizers[kind], template, [talk(*answers)], drawn(seed))
-        for seed, (kind, template) in enumerate(zip(kinds, templates, strict=True))
-    ]
-    found = compare_spans(*(Side(each, each.tokenizer) for each in held))
+    sides = [side_of(kind, template) for kind, template in zip(kinds, templates, strict=True)]
+    held = [side.dataset for side in sides]
+    for seed, each in enumerate(held):
+        each.hold([talk(*answers)], drawn(seed))
+    found = compare_spans(*sides)
     compared = [span for span in found if span.reason is None]
     expected = []
     for number, answer in enumerate(answers):
@@ -231,20 +240,20 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids=" and ".join)
-def test_sums_are_those_over_single_bytes(tokenizers, source_rows, kinds):
+def test_sums_are_those_over_single_bytes(side_of, source_rows, kinds):
     answers = [row["conversations"][1]["value"] for row in source_rows[:3]]
-    spans = check_pair(tokenizers, kinds, [*answers, *MIXED])
+    spans = check_pair(side_of, kinds, [*answers, *MIXED])
     print(f"{spans} spans")
     assert spans > 50
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids=" and ".join)
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_random_texts_too(tokenizers, kinds, data):
+def test_random_texts_too(side_of, kinds, data):
     texts = st.text(st.sampled_from(ALPHABET), min_size=1, max_size=20).filter(str.strip)
     answers = data.draw(st.lists(texts, min_size=1, max_size=2))
-    check_pair(tokenizers, kinds, answers, templates=(PLAIN, PLAIN))
+    check_pair(side_of, kinds, answers, templates=(PLAIN, PLAIN))
 
 
 def test_a_character_over_several_tokens_is_cut_where_both_cut_it(tokenizers):

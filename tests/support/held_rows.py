@@ -6,7 +6,7 @@ import numpy as np
 
 from chat_logits.data.alignment import Aligner, RowAligner
 from chat_logits.data.conversations import to_stored
-from chat_logits.data.tokenizer import skipped_token_ids, tokenizer_fingerprint
+from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.storage.manifest import Manifest
 
 SETTINGS: dict = {
@@ -38,7 +38,7 @@ class HeldDataset:
         self.manifest = Manifest(
             **SETTINGS,
             model_id=f"model of {name}",
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer_fingerprint=f"tokenizer of {name}",
             chat_template=template,
             vocab_size=len(tokenizer),
             **{
@@ -48,9 +48,16 @@ class HeldDataset:
                 **recorded,
             },
         )
-        aligner = Aligner.from_recorded(tokenizer, self.manifest)
+        self._aligner = Aligner.from_recorded(tokenizer, self.manifest)
+        self.rows_aligner = RowAligner(tokenizer, self.manifest)
+        self.hold(conversations, draw)
+
+    def hold(self, conversations: list[list[dict] | None], draw: Callable[[int], np.ndarray]) -> None:
+        """Have these conversations' rows in the place of those before."""
         self.held = [
-            self._row(i, talk, aligner.align(talk), draw) for i, talk in enumerate(conversations) if talk is not None
+            self._row(i, talk, self._aligner.align(talk), draw)
+            for i, talk in enumerate(conversations)
+            if talk is not None
         ]
         self.num_rows = len(self.held)
 
@@ -74,4 +81,4 @@ class HeldDataset:
 
     def placed(self, index: int):
         """Text with spans, alignment and characters of the tokens of a row."""
-        return next(iter(RowAligner(self.tokenizer, self.manifest).placed([self.held[index]])))
+        return next(iter(self.rows_aligner.placed([self.held[index]])))
