@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from chat_logits.analysis.cross_records import BitTotals, LeftOut, bit_totals
 from chat_logits.analysis.cross_sides import Side, SideRow
-from chat_logits.analysis.spans import Share, Span, spans_of, told
+from chat_logits.analysis.spans import Share, Span, Tokenization, spans_of, told
 
 OUTSIDE = "outside of the answers' texts"
 NATS = math.log(2)  # in a bit
@@ -61,12 +61,12 @@ def _spans(first: SideRow, other: SideRow, number: int, length: int) -> list[Spa
     """The spans of an answer of so many bytes; one that is left out where one of the rows has not got the answer."""
     if not length:
         return []
-    found = [side.answer(number) for side in (first, other)]
-    why = [each if isinstance(each, str) else None for each in found]
-    if any(why):
-        shares = (Share(tokens=side.tokens_of_turn(number)) for side in (first, other))
-        return [Span(0, length, *shares, reason=told(*why))]
-    return spans_of(*found, length)
+    found, other_found = first.answer(number), other.answer(number)
+    if isinstance(found, Tokenization) and isinstance(other_found, Tokenization):
+        return spans_of(found, other_found, length)
+    why = (each if isinstance(each, str) else None for each in (found, other_found))
+    share, other_share = (Share(tokens=side.tokens_of_turn(number)) for side in (first, other))
+    return [Span(0, length, share, other_share, told(*why))]
 
 
 def _left_out(first: SideRow, other: SideRow, answers: list[Answer]) -> list[LeftOut]:

@@ -5,6 +5,7 @@ the sums of their log-probabilities are of one and the same event. Everything co
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -69,14 +70,14 @@ def spans_of(first: Tokenization, other: Tokenization, length: int) -> list[Span
     Neighbouring spans that are left out for one reason are one span.
     """
     cuts = sorted({0, length} | (_boundaries(first) & _boundaries(other)))
-    shares = [_shares(tokenization, cuts) for tokenization in (first, other)]
     spans: list[Span] = []
-    for start, end, *pair in zip(cuts, cuts[1:], *shares, strict=False):
-        span = Span(start, end, *pair, reason=_reason(start, end, (first, other), pair))
+    shares = zip(_shares(first, cuts), _shares(other, cuts), strict=True)
+    for (start, end), (share, other_share) in zip(itertools.pairwise(cuts), shares, strict=True):
+        span = Span(start, end, share, other_share, _reason(start, end, (first, other), (share, other_share)))
         if spans and span.reason is not None and spans[-1].reason == span.reason:
             before = spans.pop()
-            joined = (_joined(*each) for each in ((before.first, span.first), (before.other, span.other)))
-            span = Span(before.start, end, *joined, reason=span.reason)
+            share, other_share = _joined(before.first, span.first), _joined(before.other, span.other)
+            span = Span(before.start, end, share, other_share, span.reason)
         spans.append(span)
     return spans
 
