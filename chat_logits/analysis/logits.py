@@ -159,9 +159,12 @@ class Logits(Sequence):
         """``chosen`` are the row, ``top_n`` and ``only`` of ``compare_any``."""
         row, *shown = chosen or (None,)
         dataset, tokenizer = self._opened_beside(other, revision, tokenizer_id)
-        return self._shown(compare_any(self.dataset, dataset, self.tokenizer, tokenizer, row, self._options[0], *shown))
+        sides = (self.dataset, dataset, self.tokenizer, tokenizer)
+        return self._shown(compare_any(*sides, row, self._options[0], *shown))
 
-    def _opened_beside(self, other: object, revision: str | None, tokenizer_id: str | None) -> tuple[StoredDataset, Any]:
+    def _opened_beside(
+        self, other: object, revision: str | None, tokenizer_id: str | None
+    ) -> tuple[StoredDataset, Any]:
         """The other dataset, and its tokenizer where that is another one."""
         other = other.logits if isinstance(other, Conversation) else other
         if isinstance(other, Logits):

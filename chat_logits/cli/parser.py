@@ -60,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
         self._names = {"help", HELP_ALL}
         self._advanced: list[argparse.Action] = []
         self.add_argument("-h", "--help", action="help", help="show the basic options")
-        shown_whole = {"action": _WholeHelp, "nargs": 0, "dest": HELP_ALL, "help": "show all options"}
+        shown_whole: dict[str, Any] = {"action": _WholeHelp, "nargs": 0, "dest": HELP_ALL, "help": "show all options"}
         self.add_argument(f"--{HELP_ALL}", **shown_whole)
         sections = {name: self.add_argument_group(name) for name in groups}
         options = list(options)

@@ -46,7 +46,7 @@ def _recorded_value(recorded: RunInputs, name: str) -> Any:
     return bool(value) if name == "keep_end_of_turn" else value
 
 
-def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, str]:
+def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
     filled = {}
     for kind in ("model", "dataset"):
         source, revision = getattr(config, f"{kind}_id"), getattr(recorded, f"{kind}_revision")
@@ -55,7 +55,7 @@ def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, str]:
     return filled
 
 
-def _formats(config: ExtractConfig, recorded: RunInputs) -> dict[str, str | None]:
+def _formats(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
     if not isinstance(recorded, Manifest):
         return {}
     head = "float32" if recorded.head_dtype == "float32" else "model"
@@ -86,7 +86,7 @@ def opened_as_recorded(
     return _taking(config, taken)
 
 
-def recorded_columns(config: ExtractConfig, recorded: RunInputs) -> dict[str, str]:
+def recorded_columns(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
     """The options that name the recorded columns, where the config leaves all of them open; nothing for another
     dataset."""
     is_open = all(getattr(config, f"{kind}_column") is None for kind in COLUMNS)
