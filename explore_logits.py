@@ -16,7 +16,7 @@ from chat_logits.analysis.budget import BUDGET_ROWS, measure_budget
 from chat_logits.analysis.conversation import Selection, analyze_token_probabilities
 from chat_logits.analysis.filtering import filter_rows
 from chat_logits.analysis.logits import Conversation
-from chat_logits.analysis.opening import open_with_tokenizer
+from chat_logits.analysis.opening import open_beside, open_with_tokenizer
 from chat_logits.analysis.thinning import read_setting, thin_dataset
 from chat_logits.cli.command_line import STDOUT, leave, run_command, write_result
 from chat_logits.cli.explore_options import KINDS, ExploreOptions, build_parser, check_options, mode_of
@@ -215,6 +215,7 @@ def browse_dataset(
     tokenizer_id: str | None = None,
     revision: str | None = None,
     compare_revision: str | None = None,
+    compare_tokenizer_id: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Serve a dataset's pages on this machine, and open the browser at them unless ``no_open``, until Ctrl-C.
@@ -226,8 +227,10 @@ def browse_dataset(
 
     refuse_missing()
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    other = open_dataset(str(compare), compare_revision) if compare is not None else None
-    browse(dataset, tokenizer, other, chat_template, port, not no_open)
+    beside: tuple = (None, None)
+    if compare is not None:
+        beside = open_beside(dataset, compare, compare_revision, compare_tokenizer_id, trust_remote_code)
+    browse(dataset, tokenizer, *beside, chat_template, port, not no_open)
 
 
 def _printed(result, quiet: bool):
@@ -260,7 +263,7 @@ def _explore(options: ExploreOptions, _given: dict) -> None:
     check_options(options)
     if options.browse:
         chosen = options.chosen()
-        names = (*SOURCE_OPTIONS, "compare", "compare_revision", "port", "no_open")
+        names = (*SOURCE_OPTIONS, "compare", "compare_revision", "compare_tokenizer_id", "port", "no_open")
         browse_dataset(**{name: chosen[name] for name in names if name in chosen})
         return
     result = _analyze(options)

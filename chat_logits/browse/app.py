@@ -13,8 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from chat_logits.analysis.comparison import compare_analyses, compare_datasets
-from chat_logits.analysis.conversation import analyze_row
+from chat_logits.analysis.cross_tokenizer import compare_any
 from chat_logits.analysis.filtering import messages_of, write_dataset
 from chat_logits.analysis.tokens import count_text
 from chat_logits.browse.browsed import Browsed
@@ -32,7 +31,6 @@ from chat_logits.storage.dataset import StoredDataset
 
 LINES_MOST = 64  # rows in a request
 BODY_MOST = 64 * 2**10  # bytes of a request's body
-TOP_N = 5  # predictions a token
 FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
 
 
@@ -43,7 +41,9 @@ class BadRequest(UsageError):
 class Site:
     """What is browsed, ``other`` beside it if there is one, and the answers."""
 
-    def __init__(self, browsed: Browsed, other: StoredDataset | None = None):
+    def __init__(self, browsed: Browsed, other: StoredDataset | None = None, other_tokenizer=None):
+        """``other_tokenizer`` is that of ``other`` where it is not that of ``browsed``, None where it is."""
+        self.other_tokenizer = other_tokenizer
         self.browsed, self.other, self.token = browsed, other, secrets.token_urlsafe(24)
         self.comparison = Job(self._compare)
 
@@ -68,8 +68,7 @@ class Site:
         return Guard(application, port, self.token)
 
     def _compare(self, watch: Callable):  # noqa: ARG002
-        assert self.other is not None  # asked by those who know
-        return compare_datasets(self.browsed.dataset, self.other, self.browsed.tokenizer, self.browsed.chat_template)
+        return self._compared(None)
 
     # --- the front page ---
 
@@ -134,14 +133,19 @@ class Site:
         return self._framed(request, clock, self._comparison)
 
     def _analysis(self, row: int):
-        browsed = self.browsed
-        return analyze_row(browsed.dataset, browsed.tokenizer, row, browsed.chat_template, TOP_N)
+        return self.browsed.analysis(row)
 
     def _comparison(self, row: int):
         if self.other is None:
             raise UsageError("no other dataset: start the server with `compare` OTHER")
+        return self._compared(row)
+
+    def _compared(self, row: int | None):
+        """All rows beside those of the other dataset, or one."""
+        assert self.other is not None  # asked by those who know
         browsed = self.browsed
-        return compare_analyses(browsed.dataset, self.other, browsed.tokenizer, row, browsed.chat_template, TOP_N)
+        sides = (browsed.dataset, self.other, browsed.tokenizer, self.other_tokenizer)
+        return compare_any(*sides, row, browsed.chat_template)
 
     def _framed(self, request: Request, clock: Clock, analyse: Callable) -> Response:
         row, base = request.path_params["row"], request.url.path.split("/")[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chat_logits.analysis.conversation import Analysis, analyze_row
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import text_and_before
 from chat_logits.browse.index import NUMBERS, Index
@@ -121,6 +122,11 @@ class Browsed:
             self._line(number, row, next(alignments)) if isinstance(row, dict) else Line(number, fault=str(row))
             for number, row in zip(rows, found, strict=True)
         ]
+
+    def analysis(self, row: int) -> Analysis:
+        """A row's tokens, with five predictions each."""
+        with self._aligning:
+            return analyze_row(self.dataset, self.dataset.read_row(row), row, self._aligner, self.tokenizer)
 
     def _aligned(self, rows: list[dict]):
         """Each row's alignment, or the error."""

@@ -23,14 +23,16 @@ def browse(
     dataset: StoredDataset,
     tokenizer,
     other: StoredDataset | None = None,
+    other_tokenizer=None,
     chat_template: str | None = None,
     port: int | None = None,
     opens: bool = True,
 ) -> None:
     """Serve the pages of a dataset on this machine until SIGINT; ``opens`` the browser at them.
 
-    ``other`` is a dataset beside it, ``chat_template`` as for ``RowAligner``; without a ``port`` it is 8765, or the
-    next one that is free. Raises ToolkitError where a package is missing, UsageError where the port is taken.
+    ``other`` is a dataset beside it, ``other_tokenizer`` its tokenizer where that is another one, ``chat_template`` as
+    for ``RowAligner``; without a ``port`` it is 8765, or the next one that is free. Raises ToolkitError where a package
+    is missing, UsageError where the port is taken.
     """
     refuse_missing()
     from chat_logits.browse.app import Site
@@ -46,7 +48,7 @@ def browse(
         if opens:
             _open(address)
         try:
-            server_of(Site(browsed, other).app(port)).run(sockets=[listener])
+            server_of(Site(browsed, other, other_tokenizer).app(port)).run(sockets=[listener])
         except KeyboardInterrupt:
             print("\nEnded.")
         finally:

@@ -38,7 +38,7 @@ def _table(group: str, options: Iterable[Option]) -> str:
     for one in sorted(options, key=lambda one: not one.is_basic):
         name = f"--{'no_' if one.kind is bool and one.default is True else ''}{one.name}"
         value = "" if one.kind is bool else f" {one.metavar or ','.join(one.choices)}"
-        text = f"{'do not ' if name.startswith('--no_') else ''}{one.full_help}".replace("|", "\\|")
+        text = f"{'do not ' if one.kind is bool and one.default is True else ''}{one.full_help}".replace("|", "\\|")
         basic = f"; e.g. `{example_of(one)}`" if one.is_basic else ""
         lines.append(f"| `{name}{value}` | {text}{basic} |")
     return "\n".join(lines) + "\n"
