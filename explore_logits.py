@@ -227,10 +227,11 @@ def browse_dataset(
 
     refuse_missing()
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
-    beside: tuple = (None, None)
+    other, other_tokenizer = None, None
     if compare is not None:
-        beside = open_beside(dataset, compare, compare_revision, compare_tokenizer_id, trust_remote_code)
-    browse(dataset, tokenizer, *beside, chat_template, port, not no_open)
+        named = (compare, compare_revision, compare_tokenizer_id, trust_remote_code)
+        other, other_tokenizer = open_beside(dataset, *named)
+    browse(dataset, tokenizer, other, other_tokenizer, chat_template, port, not no_open)
 
 
 def _printed(result, quiet: bool):
