@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -404,6 +405,9 @@ import sys; print(shown(summarize(open_dataset("user/logits"), load_tokenizer(sy
     found = json.loads(done.stdout)
     expected = json.loads(shown(summarize(open_dataset(str(real_extraction)), smollm2[1])).to_json())
     assert found.pop("logit_dataset_id") == "user/logits" and expected.pop("logit_dataset_id")
+    revision, written = found["run"].pop("revision"), expected["run"].pop("written")
+    assert re.fullmatch("[0-9a-f]{40}", revision) and written  # a commit there, a time here
+    assert (found["run"].pop("written"), expected["run"].pop("revision")) == (None, None)
     assert found == expected
     total = sum(map(len, files.values()))
     print(f"{sent:,} bytes were sent of a repository of {total:,}")
