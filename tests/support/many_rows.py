@@ -41,7 +41,7 @@ def repeated(source: Path, folder: Path, count: int, model: Path, rows_per_shard
     rows, manifest = list(dataset.rows()), replace(dataset.manifest, rows_per_shard=rows_per_shard)
     aligner = Aligner.from_recorded(read_tokenizer(str(model), None), manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EXTRACTION_FILE).write_text(manifest.text(), encoding="utf-8")
+    (folder / EXTRACTION_FILE).write_text(manifest.text, encoding="utf-8")
     entries = []
     for start in range(0, count, manifest.rows_per_shard):
         numbers = range(start, min(count, start + manifest.rows_per_shard))
