@@ -96,7 +96,7 @@ class RayWorkers:
 
     def describe(self) -> Manifest:
         """The manifest of a new run, by the first worker that has loaded its model."""
-        with stage("Waiting for a worker that has its model"):
+        with stage("Waiting for the first worker to load its model"):
             self._run(until=lambda: self._described)
         # As they were given: the paths that workers have hold on this cluster alone.
         here = self._opened.described
