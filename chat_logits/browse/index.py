@@ -74,11 +74,14 @@ class Index:
         for setting in ("python_enable_replacements = false", "enable_external_access = false"):
             self._connection.execute(f"SET {setting}")
         self._connection.execute("SET lock_configuration = true")
-        self._adding, self._edges = threading.Lock(), dict[str, list[float]]()
+        self._adding, self._opening = threading.Lock(), threading.Lock()
+        self._edges, self._totals = dict[str, list[float]](), dict[str, list[int]]()  # of histograms over all rows
         self.has_texts = False
 
     def close(self) -> None:
-        self._connection.close()
+        """Close it, once what is being added is in it; what is added later fails."""
+        with self._adding, self._opening:
+            self._connection.close()
 
     # --- what is in it ---
 
@@ -114,6 +117,7 @@ class Index:
             cursor.register("batch", table)
             cursor.execute(f"INSERT INTO {place} SELECT {columns} FROM batch")
             cursor.unregister("batch")
+        self._edges, self._totals = {}, {}
 
     # --- what is asked ---
 
@@ -178,7 +182,9 @@ class Index:
             return [found.get(i, 0) for i in range(BINS)]
 
         others = view.without(name)
-        total = counts("true", [], "numbers")
+        if name not in self._totals:
+            self._totals[name] = counts("true", [], "numbers")
+        total = self._totals[name]
         left = total if others.is_whole else counts(*self._condition(others), self._tables(others))
         return Counted(name, [_unscaled(name, edge) for edge in edges], total, left)
 
@@ -242,7 +248,8 @@ class Index:
 
     @contextmanager
     def _cursor(self):
-        cursor = self._connection.cursor()
+        with self._opening:  # a connection that is busy with another thread's call refuses
+            cursor = self._connection.cursor()
         try:
             yield cursor
         finally:

@@ -1,4 +1,4 @@
-"""``explore-logits DATASET --browse``: the server, from its start to Ctrl-C."""
+"""The server of the pages of a dataset, from its start to Ctrl-C."""
 
 import logging
 import os

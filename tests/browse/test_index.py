@@ -1,5 +1,6 @@
 """What the index finds, against NumPy and Python over the same rows; what nothing in it can reach."""
 
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qsl
 
 import duckdb
@@ -112,6 +113,14 @@ def test_rows_without_numbers_come_last_with_their_reason(tmp_path, table):
     assert index.page(View(), Clock())[-1]["fault"] == "damaged"
     assert index.totals(View(), Clock())["rows"] == 7
     index.close()
+
+
+def test_many_threads_ask_at_once(index):
+    view = View(ranges={"mean_entropy": Range(1, 2)})
+    expected = rows_of(index, ranges=view.ranges)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: [row for row, _ in index.chosen(view, Clock())], range(200)))
+    assert all(rows == expected for rows in found)
 
 
 @pytest.mark.parametrize(

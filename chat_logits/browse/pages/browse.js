@@ -52,7 +52,7 @@ function current() {
 
 function prepare() {
   for (const plot of view().querySelectorAll(".hist")) place(plot);
-  fillLines();
+  requestAnimationFrame(() => setTimeout(fillLines));  // once the list is drawn
   document.body.dataset.shown = view().dataset.query;
   if (view().hasAttribute("data-wait")) setTimeout(() => asked || show(current().toString(), {isNew: false}), 500);
 }
