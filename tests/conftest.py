@@ -29,6 +29,12 @@ def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
+@pytest.fixture(autouse=True)
+def _width_of_a_pipe(monkeypatch):
+    """Tables are as wide as in a pipe, whatever the terminal's width that the tests are started in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Makes a folder that all of pytest's processes share: the first that asks calls ``make(folder)``."""

@@ -124,7 +124,7 @@ def where(position: int, before: str, width: int) -> str:
 def text_end(text: str, width: int) -> str:
     """As much of a text's end, escaped, as ``width`` cells hold, from the beginning of a word where one is near.
 
-    >>> text_end("leads to the start", 12)
+    >>> text_end("leads to the start", 11)
     'the start'
     """
     end = text[-width:] if width > 0 else ""
