@@ -4,7 +4,9 @@
     python benchmarks/bench_training.py --table
 
 SmolLM2-135M-Instruct is the teacher, its first layers are the student, the English construction questions the data
-(demo/fetch.py). Every arm takes the same batches in the same order. Held-out KL is exact: the teacher's whole
+(demo/fetch.py). The embeddings, which are the lm_head too, stay the teacher's unless --train_head: AdamW scales each
+weight's step by that weight's own gradients, and those of a token that is drawn now and then are scaled down when it is
+drawn, up when it is not. Every arm takes the same batches in the same order. Held-out KL is exact: the teacher's whole
 distribution against the student's. What an arm is given:
 
 - oracle: the whole distribution, from the teacher's last hidden states
@@ -193,13 +195,14 @@ class Data:
         return self._teacher.lm_head.weight.detach()
 
 
-def student_of(layers: int):
+def student_of(layers: int, train_head: bool):
     """The teacher's first layers, with its embeddings, last norm and lm_head."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:layers]
+    model.get_input_embeddings().weight.requires_grad_(train_head)
     return model
 
 
@@ -221,16 +224,21 @@ class Bench(NamedTuple):
             yield left[:size]
             left = left[size:]
 
+    def student(self):
+        return student_of(self.options.layers, self.options.train_head)
+
     def train(self, arm: str, seed: int) -> dict:
         """Held-out KL on the way, nats, by the number of steps taken."""
-        student, steps, started = student_of(self.options.layers), self.options.steps, time.time()
-        optimizer = torch.optim.AdamW(student.parameters(), self.options.learning_rate, weight_decay=0.0, fused=True)
+        student, steps, started = self.student(), self.options.steps, time.time()
+        trained = [each for each in student.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(trained, self.options.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
         curve, measured = {0: self.held_out(student)}, {max(1, steps * part // 4) for part in range(1, 5)}
         for step, numbers in enumerate(self.order(seed), 1):
             batch = self.data.batch(arm, numbers)
             loss = ARMS[arm].loss(student, batch) / len(batch.tensors["predicting"])
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)  # as transformers' trainer does
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -265,7 +273,7 @@ class Bench(NamedTuple):
 
     def gradients(self, step: int) -> dict:
         """By arm, the cosine and the relative error of the gradient to the oracle's, of the student after this step."""
-        student = student_of(self.options.layers)
+        student = self.student()
         if step:
             student.load_state_dict(torch.load(self.place(step)))
         found, oracle = {}, self.gradient(student, "oracle")
@@ -280,7 +288,7 @@ class Bench(NamedTuple):
         for start in range(0, FOR_GRADIENTS, 4):
             numbers = self.data.trained_on[start : min(start + 4, FOR_GRADIENTS)]
             ARMS[arm].loss(student, self.data.batch(arm, numbers)).backward()
-        return [each.grad.clone() for each in student.parameters()]
+        return [each.grad.clone() for each in student.parameters() if each.requires_grad]
 
 
 def compared(gradient: list[torch.Tensor], oracle: list[torch.Tensor]) -> tuple[float, float]:
@@ -308,7 +316,7 @@ def rate_at(step: int, steps: int) -> float:
 
 def settings_of(options: argparse.Namespace) -> dict:
     """What results must have in common to be compared."""
-    names = ("layers", "conversations", "held_out", "steps", "batch", "learning_rate")
+    names = ("layers", "conversations", "held_out", "steps", "batch", "learning_rate", "train_head")
     return {name: getattr(options, name) for name in names}
 
 
@@ -387,6 +395,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--held_out", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--train_head", action="store_true", help="train the embeddings, which are the lm_head, too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=REPO / "outputs" / "bench_training")
     parser.add_argument("--table", action="store_true", help="print what is finished, and train nothing")
