@@ -33,6 +33,7 @@ def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.Compl
 def _width_of_a_pipe(monkeypatch):
     """Tables are as wide as in a pipe, whatever the terminal's width that the tests are started in."""
     monkeypatch.delenv("COLUMNS", raising=False)
+    os.unsetenv("COLUMNS")  # which readline sets behind os.environ, for processes started from here
 
 
 @pytest.fixture(scope="session")
