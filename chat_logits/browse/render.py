@@ -1,16 +1,14 @@
 """The pages of the server, from ``pages/``: style and script are in each, and run by their hashes alone."""
 
-import base64
-import hashlib
 import html
 import re
 from functools import cache
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-from chat_logits.display import page as display_page
+from chat_logits.display.page import PAGES as DISPLAYED
+from chat_logits.display.page import as_function, environment, hash_source, text_of
 from chat_logits.display.text import plain
 
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -19,55 +17,35 @@ SCRIPT_HASH = re.compile(r"'sha256-[A-Za-z0-9+/=]+'")
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
 def style() -> str:
-    return _text(display_page.PAGES / "style.css") + _text(PAGES / "browse.css")
+    return text_of(DISPLAYED / "style.css") + text_of(PAGES / "browse.css")
 
 
 @cache
 def script(*names: str) -> str:
     """Files of ``pages/`` as one script."""
-    return '"use strict";\n(() => {\n' + "".join(_text(PAGES / name) for name in names) + "})();\n"
-
-
-@cache
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    return as_function([PAGES / name for name in names])
 
 
 @cache
 def policy(code: str = "") -> str:
     """The security policy of a page whose script is ``code``."""
-    scripts = _hash(code) if code else "'none'"
+    scripts = hash_source(code) if code else "'none'"
     return (
-        f"default-src 'none'; style-src {_hash(style())}; script-src {scripts}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {hash_source(style())}; script-src {scripts}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def render(template: str, **content) -> str:
     """A page or a part of one, whatever is in its ``content`` escaped."""
-    return _environment().get_template(template).render(**plain(content))
+    return environment(PAGES).get_template(template).render(**plain(content))
 
 
 def whole(template: str, code: str = "", **content) -> str:
     """A page with its style, and ``code`` as its script."""
     fixed = {"style": Markup(style()), "script": Markup(code)}
-    return _environment().get_template(template).render(**plain(content), **fixed)
+    return environment(PAGES).get_template(template).render(**plain(content), **fixed)
 
 
 def in_frame(page: str, code: str, **content) -> tuple[str, str]:
@@ -79,10 +57,10 @@ def in_frame(page: str, code: str, **content) -> tuple[str, str]:
     found = META_POLICY.search(page)
     own = " ".join(SCRIPT_HASH.findall(html.unescape(found[1]))) if found else ""
     parts = render("frame.html.jinja", **content)
-    head = f"<style>{_text(PAGES / 'browse.css')}</style>\n</head>"
+    head = f"<style>{text_of(PAGES / 'browse.css')}</style>\n</head>"
     page = META_POLICY.sub("", page, count=1).replace("</head>", head, 1)
     page = page.replace("<body>", f"<body>\n{parts}", 1).replace("</body>", f"<script>{code}</script>\n</body>", 1)
     return page, (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src {own} {_hash(code)}; connect-src 'self'; "
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {own} {hash_source(code)}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )

@@ -17,9 +17,10 @@ PAGES = Path(__file__).resolve().parent / "pages"
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment(folder: Path) -> jinja2.Environment:
+    """The templates of a folder: whatever they are given is escaped, and what they are not given is an error."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -41,15 +42,14 @@ def render_page(
     so that nothing else can run. ``data`` is what it reads, ``lazy_data`` what it reads when it needs it. ``styles``
     are files that go after ``style.css``.
     """
-    code = _function([script] if isinstance(script, str) else script)
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    code = as_function([PAGES / name for name in ([script] if isinstance(script, str) else script)])
     return (
-        _environment()
+        environment(PAGES)
         .get_template(template)
         .render(
-            style=Markup("".join(map(_text, ("style.css", *styles)))),
+            style=Markup("".join(text_of(PAGES / name) for name in ("style.css", *styles))),
             script=Markup(code),
-            script_sources=f"'sha256-{digest}'" if code else "'none'",
+            script_sources=hash_source(code) if code else "'none'",
             data=_json(data),
             lazy_data=_json(lazy_data),
             **plain(content),
@@ -58,13 +58,18 @@ def render_page(
 
 
 @cache
-def _text(name: str) -> str:
-    return (PAGES / name).read_text(encoding="utf-8")
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
-def _function(names: Sequence[str]) -> str:
-    """The files as one function, which runs at once, "" without any."""
-    return f'"use strict";\n(() => {{\n{"".join(map(_text, names))}}})();\n' if names else ""
+def as_function(files: Sequence[Path]) -> str:
+    """The files of a script as one function, which runs at once, "" without any."""
+    return f'"use strict";\n(() => {{\n{"".join(map(text_of, files))}}})();\n' if files else ""
+
+
+def hash_source(code: str) -> str:
+    """A script or a style as a security policy allows it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
 
 def _json(value: dict | None) -> Markup:

@@ -22,7 +22,6 @@ from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import (
     read_row_groups,
-    read_shard_columns,
     read_shard_rows,
     refuse_special,
     shard_notes,
@@ -131,12 +130,6 @@ class StoredDataset:
                     number = next(numbers)
                     self._validate(row, number)
                     yield number, row
-
-    def shard_columns(self, number: int, names: Sequence[str]):
-        """These columns of ``shards[number]``, a pyarrow Table; of a shard on the Hub, nothing else is fetched."""
-        shard = self.shards[number]
-        with self.opened(shard.path) as source:
-            return read_shard_columns(source, shard.path, self.manifest.fingerprint, shard.num_rows, names)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from chat_logits.data.conversations import from_stored
 from chat_logits.data.marks import is_left_out
 from chat_logits.storage.card import render_card
+from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.storage.disk import folder_written_whole, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
@@ -70,7 +71,7 @@ def _by_shard(dataset: StoredDataset, rows: Rows) -> Iterator[tuple[int, int]]:
 
 def _skipped(dataset: StoredDataset, number: int, kept: set[int]) -> list[dict]:
     """The source rows of a shard that are not ``kept``, with the reason."""
-    stored = dataset.shard_columns(number, ["source_index"])["source_index"].to_pylist()
+    stored = ColumnReader(dataset).shard(number, ["source_index"])["source_index"].to_pylist()
     left_out = [{"row": row, "reason": NOT_CHOSEN} for row in stored if row not in kept]
     return sorted([*dataset.shard_notes(number)[0], *left_out], key=lambda entry: entry["row"])
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import DamagedRow, Rows, StoredDataset
 from chat_logits.storage.shard import SCHEMA
 from logit_codec import RANGES, ROW_NUMBERS
@@ -20,17 +21,17 @@ def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Rows | None
     """``row``, int64 and from 0, and these columns of FORMAT.md, in this order, of every stored row, or of ``rows``,
     which ascend.
 
-    Of each shard, the footer and these columns are read, some rows at a time; none of shards without any of ``rows``.
+    Of each shard, the footer and these columns are read; none of shards without any of ``rows``.
     Raises ToolkitError as ``StoredDataset.read_row`` does, where there are no rows, and for a number that no row has.
     """
     dataset.refuse_empty()
     wanted = np.arange(dataset.num_rows) if rows is None else np.asarray(rows, np.int64)
     parts = [pa.schema([SCHEMA.field(name) for name in names]).empty_table()]
-    first = 0
+    reader, first = ColumnReader(dataset), 0
     for number, shard in enumerate(dataset.shards):
         start, end = np.searchsorted(wanted, [first, first + shard.num_rows])
         if start < end:
-            part = dataset.shard_columns(number, names)
+            part = reader.shard(number, names).select(names)
             parts.append(part if end - start == len(part) else part.take(pa.array(wanted[start:end] - first)))
         first += shard.num_rows
     table = pa.concat_tables(parts)

@@ -7,7 +7,7 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -241,17 +241,6 @@ def read_row_groups(
             table = table if len(wanted) == len(rows) else table.take(wanted)
             columns = [_row_values(table[name].combine_chunks()) for name in SCHEMA.names]
             yield [dict(zip(SCHEMA.names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def read_shard_columns(source, path: str, fingerprint: str, num_rows: int, names: Sequence[str]) -> pa.Table:
-    """These columns of a shard, in this order, by single row groups; arguments are those of ``read_shard_rows``. Rows'
-    checksums, which are over all columns, are not held against them. Raises DamagedShard."""
-    with opened_shard(source, path, fingerprint) as (file, described, sizes):
-        groups = range(len(row_ranges(file, described, num_rows, path)))
-        for group in groups:
-            refuse_bomb(sizes[group], group, path)
-        parts = [file.read_row_group(group, list(names)).select(names) for group in groups]
-        return pa.concat_tables([pa.schema([SCHEMA.field(name) for name in names]).empty_table(), *parts])
 
 
 def _row_values(column: pa.Array) -> list:

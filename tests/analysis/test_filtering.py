@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +21,11 @@ from chat_logits.analysis.filtering import save_rows
 from chat_logits.analysis.verification import check_rows
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import DamagedRow, open_dataset
+from chat_logits.storage.dataset import DamagedRow, StoredDataset, open_dataset
 from chat_logits.storage.footer import TAIL
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.numbers import NUMBER_COLUMNS, number_table, read_columns
-from chat_logits.storage.shard import METADATA_KEY, check_shard, read_shard_columns, shard_sizes
+from chat_logits.storage.shard import METADATA_KEY, check_shard, shard_sizes
 from explore_logits import execute_filtering, execute_thinning
 from logit_codec import ROW_NUMBERS
 
@@ -157,22 +159,33 @@ class CountingFile:
     closed = False
 
     def __init__(self, path: Path):
-        self._file, self.size, self.count = path.open("rb"), path.stat().st_size, 0
+        self._file, self.size, self._read = path.open("rb"), path.stat().st_size, []
+
+    @property
+    def count(self) -> int:
+        return sum(self._read)
 
     def read(self, size=-1):
         data = self._file.read(size)
-        self.count += len(data)
+        self._read.append(len(data))
         return data
+
+    def _fetch_range(self, start, end):
+        """As of a file on the Hub, by several threads at once."""
+        self._read.append(end - start)
+        return os.pread(self._file.fileno(), end - start, start)
 
     def __getattr__(self, name):
         return getattr(self._file, name)
 
 
-def test_only_the_columns_of_numbers_are_read(real_extraction):
+def test_only_the_columns_of_numbers_are_read(real_extraction, monkeypatch):
+    """Of a shard that is fetched by ranges."""
     (path,) = real_extraction.glob("data/*/*.parquet")
-    fingerprint = open_dataset(str(real_extraction)).manifest.fingerprint
-    file = CountingFile(path)
-    table = read_shard_columns(file, path.name, fingerprint, 32, NUMBER_COLUMNS)
+    dataset = open_dataset(str(real_extraction))
+    fingerprint, file = dataset.manifest.fingerprint, CountingFile(path)
+    monkeypatch.setattr(StoredDataset, "opened", lambda *_, **__: nullcontext(file))
+    table = read_columns(dataset, NUMBER_COLUMNS)
     sizes = shard_sizes(path, path.name, fingerprint)
     needed = sizes["footer"] + sum(sizes[name] for name in NUMBER_COLUMNS)
     print(f"{file.count:,} of {file.size:,} bytes read, {needed:,} of the columns and the footer")
