@@ -125,7 +125,7 @@ def test_ends_of_turns_are_kept_and_read_again(run, marked, capsys):
     capsys.readouterr()
     again = ["--model_id", described[0]["model_id"], "--dataset_id", described[0]["dataset_id"], "--device", "cpu"]
     again += ["--chat_template", str(QWEN), "--rows_per_shard", "4", "--output_dir", str(kept)]
-    assert extract_logits.main(again) == 2
+    assert extract_logits.main([*again, "--no_keep_end_of_turn"]) == 2
     assert "keep_end_of_turn: true there, null here" in capsys.readouterr().err
 
 

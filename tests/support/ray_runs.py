@@ -55,6 +55,11 @@ class Command:
     def said(self) -> str:
         return self.process.stdout + self.process.stderr
 
+    @property
+    def lines(self) -> list[str]:
+        """What it said but for the stages of its start and the dots of those that last."""
+        return [line for line in self.said.splitlines() if not line.endswith(" …") and line.strip(" .")]
+
     def wait(self, seconds: float = 900) -> int:
         self.process.communicate(seconds)
         return self.process.returncode
