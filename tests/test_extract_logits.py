@@ -134,7 +134,7 @@ def test_the_seed_changes_the_draws_alone(extract, chat_file, tmp_path):
         rows.append(open_dataset(str(tmp_path / "out")).read_row(0))
     assert rows[0] == rows[1] != rows[2]
     changed = {key for key in rows[0] if rows[0][key] != rows[2][key]}
-    assert changed <= {"sampled_logits_quantized", "sampled_indices_low", "sampled_indices_high"}
+    assert changed <= {"sampled_logits_quantized", "sampled_indices_low", "sampled_indices_high", "mean_entropy"}
 
 
 # --- refusals ---

@@ -89,7 +89,8 @@ def test_a_model_whose_template_takes_too_much_is_refused(flags, tmp_path, bomb)
     place = arguments.index("--chat_template")
     done = limited("extract_logits.py", *arguments[:place], *arguments[place + 2 :])
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: the chat template goes beyond what a template is given"), done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: the chat template goes beyond what a template is given"), done.stderr
 
 
 # --- shards ---
@@ -240,7 +241,7 @@ def test_what_libraries_log_and_warn_of_does_not_act(dataset, capsys, monkeypatc
         print(warnings.formatwarning(f"and {ESCAPE}", UserWarning, "file", 1), file=sys.stderr)
         raise ToolkitError("end")
 
-    monkeypatch.setattr(explore_logits, "open_with_tokenizer", opening)
+    monkeypatch.setattr(explore_logits, "open_logits", opening)
     monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(sys.stderr))
     said = told(capsys, dataset())
     assert "error: end" in said and not ACTING.search(said)

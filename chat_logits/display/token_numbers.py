@@ -36,7 +36,7 @@ def analysis_numbers(analysis: Analysis) -> dict:
         "text": conversation_text(analysis.messages),
         "head": analysis.head,
         "texts": texts,
-        "columns": {**_columns(tokens, TOKEN), **_model(tokens, texts)},
+        "columns": {**_columns(tokens, (*TOKEN, "index")), **_model(tokens, texts)},
     }
 
 
