@@ -108,8 +108,8 @@ def test_the_page_shows_what_was_measured_and_fetches_nothing(run, student, tmp_
     zero, one = (heights[i] for i in (0, -1))
     (bottom,) = re.findall(r'<path class="grid" d="M46 ([\d.]+)H', page)[:1]
     assert (float(bottom) - one) / (float(bottom) - zero) == pytest.approx(points[-1]["kl"] / points[0]["kl"], abs=0.01)
-    option, value = '<td data-title="Option"><bdi>learning_rate</bdi></td>', '<td data-title="Value"><bdi>0.01</bdi></td>'
-    assert str(student) in page and option + value in page
+    option = '<td data-title="Option"><bdi>learning_rate</bdi></td>'
+    assert str(student) in page and f'{option}<td data-title="Value"><bdi>0.01</bdi></td>' in page
     assert not re.findall(r"https?://|<script|url\(", page)
 
 
