@@ -7,6 +7,7 @@ From Python: ``chat_logits.training.run.train(TrainConfig(logit_dataset_id=…, 
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def _run(_options: TrainOptions, given: dict) -> None:
     values = read_options(TrainConfig, given)
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's: of several processes, the first says how it goes
+        logging.getLogger("chat_logits").setLevel(logging.ERROR)
     with stage("Importing torch and transformers"):  # help and wrong options don't wait for them
         from chat_logits.display.training_page import training_page
         from chat_logits.display.training_tables import print_training

@@ -25,7 +25,7 @@ class Stages:
 def stage(text: str, *values: object) -> Iterator[None]:
     """Within, what ``text`` (with its %-``values``) says is under way."""
     logger.info(f"{text} …", *values)
-    with Stages.going_on():
+    with Stages.going_on() if logger.isEnabledFor(logging.INFO) else nullcontext():
         yield
 
 
