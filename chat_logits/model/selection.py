@@ -49,10 +49,10 @@ def _select_in_place(
     # The largest logit is the first of the top, but where the vocabulary goes on past the storable ids.
     highest = top_values[:, :1] if storable == logits.shape[1] else logits.amax(dim=1, keepdim=True)
     mass = logits.sub_(highest).exp_()
-    sums = _block_sums(mass)
+    sums = block_sums(mass)
     logsumexp = highest[:, 0].double() + sums.sum(dim=1).log()
     top_probs = (top_values.double() - logsumexp[:, None]).exp()
-    kept = _nucleus_cut(top_probs, settings.top_p) & torch.isfinite(top_values)
+    kept = nucleus_cut(top_probs, settings.top_p) & torch.isfinite(top_values)
     mass.scatter_(1, top_ids, mass.gather(1, top_ids) * ~kept)
     sampled_ids, sampled_mass = _draw_tail(mass[:, :storable], uniforms, settings.num_sampled)
     missing = settings.top_k - top_ids.shape[1]
@@ -89,14 +89,14 @@ class PendingDistributions:
         return Distributions(**{name: tensor.numpy() for name, tensor in self._tensors.items()})
 
 
-def _nucleus_cut(top_probs: torch.Tensor, top_p: float) -> torch.Tensor:
+def nucleus_cut(top_probs: torch.Tensor, top_p: float) -> torch.Tensor:
     if top_p >= 1:
         return torch.ones_like(top_probs, dtype=torch.bool)
     before = torch.nn.functional.pad(top_probs.cumsum(dim=1)[:, :-1], (1, 0))
     return before < top_p
 
 
-def _block_sums(mass: torch.Tensor) -> torch.Tensor:
+def block_sums(mass: torch.Tensor) -> torch.Tensor:
     """Sums over blocks of ``BLOCK`` columns, float64 (R, ceil(V / BLOCK)); within a block in float32."""
     whole = mass.shape[1] // BLOCK * BLOCK
     sums = mass[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2) if whole else mass[:, :0]
@@ -107,28 +107,39 @@ def _block_sums(mass: torch.Tensor) -> torch.Tensor:
 
 def _draw_tail(mass: torch.Tensor, uniforms: torch.Tensor, num_sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Systematic draws from the mass (R, V) that is left: ids int64 and mass float64, both (R, S)."""
-    parts = zip(mass.split(DRAWN_ROWS), _block_sums(mass).split(DRAWN_ROWS), uniforms.split(DRAWN_ROWS), strict=True)
-    drawn = [_search(rows, sums, some, num_sampled) for rows, sums, some in parts]
-    return torch.cat([ids for ids, _ in drawn]), torch.cat([masses for _, masses in drawn])
+    ids, masses = [], []
+    for rows, some in zip(mass.split(DRAWN_ROWS), uniforms.split(DRAWN_ROWS), strict=True):
+        sums = block_sums(rows)
+        running = sums.cumsum(dim=1)
+        found, drawn = search(rows, sums, running, draw_thresholds(some, running[:, -1:], num_sampled))
+        ids.append(found.where(running[:, -1:] > 0, ABSENT))
+        masses.append(drawn * (running[:, -1:] > 0))
+    return torch.cat(ids), torch.cat(masses)
 
 
-def _search(
-    mass: torch.Tensor, sums: torch.Tensor, uniforms: torch.Tensor, num_sampled: int
+def draw_thresholds(uniforms: torch.Tensor, total: torch.Tensor, num_sampled: int) -> torch.Tensor:
+    """What the draws' running totals have to exceed, float64 (R, S), for uniforms (R,) and total masses (R, 1)."""
+    steps = torch.arange(num_sampled, device=uniforms.device, dtype=torch.float64)
+    return (uniforms[:, None] + steps) / max(1, num_sampled) * total
+
+
+def search(
+    mass: torch.Tensor, sums: torch.Tensor, running: torch.Tensor, thresholds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two searches a threshold: for the block it falls into, then within that block."""
-    running = sums.cumsum(dim=1)
-    steps = torch.arange(num_sampled, device=mass.device, dtype=torch.float64)
-    thresholds = (uniforms[:, None] + steps) / max(1, num_sampled) * running[:, -1:]
+    """The columns of the mass (R, V) at which the running total passes the thresholds (R, S), and the mass there.
+
+    Two searches a threshold: for the block it falls into, then within that block. ``sums`` float64 (R, B) are the
+    blocks', and ``running`` the total after each, of what precedes the first as well. int64 and float64, both (R, S).
+    """
     # A threshold that rounding puts past the end takes the last block, and below the last id, with mass.
     order = torch.arange(sums.shape[1], device=mass.device)
     last_block = ((sums > 0) * order).amax(dim=1, keepdim=True)
     block = torch.minimum(torch.searchsorted(running, thresholds, right=True), last_block)
     column = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=mass.device)
-    inside = mass.gather(1, column.clamp(max=mass.shape[1] - 1).flatten(1)).unflatten(1, (num_sampled, BLOCK))
+    inside = mass.gather(1, column.clamp(max=mass.shape[1] - 1).flatten(1)).unflatten(1, (-1, BLOCK))
     inside = (inside * (column < mass.shape[1])).double()
     within = (running - sums).gather(1, block)[:, :, None] + inside.cumsum(dim=2)
     offset = (within <= thresholds[:, :, None]).sum(dim=2)
     last = ((inside > 0) * torch.arange(BLOCK, device=mass.device)).amax(dim=2)
     ids = block * BLOCK + torch.minimum(offset, last)
-    drawn = running[:, -1:] > 0
-    return ids.where(drawn, ABSENT), mass.gather(1, ids).double() * drawn
+    return ids, mass.gather(1, ids).double()
