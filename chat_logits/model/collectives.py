@@ -17,13 +17,13 @@ class Messages:
         self._group = group
         self.size, self.is_first = dist.get_world_size(group), dist.get_rank(group) == 0
 
-    def gather(self, *columns: torch.Tensor) -> list[torch.Tensor] | None:
-        """In the first process each column of all processes, stacked: (N, …)."""
+    def gather(self, *columns: torch.Tensor) -> list[torch.Tensor]:
+        """In the first process each column of all processes, stacked: (N, …). In the others none."""
         message = _joined(columns)
         messages = [torch.empty_like(message) for _ in range(self.size)] if self.is_first else None
         dist.gather(message, messages, group=self._group, group_dst=0)
         if messages is None:
-            return None
+            return []
         return [torch.stack(column) for column in zip(*(_split(each, columns) for each in messages), strict=True)]
 
     def broadcast(self, columns: Sequence[torch.Tensor] | None, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from selection_reference import assert_is_reference, exact_log_probs
 from triton.runtime.interpreter import InterpreterBuilder
 
 import logit_codec
@@ -25,32 +26,6 @@ def select(request):
 
     run.way = request.param
     return run
-
-
-def exact_log_probs(logits) -> np.ndarray:
-    """Float64 log-probabilities (n, V) of logits of any dtype."""
-    exact = torch.as_tensor(logits).double()
-    return (exact - exact.logsumexp(dim=1, keepdim=True)).numpy()
-
-
-def assert_is_reference(found: logit_codec.Distributions, logits, uniforms, top_k, top_p, num_sampled, ties=False):
-    """Rank by rank the reference's ids, or with ``ties`` ids of its probabilities; its draws; its numbers."""
-    exact, elsewhere = exact_log_probs(logits), 0
-    for i, log_probs in enumerate(exact):
-        kept, ids = logit_codec.select_nucleus(log_probs, top_k, top_p), found.top_ids[i][found.top_ids[i] >= 0]
-        if ties:
-            np.testing.assert_array_equal(log_probs[ids], log_probs[kept])
-            assert len(set(ids)) == len(ids)
-        else:
-            assert ids.tolist() == kept.tolist()
-        np.testing.assert_allclose(found.top_probs[i][: len(ids)], np.exp(log_probs[ids]), rtol=2e-6)
-        assert (found.top_probs[i][len(ids) :] == 0).all()
-        drawn = logit_codec.draw_tail(np.exp(log_probs), ids, uniforms[i], num_sampled)
-        elsewhere += (found.sampled_ids[i] != drawn).sum()
-        present = found.sampled_ids[i] >= 0
-        right = np.exp(log_probs[found.sampled_ids[i][present]])
-        np.testing.assert_allclose(found.sampled_probs[i][present], right, rtol=1e-5)
-    assert elsewhere <= 1  # a threshold within float32's last bits of a running total
 
 
 @pytest.mark.parametrize(
