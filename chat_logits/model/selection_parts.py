@@ -11,8 +11,9 @@ With N processes, and K and S as in ``SelectionSettings``, all to or from the fi
     scatter    the tail mass before it and of all, and which draws' thresholds fall into it
     gather     those draws
 
-Exponentials are of the largest logit of all, as in one process, and an entry is an int64 that sorts by logit and then
-by id, lowest first: what N changes is the rounding of sums.
+Exponentials are relative to the largest logit of all, as in one process, and an entry is an int64 that sorts by logit
+and then by id, lowest first: what N changes is the rounding of sums. All processes together send, at each position, at
+most 8 · (2 K + S) bytes of entries and draws and (N - 1) · (60 + 8 N) of the rest.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ from logit_codec import ABSENT, MAX_TOKEN_ID
 
 NO_ENTRY = -(2**63)  # sorts below every logit
 LOW = 2**32 - 1  # the bits of an entry that hold its id, or a draw's mass
-RANKED_AT_ONCE = 2**19  # logits that are ranked entry by entry: what that holds stays in a CPU's cache
+RANKED_BLOCK = 32  # logits that are ranked, or not, by their maximum
+RANKED_AT_ONCE = 2**18  # logits that are ranked entry by entry: what that holds stays in a CPU's cache
 DRAWN_AT_ONCE = 2**17  # likewise, of draws' blocks
 TIMES_ON_CUDA = 16  # more of them at once: 250 MB, and few launches
 
@@ -47,6 +49,7 @@ def select_in_parts(
     not there, and a part may be empty. The parts follow one another in the order of the group's ranks. ``tokens`` (R,)
     int64 and ``uniforms`` (R,) float64 are the same in all. The group's first process gets the fields of
     ``Distributions`` on its logits' device, the others None. ToolkitError where the parts don't make up the vocabulary.
+    On CUDA it waits for the host: how many entries and draws travel is only known then.
     """
     messages, part = Messages(group), _Part(logits, first_id, vocabulary, settings)
     first = _First(uniforms, settings) if messages.is_first else None
@@ -77,7 +80,7 @@ class _Part:
         self._logits, self._first_id = logits[:, :width].float(), first_id
         self._storable = max(0, min(width, MAX_TOKEN_ID - first_id))
         self._settings = settings
-        self.ids = torch.tensor([min(first_id, vocabulary), width], dtype=torch.int64, device=logits.device)
+        self.ids = torch.tensor([min(first_id, vocabulary), width], dtype=torch.int32, device=logits.device)
         self.highest = self._logits.amax(dim=1) if width else self._logits.new_full((len(logits),), -torch.inf)
         self.best = _ranked(self._logits[:, : self._storable], first_id, settings.top_k)
 
@@ -247,29 +250,30 @@ def _values(entries: torch.Tensor) -> torch.Tensor:
 
 def _ranked(logits: torch.Tensor, first_id: int, top_k: int) -> torch.Tensor:
     """The K best entries of logits (R, W) for the ids from ``first_id`` on, best first, then ``NO_ENTRY``: (R, K)."""
-    num_blocks = min(top_k, -(-logits.shape[1] // BLOCK))
+    num_blocks = min(top_k, -(-logits.shape[1] // RANKED_BLOCK))
     if not num_blocks:
         return torch.full((len(logits), top_k), NO_ENTRY, dtype=torch.int64, device=logits.device)
-    at_once = _rows_at_once(RANKED_AT_ONCE, num_blocks * BLOCK, logits.device)
+    at_once = _rows_at_once(RANKED_AT_ONCE, num_blocks * RANKED_BLOCK, logits.device)
     ranked = torch.cat([_ranked_in_blocks(rows, first_id, top_k, num_blocks) for rows in logits.split(at_once)])
     return torch.nn.functional.pad(ranked, (0, top_k - ranked.shape[1]), value=NO_ENTRY)
 
 
 def _ranked_in_blocks(logits: torch.Tensor, first_id: int, top_k: int, num_blocks: int) -> torch.Tensor:
-    """The best entries are in the ``num_blocks`` blocks with the best maxima: each such maximum is as good as any."""
+    """They are in the ``num_blocks`` blocks with the best maxima, which are as good as whatever is in another block."""
     width, device = logits.shape[1], logits.device
     maxima = _block_maxima(logits)
     blocks = _ids(_entries(maxima, torch.arange(maxima.shape[1], device=device)).topk(num_blocks).values)
-    column = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
+    column = (blocks[:, :, None] * RANKED_BLOCK + torch.arange(RANKED_BLOCK, device=device)).flatten(1)
     values = logits.gather(1, column.clamp(max=width - 1))
     entries = _entries(values, first_id + column)
     entries.masked_fill_((column >= width) | (values == -torch.inf), NO_ENTRY)
-    return entries.topk(min(top_k, num_blocks * BLOCK)).values
+    return entries.topk(min(top_k, num_blocks * RANKED_BLOCK)).values
 
 
 def _block_maxima(logits: torch.Tensor) -> torch.Tensor:
-    whole = logits.shape[1] // BLOCK * BLOCK
-    maxima = logits[:, :whole].unflatten(1, (-1, BLOCK)).amax(dim=2) if whole else logits[:, :0]
+    """float32 (R, ceil(W / RANKED_BLOCK))."""
+    whole = logits.shape[1] // RANKED_BLOCK * RANKED_BLOCK
+    maxima = logits[:, :whole].unflatten(1, (-1, RANKED_BLOCK)).amax(dim=2) if whole else logits[:, :0]
     if whole == logits.shape[1]:
         return maxima
     return torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
