@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
+from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest, quantization_text
 
 # Keys of extraction.json in the order in which a reader asks for them; all others follow in the file's.
 FIRST_KEYS = (
-    *("model_id", "model_revision", "base_revision", "gguf_file", "dtype", "head_dtype", "attn_implementation"),
+    *("model_id", "model_revision", "base_revision", "gguf_file", "quantization"),
+    *("dtype", "head_dtype", "attn_implementation"),
     *("tokenizer_fingerprint", "chat_template", "tools_template", "template_kwargs", "template_date", "system_prompt"),
     *("top_k", "top_p", "num_sampled", "thinned_from", "seed"),
 )
@@ -75,6 +76,7 @@ class RunRecord:
     dtype: str
     head_dtype: str
     attn_implementation: str | None
+    quantization: str | None
     all_turns: bool
     max_samples: int | None
 
@@ -91,6 +93,7 @@ def run_record(dataset: StoredDataset) -> RunRecord:
         source_split=manifest.split,
         source_revision=manifest.dataset_revision,
         attn_implementation=manifest.attn_implementation,
+        quantization=quantization_text(manifest.quantization) if manifest.quantization else None,
         all_turns=manifest.all_turns,
         max_samples=manifest.max_samples,
         **{name: getattr(manifest, name) for name in same},

@@ -101,7 +101,7 @@ def spread(num_rows: int, count: int) -> list[int]:
 def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
     """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
     with stage("Importing torch and transformers"):
-        from chat_logits.model import loading
+        from chat_logits.model import loading, quantization
 
     source, revision = recorded_place(dataset, model_id, "model_id")
     manifest = dataset.manifest
@@ -122,6 +122,7 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
             trust_remote_code,
             base_revision=base,
             head_dtype=manifest.head_dtype,
+            quantization=quantization.option_of(manifest.quantization),
         )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:

@@ -51,7 +51,8 @@ def _record(run: RunRecord) -> list[tuple[str, str]]:
     """Where the rows come from, and how, in a line each."""
     source = " · ".join(filter(None, (run.source_id, run.source_config, f"split {run.source_split}")))
     nucleus = f"top-k {run.top_k:,}, top-p {run.top_p:g}, {run.num_sampled} draws from the tail, seed {run.seed}"
-    precision = f"{run.dtype}, head {run.head_dtype}, attention {run.attn_implementation or 'not recorded'}"
+    weights = f", weights {run.quantization}" if run.quantization else ""
+    precision = f"{run.dtype}{weights}, head {run.head_dtype}, attention {run.attn_implementation or 'not recorded'}"
     turns = "all turns" if run.all_turns else "last turn"
     most = "all rows" if run.max_samples is None else f"the first {run.max_samples:,} rows"
     lines = [

@@ -14,6 +14,7 @@ from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import is_commit
+from chat_logits.model.quantization import option_of
 from chat_logits.storage.manifest import Manifest, RunInputs
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ SAME = (
     *("top_k", "top_p", "num_sampled", "seed", "rows_per_shard", "max_samples"),
     *("system_prompt", "template_kwargs", "all_turns", "keep_end_of_turn"),
 )
-OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file"]  # of the recorded one alone
+OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file", "quantization"]  # of the recorded one alone
 COLUMNS = ("messages", "prompt", "response", "tools")
 BY_OPTION = "chat_template"  # in the words on where a template's spans come from
 SHOWN = 60  # characters of a value in the log
@@ -43,6 +44,8 @@ def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
 
 def _recorded_value(recorded: RunInputs, name: str) -> Any:
     value = getattr(recorded, name)
+    if name == "quantization":
+        return option_of(value)
     return bool(value) if name == "keep_end_of_turn" else value
 
 

@@ -16,8 +16,9 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import InputLimits, input_limits, load_config
+from chat_logits.model.quantization import find_quantization
 from chat_logits.stages import stage
-from chat_logits.storage.manifest import Manifest, RunInputs
+from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
@@ -49,6 +50,12 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     with stage("Reading the model's configuration"):
         weights_id, weights_commit, base_revision = _weights(config, recorded)
         limits = input_limits(load_config(weights_id, weights_commit, config.gguf_file, config.trust_remote_code))
+        quantization = None
+        if not config.gguf_file:
+            code, option = config.trust_remote_code, config.quantization
+            quantization = find_quantization(weights_id, weights_commit, code, option, base_revision is not None)
+    if quantization:
+        logger.info("Weights: %s", quantization_text(quantization))
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     with stage("Reading the tokenizer"):
@@ -58,7 +65,7 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
     base_commit = weights_commit if base_revision else None
     with stage("Telling which run it is, by the model's files" if commit is None else "Telling which run it is"):
-        described = _describe(config, reader, commit, base_revision)
+        described = _describe(config, reader, commit, base_revision, quantization)
     return OpenedRun(config, reader, commit, base_commit, described)
 
 
@@ -112,7 +119,9 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
     return replace(config, **commits)
 
 
-def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_revision: str | None) -> RunInputs:
+def _describe(
+    config: ExtractConfig, reader: Reader, commit: str | None, base_revision: str | None, quantization: dict | None
+) -> RunInputs:
     return RunInputs(
         top_k=config.top_k,
         top_p=config.top_p,
@@ -123,6 +132,7 @@ def _describe(config: ExtractConfig, reader: Reader, commit: str | None, base_re
         model_revision=commit or hash_files(config.model_id),
         base_revision=base_revision,
         gguf_file=config.gguf_file,
+        quantization=quantization,
         tokenizer_fingerprint=tokenizer_fingerprint(reader.aligner.tokenizer),
         dataset_id=config.dataset_id,
         dataset_config=config.dataset_config,

@@ -133,6 +133,7 @@ class ShardComputer:
                 self._stack.enter_context(scratch_folder()) if config.device_map else None,
                 self.opened.base_commit,
                 config.head_dtype,
+                config.quantization,
             )
         with stage("Checking the model: padded batches and shared prefixes against its reference forward pass"):
             self.sharing = probe.probe_model(self.model)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chat_logits.errors import UsageError
+from chat_logits.model.quantization import CHOICES
 from chat_logits.options import COMPUTED, READ, Config, option
 
 
@@ -63,6 +64,14 @@ class ModelConfig(Config):
         group=COMPUTED,
         choices=("float32", "model"),
     )
+    quantization: str | None = option(
+        None,
+        help="load a 16-bit model in fewer bits, by the package in the name (4 bits are nf4), or compute with a "
+        "quantised checkpoint's weights in `dtype`, where no kernels for it run here",
+        unset="as the checkpoint is",
+        group=COMPUTED,
+        choices=CHOICES,
+    )
     device: str | None = option(
         None, help="cpu, cuda, cuda:1, mps, …", unset="the first accelerator, else cpu", group=COMPUTED, metavar="NAME"
     )
@@ -92,5 +101,7 @@ class ModelConfig(Config):
         super().__post_init__()
         if self.device and self.device_map:
             raise UsageError(f"`device` {self.device}: `device_map` chooses the devices; leave one of the two out")
+        if self.quantization and self.gguf_file:
+            raise UsageError(f"`quantization` {self.quantization}: a GGUF file has its own; leave it out")
         if self.max_memory is not None and not self.device_map:
             raise UsageError("`max_memory`: it goes with `device_map`; batches have `batch_tokens` and `logit_memory`")

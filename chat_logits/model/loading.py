@@ -17,6 +17,7 @@ from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
+from chat_logits.model.quantization import find_quantization, finish_quantized, quantized_loading, stored_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def load_model(
     offload_folder: Path | None = None,
     base_revision: str | None = None,
     head_dtype: str | None = None,
+    quantization: str | None = None,
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
@@ -63,12 +65,19 @@ def load_model(
     ``offload_folder`` must be there as long as the model is used. ``head_dtype`` is ``use_head_dtype``'s.
     A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here. Of a
     vision-language checkpoint the text model is used. An adapter is merged into its base, which is taken at
-    ``base_revision``, by default the one that the adapter names. Raises ToolkitError where a checkpoint is not whole.
+    ``base_revision``, by default the one that the adapter names. A quantised checkpoint is computed with as it is;
+    ``quantization``, one of ``quantization.CHOICES``, loads another in fewer bits, or dequantises one.
+    Raises ToolkitError where a checkpoint is not whole, and before weights are read where it does not run here.
     """
     base = find_base(model_id, revision, gguf_file)
     if base and device_map:
         raise UsageError(f"`device_map`: model {model_id} is an adapter; merge it, save the model, and give that")
     options = loading_options(dtype, device, device_map, max_memory, offload_folder)
+    weights_id, weights_revision = (base.model_id, base_revision or base.revision) if base else (model_id, revision)
+    quantized = None
+    if not gguf_file:
+        quantized = find_quantization(weights_id, weights_revision, trust_remote_code, quantization, base is not None)
+    options |= quantized_loading(model_id, quantized, device, device_map)
     options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -79,8 +88,9 @@ def load_model(
         model = _load_adapted(base, model_id, revision, base_revision, options)
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
+    finish_quantized(model_id, model, quantized)
     use_head_dtype(model, head_dtype)
-    return model.eval() if device_map else model.eval().to(device)
+    return model.eval() if "device_map" in options else model.eval().to(device)
 
 
 def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, options: dict):
@@ -231,7 +241,7 @@ def compute_devices(model) -> list[torch.device]:
 def largest_fetch(model) -> int:
     """Bytes of the largest weights that are brought from memory or disk for the time a layer works, 0 if none are."""
     fetched = [
-        sum(weights.nbytes for weights in module.parameters(recurse=False) if weights.is_meta)
+        sum(stored_bytes(weights) for weights in module.parameters(recurse=False) if weights.is_meta)
         for module in model.modules()
     ]
     return max(fetched)

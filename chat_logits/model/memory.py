@@ -23,6 +23,7 @@ import torch
 
 from chat_logits.model.batching import Budget
 from chat_logits.model.loading import compute_devices, input_device, largest_fetch
+from chat_logits.model.quantization import stored_bytes
 
 MIB = 2**20
 CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache
@@ -76,7 +77,7 @@ def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> 
 
 def _room(model, device: torch.device) -> int:
     """Bytes of the device beside the weights that lie there and those that are brought there."""
-    weights = sum(weights.nbytes for weights in model.parameters() if weights.device == device)
+    weights = sum(stored_bytes(weights) for weights in model.parameters() if weights.device == device)
     return total_memory(device) - weights - 2 * largest_fetch(model)
 
 

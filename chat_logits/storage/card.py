@@ -3,7 +3,7 @@
 from huggingface_hub import DatasetCardData
 
 from chat_logits.hub import is_commit
-from chat_logits.storage.manifest import Manifest
+from chat_logits.storage.manifest import Manifest, quantization_text
 from chat_logits.storage.shard_list import ShardEntry
 
 THIS_FOLDER = "path/to/this/folder"  # what the snippets of a card name that is in no repository
@@ -79,7 +79,7 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 | model | `{model_id}` | `{model_revision}` | {model_license} |
 | dataset | `{dataset_id}` | `{dataset_revision}` | {dataset_license} |
 
-Computed in {dtype}, logits in {head_dtype}, with {attn_implementation} attention, seed {seed}.
+Computed in {dtype}{weights}, logits in {head_dtype}, with {attn_implementation} attention, seed {seed}.
 """
 
 NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk; the target \
@@ -119,7 +119,8 @@ def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = plac
     metadata = card_metadata(manifest, entries).to_yaml()
     origin = ORIGIN.format(**manifest.thinned_from[-1]) if manifest.thinned_from else ""
     origin += _choice(manifest, entries)
-    texts = {"metadata": metadata, "numbers": _numbers(entries), "place": place, "origin": origin}
+    weights = f" (weights {quantization_text(manifest.quantization)})" if manifest.quantization else ""
+    texts = {"weights": weights, "metadata": metadata, "numbers": _numbers(entries), "place": place, "origin": origin}
     return CARD.format(**manifest.as_json(), **licenses, **texts)
 
 

@@ -48,11 +48,13 @@ FINGERPRINT_KEYS = (
     "attn_implementation",
 )
 # Of these, those that have a value decide the rows too.
-IF_PRESENT = ("base_revision", "keep_end_of_turn", "thinned_from", "filtered_from")
+IF_PRESENT = ("base_revision", "quantization", "keep_end_of_turn", "thinned_from", "filtered_from")
 # Of each dataset that a thinned one comes from
 ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
 # Of each dataset that a filtered one has its rows from: the condition that they fulfil, or their numbers there
 CHOICE_KEYS = {"fingerprint": str, "condition": str | None, "rows": list | None}
+# How the weights came to have fewer bits, and the configuration of it
+QUANTIZATION_KEYS = {"weights": str, "config": dict}
 LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -74,6 +76,7 @@ class RunInputs:
     model_revision: str
     base_revision: str | None = None
     gguf_file: str | None
+    quantization: dict | None = None
     tokenizer_fingerprint: str
     dataset_id: str
     dataset_config: str | None
@@ -202,11 +205,21 @@ def _fits(key: str, value: object) -> bool:
         return isinstance(value, int | float)
     if key in CHAINS:
         return value is None or (isinstance(value, list) and bool(value) and all(map(CHAINS[key], value)))
+    if key == "quantization" and value is not None:
+        return _is_quantization(value)
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, int) for item in value)
     if key in DATES and isinstance(value, str):
         return bool(DATE.fullmatch(value)) and _is_day(value)
     return isinstance(value, kind) and (key not in LEAST or value >= LEAST[key])
+
+
+def _is_quantization(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == QUANTIZATION_KEYS.keys()
+        and all(isinstance(value[key], kind) for key, kind in QUANTIZATION_KEYS.items())
+    )
 
 
 def _is_origin(value: object) -> bool:
@@ -252,8 +265,21 @@ def _expected(key: str) -> str:
         return "a day such as 2024-02-29, or null"
     if key in CHAINS:
         return f"a list of objects with {', '.join(ORIGIN_KEYS if key == 'thinned_from' else CHOICE_KEYS)}"
+    if key == "quantization":
+        return f"an object with {' and '.join(QUANTIZATION_KEYS)}, or null"
     name = "list of int" if kind is list else getattr(kind, "__name__", str(kind))
     return f"{name} of at least {LEAST[key]}" if key in LEAST else name
+
+
+def quantization_text(quantization: dict) -> str:
+    """A run's ``quantization`` in words.
+
+    >>> quantization_text({"weights": "as stored", "config": {"quant_method": "gptq", "bits": 4}})
+    'gptq, 4 bit, as stored'
+    """
+    config = quantization["config"]
+    bits = next((n for n in (4, 8) if config.get(f"load_in_{n}bit")), config.get("bits"))
+    return ", ".join(filter(None, (str(config.get("quant_method")), bits and f"{bits} bit", quantization["weights"])))
 
 
 def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError:

@@ -1,0 +1,229 @@
+"""Models in fewer bits: checkpoints that are quantised, and 16-bit ones that are quantised as they are loaded.
+
+transformers' quantizers do the work. Where a device cannot compute with a checkpoint's weights, some of them dequantise
+these and say so in a log alone; here that is refused, but where `quantization` dequantize asks for it. Nothing of this
+needs torch before ``quantized_loading``, which is called before any weight is read.
+"""
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.limits import load_config
+
+AS_STORED, QUANTIZED, DEQUANTIZED = "as stored", "quantized on loading", "dequantized on loading"
+DEQUANTIZE = "dequantize"
+INT8_BY_ROW = {
+    "_type": "Int8WeightOnlyConfig",
+    "_version": 2,
+    "_data": {
+        "group_size": None,
+        "granularity": {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}},
+        "set_inductor_config": False,
+    },
+}
+# What each quantises by. The threshold 0 is not bitsandbytes' default: above it, the columns that stay in 16 bits are
+# chosen by all tokens of a batch, so that logits change with the tokens behind and with the other conversations.
+METHODS: dict[str, dict] = {
+    "bitsandbytes-8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
+    "bitsandbytes-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "torchao-int8": {"quant_method": "torchao", "quant_type": {"default": INT8_BY_ROW}},
+}
+CHOICES = (*METHODS, DEQUANTIZE)
+DEQUANTIZING = ("fp8", "mxfp8", "mxfp4", "metal", "compressed-tensors")  # whose quantizers can do so as they load
+# Whose kernels are a GPU's alone. transformers asks for one on the machine, not whether the model is on it.
+ON_GPU = ("eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "metal", "mxfp8", "nvfp4", "spqr", "vptq")
+NEEDS = {
+    **dict.fromkeys(("fp8", "mxfp8"), "a GPU of compute capability 8.9 or above, and the package kernels"),
+    "fbgemm_fp8": "a GPU of compute capability 9.0 or above, and the package fbgemm-gpu",
+    "mxfp4": "the packages triton (3.5 or above) and kernels, and of GPUs a compute capability of 7.5 or above",
+    "metal": "Apple's GPU, and the package kernels",
+    "nvfp4": "a GPU of compute capability 10.0 or above, and the package kernels",
+    "compressed-tensors": "a GPU of compute capability 8.9 or above for use_optimized_inference",
+}
+WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forward pass
+SHOWN = 300  # characters of what a library says
+
+
+def find_quantization(
+    model_id: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    option: str | None = None,
+    is_adapter: bool = False,
+) -> dict | None:
+    """How a model's weights are quantised, as ``extraction.json`` records it (FORMAT.md); None for one that is not.
+
+    ``model_id`` is where the weights are. Raises UsageError for an ``option``, one of ``CHOICES``, that they cannot
+    have, ToolkitError for a checkpoint that cannot be used.
+    """
+    own = _own_config(load_config(model_id, revision, trust_remote_code=trust_remote_code))
+    name = f"model {model_id}"
+    if is_adapter and (own or option):
+        kind = _method(name, own) if own else option
+        raise UsageError(f"{name}: an adapter is not merged into quantised weights ({kind}); merge it, and save that")
+    if own is None and option == DEQUANTIZE:
+        raise UsageError(f"`quantization` {option}: {model_id} is not quantised (config.json); leave it out")
+    if own is None:
+        return {"weights": QUANTIZED, "config": METHODS[option]} if option else None
+    method = _method(name, own)
+    if option in METHODS:
+        raise UsageError(f"`quantization` {option}: {model_id} is quantised already ({method}); leave it out")
+    if option and method not in DEQUANTIZING:
+        raise UsageError(f"`quantization` {option}: {model_id} is in {method}; only {', '.join(DEQUANTIZING)} can be")
+    _refuse_outlier_columns(name, own)
+    return {"weights": DEQUANTIZED if option else AS_STORED, "config": own}
+
+
+def option_of(recorded: dict | None) -> str | None:
+    """The option that a run was given whose record this is. Raises ToolkitError where there is none such."""
+    if recorded is None or recorded["weights"] == AS_STORED:
+        return None
+    if recorded["weights"] == DEQUANTIZED:
+        return DEQUANTIZE
+    for option, config in METHODS.items():
+        if config == recorded["config"]:
+            return option
+    raise ToolkitError(f"extraction.json has a quantization on loading that is none of {', '.join(METHODS)}")
+
+
+def _own_config(model_config: Any) -> dict | None:
+    """The checkpoint's ``quantization_config``, where transformers looks for it."""
+    own = getattr(model_config, "quantization_config", None)
+    return own or getattr(model_config.get_text_config(decoder=True), "quantization_config", None) or None
+
+
+def _method(name: str, config: dict) -> str:
+    """The method's name. Raises ToolkitError for one that transformers does not know, and would leave out."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    if config.get("load_in_8bit") or config.get("load_in_4bit"):
+        return "bitsandbytes"
+    method = config.get("quant_method")
+    if method not in KNOWN and method != "bitsandbytes":
+        raise ToolkitError(
+            f"{name}: its config.json has a quantization_config of the method {str(method)[:40]!r}, which this "
+            "transformers does not know. Take another checkpoint of it, or a transformers that does."
+        )
+    return str(method)
+
+
+def _refuse_outlier_columns(name: str, config: dict) -> None:
+    threshold = config.get("llm_int8_threshold", 6.0)
+    if config.get("load_in_8bit") and threshold > 0:
+        raise ToolkitError(
+            f"{name}: in 8 bits of bitsandbytes with llm_int8_threshold {threshold:g}, so that logits change with the "
+            "tokens behind. Expected 0: set it in its config.json, or load the 16-bit model by `quantization` "
+            "bitsandbytes-8bit."
+        )
+
+
+def quantized_loading(model_id: str, quantization: dict | None, device: Any, device_map: str | None = None) -> dict:
+    """What ``from_pretrained`` needs for it, nothing without.
+
+    Raises ToolkitError for what does not run here: a package is missing, the device is none of the method's, or
+    transformers would dequantise without being asked.
+    """
+    if quantization is None:
+        return {}
+    name, stored, wanted = f"model {model_id}", quantization["weights"] != QUANTIZED, dict(quantization["config"])
+    method, asked = _method(name, wanted), quantization["weights"] == DEQUANTIZED
+    _refuse_missing_packages(name, method, stored)
+    if method in ON_GPU and not asked and _is_on_cpu(device, device_map):
+        raise _not_here(name, method, "here is a CPU")
+    where = device_map or {"": str(device)}
+    config, is_changed = _validated(name, method, {**wanted, "dequantize": True} if asked else wanted, stored, where)
+    if is_changed and not asked:
+        raise _not_here(name, method, "not all of it is here")
+    if not asked and method in WITH_KERNELS and importlib.util.find_spec("kernels") is None:
+        raise _not_here(name, method, "kernels is not installed")
+    return {"device_map": where, **({} if quantization["weights"] == AS_STORED else {"quantization_config": config})}
+
+
+def _refuse_missing_packages(name: str, method: str, stored: bool) -> None:
+    of_method = [] if stored else [method]  # of stored ones, transformers knows which
+    for package in ("accelerate", *of_method):
+        if importlib.util.find_spec(package) is None:
+            raise ToolkitError(
+                f"{name}: weights in {method} need the package {package}, which is not installed.\n"
+                "Install it at the version in requirements-dev.txt, or load the model as it is."
+            )
+
+
+def _is_on_cpu(device: Any, device_map: str | None) -> bool:
+    import torch
+
+    if device_map:
+        return torch.accelerator.current_accelerator(check_available=True) is None
+    return torch.device(device).type == "cpu"
+
+
+def _not_here(name: str, method: str, here: str) -> ToolkitError:
+    way_out = "Take a checkpoint in 16 bits"
+    if method in DEQUANTIZING:
+        way_out += f", or compute with its weights in `dtype` by `quantization` {DEQUANTIZE}"
+    needs = NEEDS.get(method, "a GPU")
+    return ToolkitError(f"{name}: its weights are in {method}, which needs {needs}; {here}.\n{way_out}.")
+
+
+def _validated(name: str, method: str, wanted: dict, stored: bool, device_map: Any) -> tuple[Any, bool]:
+    """transformers' own object of a configuration that may run here, and whether it would run it as another one.
+
+    It reads no weights for it.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    try:
+        with _without_warnings():
+            config = AutoQuantizationConfig.from_dict(copy.deepcopy(wanted))
+            is_optimized = getattr(config, "use_optimized_inference", False)
+            quantizer = AutoHfQuantizer.from_config(config, pre_quantized=stored)
+            quantizer.validate_environment(device_map=device_map, weights_only=True)
+    except Exception as error:
+        said = f"it needs the package {error.name}" if isinstance(error, ModuleNotFoundError) else str(error)
+        line = " ".join(said.split())[:SHOWN].rstrip(".") or type(error).__name__
+        raise ToolkitError(f"{name}: its weights are in {method}: {line}. Or take a checkpoint in 16 bits.") from error
+    is_changed = getattr(config, "dequantize", False) or (is_optimized and not quantizer.use_fp8_kernel)
+    return config, is_changed
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Within, transformers does not say what it would do in place of what was asked for."""
+    from transformers.utils import logging as its
+
+    level = its.get_verbosity()
+    its.set_verbosity_error()
+    try:
+        yield
+    finally:
+        its.set_verbosity(level)
+
+
+def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> None:
+    """Have a loaded model compute in its own dtype. Raises ToolkitError where rows of its lm_head cannot be counted."""
+    head = model.get_output_embeddings()
+    shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
+    if hasattr(head, "out_features") and shape != (head.out_features, head.in_features):
+        raise ToolkitError(
+            f"model {model_id}: its lm_head is a {type(head).__name__} of packed weights, which gives no vocabulary. "
+            "Expected a plain matrix: take a checkpoint that leaves the lm_head out, or one in 16 bits."
+        )
+    if quantization is None:
+        return
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a conversion at each product
+    if quantization["weights"] == QUANTIZED:
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):  # bitsandbytes' in 4 bits: float32, if nothing is said
+                module.compute_dtype = model.dtype
+
+
+def stored_bytes(weights: Any) -> int:
+    """Bytes that a tensor takes. One of torchao says what it would take unquantised, and has its parts beside."""
+    if hasattr(weights, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(weights, part)) for part in weights.__tensor_flatten__()[0])
+    return weights.nbytes
