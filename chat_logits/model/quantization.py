@@ -8,6 +8,7 @@ needs torch before ``quantized_loading``, which is called before any weight is r
 import copy
 import importlib.util
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,6 +142,8 @@ def quantized_loading(model_id: str, quantization: dict | None, device: Any, dev
         raise _not_here(name, method, "not all of it is here")
     if not asked and method in WITH_KERNELS and importlib.util.find_spec("kernels") is None:
         raise _not_here(name, method, "kernels is not installed")
+    if asked:  # which transformers tells of as if the configuration were another one
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
     return {"device_map": where, **({} if quantization["weights"] == AS_STORED else {"quantization_config": config})}
 
 

@@ -279,7 +279,8 @@ def quantization_text(quantization: dict) -> str:
     """
     config = quantization["config"]
     bits = next((n for n in (4, 8) if config.get(f"load_in_{n}bit")), config.get("bits"))
-    return ", ".join(filter(None, (str(config.get("quant_method")), bits and f"{bits} bit", quantization["weights"])))
+    parts = [str(config.get("quant_method")), f"{bits} bit" if bits else "", quantization["weights"]]
+    return ", ".join(filter(None, parts))
 
 
 def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError:

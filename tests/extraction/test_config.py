@@ -19,7 +19,7 @@ DEFAULTS = {
     ),
     **dict.fromkeys(("prompt_column", "response_column", "system_prompt", "max_samples", "max_length")),
     **dict.fromkeys(("tools_column", "chat_template", "output_repo", "output_revision", "output_dir", "ray_address")),
-    **dict.fromkeys(("num_cpu_workers",)),
+    **dict.fromkeys(("num_cpu_workers", "quantization")),
     **dict.fromkeys(("all_turns", "keep_end_of_turn", "trust_remote_code", "streaming", "private"), False),
     **dict.fromkeys(("overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},

@@ -87,6 +87,17 @@ def test_a_key_that_decides_the_rows_must_be_there(content, key):
         ("template_kwargs", [], r"template_kwargs \[\], expected dict"),
         ("skipped_token_ids", [1, "2"], r"skipped_token_ids \[1, '2'\], expected list of int"),
         ("prefix_cache", "yes", r"prefix_cache 'yes', expected bool \| None"),
+        ("quantization", "awq", "quantization 'awq', expected an object with weights and config, or null"),
+        (
+            "quantization",
+            {"weights": "as stored"},
+            "quantization .*, expected an object with weights and config, or null",
+        ),
+        (
+            "quantization",
+            {"weights": 4, "config": {}},
+            "quantization .*, expected an object with weights and config, or null",
+        ),
         ("template_date", "2023-02-29", "template_date '2023-02-29', expected a day such as 2024-02-29, or null"),
         ("template_date", "today", "template_date 'today', expected a day such as 2024-02-29, or null"),
         ("template_date", 20240229, "template_date 20240229, expected a day such as 2024-02-29, or null"),
@@ -161,7 +172,12 @@ def test_a_changed_listing_is_refused(quick_run, tmp_path):
         read_shards(tmp_path / "shards.json", "here")
 
 
-@pytest.mark.parametrize(("key", "value"), [("base_revision", "a" * 40), ("keep_end_of_turn", True)])
+QUANTIZATION = {"weights": "as stored", "config": {"quant_method": "awq", "bits": 4, "modules_to_not_convert": None}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("base_revision", "a" * 40), ("keep_end_of_turn", True), ("quantization", QUANTIZATION)]
+)
 def test_keys_that_decide_the_rows_where_they_are_there(content, key, value):
     """Added to the canonical JSON that FORMAT.md has; a run without one keeps its fingerprint and its file."""
     plain, other = of(content), of({**content, key: value})
