@@ -33,12 +33,13 @@ def load(way: str | None, dtype: str):
 
 @torch.inference_mode()
 def batch_error(model) -> tuple[float, float]:
-    """The most that a row of the start-up check differs in a padded batch, of its spread, and what is tolerated."""
+    """The most that a row of the start-up check differs in a padded batch: of the row's spread, and of its limit."""
     conversations = probe._conversations(model, probe.SHORT)
     expected = probe._reference_rows(model, conversations.all)
     tolerance = probe._tolerance(model, conversations.all[0], expected)
     differences = probe.row_differences(probe._rows(model, conversations, "padded"), expected)
-    return (differences / probe.row_limits(expected, 1.0, torch.float32)).max().item(), tolerance
+    limits = (probe.row_limits(expected, *each) for each in ((1.0, torch.float32), (tolerance, model.dtype)))
+    return tuple((differences / each).max().item() for each in limits)
 
 
 @torch.inference_mode()
@@ -65,7 +66,7 @@ def main() -> None:
     tokens = sum(len(alignment.positions) for alignment in ready)
     print(f"{options.dtype}, {len(ready)} conversations, {tokens} extracted tokens\n")
     print(
-        "| quantization | MiB | loaded, s | tokens/s | KL, nats | top-1 the same | in a batch: error, tolerance | may |"
+        "| quantization | MiB | loaded, s | tokens/s | KL, nats | top-1 the same | in a batch: of the spread, of the limit | may share |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     plain = None
@@ -81,8 +82,8 @@ def main() -> None:
         kl = (plain.exp() * (plain - found)).sum(dim=1).double().mean().item()
         same = (plain.argmax(dim=1) == found.argmax(dim=1)).double().mean().item()
         size = sum(map(quantization.stored_bytes, model.parameters())) / 2**20
-        error, tolerance = batch_error(model)
-        figures = f"{size:,.0f} | {loaded:.1f} | {speed:,.0f} | {kl:.2g} | {same:.1%} | {error:.1e}, {tolerance:.0e}"
+        of_spread, of_limit = batch_error(model)
+        figures = f"{size:,.0f} | {loaded:.1f} | {speed:,.0f} | {kl:.2g} | {same:.1%} | {of_spread:.1e}, {of_limit:.2g}"
         print(f"| {way or 'none'} | {figures} | {verdict(model)} |", flush=True)
 
 
