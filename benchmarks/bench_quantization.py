@@ -65,9 +65,8 @@ def main() -> None:
     ready = [aligned.alignment for aligned in prepare(options.conversations).reader.align(0, options.conversations)[0]]
     tokens = sum(len(alignment.positions) for alignment in ready)
     print(f"{options.dtype}, {len(ready)} conversations, {tokens} extracted tokens\n")
-    print(
-        "| quantization | MiB | loaded, s | tokens/s | KL, nats | top-1 the same | in a batch: of the spread, of the limit | may share |"
-    )
+    names = ("quantization", "MiB", "loaded, s", "tokens/s", "KL, nats", "top-1 the same")
+    print(f"| {' | '.join(names)} | in a batch: of the spread, of the limit | may share |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     plain = None
     for way in WAYS:

@@ -49,6 +49,10 @@ NEEDS = {
 WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forward pass
 SHOWN = 300  # characters of what a library says
 
+# transformers imports torchao with every model, where it is installed: it tells of other devices' kernels each time.
+for talkative in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(talkative).setLevel(logging.ERROR)
+
 
 def find_quantization(
     model_id: str,

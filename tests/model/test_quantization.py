@@ -15,6 +15,7 @@ from test_adapters import write_adapter
 import extract_logits
 from chat_logits.analysis.runs import run_differences, run_record
 from chat_logits.analysis.verification import load_recorded_model, verify
+from chat_logits.display import dataset_page
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model import loading
 from chat_logits.model.head import use_head_dtype
@@ -346,7 +347,8 @@ def test_a_run_records_how_its_weights_were_quantized(int8_run, quick_run):
     differences = {each.key: (each.first, each.other) for each in run_differences(plain.manifest, dataset.manifest)}
     assert differences["quantization.weights"] == (None, "quantized on loading")
     assert differences["quantization.config.quant_method"] == (None, "torchao")
-    assert run_record(dataset).quantization == "torchao, quantized on loading"
+    facts = dict(dataset_page._record(run_record(dataset)))
+    assert facts["Computed in"].startswith("float32, weights torchao, quantized on loading, head float32, attention ")
     card = (int8_run / "README.md").read_text(encoding="utf-8")
     assert "Computed in float32 (weights torchao, quantized on loading), logits in float32" in card
     assert "Computed in float32, logits" in render_card(plain.manifest, [])
