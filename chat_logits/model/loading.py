@@ -73,6 +73,8 @@ def load_model(
     if base and device_map:
         raise UsageError(f"`device_map`: model {model_id} is an adapter; merge it, save the model, and give that")
     options = loading_options(dtype, device, device_map, max_memory, offload_folder)
+    if base and base.model_id != model_id and find_base(base.model_id, base_revision or base.revision):
+        raise ToolkitError(f"model {model_id}: an adapter on {base.model_id}, which is an adapter itself; merge that")
     weights_id, weights_revision = (base.model_id, base_revision or base.revision) if base else (model_id, revision)
     quantized = None
     if not gguf_file:
@@ -120,8 +122,6 @@ def _without_its_bar() -> Iterator[None]:
 def _load_adapted(base: Base, model_id: str, revision: str | None, base_revision: str | None, options: dict):
     if base.model_id == model_id:
         options = {**options, **NO_ADAPTER}
-    elif find_base(base.model_id, base_revision or base.revision):
-        raise ToolkitError(f"model {model_id}: an adapter on {base.model_id}, which is an adapter itself; merge that")
     logger.info("Merging the adapter %s into %s …", model_id, base.model_id)
     return merge(_load_whole(base.model_id, base_revision or base.revision, None, options), model_id, revision)
 

@@ -326,11 +326,11 @@ def test_the_option_is_that_of_the_record():
 @pytest.fixture(scope="session")
 def int8_run(shared, quick_model, calm_source):
     """The run of ``runs.py`` with ``quick_model`` in int8, of which a shard is missing."""
-    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
     import runs
 
     def make(folder) -> None:
-        flags = [*runs.flags_for(quick_model, calm_source, folder / "out"), "--quantization", "torchao-int8"]
+        flags = [*runs.flags_for(quick_model, calm_source, folder / "out"), "--quantization", "bitsandbytes-8bit"]
         assert extract_logits.main([*flags, "--max_samples", "36"]) == 0
 
     return shared("int8_run", make) / "out"
@@ -338,7 +338,7 @@ def int8_run(shared, quick_model, calm_source):
 
 def test_a_run_records_how_its_weights_were_quantized(int8_run, quick_run):
     dataset, plain = open_dataset(str(int8_run)), open_dataset(str(quick_run))
-    quantization = {"weights": "quantized on loading", "config": METHODS["torchao-int8"]}
+    quantization = {"weights": "quantized on loading", "config": METHODS["bitsandbytes-8bit"]}
     assert dataset.manifest.quantization == quantization
     assert replace(dataset.manifest, quantization=None, max_samples=None) == plain.manifest
     without = replace(dataset.manifest, quantization=None)
@@ -346,11 +346,13 @@ def test_a_run_records_how_its_weights_were_quantized(int8_run, quick_run):
     assert "quantization" not in plain.manifest.as_json()
     differences = {each.key: (each.first, each.other) for each in run_differences(plain.manifest, dataset.manifest)}
     assert differences["quantization.weights"] == (None, "quantized on loading")
-    assert differences["quantization.config.quant_method"] == (None, "torchao")
+    assert differences["quantization.config.quant_method"] == (None, "bitsandbytes")
     facts = dict(dataset_page._record(run_record(dataset)))
-    assert facts["Computed in"].startswith("float32, weights torchao, quantized on loading, head float32, attention ")
+    assert facts["Computed in"].startswith(
+        "float32, weights bitsandbytes, 8 bit, quantized on loading, head float32, attention "
+    )
     card = (int8_run / "README.md").read_text(encoding="utf-8")
-    assert "Computed in float32 (weights torchao, quantized on loading), logits in float32" in card
+    assert "Computed in float32 (weights bitsandbytes, 8 bit, quantized on loading), logits in float32" in card
     assert "Computed in float32, logits" in render_card(plain.manifest, [])
 
 
@@ -359,7 +361,7 @@ def test_a_run_holds_against_its_own_weights_and_not_against_the_plain_ones(int8
 
     dataset = open_dataset(str(int8_run))
     model = load_recorded_model(dataset)
-    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Params"
     report = verify(dataset, load_tokenizer(str(quick_model)), 6)
     assert report.holds and report.figures["kl_mean"] < 1e-3 and abs(report.figures["token_log_probs"]) < 1e-3
     dataset.manifest.__dict__["quantization"] = None  # as if it were not recorded
@@ -379,7 +381,7 @@ def test_a_run_resumes_with_its_own_quantization_alone(int8_run, flags, tmp_path
     assert extract_logits.main(wanted) == 0
     told = capsys.readouterr().err
     assert "taken from the run that is resumed: `max_samples`" not in told
-    assert "--quantization torchao-int8" in told and "Weights: torchao, quantized on loading" in told
+    assert "--quantization bitsandbytes-8bit" in told and "Weights: bitsandbytes, 8 bit, quantized on loading" in told
     assert shards[5].read_bytes() == rows
 
 
