@@ -14,7 +14,14 @@ import shlex
 import sys
 
 from chat_logits.cli.command_line import leave, leave_torch_out, run_command
-from chat_logits.cli.extract_options import KINDS, ExtractOptions, build_parser, config_words, read_config
+from chat_logits.cli.extract_options import (
+    KINDS,
+    ExtractOptions,
+    build_parser,
+    config_words,
+    read_config,
+    read_plan_config,
+)
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import is_being_replaced
 
@@ -23,6 +30,11 @@ logger = logging.getLogger("chat_logits.extract_logits")
 
 def _run(options: ExtractOptions, given: dict, command: list[str]) -> None:
     """``command`` are the words that start this command, those of ``given`` among them."""
+    if options.plan:
+        from chat_logits.cli.extract_report import show_plan
+
+        show_plan(read_plan_config(options, given), options.plan_for)
+        return
     config = read_config(options, given)
     if options.preview is None:
         _extract(config, command)

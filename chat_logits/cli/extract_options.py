@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from chat_logits.cli.command_line import called_as
 from chat_logits.cli.config_file import read_config_file
 from chat_logits.cli.parser import CommandParser, CommonOptions, command_words, read_options, refuse_missing
+from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
+from chat_logits.model.cards import CARDS, DEFAULT_CARD, card_named
+from chat_logits.model.config import ModelConfig
 from chat_logits.options import COMPUTED, EXTRACTED, READ, SPREAD, WRITTEN, option, options_of
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,30 @@ class ExtractOptions(CommonOptions):
         least=1,
         example="2",
     )
+    plan: bool = option(
+        False,
+        help="print what the run would need and take: bytes on a card, cards, tokens, bytes of output, hours; load no "
+        "weights, write nothing; without a dataset, the model's part",
+        unset="off",
+        group=COMPUTED,
+        example="",
+    )
+    plan_for: str | None = option(
+        None,
+        help=f"with a plan, the card: {', '.join(CARDS)}, or its memory such as 80GiB",
+        unset=f"the accelerator here; if there is none, {DEFAULT_CARD}",
+        group=COMPUTED,
+        metavar="CARD",
+        check_value=card_named,
+        example=DEFAULT_CARD,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan_for is not None and not self.plan:
+            raise UsageError(f"`plan_for` {self.plan_for}: it goes with `plan`")
+        if self.plan and self.preview is not None:
+            raise UsageError("`plan` and `preview`: one at a time")
 
 
 KINDS = (ExtractConfig, ExtractOptions)
@@ -48,6 +75,21 @@ def build_parser() -> CommandParser:
 
 def read_config(options: ExtractOptions, given: dict) -> ExtractConfig:
     """The run that command line and config file describe together. Raises UsageError."""
+    values = _read_values(options, given)
+    refuse_missing(ExtractConfig, values)
+    return ExtractConfig(**values)
+
+
+def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
+    """As ``read_config``, but the model's options alone where no dataset is named."""
+    values = _read_values(options, given)
+    if "dataset_id" in values:
+        return ExtractConfig(**values)
+    refuse_missing(ModelConfig, values)
+    return ModelConfig(**{name: value for name, value in values.items() if name in options_of(ModelConfig)})
+
+
+def _read_values(options: ExtractOptions, given: dict) -> dict:
     chosen = read_options(ExtractConfig, given)
     in_file = read_config_file(options.config, ExtractConfig) if options.config else {}
     against = [
@@ -57,9 +99,7 @@ def read_config(options: ExtractOptions, given: dict) -> ExtractConfig:
     ]
     if against:
         logger.info("The command line wins over %s: %s", options.config, ", ".join(against))
-    values = {name: entry.value for name, entry in in_file.items()} | chosen
-    refuse_missing(ExtractConfig, values)
-    return ExtractConfig(**values)
+    return {name: entry.value for name, entry in in_file.items()} | chosen
 
 
 def config_words(config: ExtractConfig) -> list[str]:

@@ -1,16 +1,22 @@
 """What the extract command prints: conversations before any model runs, and a finished run in numbers."""
 
+import functools
 import shlex
 import shutil
 from pathlib import Path
 
 from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.tokens import count_text, label_tokens
+from chat_logits.cli.extract_options import KINDS
+from chat_logits.cli.parser import as_typed
+from chat_logits.display.tables import default_console
 from chat_logits.display.text import visible
 from chat_logits.display.token_tables import print_preview
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run import Extraction
 from chat_logits.extraction.run_description import open_run
+from chat_logits.model.config import ModelConfig
+from chat_logits.stages import stage
 
 
 def preview(config: ExtractConfig, count: int) -> None:
@@ -23,6 +29,15 @@ def preview(config: ExtractConfig, count: int) -> None:
     for entry in skipped:
         place = f" ({visible(entry['place'])})" if "place" in entry else ""
         print(f"Source row {entry['row']}{place} would be skipped: {visible(entry['reason'])}")
+
+
+def show_plan(config: ModelConfig, plan_for: str | None) -> None:
+    """Print what a run needs and takes, or a model alone, on this card. Loads no weights, writes nothing."""
+    with stage("Importing torch and transformers"):
+        from chat_logits.display.plan_tables import print_plan
+        from chat_logits.extraction.plan import plan
+
+    print_plan(plan(config, plan_for), default_console(), functools.partial(as_typed, kinds=KINDS))
 
 
 def print_extraction(done: Extraction) -> None:

@@ -50,7 +50,8 @@ class Column:
     """A table's column: ``least`` cells wide, or as many up to ``most`` as its place has.
 
     ``cells`` are its texts, or a function that gives them for a width. Numbers stand at the right end. One that
-    ``is_joined`` shares a column with the one before it in the terminal, two spaces apart.
+    ``is_joined`` shares a column with the one before it in the terminal, two spaces apart; one that ``is_wrapped``
+    takes several lines there for a text that is longer, where others are cut.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Column:
     most: int
     is_number: bool = False
     is_joined: bool = False
+    is_wrapped: bool = False
 
     def cells_at(self, width: int) -> Cells:
         """The texts for a width in cells."""
@@ -182,7 +184,8 @@ def draw(columns: Sequence[tuple[Column, int]], console: Console) -> None:
     table = rich.table.Table(box=LINES, show_edge=False, pad_edge=False, header_style="", width=rule)
     for column, width in columns:
         justify: JustifyMethod = "right" if column.is_number else "left"
-        table.add_column(Text(column.title), width=width, justify=justify, no_wrap=True, overflow="ellipsis")
+        cut: Any = {"overflow": "fold"} if column.is_wrapped else {"overflow": "ellipsis", "no_wrap": True}
+        table.add_column(Text(column.title), width=width, justify=justify, **cut)
     for row in zip(*(column.cells_at(width) for column, width in columns), strict=True):
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console.print("=" * rule, markup=False, soft_wrap=True)

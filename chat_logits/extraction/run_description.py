@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
@@ -15,6 +15,7 @@ from chat_logits.extraction.as_recorded import as_recorded, opened_as_recorded, 
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
+from chat_logits.model.config import ModelConfig
 from chat_logits.model.limits import InputLimits, input_limits, load_config
 from chat_logits.model.quantization import find_quantization
 from chat_logits.stages import stage
@@ -23,6 +24,8 @@ from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
 logger = logging.getLogger(__name__)
+
+Located = TypeVar("Located", bound=ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,7 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
             quantization = find_quantization(weights_id, weights_commit, code, option, base_revision is not None)
     if quantization:
         logger.info("Weights: %s", quantization_text(quantization))
-    if config.top_k > limits.vocab_size:
-        raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
-    with stage("Reading the tokenizer"):
-        tokenizer = load_tokenizer(config.model_id, commit, config.gguf_file, config.trust_remote_code)
+    tokenizer = tokenizer_for(config, limits)
     config = opened_as_recorded(config, recorded, limits.positions, tokenizer) if recorded else config
     config, reader = _open_reader(config, recorded, tokenizer, limits, footers)
     logger.info("Assistant tokens: %s", reader.choice.mask_source)
@@ -67,6 +67,14 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
     with stage("Telling which run it is, by the model's files" if commit is None else "Telling which run it is"):
         described = _describe(config, reader, commit, base_revision, quantization)
     return OpenedRun(config, reader, commit, base_commit, described)
+
+
+def tokenizer_for(config: ExtractConfig, limits: InputLimits) -> Any:
+    """The model's tokenizer. Raises UsageError where more tokens are wanted than the model has."""
+    if config.top_k > limits.vocab_size:
+        raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
+    with stage("Reading the tokenizer"):
+        return load_tokenizer(config.model_id, config.model_revision, config.gguf_file, config.trust_remote_code)
 
 
 def _open_reader(
@@ -104,9 +112,13 @@ def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
 
     Raises UsageError for a model or a dataset that is not there, ToolkitError where the Hub refuses.
     """
-    config = as_recorded(config, recorded) if recorded else config
+    return with_commits(as_recorded(config, recorded) if recorded else config, ("model", "dataset"))
+
+
+def with_commits(config: Located, kinds: tuple[str, ...]) -> Located:
+    """As ``locate``, of the ``kinds`` "model" and "dataset" alone, as they are now."""
     commits: dict[str, Any] = {}
-    for kind in ("model", "dataset"):
+    for kind in kinds:
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
         is_file = kind == "dataset" and file_format(Path(name)) is not None
         if Path(name).exists():

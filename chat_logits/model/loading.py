@@ -127,11 +127,15 @@ def _load_adapted(base: Base, model_id: str, revision: str | None, base_revision
 
 
 def _auto_class(model_id: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool):
+    return auto_class_of(load_config(model_id, revision, gguf_file, trust_remote_code))
+
+
+def auto_class_of(config):
     """The class that loads a causal LM; for vision-language models without one of text alone, the whole's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kind = type(load_config(model_id, revision, gguf_file, trust_remote_code))
+    kind = type(config)
     is_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
 

@@ -18,6 +18,7 @@ For a model on several devices, each may need all of it: the decoder's part fall
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -66,8 +67,16 @@ def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> 
     The default follows what the devices have in all, less the model, where that is least: what is free at the moment
     would let two runs of one command differ.
     """
-    kind = "cpu" if input_device(model).type == "cpu" else "other"
     room = max(0, min(_room(model, device) for device in compute_devices(model)))
+    return budget_for(model, room, input_device(model).type, batch_tokens, logit_memory)
+
+
+def budget_for(model, room: int, device_type: str, batch_tokens: int | None, logit_memory: int | None) -> Budget:
+    """As ``choose_budget``, for ``room`` bytes beside the weights of a device of this type, such as "cuda".
+
+    Of the model only the shape is looked at: it may be on "meta", without values.
+    """
+    kind = "cpu" if device_type == "cpu" else "other"
     if batch_tokens is None:
         affordable = int(room * TOKEN_SHARE / _bytes_a_token(model))
         batch_tokens = max(64, min(CPU_TOKENS if kind == "cpu" else GPU_TOKENS, affordable))
@@ -83,14 +92,34 @@ def _room(model, device: torch.device) -> int:
 
 def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> int:
     """The formula above, bytes: ``longest`` tokens in a conversation, ``rows`` extracted tokens in a batch."""
+    parts = peak_parts(model, input_device(model).type, budget, longest, rows, prefix_cache)
+    return sum(parts) + 2 * largest_fetch(model)
+
+
+class PeakParts(NamedTuple):
+    """The terms of the formula above in bytes, but for the weights that are brought from elsewhere."""
+
+    logits: int
+    kept_hidden_states: int
+    layer_at_work: int
+    prefix_cache: int
+
+
+def peak_parts(model, device_type: str, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> PeakParts:
+    """What one forward pass holds beside the weights, as ``peak_memory``, on a device of this type, such as "cuda".
+
+    Of the model only the shape is looked at: it may be on "meta", without values.
+    """
     width = model.dtype.itemsize
     hidden = model.config.get_text_config().hidden_size
     tokens = max(budget.tokens, longest)
-    copies = 2 if input_device(model).type == "cuda" else 3
-    logits = copies * min(budget.logit_rows, rows) * _vocabulary(model) * 4
-    cached = 8 * tokens * _cache_bytes(model) if prefix_cache else 0
-    kept = rows * (hidden * (width + 4) + 1600 * 16) + 2 * largest_fetch(model)
-    return logits + kept + tokens * (_layer_bytes(model) + longest * 5) + cached
+    copies = 2 if device_type == "cuda" else 3
+    return PeakParts(
+        logits=copies * min(budget.logit_rows, rows) * _vocabulary(model) * 4,
+        kept_hidden_states=rows * (hidden * (width + 4) + 1600 * 16),
+        layer_at_work=tokens * (_layer_bytes(model) + longest * 5),
+        prefix_cache=8 * tokens * _cache_bytes(model) if prefix_cache else 0,
+    )
 
 
 def fits_alone(model, length: int, rows: int) -> bool:

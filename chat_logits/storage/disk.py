@@ -2,12 +2,15 @@
 
 import errno
 import logging
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.shard_list import ShardEntry
@@ -17,7 +20,9 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPARE = 4 * MIB  # beside the next shard: the files around, and what others write meanwhile
-COMPRESSED = 0.6  # of a position's columns, measured with SmolLM2 on real answers
+# Bytes a position of whole files beside those of its columns, by entries a position: measured with SmolLM2 on real
+# answers, ``top_p`` 0.98, conversations included. Between them the share follows the entries' logarithm.
+COMPRESSED = {24: 0.78, 80: 0.63, 320: 0.49}
 
 
 # --- files ---
@@ -111,6 +116,16 @@ def write_text(path: Path, content: str, check_place: Callable[[], None] = lambd
 # --- room ---
 
 
+def bytes_a_token(entries: int) -> float:
+    """What an extracted token takes in the files of a run of so many entries a position, top_k + num_sampled, about.
+
+    >>> [round(bytes_a_token(entries)) for entries in (24, 80, 320)]
+    [67, 169, 514]
+    """
+    share = float(np.interp(math.log(entries), [*map(math.log, COMPRESSED)], [*COMPRESSED.values()]))
+    return share * (3.25 * entries + 8)
+
+
 class DiskFull(ToolkitError):
     """No room for the next shard."""
 
@@ -127,7 +142,7 @@ class DiskWatch:
     def check_start(self, entries: int, tokens_a_row: float) -> None:
         """Warn, or raise DiskFull, by estimate: ``entries`` a position, ``tokens_a_row`` extracted tokens."""
         if self.num_rows is not None:
-            self._compare(int(self.num_rows * tokens_a_row * COMPRESSED * (3.25 * entries + 8)))
+            self._compare(int(self.num_rows * tokens_a_row * bytes_a_token(entries)))
 
     def check_rest(self, written: Collection[ShardEntry], finished: Collection[ShardEntry]) -> None:
         """As ``check_start``, by the size of the shards ``written`` so far, for what is not ``finished``."""
@@ -141,7 +156,7 @@ class DiskWatch:
         if free >= needed or self._has_warned:
             return
         self._has_warned = True
-        need = f"the rest of the run needs about {_size(needed)}, and {_size(free)} are free in {self.folder}"
+        need = f"the rest of the run needs about {size_text(needed)}, and {size_text(free)} are free in {self.folder}"
         if refuse and free < needed / 2:
             raise DiskFull(f"{need}. Free some, choose another `output_dir`, or extract less with `max_samples`.")
         logger.warning("Note: %s. It stops when there is no room for a shard; the same command resumes it.", need)
@@ -152,7 +167,7 @@ def room_or_stop(folder: Path, shard_bytes: int = 0) -> Iterator[None]:
     """Within, files are written. Raises DiskFull without room for these, or for a shard of ``shard_bytes``."""
     free = free_bytes(folder)
     if free < shard_bytes + SPARE:
-        raise _full(folder, f"{_size(free)} left, and the next shard takes up to {_size(shard_bytes)}")
+        raise _full(folder, f"{size_text(free)} left, and the next shard takes up to {size_text(shard_bytes)}")
     try:
         yield
     except OSError as error:
@@ -177,10 +192,10 @@ def _full(folder: Path, why: str) -> DiskFull:
     )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes for people, such as ``1.5 GB``.
 
-    >>> _size(1_500_000_000)
+    >>> size_text(1_500_000_000)
     '1.5 GB'
     """
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):

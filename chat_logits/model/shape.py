@@ -1,0 +1,281 @@
+"""A model's shape without its values: what it has of parameters, bytes and work, and how its plan divides it.
+
+It is built on torch's meta device from ``config.json`` alone; no file with weights is opened.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub_errors import explain_loading
+from chat_logits.model.loading import auto_class_of
+from chat_logits.model.quantised import is_kept, quantisation, quantised_bits
+
+INDEX = "model.safetensors.index.json"
+# What configurations call the number of experts that a token goes to, beside the shared ones.
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+LISTED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")  # of a model that keeps each in a module of its own
+# Of transformers' styles, the dimension that weights and biases (None: whole everywhere) are divided along.
+DIVIDED = {
+    **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise"), (-2, -1)),
+    **dict.fromkeys(("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise"), (-1, None)),
+    **{"embedding_rowwise": (0, 0), "embedding_colwise": (1, None), "grouped_gemm": (0, 0)},
+}
+WHOLE = {
+    *("replicated_with_grad_allreduce", "replicate", "sequence_parallel", "local_params", "mla_kv_a_proj"),
+    *("all_reduce", "moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts"),
+}
+ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)")
+HEADS = re.compile(r"num\w*_heads")  # in a configuration, how many heads attention has of some kind
+
+
+class Part(NamedTuple):
+    """A parameter: of all its numbers, ``active`` work on a token; ``in_layers`` are those of the text model that are
+    no embedding and no lm_head."""
+
+    name: str
+    weights: torch.Tensor
+    active: int
+    in_layers: bool
+
+
+class Split(NamedTuple):
+    """How processes share a model: a style for each module, whether each has all of attention, and why they cannot."""
+
+    styles: dict[str, str]
+    is_attention_whole: bool = False
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model on the meta device, in the number format that it would be loaded in.
+
+    ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``bits`` are those of a
+    quantised weight with its scales, None for a checkpoint that is not quantised. ``on_cpu`` is where it would work.
+    """
+
+    model: Any
+    stored: int | None = None
+    bits: float | None = None
+    on_cpu: bool = False
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters; what is tied counts once."""
+        return sum(part.weights.numel() for part in self._parts)
+
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """How many there are, by the parameter that has several, or one of several; empty if this is no mixture."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if name.rsplit(".", 1)[-1] == "experts" and (count := getattr(module, "num_experts", None)):
+                own = module.named_parameters(prefix=name, recurse=False)
+                found |= {key: count for key, weights in own if len(weights) == count}
+        listed = [(name, one) for name, _ in self.model.named_parameters() if (one := LISTED_EXPERT.search(name))]
+        counts: dict[str, int] = {}
+        for name, one in listed:
+            layer = name[: one.start()]
+            counts[layer] = max(counts.get(layer, 0), int(one[1]) + 1)
+        return found | {name: counts[name[: one.start()]] for name, one in listed}
+
+    @property
+    def experts_a_token(self) -> int | None:
+        """The routed experts that a token goes to; None for no mixture, or one that does not say."""
+        named = [getattr(self._text, name, None) for name in EXPERTS_A_TOKEN]
+        return next((count for count in named if type(count) is int), None) if self.experts else None
+
+    @property
+    def active(self) -> int | None:
+        """The parameters that work on one token, None where a mixture does not say how many experts do."""
+        return sum(part.active for part in self._parts) if self._says_active else None
+
+    def active_in_layers(self, processes: int = 1) -> int | None:
+        """Of ``active`` those of the layers, in the process with most of them; None as there."""
+        split = self.split(processes)
+        own = [part.active * self._share(part, split, processes) for part in self._parts if part.in_layers]
+        return round(sum(own)) if self._says_active else None
+
+    @property
+    def attended(self) -> int:
+        """Numbers that a token's attention takes of each token it sees: heads × (query + value) × layers."""
+        heads, hidden = self._text.num_attention_heads, self._text.hidden_size
+        size = getattr(self._text, "head_dim", None) or hidden // heads
+        query, value = (getattr(self._text, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+        kinds = getattr(self._text, "layer_types", None) or ["full_attention"] * self._text.num_hidden_layers
+        return heads * (query + value) * sum(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+
+    def weight_bytes(self, processes: int = 1) -> int:
+        """Bytes of weights in the process with most, of so many that share the model."""
+        split = self.split(processes)
+        own = sum(self._bytes_of(part) * self._share(part, split, processes) for part in self._parts)
+        if self.bits is None or self.stored is None:
+            return math.ceil(own)
+        return math.ceil(self.stored * own / sum(map(self._bytes_of, self._parts)))
+
+    def split(self, processes: int) -> Split:
+        """How so many processes share the model: by transformers' plan, as far as its sizes divide.
+
+        Where heads do not, each process has all of attention; experts go by number where that divides.
+        """
+        if processes == 1:
+            return Split({})
+        styles = dict(self.model.tp_plan or {})
+        if unknown := sorted({*styles.values()} - DIVIDED.keys() - WHOLE):
+            return Split({}, obstacle=f"styles of transformers' plan are not known here: {', '.join(unknown)}")
+        is_whole = any(count % processes for count in self._heads.values())
+        attention = [name for name in styles if ATTENTION.search(name)]
+        styles |= dict.fromkeys(attention, "replicate") if is_whole else {}
+        if self.experts and not any(count % processes for count in self.experts.values()):
+            styles |= getattr(self.model, "ep_plan", None) or {}
+        return Split(styles, is_whole and bool(attention), self._obstacle(styles, processes))
+
+    def _obstacle(self, styles: dict[str, str], processes: int) -> str | None:
+        if self.bits is not None:
+            return "quantised weights are not shared"
+        if not any("*" in name and style in DIVIDED for name, style in styles.items()):
+            return f"transformers' plan has nothing of {self.name}'s layers that divides by {processes}"
+        for part in self._parts:
+            dimension, style = self._divided_along(part, styles), _style_of(part.name, styles)
+            if dimension is not None and "packed" in style and part.weights.shape[dimension] % (2 * processes):
+                return f"{part.weights.shape[dimension]} rows that lie in one matrix do not divide by {2 * processes}"
+        return None
+
+    @property
+    def _heads(self) -> dict[str, int]:
+        named = self._text.to_dict().items()
+        return {key: count for key, count in named if HEADS.fullmatch(key) and type(count) is int}
+
+    @property
+    def _says_active(self) -> bool:
+        return not self.experts or self.experts_a_token is not None
+
+    @property
+    def _text(self):
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def _parts(self) -> list[Part]:
+        text = {id(weights) for weights in self.model.get_decoder().parameters()} - self._ends
+        return [
+            Part(name, weights, self._active_of(name, weights), id(weights) in text)
+            for name, weights in self.model.named_parameters()
+        ]
+
+    @property
+    def _ends(self) -> set[int]:
+        """The embedding's and the lm_head's matrices."""
+        return {id(one.weight) for one in (self.model.get_input_embeddings(), self.head)}
+
+    def _active_of(self, name: str, weights: torch.Tensor) -> int:
+        """Numbers of a parameter that work on a token, in the mean over experts."""
+        count = self.experts.get(name)
+        if count is None or self.experts_a_token is None:
+            return weights.numel()
+        return weights.numel() * min(count, self.experts_a_token) // count
+
+    def _bytes_of(self, part: Part) -> float:
+        is_quantised = part.weights.dim() > 1 and id(part.weights) not in self._ends
+        if self.bits is None or not is_quantised or is_kept(self.model.config, part.name):
+            return part.weights.nbytes
+        return part.weights.numel() * self.bits / 8
+
+    def _share(self, part: Part, split: Split, processes: int) -> float:
+        """The share of a parameter that the process with most of it has."""
+        dimension = self._divided_along(part, split.styles)
+        if dimension is None:
+            return 1
+        length = part.weights.shape[dimension]
+        return math.ceil(length / processes) / length
+
+    def _divided_along(self, part: Part, styles: dict[str, str]) -> int | None:
+        of_weights, of_biases = DIVIDED.get(_style_of(part.name, styles), (None, None))
+        return of_weights if part.weights.dim() > 1 else of_biases
+
+
+def _style_of(name: str, styles: dict[str, str]) -> str:
+    """The style of a parameter: its own, or its module's."""
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return styles.get(generic) or styles.get(generic.rsplit(".", 1)[0], "replicate")
+
+
+def shape_of(
+    config,
+    dtype: str = "auto",
+    model_id: str = "",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_cpu: bool = False,
+) -> Shape:
+    """The shape of the model with this configuration, whose checkpoint's index is looked for at ``model_id``.
+
+    ``dtype`` "auto" is the configuration's, and float32 ``on_cpu``, as a run loads it. Raises ToolkitError for a model
+    that cannot be built, UsageError where a number format or the bits of a quantised weight are not named.
+    """
+    kind = _dtype_of(config, dtype, on_cpu)
+    bits = quantised_bits(config)
+    stored = _stored_bytes(model_id, revision) if model_id else None
+    if bits is None and stored is None and quantisation(config):
+        raise UsageError(
+            f"model {model_id}: its quantization_config ({_method(config)}) names no bits of a weight that are known "
+            f"here, and it has no {INDEX}. Expected one of the two; what its weights take is not guessed."
+        )
+    try:
+        with torch.device("meta"):
+            model = auto_class_of(config).from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise explain_loading(error, f"model {model_id}: built without values") from error
+    if model.get_output_embeddings() is None:
+        raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
+    if type(getattr(config.get_text_config(), "num_attention_heads", None)) is not int:
+        raise ToolkitError(f"model {model_id}: its config.json has no num_attention_heads, which the plan counts by")
+    return Shape(model, stored, 16.0 if bits is None and quantisation(config) else bits, on_cpu)
+
+
+def _dtype_of(config, dtype: str, on_cpu: bool) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if on_cpu:
+        return torch.float32
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if named is None:
+        raise UsageError("`dtype` auto: the model's config.json names none, and no weights are read; give `dtype`")
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+def _stored_bytes(model_id: str, revision: str | None) -> int | None:
+    """``total_size`` of a sharded checkpoint's index, None where there is no such file."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(model_id, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
+        size = json.loads(Path(file).read_text(encoding="utf-8"))["metadata"]["total_size"] if file else None
+    except (KeyError, TypeError):
+        return None  # an index without a total
+    except Exception as error:
+        raise explain_loading(error, f"model {model_id}: its {INDEX}") from error
+    return int(size) if isinstance(size, int | float) else None
+
+
+def _method(config) -> str:
+    return str((quantisation(config) or {}).get("quant_method", "no quant_method"))
