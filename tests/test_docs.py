@@ -46,6 +46,15 @@ from explore_logits import execute_analysis
 analysis = execute_analysis("outputs/demo", sample_index=0, quiet=True)
 analysis.print(Console(file=sys.stdout, width=118, force_terminal=True, color_system=None))
 """
+PLAN = """
+import os
+import extract_logits
+os.environ["COLUMNS"] = "118"
+words = "--model_id .cache/smollm2-135m-instruct --dataset_id .cache/zaragoza/faq-en-sharegpt.jsonl --dtype bfloat16"
+status = extract_logits.main([*words.split(), "--plan", "--plan_for", "h100-80gb"])
+del os.environ["COLUMNS"]
+assert status == 0
+"""
 NUMBER = re.compile(r"\d+\.\d+|\de-\d+")
 
 
@@ -140,8 +149,9 @@ def test_a_line_with_other_digits_is_told_from_one_with_other_numbers():
 
 def test_output_in_the_pages_is_what_is_printed(session, folder):
     preview = ["extract-logits", "--model_id", MODEL, "--dataset_id", CONVERSATIONS, "--preview", "1"]
-    printed = [session.snippet(TABLE, "table", folder), session.command([*map(str, preview)], folder)]
-    assert [done.status for done in printed] == [0, 0], printed
+    printed = [session.snippet(code, "table", folder) for code in (TABLE, PLAN)]
+    printed.append(session.command([*map(str, preview)], folder))
+    assert [done.status for done in printed] == [0, 0, 0], printed
     output = "\n".join(done.out + done.err for done in printed)
     lines = [line for blocks in BLOCKS.values() for b in blocks if b.language == "text" for line in b.text.splitlines()]
     assert len(lines) > 15

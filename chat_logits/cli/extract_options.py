@@ -40,7 +40,6 @@ class ExtractOptions(CommonOptions):
         "weights, write nothing; without a dataset, the model's part",
         unset="off",
         group=COMPUTED,
-        example="",
     )
     plan_for: str | None = option(
         None,
@@ -49,7 +48,6 @@ class ExtractOptions(CommonOptions):
         group=COMPUTED,
         metavar="CARD",
         check_value=card_named,
-        example=DEFAULT_CARD,
     )
 
     def __post_init__(self) -> None:

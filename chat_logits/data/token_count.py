@@ -60,8 +60,8 @@ def count_tokens(reader: Reader, most: int = SAMPLED, seed: int = 0) -> TokenCou
         longest = max([longest, *(len(one.input_ids) for one in ready)])
     sampled, is_all = int(counts[:, 0].sum()), reader.num_rows is not None and counts[:, 0].sum() >= reader.num_rows
     share = 1 if is_all else None if in_order else sampled / (reader.num_rows or sampled)
-    means = [_estimate(counts[:, 0], counts[:, i], share) for i in (1, 2, 3)]
-    return TokenCount(reader.num_rows, sampled, skipped, *means, longest)
+    tokens, extracted, pairs = (_estimate(counts[:, 0], counts[:, i], share) for i in (1, 2, 3))
+    return TokenCount(reader.num_rows, sampled, skipped, tokens, extracted, pairs, longest)
 
 
 def _drawn_runs(reader: Reader, most: int, drawn: random.Random) -> list[tuple[int, int]]:

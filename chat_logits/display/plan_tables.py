@@ -59,4 +59,4 @@ def _scaled(figure: Figure) -> str:
 def _time_text(figure: Figure) -> str:
     value = figure.value or 0.0
     unit, factor = next((one for one in (("h", 3600), ("min", 60)) if value >= one[1]), ("s", 1))
-    return f"{value / factor:,.1f} {unit}"
+    return f"{value / factor:{',.1f' if value >= 1 else '.2g'}} {unit}"

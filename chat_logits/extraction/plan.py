@@ -14,13 +14,14 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run_description import tokenizer_for, with_commits
 from chat_logits.model import plan as arithmetic
 from chat_logits.model.adapters import find_base
+from chat_logits.model.bits import bits_of
 from chat_logits.model.cards import Card
 from chat_logits.model.config import ModelConfig
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.model.plan import CARDS_A_WORKER, Batching, Load, Work
 from chat_logits.model.shape import INDEX, Shape, shape_of
 from chat_logits.stages import stage
-from chat_logits.storage.disk import COMPRESSED, bytes_a_token
+from chat_logits.storage.disk import MEASURED, bytes_a_token
 
 COUNT, BYTES, FLOPS, SECONDS = "count", "bytes", "FLOPs", "seconds"
 
@@ -69,14 +70,16 @@ def plan(config: ModelConfig, plan_for: str | None = None, sampled: int | None =
         shape, limits = _read_shape(config, on_cpu=card.device_type == "cpu")
     if not isinstance(config, ExtractConfig):
         load_figures, _ = _card_figures(shape, card, config, None)
-        return Plan(config.model_id, None, {"The model": _model_figures(shape, config), card.name: load_figures})
+        return Plan(
+            config.model_id, None, {"The model": _model_figures(shape, config), f"On {card.name}": load_figures}
+        )
     reader = open_reader(config, tokenizer_for(config, limits), limits)
     with stage("Counting tokens on a sample of the source rows"):
         counted = count_tokens(reader) if sampled is None else count_tokens(reader, sampled)
     load_figures, load = _card_figures(shape, card, config, counted)
     sections = {
         "The model": _model_figures(shape, config),
-        card.name: load_figures,
+        f"On {card.name}": load_figures,
         "The dataset": _dataset_figures(reader, counted),
         "The run": _run_figures(config, shape, load, counted),
     }
@@ -102,20 +105,19 @@ def _model_figures(shape: Shape, config: ModelConfig) -> list[Figure]:
     if shape.experts:
         figures.append(Figure("active a token", shape.active, COUNT, _experts_text(shape)))
     figures.append(Figure(f"weights, {shape.dtype}", shape.weight_bytes(), BYTES, _bytes_text(shape, config)))
-    if shape.stored and shape.bits is None:
+    if shape.stored and shape.quantization is None:
         figures.append(Figure("checkpoint", shape.stored, BYTES, f"total_size in {INDEX}"))
     return figures
 
 
 def _bytes_text(shape: Shape, config: ModelConfig) -> str:
-    if shape.bits is not None and shape.stored:
-        return f"total_size in {INDEX}: loaded as they are stored, quantised"
-    if shape.bits is not None:
-        return (
-            f"{shape.bits:.3g} bits a quantised weight, by quantization_config in config.json; {shape.dtype} elsewhere"
-        )
-    whence = "as on every CPU" if config.dtype == "auto" and shape.on_cpu else "dtype in config.json"
-    return f"{shape.model.dtype.itemsize} bytes each: {whence if config.dtype == 'auto' else '`dtype`'}"
+    if shape.quantization is not None and shape.stored:
+        return f"total_size in {INDEX}: quantised, and loaded as they are stored"
+    if shape.quantization is not None:
+        each = f"{bits_of(shape.quantization) or 0:.3g} bits a quantised weight"
+        return f"{each}, by quantization_config in config.json; {shape.dtype} for the others"
+    by_itself = "float32 on every CPU" if shape.on_cpu else "dtype in config.json"
+    return f"{shape.model.dtype.itemsize} bytes each: {by_itself if config.dtype == 'auto' else '`dtype`'}"
 
 
 def _experts_text(shape: Shape) -> str:
@@ -140,7 +142,7 @@ def _card_figures(
         instead, _ = arithmetic.smallest_load(shape, card, False, batching)
     figures = [Figure("memory of a card", card.memory, BYTES, card.source), _group_figure(config, load, why, instead)]
     shown = load or instead
-    return figures + (_held_figures(shape, shown, longest) if shown else []), shown
+    return figures + (_held_figures(shape, shown, longest, counted is not None) if shown else []), shown
 
 
 def _group_figure(config: ModelConfig, load: Load | None, why: str, instead: Load | None) -> Figure:
@@ -154,19 +156,22 @@ def _group_figure(config: ModelConfig, load: Load | None, why: str, instead: Loa
     return Figure("cards a worker", load.cards, COUNT, f"{way}; fewer will not do: {why}")
 
 
-def _held_figures(shape: Shape, load: Load, longest: int) -> list[Figure]:
+def _held_figures(shape: Shape, load: Load, longest: int, is_counted: bool) -> list[Figure]:
     divided = "all of them"
     if load.cards > 1:
         divided = "the process with most, by transformers' plan" if load.is_shared else "an even part"
     if shape.split(load.processes).is_attention_whole:
         divided = f"{divided}; attention is whole in each, its heads do not divide"
     tokens, rows = f"{load.budget.tokens:,} tokens a batch", f"{min(load.budget.tokens, load.budget.logit_rows):,} rows"
+    at_most = f"conversations of up to {longest:,}{'' if is_counted else ', which is taken'}"
     parts = load.parts
     return [
         Figure("weights a card", load.weights, BYTES, divided),
         Figure("logits, at most", parts.logits, BYTES, f"{rows} of {len(shape.head.weight):,} float32, and a copy"),
-        Figure("prefix cache, at most", parts.prefix_cache, BYTES, f"keys and values of {tokens}, see model/memory.py"),
-        Figure("activations, at most", parts.layer_at_work, BYTES, f"a layer at work on {tokens}, longest {longest:,}"),
+        Figure(
+            "prefix cache, at most", parts.prefix_cache, BYTES, f"keys and values, up to eight for each of {tokens}"
+        ),
+        Figure("activations, at most", parts.layer_at_work, BYTES, f"a layer at work on {tokens}, {at_most}"),
         Figure("hidden states kept", parts.kept_hidden_states, BYTES, "those that predict an extracted token"),
         Figure("held at the peak", load.total, BYTES, "the sum of these"),
     ]
@@ -204,7 +209,7 @@ def _total(name: str, estimate: Estimate, counted: TokenCount) -> Figure:
     if counted.rows is None:
         return Figure(name, None, COUNT, "the source rows are not counted")
     total = estimate.times(counted.rows)
-    return Figure(name, total.mean, COUNT, "source rows × tokens a row", total.error)
+    return Figure(name, total.mean, COUNT, f"source rows × {name.removesuffix(' tokens')} a row", total.error)
 
 
 # --- the run ---
@@ -236,7 +241,7 @@ def _run_figures(config: ExtractConfig, shape: Shape, load: Load | None, counted
 def _output_figure(config: ExtractConfig, extracted: Estimate) -> Figure:
     entries = config.top_k + config.num_sampled
     each = bytes_a_token(entries)
-    how = "measured" if entries in COMPRESSED else "between measured settings"
+    how = "measured" if entries in MEASURED else "between measured settings"
     source = f"{each:.0f} bytes a token at K = {config.top_k}, S = {config.num_sampled}: {how}, docs/scale.md"
     return Figure(
         "output", extracted.mean * each, BYTES, source, None if extracted.error is None else extracted.error * each
@@ -253,34 +258,33 @@ def _time_figures(config: ExtractConfig, shape: Shape, load: Load | None, work: 
     if load is None:
         return [Figure("time", None, SECONDS, "no cards hold the model")]
     own = arithmetic.work_of(shape, *totals.means, load.processes)
-    by_card = arithmetic.seconds_of(own, load.card) if own else None
-    if by_card is None:
+    if own is None or (by_card := arithmetic.seconds_of(own, load.card)) is None:
+        unknown = f"the peak of {load.card.name} is not known; `plan_for` takes a card's name"
+        return [Figure("time", None, SECONDS, unknown)]
+    if shape.dtype == "float32":
         return [
-            Figure("time", None, SECONDS, f"the peak of {load.card.name} is not known; `plan_for` takes a card's name")
+            Figure("time", None, SECONDS, "float32; the peaks that are known are of 16 bits, such as `dtype` bfloat16")
         ]
     workers, by_host = config.num_workers, totals.tokens.mean / arithmetic.HOST_RATE
     spent, slower = max((by_card, "cards"), (by_host, "host"))
+    longer = f"the longer, by the {slower}; {_counted(workers, 'worker')}; start and uploads aside"
     host = f"{arithmetic.HOST_RATE:,} tokens read a second a worker: {arithmetic.HOST_MEASURED}"
     return [
-        Figure("time by the cards", by_card / workers, SECONDS, _rate_text(load, own.total / work.total)),
+        Figure("time by the cards", by_card / workers, SECONDS, _rate_text(shape, load, own.total / work.total)),
         Figure("time by the host", by_host / workers, SECONDS, host),
-        Figure(
-            "time",
-            spent / workers,
-            SECONDS,
-            f"the longer, by the {slower}; {_counted(workers, 'worker')}; start and uploads aside",
-        ),
+        Figure("time", spent / workers, SECONDS, longer),
         Figure("card hours", spent * load.cards / 3600, COUNT, f"time × {_counted(workers * load.cards, 'card')}"),
     ]
 
 
-def _rate_text(load: Load, share: float) -> str:
+def _rate_text(shape: Shape, load: Load, share: float) -> str:
     peak = f"{arithmetic.UTILISATION:.0%} of {(load.card.peak or 0) / 1e12:,.0f} TFLOP/s, dense bfloat16"
+    measured = "no mixture was measured" if shape.experts else arithmetic.MEASURED
     if load.cards == 1:
-        return f"{peak}; {arithmetic.MEASURED}"
+        return f"{peak}; {measured}"
     if load.is_shared:
-        return f"{peak}, each card doing {share:.3g} of the work; what they send each other is not counted"
-    return f"{peak}, one card at work at a time"
+        return f"{peak}, each card doing {share:.3g} of the work; what they send each other is not counted; {measured}"
+    return f"{peak}, one card at work at a time; {measured}"
 
 
 def _counted(number: int, noun: str) -> str:

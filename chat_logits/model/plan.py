@@ -97,12 +97,12 @@ def smallest_load(shape: Shape, card: Card, is_shared: bool, batching: Batching)
     why = ""
     for cards in CARDS_A_WORKER[: 1 if card.device_type == "cpu" else None]:
         if is_shared and (obstacle := shape.split(cards).obstacle):
-            why = f"{why}; {cards}: {obstacle}"
+            why = f"{why}; on {cards}: {obstacle}"
             continue
         load = load_on(shape, card, cards, is_shared, batching)
         if load.fits:
             return load, why.removeprefix("; ")
-        why = f"{why}; {cards}: {_too_little(load)}"
+        why = f"{why}; on {cards}: {_too_little(load)}"
     return None, why.removeprefix("; ")
 
 

@@ -6,6 +6,7 @@ It is built on torch's meta device from ``config.json`` alone; no file with weig
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
+from chat_logits.model.bits import bits_of, is_kept, quantization_of
 from chat_logits.model.loading import auto_class_of
-from chat_logits.model.quantised import is_kept, quantisation, quantised_bits
 
 INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
@@ -58,13 +59,13 @@ class Split(NamedTuple):
 class Shape:
     """A model on the meta device, in the number format that it would be loaded in.
 
-    ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``bits`` are those of a
-    quantised weight with its scales, None for a checkpoint that is not quantised. ``on_cpu`` is where it would work.
+    ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``quantization`` is how its
+    weights are quantised, None for those that are not. ``on_cpu`` is where it would work.
     """
 
     model: Any
     stored: int | None = None
-    bits: float | None = None
+    quantization: Mapping | None = None
     on_cpu: bool = False
 
     @property
@@ -87,7 +88,7 @@ class Shape:
     @cached_property
     def experts(self) -> dict[str, int]:
         """How many there are, by the parameter that has several, or one of several; empty if this is no mixture."""
-        found = {}
+        found: dict[str, int] = {}
         for name, module in self.model.named_modules():
             if name.rsplit(".", 1)[-1] == "experts" and (count := getattr(module, "num_experts", None)):
                 own = module.named_parameters(prefix=name, recurse=False)
@@ -129,7 +130,7 @@ class Shape:
         """Bytes of weights in the process with most, of so many that share the model."""
         split = self.split(processes)
         own = sum(self._bytes_of(part) * self._share(part, split, processes) for part in self._parts)
-        if self.bits is None or self.stored is None:
+        if self.quantization is None or self.stored is None:
             return math.ceil(own)
         return math.ceil(self.stored * own / sum(map(self._bytes_of, self._parts)))
 
@@ -151,7 +152,7 @@ class Shape:
         return Split(styles, is_whole and bool(attention), self._obstacle(styles, processes))
 
     def _obstacle(self, styles: dict[str, str], processes: int) -> str | None:
-        if self.bits is not None:
+        if self.quantization is not None:
             return "quantised weights are not shared"
         if not any("*" in name and style in DIVIDED for name, style in styles.items()):
             return f"transformers' plan has nothing of {self.name}'s layers that divides by {processes}"
@@ -195,10 +196,11 @@ class Shape:
         return weights.numel() * min(count, self.experts_a_token) // count
 
     def _bytes_of(self, part: Part) -> float:
-        is_quantised = part.weights.dim() > 1 and id(part.weights) not in self._ends
-        if self.bits is None or not is_quantised or is_kept(self.model.config, part.name):
+        bits = bits_of(self.quantization) if self.quantization is not None else None
+        is_matrix = part.weights.dim() > 1 and id(part.weights) not in self._ends
+        if self.quantization is None or bits is None or not is_matrix or is_kept(self.quantization, part.name):
             return part.weights.nbytes
-        return part.weights.numel() * self.bits / 8
+        return part.weights.numel() * bits / 8
 
     def _share(self, part: Part, split: Split, processes: int) -> float:
         """The share of a parameter that the process with most of it has."""
@@ -233,12 +235,13 @@ def shape_of(
     that cannot be built, UsageError where a number format or the bits of a quantised weight are not named.
     """
     kind = _dtype_of(config, dtype, on_cpu)
-    bits = quantised_bits(config)
     stored = _stored_bytes(model_id, revision) if model_id else None
-    if bits is None and stored is None and quantisation(config):
+    quantization = quantization_of(config)
+    if quantization and bits_of(quantization) is None and stored is None:
+        method = quantization.get("quant_method")
         raise UsageError(
-            f"model {model_id}: its quantization_config ({_method(config)}) names no bits of a weight that are known "
-            f"here, and it has no {INDEX}. Expected one of the two; what its weights take is not guessed."
+            f"model {model_id}: its quantization_config ({method}) names no bits of a weight that are known here, and "
+            f"it has no {INDEX}. Expected one of the two; what its weights take is not guessed."
         )
     try:
         with torch.device("meta"):
@@ -249,7 +252,7 @@ def shape_of(
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     if type(getattr(config.get_text_config(), "num_attention_heads", None)) is not int:
         raise ToolkitError(f"model {model_id}: its config.json has no num_attention_heads, which the plan counts by")
-    return Shape(model, stored, 16.0 if bits is None and quantisation(config) else bits, on_cpu)
+    return Shape(model, stored, quantization, on_cpu)
 
 
 def _dtype_of(config, dtype: str, on_cpu: bool) -> torch.dtype:
@@ -275,7 +278,3 @@ def _stored_bytes(model_id: str, revision: str | None) -> int | None:
     except Exception as error:
         raise explain_loading(error, f"model {model_id}: its {INDEX}") from error
     return int(size) if isinstance(size, int | float) else None
-
-
-def _method(config) -> str:
-    return str((quantisation(config) or {}).get("quant_method", "no quant_method"))

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPARE = 4 * MIB  # beside the next shard: the files around, and what others write meanwhile
-# Bytes a position of whole files beside those of its columns, by entries a position: measured with SmolLM2 on real
-# answers, ``top_p`` 0.98, conversations included. Between them the share follows the entries' logarithm.
-COMPRESSED = {24: 0.78, 80: 0.63, 320: 0.49}
+# Bytes a position of whole files, conversations among them, by entries a position: measured with SmolLM2 on real
+# answers, ``top_p`` 0.98. Between them, their share of the columns' bytes follows the entries' logarithm.
+MEASURED = {24: 67, 80: 168, 320: 516}
 
 
 # --- files ---
@@ -120,10 +120,15 @@ def bytes_a_token(entries: int) -> float:
     """What an extracted token takes in the files of a run of so many entries a position, top_k + num_sampled, about.
 
     >>> [round(bytes_a_token(entries)) for entries in (24, 80, 320)]
-    [67, 169, 514]
+    [67, 168, 516]
     """
-    share = float(np.interp(math.log(entries), [*map(math.log, COMPRESSED)], [*COMPRESSED.values()]))
-    return share * (3.25 * entries + 8)
+    shares = [size / _uncompressed(measured) for measured, size in MEASURED.items()]
+    share = float(np.interp(math.log(entries), [*map(math.log, MEASURED)], shares))
+    return share * _uncompressed(entries)
+
+
+def _uncompressed(entries: int) -> float:
+    return 3.25 * entries + 8  # FORMAT.md: code and id of an entry; logsumexp and the target's log-probability
 
 
 class DiskFull(ToolkitError):

@@ -139,7 +139,7 @@ def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait
 # --- without one ---
 
 # What is free where the command was started is nobody's business: no estimate may be held against it.
-HUGE = "from chat_logits.storage import disk; disk.COMPRESSED = {1: 1e9}"
+HUGE = "from chat_logits.storage import disk; disk.MEASURED = {1: 1e9}"
 
 
 def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_committers_commits(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from chat_logits.errors import UsageError
+from chat_logits.model.bits import bits_of
 from chat_logits.model.cards import CARDS, GIB, card_named, known_peak, read_size
 from chat_logits.model.memory import choose_budget, peak_memory
 from chat_logits.model.plan import Batching, choose_card, load_on, seconds_of, smallest_load, work_of
@@ -212,6 +213,30 @@ def test_bits_of_a_weight_are_taken_from_the_configuration_or_not_guessed():
     )
     with pytest.raises(UsageError, match=r"\(hqq\) names no bits .* not guessed"):
         shape("8B", quantization_config={"quant_method": "hqq"})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, 4),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}},
+            },
+            4 + 20 / 128,
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {}}}}, None),
+        ({"quant_method": "awq"}, None),
+    ],
+)
+def test_bits_by_method(quantization, bits):
+    assert bits_of(quantization) == bits
 
 
 def test_a_mixture_that_does_not_say_how_many_experts_work_has_no_operations():
