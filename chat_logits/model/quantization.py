@@ -157,7 +157,7 @@ def _refuse_missing_packages(name: str, method: str, stored: bool) -> None:
         if importlib.util.find_spec(package) is None:
             raise ToolkitError(
                 f"{name}: weights in {method} need the package {package}, which is not installed.\n"
-                "Install it at the version in requirements-dev.txt, or load the model as it is."
+                "Install it (the extra `quantization` has it), or load the model as it is."
             )
 
 

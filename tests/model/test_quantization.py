@@ -1,13 +1,16 @@
 """Models in fewer bits, against weights quantised by hand; what cannot be had is refused before weights are read."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK_VOCABULARY, make_tiny_model
+from conftest import QUICK_VOCABULARY, REPO, make_tiny_model
 from runs import without
 from safetensors.torch import load_file, save_file
 from test_adapters import write_adapter
@@ -24,6 +27,9 @@ from chat_logits.model.quantization import METHODS, find_quantization, option_of
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import open_dataset
 
+TORCHAO = REPO / ".venv" / "torchao"  # apart from the rest: once it is there, every start of transformers imports it
+needs_torchao = pytest.mark.torchao  # run by the last test, in a process that has it
+OPTIONS = [pytest.param(name, marks=needs_torchao) if "torchao" in name else name for name in METHODS]
 IDS = torch.randint(0, QUICK_VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
 BLOCK = 32  # rows and columns of a weight that share a scale of the fp8 checkpoint
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
@@ -71,11 +77,10 @@ def int8_by_row(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("option", "package", "by_hand"),
-    [("bitsandbytes-4bit", "bitsandbytes", nf4), ("torchao-int8", "torchao", int8_by_row)],
+    ("option", "by_hand"),
+    [("bitsandbytes-4bit", nf4), pytest.param("torchao-int8", int8_by_row, marks=needs_torchao)],
 )
-def test_quantized_weights_are_those_computed_by_hand(even_model, option, package, by_hand):
-    pytest.importorskip(package)
+def test_quantized_weights_are_those_computed_by_hand(even_model, option, by_hand):
     expected = loading.load_model(str(even_model))
     for module in matrices(expected).values():
         module.weight.data = by_hand(module.weight.data)
@@ -105,7 +110,6 @@ class Int8Product(torch.nn.Module):
 
 
 def test_products_of_eight_bits_are_those_computed_by_hand(even_model):
-    pytest.importorskip("bitsandbytes")
     expected = loading.load_model(str(even_model))
     for name, module in matrices(expected).items():
         parent, _, own = name.rpartition(".")
@@ -115,10 +119,9 @@ def test_products_of_eight_bits_are_those_computed_by_hand(even_model):
     assert (found - logits(loading.load_model(str(even_model)))).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("option", METHODS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_the_lm_head_and_sums_of_its_logits_stay_as_they_are(even_model, option):
     """Its matrix is the checkpoint's, in bfloat16; the logits are float32, and those of exact sums."""
-    pytest.importorskip(option.partition("-")[0])
     model = loading.load_model(str(even_model), dtype="bfloat16", quantization=option)
     head = model.get_output_embeddings()
     stored = load_file(even_model / "model.safetensors")["lm_head.weight"].bfloat16()
@@ -130,8 +133,8 @@ def test_the_lm_head_and_sums_of_its_logits_stay_as_they_are(even_model, option)
     assert stored_bytes(head.weight) == 2 * stored.numel()
 
 
+@needs_torchao
 def test_a_quantized_lm_head_gives_no_exact_sums(even_model, monkeypatch):
-    pytest.importorskip("torchao")
     monkeypatch.setitem(METHODS, "whole", {**METHODS["torchao-int8"], "include_input_output_embeddings": True})
     model = loading.load_model(str(even_model), dtype="bfloat16", quantization="whole")
     assert type(model.lm_head.weight).__name__ == "Int8Tensor" and loading.logits_dtype(model) == "bfloat16"
@@ -139,8 +142,8 @@ def test_a_quantized_lm_head_gives_no_exact_sums(even_model, monkeypatch):
         use_head_dtype(model, "float32")
 
 
+@needs_torchao
 def test_bytes_are_those_that_are_stored(even_model):
-    pytest.importorskip("torchao")
     model = loading.load_model(str(even_model), quantization="torchao-int8")
     weight = model.model.layers[0].mlp.up_proj.weight
     assert stored_bytes(weight) == weight.numel() + (4 + 1) * len(weight)  # a row's step and its zero, float32 and int8
@@ -150,10 +153,9 @@ def test_bytes_are_those_that_are_stored(even_model):
 # --- what conversations may share ---
 
 
-@pytest.mark.parametrize("option", METHODS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_rows_are_the_same_in_a_batch_and_behind_a_prefix(even_model, option):
     """Within the tolerance of the dtype they are computed in, which is not widened for them."""
-    pytest.importorskip(option.partition("-")[0])
     sharing = probe_model(loading.load_model(str(even_model), quantization=option))
     assert (sharing.batch, sharing.prefix) == ("padded", True)
 
@@ -161,7 +163,6 @@ def test_rows_are_the_same_in_a_batch_and_behind_a_prefix(even_model, option):
 def test_the_default_of_eight_bits_sees_the_tokens_behind(even_model, tmp_path, monkeypatch):
     """Columns with an outlier anywhere in the batch stay in 16 bits: the check at start-up finds that the logits follow
     it, and a checkpoint in that form is refused before its weights are read."""
-    pytest.importorskip("bitsandbytes")
     shutil.copytree(even_model, tmp_path / "model")
     tensors = load_file(even_model / "model.safetensors")
     norms = [name for name in tensors if "layernorm" in name]
@@ -216,9 +217,8 @@ def test_a_checkpoint_without_kernels_here_is_dequantized_when_asked_and_not_els
     assert (found.dtype, matrices(found)["model.layers.0.mlp.up_proj"].weight.dtype) == (torch.float32,) * 2
 
 
-@pytest.mark.parametrize("option", METHODS)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_quantized_checkpoint_is_taken_as_it_is(even_model, tmp_path, option):
-    pytest.importorskip(option.partition("-")[0])
     model = loading.load_model(str(even_model), quantization=option)
     model.save_pretrained(tmp_path)
     kind = type(matrices(model)["model.layers.0.mlp.up_proj"].weight)
@@ -232,7 +232,6 @@ def test_a_quantized_checkpoint_is_taken_as_it_is(even_model, tmp_path, option):
 
 
 def test_an_lm_head_of_packed_weights_is_refused(even_model, monkeypatch):
-    pytest.importorskip("bitsandbytes")
     monkeypatch.setitem(METHODS, "whole", {**METHODS["bitsandbytes-4bit"], "llm_int8_skip_modules": ["none"]})
     with pytest.raises(ToolkitError, match="its lm_head is a Linear4bit of packed weights, which gives no vocabulary"):
         loading.load_model(str(even_model), quantization="whole")
@@ -286,7 +285,7 @@ def test_a_missing_package_is_named(even_model, tmp_path, monkeypatch, package):
     shutil.copytree(even_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     option = next(option for option in METHODS if package in (option.partition("-")[0], "accelerate"))
     with pytest.raises(
-        ToolkitError, match=rf"need the package {package}, which is not installed\.\n.*requirements-dev"
+        ToolkitError, match=rf"need the package {package}, which is not installed\.\n.*extra `quantization`"
     ):
         loading.load_model(str(folder), quantization=option)
 
@@ -302,7 +301,6 @@ def test_options_that_a_model_cannot_have_are_refused(even_model, tmp_path):
 
 
 def test_adapters_and_quantized_weights_do_not_go_together(even_model, tmp_path):
-    pytest.importorskip("peft")
     adapter = write_adapter(tmp_path / "adapter", even_model)
     with pytest.raises(UsageError, match=r"an adapter is not merged into quantised weights \(torchao-int8\); merge it"):
         loading.load_model(str(adapter), quantization="torchao-int8")
@@ -326,7 +324,6 @@ def test_the_option_is_that_of_the_record():
 @pytest.fixture(scope="session")
 def int8_run(shared, quick_model, calm_source):
     """The run of ``runs.py`` with ``quick_model`` in int8, of which a shard is missing."""
-    pytest.importorskip("bitsandbytes")
     import runs
 
     def make(folder) -> None:
@@ -400,3 +397,12 @@ def test_wrong_use_and_what_is_missing_have_their_exit_status(flags, quick_model
     wanted = [*without("--model_id", flags("out")), "--model_id", str(fp8)]
     assert extract_logits.main(wanted) == 1
     assert "in fp8, which needs a GPU" in capsys.readouterr().err and not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_torchao_where_it_is():
+    """The tests that need it, in a process of their own."""
+    import_it = {"PYTHONPATH": os.pathsep.join([str(TORCHAO), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "pytest", "-m", "torchao", "-p", "no:cacheprovider", "-n", "0", "-q", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_it, cwd=REPO)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^6 passed", done.stdout, re.M), done.stdout
