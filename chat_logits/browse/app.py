@@ -72,8 +72,14 @@ class Site:
 
     # --- the front page ---
 
+    def prepare(self) -> None:
+        """Make the front page once: its templates are read, and the answers about all rows are kept."""
+        self._front(View(), None, Clock())
+
     def front(self, request: Request, clock: Clock) -> Response:
-        view, error = _view_or_error(request)
+        return self._front(*_view_or_error(request), clock)
+
+    def _front(self, view: View, error: str | None, clock: Clock) -> Response:
         browsed, status = self.browsed, 400 if error else 200
         shown_parts, error = self._parts(view, clock, error)
         role, span = next(iter(view.roles.items()), ("", Range()))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MEMORY = "96MiB"  # of DuckDB's own; what is beyond goes to the temporary folder
 THREADS = 2
 NUMBERS = ("source_index", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "max_surprisal")
 BINS = 40
+KEPT = 32  # answers over all rows that are kept until the tables change: those of the first page
 EDGES = 0.002  # of the rows, at either end, that are beyond a histogram's first and last edge
 QUESTION = 200  # characters of a conversation's question that the list shows
 TABLES = """
@@ -75,7 +77,7 @@ class Index:
             self._connection.execute(f"SET {setting}")
         self._connection.execute("SET lock_configuration = true")
         self._adding, self._opening = threading.Lock(), threading.Lock()
-        self._edges, self._totals = dict[str, list[float]](), dict[str, list[int]]()  # of histograms over all rows
+        self._changes, self._kept = 0, lru_cache(KEPT)(self._kept_rows)
         self.has_texts = False
 
     def close(self) -> None:
@@ -102,6 +104,7 @@ class Index:
             cursor.register("batch", table.append_column("row", rows))
             cursor.execute(TEXTS)
             cursor.unregister("batch")
+            self._changes += 1
 
     def set_marks(self, marks: Sequence[tuple[int, str, list[str]]]) -> None:
         """Source rows' notes and tags in the place of what was there for them; one without either is none."""
@@ -110,6 +113,7 @@ class Index:
                 cursor.execute("DELETE FROM marks WHERE source_index = ?", [source_index])
                 if note or tags:
                     cursor.execute("INSERT INTO marks VALUES (?, ?, ?)", [source_index, note, tags])
+            self._changes += 1
 
     def _insert(self, table: pa.Table, place: str) -> None:
         columns = place.partition("(")[2].rstrip(")")
@@ -117,7 +121,7 @@ class Index:
             cursor.register("batch", table)
             cursor.execute(f"INSERT INTO {place} SELECT {columns} FROM batch")
             cursor.unregister("batch")
-        self._edges, self._totals = {}, {}
+            self._changes += 1
 
     # --- what is asked ---
 
@@ -128,7 +132,7 @@ class Index:
         means = (f"sum({name} * num_tokens) / sum(num_tokens)" for name in names[2:5])
         columns = f"count(*), sum(num_tokens), {', '.join(means)}, count(fault)"
         sql = f"SELECT {columns} FROM {self._tables(view)} WHERE {where}"
-        return dict(zip(names, self._rows(sql, values, clock)[0], strict=True))
+        return dict(zip(names, self._rows(sql, values, clock, view.is_whole)[0], strict=True))
 
     def page(self, view: View, clock: Clock) -> list[dict]:
         """The rows of the view's page."""
@@ -140,7 +144,7 @@ class Index:
             f"ORDER BY {self._order(view)} LIMIT {PAGE_ROWS} OFFSET {PAGE_ROWS * (view.page - 1)}) "
             f"ORDER BY {self._order(view)}"
         )
-        return [dict(zip(columns, row, strict=True)) for row in self._rows(sql, values, clock)]
+        return [dict(zip(columns, row, strict=True)) for row in self._rows(sql, values, clock, view == View())]
 
     def chosen(self, view: View, clock: Clock) -> list[tuple[int, int]]:
         """All rows of a view in its order, and their source rows."""
@@ -176,35 +180,32 @@ class Index:
         bins = f"least({BINS - 1}, greatest(0, floor(({_scaled(name)} - ?) / ? * {BINS})::INTEGER))"
         low, width = edges[0], (edges[-1] - edges[0]) or 1.0
 
-        def counts(where: str, values: list, tables: str) -> list[int]:
-            sql = f"SELECT {bins}, count(*) FROM {tables} WHERE isfinite({name}) AND {where} GROUP BY 1"
-            found = dict(self._rows(sql, [low, width, *values], clock))
+        def counts(view: View) -> list[int]:
+            where, values = self._condition(view)
+            sql = f"SELECT {bins}, count(*) FROM {self._tables(view)} WHERE isfinite({name}) AND {where} GROUP BY 1"
+            found = dict(self._rows(sql, [low, width, *values], clock, view.is_whole))
             return [found.get(i, 0) for i in range(BINS)]
 
         others = view.without(name)
-        if name not in self._totals:
-            self._totals[name] = counts("true", [], "numbers")
-        total = self._totals[name]
-        left = total if others.is_whole else counts(*self._condition(others), self._tables(others))
+        total = counts(View())
+        left = total if others.is_whole else counts(others)
         return Counted(name, [_unscaled(name, edge) for edge in edges], total, left)
 
     def roles(self, clock: Clock) -> list[str]:
         """The roles that messages have, once the texts are known."""
         sql = "SELECT DISTINCT unnest(map_keys(roles)) AS role FROM texts ORDER BY role LIMIT 20"
-        return [role for (role,) in self._rows(sql, [], clock)]
+        return [role for (role,) in self._rows(sql, [], clock, True)]
 
     def tags(self, clock: Clock) -> list[str]:
         """All tags."""
         sql = "SELECT DISTINCT unnest(tags) AS tag FROM marks ORDER BY tag"
-        return [tag for (tag,) in self._rows(sql, [], clock)]
+        return [tag for (tag,) in self._rows(sql, [], clock, True)]
 
     def _edges_of(self, name: str, clock: Clock) -> list[float]:
-        if name not in self._edges:
-            scaled = _scaled(name)
-            sql = f"SELECT quantile_cont({scaled}, [{EDGES}, {1 - EDGES}]) FROM numbers WHERE isfinite({name})"
-            low, high = self._rows(sql, [], clock)[0][0] or (0.0, 1.0)
-            self._edges[name] = np.linspace(low, max(high, low + 1e-6), BINS + 1).tolist()
-        return self._edges[name]
+        scaled = _scaled(name)
+        sql = f"SELECT quantile_cont({scaled}, [{EDGES}, {1 - EDGES}]) FROM numbers WHERE isfinite({name})"
+        low, high = self._rows(sql, [], clock, True)[0][0] or (0.0, 1.0)
+        return np.linspace(low, max(high, low + 1e-6), BINS + 1).tolist()
 
     # --- how it is asked ---
 
@@ -255,17 +256,26 @@ class Index:
         finally:
             cursor.close()
 
-    def _rows(self, sql: str, values: Sequence, clock: Clock) -> list[tuple]:
+    def _rows(self, sql: str, values: Sequence, clock: Clock, is_kept: bool = False) -> list[tuple]:
+        """The answer of a query, which ``is_kept`` until something is added."""
+        start = time.perf_counter()
+        try:
+            return self._kept(self._changes, sql, tuple(values)) if is_kept else self._found(sql, values)
+        finally:
+            clock.duckdb += 1000 * (time.perf_counter() - start)
+
+    def _kept_rows(self, _changes: int, sql: str, values: tuple) -> list[tuple]:
+        """As ``_found``; ``_changes`` of before the query, so that no answer is kept that is older than its tables."""
+        return self._found(sql, values)
+
+    def _found(self, sql: str, values: Sequence) -> list[tuple]:
         import duckdb
 
-        start = time.perf_counter()
         try:
             with self._cursor() as cursor:
                 return cursor.execute(sql, values).fetchall()
         except duckdb.Error as error:
             raise UsageError(f"the filter cannot be used: {str(error).splitlines()[0]}") from error
-        finally:
-            clock.duckdb += 1000 * (time.perf_counter() - start)
 
 
 def _chosen_by(condition: Condition) -> str:

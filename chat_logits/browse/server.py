@@ -41,14 +41,16 @@ def browse(
     with listening(port) as listener, scratch_folder() as folder:
         browsed = Browsed(dataset, tokenizer, folder, chat_template)
         browsed.read_numbers(_bar)
-        browsed.begin()
+        site = Site(browsed, other, other_tokenizer)
         port = listener.getsockname()[1]
         address = f"http://{HOST}:{port}/"
         print(f"{dataset.dataset_id} is at {address} (Ctrl-C ends it)", flush=True)
         if opens:
             _open(address)
         try:
-            server_of(Site(browsed, other, other_tokenizer).app(port)).run(sockets=[listener])
+            site.prepare()  # while the browser starts
+            browsed.begin()
+            server_of(site.app(port)).run(sockets=[listener])
         except KeyboardInterrupt:
             print("\nEnded.")
         finally:

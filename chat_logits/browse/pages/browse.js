@@ -23,6 +23,7 @@ async function show(query, {isNew = true, focus = null} = {}) {
     view().replaceWith(document.adoptNode(part));
     document.getElementById("out").open = isOpen;
     prepare();
+    fillMarks();
     if (typeof kept === "function") kept();
     else if (kept) document.getElementById(kept)?.focus({preventScroll: true});
   } catch (error) {
@@ -52,7 +53,10 @@ function current() {
 
 function prepare() {
   for (const plot of view().querySelectorAll(".hist")) place(plot);
-  requestAnimationFrame(() => setTimeout(fillLines));  // once the list is drawn
+  requestAnimationFrame(() => setTimeout(() => {  // once the list is drawn
+    fillMarks();
+    fillLines();
+  }));
   document.body.dataset.shown = view().dataset.query;
   if (view().hasAttribute("data-wait")) setTimeout(() => asked || show(current().toString(), {isNew: false}), 500);
 }
@@ -128,12 +132,12 @@ function sparkline(bars) {
 function place(hist) {
   const bins = hist.dataset.edges.split(" ").length - 1;
   const low = Number(hist.dataset.low), high = Number(hist.dataset.high);
-  const labels = hist.querySelectorAll(".labels li");
+  const labels = hist.dataset.labels.split(" ");
   for (const [name, bin] of [["low", low], ["high", high]]) {
     const thumb = hist.querySelector(`.thumb.${name}`);
     thumb.style.left = `${100 * bin / bins}%`;
     thumb.setAttribute("aria-valuenow", bin);
-    thumb.setAttribute("aria-valuetext", labels[bin].textContent);
+    thumb.setAttribute("aria-valuetext", labels[bin]);
   }
   const brushed = hist.querySelector(".brushed");
   brushed.setAttribute("x", low);
@@ -145,8 +149,8 @@ function brush(hist, low, high) {
   hist.dataset.low = low;
   hist.dataset.high = high;
   place(hist);
-  const labels = hist.querySelectorAll(".labels li");
-  hist.querySelector(".span").textContent = `${labels[low].textContent} – ${labels[high].textContent}`;
+  const labels = hist.dataset.labels.split(" ");
+  hist.querySelector(".span").textContent = `${labels[low]} – ${labels[high]}`;
 }
 
 function filterBy(hist, focus) {
@@ -300,7 +304,27 @@ document.addEventListener("keydown", event => {
 
 // --- marks, taking along, the summary ---
 
+// The buttons that open a row's mark, which say what it is.
+function fillMarks() {
+  for (const row of view().querySelectorAll("tr[data-row]")) {
+    const cell = row.querySelector(".marks");
+    if (cell.querySelector("button")) continue;
+    const button = document.createElement("button"), {note = ""} = cell.dataset;
+    const tags = [...cell.querySelectorAll("i")].map(tag => tag.textContent);
+    button.type = "button";
+    button.id = `mark-${row.dataset.row}`;
+    button.className = cell.hasChildNodes() ? "mark marked" : "mark";
+    Object.assign(button.dataset, {note, tags: tags.join(", ")});
+    button.setAttribute("aria-label", `Mark row ${row.dataset.row}`);
+    button.title = note || "Note and tags (m)";
+    button.disabled = !row.dataset.source;
+    button.append(...(cell.hasChildNodes() ? cell.childNodes : ["+"]));
+    cell.append(button);
+  }
+}
+
 async function markRow(row) {
+  fillMarks();
   const button = row.querySelector("button.mark"), id = button.id;
   if (button.disabled) return;
   const {note, tags} = button.dataset;
