@@ -39,6 +39,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
 
 LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
+Watch = Callable[[Iterable[dict], int], Iterator[dict]]
 
 
 # --- one conversation ---
@@ -231,23 +232,32 @@ class DatasetComparison:
         return f"<DatasetComparison of {ids}: {counts}, mean KL ≥ {self.totals.mean_kl:.4f} nats>"
 
 
+def show_progress(rows: Iterable[dict], total: int) -> Iterator[dict]:
+    """Go through the rows; a terminal is told how far, from a second on."""
+    with tqdm(rows, "Comparing", total, unit=" conversations", leave=False, delay=1) as bar:
+        yield from bar
+
+
 def compare_datasets(
-    first: StoredDataset, other: StoredDataset, tokenizer, chat_template: str | None = None
+    first: StoredDataset,
+    other: StoredDataset,
+    tokenizer,
+    chat_template: str | None = None,
+    watch: Watch = show_progress,
 ) -> DatasetComparison:
     """Compare every conversation of both datasets, in one pass and bounded memory.
 
     ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are
-    listed are rebuilt. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
+    listed are rebuilt. ``watch(rows, total)`` goes through the first's rows. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
     """
     refuse_other_tokenizer(first, other)
     tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
     num_different = 0
-    with tqdm(first.rows(), "Comparing", first.num_rows, unit=" conversations", leave=False, delay=1) as rows:
-        for sample_index, row, _, other_row in paired_rows(rows, other.rows()):
-            if has_same_tokens(row, other_row):
-                tally.add(sample_index, row, compare_rows(row, other_row))
-            else:
-                num_different += 1
+    for sample_index, row, _, other_row in paired_rows(watch(first.rows(), first.num_rows), other.rows()):
+        if has_same_tokens(row, other_row):
+            tally.add(sample_index, row, compare_rows(row, other_row))
+        else:
+            num_different += 1
     if not tally.num_conversations:
         raise ToolkitError(
             f"{first.dataset_id} and {other.dataset_id} share no conversation "

@@ -10,17 +10,17 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
-
 from chat_logits.analysis.comparison import (
     Comparison,
     DatasetComparison,
+    Watch,
     compare_analyses,
     compare_datasets,
     keep,
     largest_first,
     paired_rows,
     row_of,
+    show_progress,
     source_of,
 )
 from chat_logits.analysis.cross_pairs import (
@@ -68,20 +68,22 @@ def compare_any(
     chat_template: str | None = None,
     top_n: int | None = None,
     only: int | None = None,
+    watch: Watch = show_progress,
 ) -> Comparison | DatasetComparison | SpanComparison | CrossComparison:
     """Token by token where ``other_tokenizer`` is None, as both datasets have one; else by their text.
 
     With a ``sample_index`` that row of the first alone. ``chat_template`` is the first's, as for ``align_row``;
-    ``top_n`` and ``only`` as in ``Comparison``. Raises UsageError for a ``top_n`` of two tokenizers' predictions.
+    ``top_n`` and ``only`` as in ``Comparison``; ``watch(rows, total)`` goes through the rows of a whole comparison.
+    Raises UsageError for a ``top_n`` of two tokenizers' predictions.
     """
     if other_tokenizer is None and sample_index is None:
-        return compare_datasets(first, other, tokenizer, chat_template)
+        return compare_datasets(first, other, tokenizer, chat_template, watch)
     if other_tokenizer is None:
         return compare_analyses(first, other, tokenizer, sample_index or 0, chat_template, top_n or 5, only)
     if top_n is not None:
         raise UsageError("`top_n` is for datasets of one tokenizer: tokens of two have no predictions in common")
     sides = Side(first, tokenizer, chat_template), Side(other, other_tokenizer)
-    return compare_bits(*sides) if sample_index is None else compare_spans(*sides, sample_index, only)
+    return compare_bits(*sides, watch) if sample_index is None else compare_spans(*sides, sample_index, only)
 
 
 # --- one conversation ---
@@ -158,18 +160,16 @@ def _text(content: bytes) -> str:
 # --- two datasets ---
 
 
-def compare_bits(first: Side, other: Side) -> CrossComparison:
+def compare_bits(first: Side, other: Side, watch: Watch = show_progress) -> CrossComparison:
     """Compare every conversation of both datasets, in one pass; memory grows by a record a conversation.
 
+    ``watch(rows, total)`` goes through the first's rows.
     Raises ToolkitError where there is no conversation, or no span, to compare.
     """
     tally = _BitTally(first, other)
-    with tqdm(
-        first.dataset.rows(), "Comparing", first.dataset.num_rows, unit=" conversations", leave=False, delay=1
-    ) as rows:
-        pairs = paired_rows(rows, other.dataset.rows())
-        while some := list(itertools.islice(pairs, AT_ONCE)):
-            tally.add_all(some)
+    pairs = paired_rows(watch(first.dataset.rows(), first.dataset.num_rows), other.dataset.rows())
+    while some := list(itertools.islice(pairs, AT_ONCE)):
+        tally.add_all(some)
     if not tally.conversations:
         ids = f"{first.dataset.dataset_id} and {other.dataset.dataset_id}"
         why = "".join(f"; {each.reason}" for each in tally.left_out if each.num_answers)

@@ -19,7 +19,7 @@ from chat_logits.analysis.tokens import count_text
 from chat_logits.browse.browsed import Browsed
 from chat_logits.browse.front import losses, parts
 from chat_logits.browse.index import Clock
-from chat_logits.browse.jobs import DONE, Job
+from chat_logits.browse.jobs import DONE, FAILED, IDLE, Job
 from chat_logits.browse.marks import Mark
 from chat_logits.browse.render import in_frame, policy, render, script, whole
 from chat_logits.browse.security import Guard
@@ -31,6 +31,7 @@ from chat_logits.storage.dataset import StoredDataset
 
 LINES_MOST = 64  # rows in a request
 BODY_MOST = 64 * 2**10  # bytes of a request's body
+AT_ONCE = 0.7  # seconds that a comparison of all rows is waited for before the page says how far it is
 FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
 
 
@@ -67,8 +68,8 @@ class Site:
         application = Starlette(routes=routes, exception_handlers={404: _not_found, 405: _not_found})
         return Guard(application, port, self.token)
 
-    def _compare(self, watch: Callable):  # noqa: ARG002
-        return self._compared(None)
+    def _compare(self, watch: Callable):
+        return self._compared(None, watch=watch)
 
     # --- the front page ---
 
@@ -146,12 +147,12 @@ class Site:
             raise UsageError("no other dataset: start the server with `compare` OTHER")
         return self._compared(row)
 
-    def _compared(self, row: int | None):
+    def _compared(self, row: int | None, **watched):
         """All rows beside those of the other dataset, or one."""
         assert self.other is not None  # asked by those who know
         browsed = self.browsed
         sides = (browsed.dataset, self.other, browsed.tokenizer, self.other_tokenizer)
-        return compare_any(*sides, row, browsed.chat_template)
+        return compare_any(*sides, row, browsed.chat_template, **watched)
 
     def _framed(self, request: Request, clock: Clock, analyse: Callable) -> Response:
         row, base = request.path_params["row"], request.url.path.split("/")[1]
@@ -192,16 +193,30 @@ class Site:
         job = self.browsed.summary
         if job.state != DONE:
             raise UsageError("the summary is not known yet: it is begun on the front page, and takes all rows")
-        return _display_page(shown(job.result).to_html({"home": "/"}))
+        return _display_page(shown(job.result).to_html({"home": "/", "row": "/row/{row}"}))
 
-    def compared(self, _request: Request, _clock: Clock) -> Response:
+    def compared(self, request: Request, _clock: Clock) -> Response:
+        """The comparison of all rows, which the first request begins; until it is made, how far it is."""
         if self.other is None:
             raise UsageError("no other dataset: start the server with `compare` OTHER")
-        self.comparison.start()
-        self.comparison.finished.wait()
-        if self.comparison.state != DONE:
-            raise ToolkitError(self.comparison.reason)
-        return _display_page(shown(self.comparison.result).to_html({"home": "/"}))
+        job = self.comparison
+        if job.state == IDLE or (job.state == FAILED and "again" in request.query_params):
+            job.start()
+        job.finished.wait(AT_ONCE)
+        if job.state == FAILED:
+            links = [("All conversations", "/"), ("Try again", "/compare?again=1")]
+            return _error_page("The datasets cannot be compared", job.reason, links, 422)
+        if job.state != DONE:
+            return self._waiting(job)
+        return _display_page(shown(job.result).to_html({"home": "/", "row": "/compare/{row}"}))
+
+    def _waiting(self, job: Job) -> Response:
+        assert self.other is not None
+        title = f"{line_of(self.browsed.dataset.dataset_id)} and {line_of(self.other.dataset_id)}"
+        total = job.total or self.browsed.dataset.num_rows
+        told = f"Comparing: {job.done:,} of {count_text(total, 'conversation')}"
+        page = whole("waiting.html.jinja", title=title, told=told, done=job.done, total=total)
+        return HTMLResponse(page, 202, {"content-security-policy": policy()})
 
     # --- taking along ---
 

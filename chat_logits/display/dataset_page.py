@@ -1,6 +1,7 @@
 """A whole dataset, or two beside each other, as a page of figures and tables; the tables are the terminal's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from chat_logits.analysis.comparison import DatasetComparison
 from chat_logits.analysis.runs import RunRecord
@@ -24,7 +25,15 @@ LABELLED, TICKS = 12, 5  # up to so many bins are all labelled; of more, about s
 
 
 def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
-    """The page of a dataset's summary; ``frame`` is as for a conversation's page."""
+    """The page of a dataset's summary; ``frame`` is as for ``datasets_page``."""
+    address = (frame or {}).get("row", "")
+
+    def links(places: Iterable) -> list[str]:
+        return [place_in(address, each) for each in places] if address else []
+
+    conversations = zip(
+        conversation_tables(summary), (summary.most_confident, summary.least_confident), strict=True
+    )
     at_least = ", at least" * summary.entropy_is_bound
     return render_page(
         "summary.html.jinja",
@@ -40,11 +49,17 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
             histogram_figure("Entropy of the predictions", summary.entropies, f"entropy{at_least}, nats"),
             _kept(summary.kept),
             _sizes(summary),
-            *(table_figure(table, span=6) for table in conversation_tables(summary)),
-            table_figure(losses_table(summary.largest_losses)),
-            table_figure(vocabulary_table(summary.vocabulary_losses)),
+            *(table_figure(table, 6, links(places)) for table, places in conversations),
+            table_figure(losses_table(summary.largest_losses), links=links(summary.largest_losses)),
+            table_figure(vocabulary_table(summary.vocabulary_losses), links=links(summary.vocabulary_losses)),
         ],
     )
+
+
+def place_in(address: str, place: Any) -> str:
+    """The ``address``, which has ``{row}`` in it, of a conversation, or of one of its extracted tokens."""
+    token = f"#t={place.index}" if hasattr(place, "index") else ""
+    return address.format(row=place.sample_index) + token
 
 
 def _record(run: RunRecord) -> list[tuple[str, str]]:
@@ -206,8 +221,8 @@ def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> s
     )
     names = names_of(comparison.first, comparison.other, comparison.differences)
     address = (frame or {}).get("row", "")
-    rows = [address.format(row=each.sample_index) for each in comparison.conversations]
-    places = [f"{address.format(row=each.sample_index)}#t={each.index}" for each in comparison.tokens]
+    rows = [place_in(address, each) for each in comparison.conversations]
+    places = [place_in(address, each) for each in comparison.tokens]
     return render_page(
         "summary.html.jinja",
         styles=STYLES,

@@ -15,21 +15,25 @@ from chat_logits.storage.dataset import open_dataset
 
 @contextmanager
 def served(folder, scratch: Path, other=None, begins: bool = True):
-    """The server of a dataset, with its ``address``, ``port``, ``token`` and ``browsed``, all of it read."""
+    """The server of a dataset, with its ``address``, ``port``, ``token``, ``browsed`` and ``site``, all of it read.
+
+    ``other`` is a dataset beside it with the same tokenizer: a folder, or a ``StoredDataset``.
+    """
     dataset, tokenizer = open_with_tokenizer(str(folder))
     browsed = Browsed(dataset, tokenizer, scratch)
     browsed.read_numbers(lambda steps, total: steps)  # noqa: ARG005
     if begins:
         browsed.begin()
         assert browsed.texts.finished.wait(300) and browsed.summary.finished.wait(300)
-    site = Site(browsed, open_dataset(str(other)) if other else None)
+    beside = open_dataset(str(other)) if isinstance(other, str | Path) else other
+    site = Site(browsed, beside)
     listener = listening(0)
     port = listener.getsockname()[1]
     server = server_of(site.app(port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, token=site.token, browsed=browsed)
+        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, token=site.token, browsed=browsed, site=site)
     finally:
         server.should_exit = True
         thread.join(60)
