@@ -11,7 +11,9 @@ Data flows one way: source rows -> aligned conversations -> batches -> distribut
 import functools
 import logging
 import shlex
+import shutil
 import sys
+from pathlib import Path
 
 from chat_logits.cli.command_line import leave, leave_torch_out, run_command
 from chat_logits.cli.extract_options import (
@@ -55,21 +57,29 @@ def _extract(config: ExtractConfig, command: list[str]) -> None:
         done = extract(config)
     except KeyboardInterrupt:
         begun = is_being_replaced(folder)
-        resuming = [word for word in command if not (begun and word == "--overwrite")]
-        logger.info("To resume:\n  %s", shlex.join(resuming))
+        program, words = _program(command)
+        resuming = [word for word in words if not (begun and word == "--overwrite")]
+        logger.info("To resume:\n  %s", shlex.join([*program, *resuming]))
         raise
     from chat_logits.cli.extract_report import looking_commands, print_extraction
 
-    print_extraction(done)
-    program = _program(command)
+    print_extraction(done, config)
+    program, _ = _program(command)
     logger.info("To look at it:\n  %s", "\n  ".join(looking_commands(done, program)))
     logger.info("To repeat:\n  %s", shlex.join([*program, *config_words(done.config)]))
 
 
-def _program(command: list[str]) -> list[str]:
-    """The words before the first option: the interpreter, its own options, and the script."""
+def _program(command: list[str]) -> tuple[list[str], list[str]]:
+    """How this command is called, and its words behind that: the interpreter, its own options and the script, or the
+    name alone of a command that is installed and found by it, and its path where it is not."""
     ends = [place for place, word in enumerate(command) if "extract_logits" in word or "extract-logits" in word]
-    return command[: ends[0] + 1] if ends else ["python", "extract_logits.py"]
+    if not ends:
+        return ["python", "extract_logits.py"], sys.argv[1:]
+    script, words = command[ends[0]], command[ends[0] + 1 :]
+    if Path(script).stem != "extract-logits":
+        return command[: ends[0] + 1], words
+    found = shutil.which("extract-logits")
+    return [Path(script).stem if found and Path(found).samefile(script) else script], words
 
 
 def main(argv: list[str] | None = None) -> int:

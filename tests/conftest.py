@@ -165,6 +165,22 @@ def quick_run(quick_model, calm_source, shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_run(quick_model, calm_source, shared) -> Path:
+    """The first 60 source rows of the same, extracted by another random model with the same tokenizer."""
+    import runs
+
+    import extract_logits
+
+    def make(folder: Path) -> None:
+        make_tiny_model(folder / "model", vocab_size=QUICK_VOCABULARY, seed=1)
+        shutil.copy(quick_model / "tokenizer.json", folder / "model")
+        flags = runs.flags_for(folder / "model", calm_source, folder / "out")
+        assert extract_logits.main([*flags, "--max_samples", "60"]) == 0
+
+    return shared("other_run", make) / "out"
+
+
+@pytest.fixture(scope="session")
 def calm_source(shared) -> Path:
     """The source of the run of ``runs.py``."""
     import runs

@@ -20,6 +20,7 @@ BASE = (
     "chat_logits.options",
     "chat_logits.scratch",
     "chat_logits.stages",
+    "chat_logits.words",
 )
 ROOMS = ("data", "model", "storage", "extraction", "analysis", "training", "display", "browse", "cli")  # lowest first
 FLAG = re.compile(r"--[a-z]")

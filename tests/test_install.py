@@ -66,8 +66,10 @@ def elsewhere(tmp_path_factory) -> Path:
     return folder
 
 
-def call(program: Path, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+def call(program: Path, *arguments, cwd: Path, found: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a program; ``found`` is a folder whose commands are found by their names."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["PATH"] = os.pathsep.join([*([str(found)] if found else []), env["PATH"]])
     return subprocess.run([program, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -75,8 +77,15 @@ def call(program: Path, *arguments, cwd: Path) -> subprocess.CompletedProcess:
 def extracted(installed, elsewhere, small_model) -> Path:
     """What the installed command wrote."""
     options = ("--model_id", small_model, "--dataset_id", "chats.jsonl", "--output_dir", "out", "--device", "cpu")
-    done = call(installed / "extract-logits", *options, cwd=elsewhere)
+    done = call(installed / "extract-logits", *options, cwd=elsewhere, found=installed)
     assert done.returncode == 0, done.stderr
+    looks, repeats = done.stderr.split("To look at it:\n")[1].split("To repeat:\n")
+    assert [line.strip() for line in looks.splitlines()] == ["explore-logits out", "explore-logits out --browse"]
+    assert repeats.strip().startswith("extract-logits --model_id ")
+    again = call(installed / "extract-logits", *options, cwd=elsewhere)  # where no name finds it
+    folder = str(installed)
+    lines = [line.strip() for line in again.stderr.split("To look at it:\n")[1].splitlines()]
+    assert lines[0] == f"{folder}/explore-logits out" and lines[3].startswith(f"{folder}/extract-logits --model_id ")
     return elsewhere / "out"
 
 

@@ -27,12 +27,12 @@ from chat_logits.analysis.thinning import (
     tail_list,
     thin_row,
 )
-from chat_logits.analysis.tokens import count_text
 from chat_logits.analysis.verification import spread
 from chat_logits.scratch import scratch_folder
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import write_shard
+from chat_logits.words import count_text
 from logit_codec import CODE_PROBS, MAX_TOKEN_ID
 
 LADDER: tuple[tuple[float, ...], ...] = ((64, 32, 16, 8, 4), (16, 8, 4), (0.95, 0.9))  # K, S, P

@@ -27,7 +27,6 @@ from chat_logits.analysis.divergence import (
 from chat_logits.analysis.runs import RunDifference, run_differences
 from chat_logits.analysis.summary import Histogram, count_in_bins
 from chat_logits.analysis.tokens import (
-    count_text,
     first_prediction,
     label_tokens,
     text_and_before,
@@ -36,10 +35,11 @@ from chat_logits.analysis.tokens import (
 from chat_logits.data.alignment import Alignment, RowAligner, align_row
 from chat_logits.data.conversations import question_of
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import Rows, StoredDataset
+from chat_logits.words import count_text
 
 LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
-Watch = Callable[[Iterable[dict], int], Iterator[dict]]
+Watch = Callable[[Iterable, int], Iterator]
 
 
 # --- one conversation ---
@@ -208,6 +208,7 @@ class DatasetComparison:
     ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
     ``num_different`` those of both whose tokens are not the same, which are left out. ``tokens`` and ``conversations``
     are those with the largest KL and mean KL, the largest first; ``differences`` is what differs between the runs.
+    Where some of the first's rows were chosen for it, ``chosen_from`` is how many it has.
     """
 
     first: Source
@@ -221,6 +222,7 @@ class DatasetComparison:
     tokens: list[DivergentToken]
     conversations: list[DivergentConversation]
     differences: list[RunDifference] = field(default_factory=list)
+    chosen_from: int | None = None
 
     def as_dict(self) -> dict:
         """All of it as plain values."""
@@ -232,7 +234,7 @@ class DatasetComparison:
         return f"<DatasetComparison of {ids}: {counts}, mean KL ≥ {self.totals.mean_kl:.4f} nats>"
 
 
-def show_progress(rows: Iterable[dict], total: int) -> Iterator[dict]:
+def show_progress(rows: Iterable, total: int) -> Iterator:
     """Go through the rows; a terminal is told how far, from a second on."""
     with tqdm(rows, "Comparing", total, unit=" conversations", leave=False, delay=1) as bar:
         yield from bar
@@ -244,16 +246,22 @@ def compare_datasets(
     tokenizer,
     chat_template: str | None = None,
     watch: Watch = show_progress,
+    rows: Rows | None = None,
+    other_rows: Rows | None = None,
 ) -> DatasetComparison:
     """Compare every conversation of both datasets, in one pass and bounded memory.
 
     ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are
-    listed are rebuilt. ``watch(rows, total)`` goes through the first's rows. Raises UsageError for datasets of two tokenizers, ToolkitError where no conversation is shared.
+    listed are rebuilt. ``watch(rows, total)`` goes through the first's rows. ``rows`` and ``other_rows`` are the
+    numbers, ascending, of those to compare, None for all. Raises UsageError for datasets of two tokenizers,
+    ToolkitError where no conversation is shared.
     """
     refuse_other_tokenizer(first, other)
     tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
     num_different = 0
-    for sample_index, row, _, other_row in paired_rows(watch(first.rows(), first.num_rows), other.rows()):
+    counts = [dataset.num_rows if some is None else len(some) for dataset, some in ((first, rows), (other, other_rows))]
+    watched = watch(first.numbered_rows(rows), counts[0])
+    for sample_index, row, _, other_row in paired_rows(watched, other.numbered_rows(other_rows)):
         if has_same_tokens(row, other_row):
             tally.add(sample_index, row, compare_rows(row, other_row))
         else:
@@ -264,16 +272,20 @@ def compare_datasets(
             f"({count_text(num_different, 'source row')} in both, with other tokens); expected datasets extracted "
             "from the same source with the same template"
         )
-    return tally.comparison(first, other, num_different)
+    return tally.comparison(first, other, num_different, counts, rows is not None)
 
 
-def paired_rows(rows: Iterable[dict], other_rows: Iterable[dict]) -> Iterator[tuple[int, dict, int, dict]]:
+Numbered = Iterable[tuple[int, dict]]
+
+
+def paired_rows(rows: Numbered, other_rows: Numbered) -> Iterator[tuple[int, dict, int, dict]]:
     """The rows of the same source rows, each with its number; both are in the order of their source rows."""
-    others = enumerate(other_rows)
-    other_index, other_row = next(others, (0, None))
-    for sample_index, row in enumerate(rows):
+    others: Iterator[tuple[int, dict | None]] = iter(other_rows)
+    end: tuple[int, dict | None] = (0, None)
+    other_index, other_row = next(others, end)
+    for sample_index, row in rows:
         while other_row is not None and other_row["source_index"] < row["source_index"]:
-            other_index, other_row = next(others, (0, None))
+            other_index, other_row = next(others, end)
         if other_row is None:
             return
         if other_row["source_index"] == row["source_index"]:
@@ -312,21 +324,24 @@ class _ComparisonTally:
             record = _divergent_token(sample_index, row, compared, i, alignment, self.tokenizer)
             keep(self.tokens, (record.kl, -int(self.sums[0]) - i, record), LISTED_TOKENS)
 
-    def comparison(self, first: StoredDataset, other: StoredDataset, num_different: int) -> DatasetComparison:
-        """The comparison of the two datasets, once every row has been added."""
+    def comparison(
+        self, first: StoredDataset, other: StoredDataset, num_different: int, counts: list[int], is_part: bool
+    ) -> DatasetComparison:
+        """The comparison of the two datasets, of which ``counts`` rows each, once every row has been added."""
         in_both = self.num_conversations + num_different
         return DatasetComparison(
             first=source_of(first),
             other=source_of(other),
             totals=totals_of(self.sums),
             num_conversations=self.num_conversations,
-            only_in_first=first.num_rows - in_both,
-            only_in_other=other.num_rows - in_both,
+            only_in_first=counts[0] - in_both,
+            only_in_other=counts[1] - in_both,
             num_different=num_different,
             differences=run_differences(first.manifest, other.manifest),
             histogram=Histogram(KL_EDGES.tolist(), self.counts.tolist(), is_open_ended=True),
             tokens=largest_first(self.tokens),
             conversations=largest_first(self.conversations),
+            chosen_from=first.num_rows if is_part else None,
         )
 
 

@@ -18,6 +18,7 @@ from chat_logits.data.alignment import Alignment, RowAligner, align_row
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
+from chat_logits.words import count_text
 
 Selection = int | Callable[[TokenAnalysis], bool]
 UNCHANGED = object()
@@ -57,7 +58,7 @@ class Analysis(Sequence):
         return replace(self, tokens=found) if isinstance(index, slice) else found
 
     def __repr__(self) -> str:
-        return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {len(self)} tokens>"
+        return f"<Analysis of row {self.sample_index} of {self.dataset_id}: {count_text(len(self), 'token')}>"
 
     def showing(self, only=UNCHANGED, show_prompt=UNCHANGED, top_n=UNCHANGED) -> "Analysis":
         """The same analysis with other tokens or predictions shown; ``top_n`` may only become smaller."""

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from chat_logits.analysis.divergence import Source
 from chat_logits.analysis.runs import RunDifference
-from chat_logits.analysis.tokens import count_text
+from chat_logits.words import count_text
 
 
 def difference_of(bits: float, other_bits: float) -> float:
@@ -234,7 +234,8 @@ class CrossComparison:
     same, ``num_without_spans`` those with nothing to compare. ``num_other_system`` of those compared have another
     system message there; ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other
     characters. ``first_spans`` and ``other_spans`` are those where that model was more surprised, the largest first;
-    ``differences`` is what differs between the runs.
+    ``differences`` is what differs between the runs. Where some of the first's rows were chosen for it,
+    ``chosen_from`` is how many it has.
     """
 
     first: Source
@@ -256,6 +257,7 @@ class CrossComparison:
     other_spans: list[SurprisingSpan]
     conversations: list[ConversationBits]
     differences: list[RunDifference] = field(default_factory=list)
+    chosen_from: int | None = None
 
     def as_dict(self) -> dict:
         """All of it as plain values."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from chat_logits.analysis.comparison import (
     Comparison,
     DatasetComparison,
@@ -49,12 +50,12 @@ from chat_logits.analysis.cross_records import (
 from chat_logits.analysis.cross_sides import Side, SideRow
 from chat_logits.analysis.runs import run_differences
 from chat_logits.analysis.spans import Span
-from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import AT_ONCE
 from chat_logits.data.conversations import question_of
 from chat_logits.data.tokenizer import token_text
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import Rows, StoredDataset
+from chat_logits.words import count_text
 
 LISTED_SPANS, BEFORE = 10, 48  # spans listed of each model, and characters before one
 
@@ -69,21 +70,27 @@ def compare_any(
     top_n: int | None = None,
     only: int | None = None,
     watch: Watch = show_progress,
+    rows: Rows | None = None,
+    other_rows: Rows | None = None,
 ) -> Comparison | DatasetComparison | SpanComparison | CrossComparison:
     """Token by token where ``other_tokenizer`` is None, as both datasets have one; else by their text.
 
     With a ``sample_index`` that row of the first alone. ``chat_template`` is the first's, as for ``align_row``;
-    ``top_n`` and ``only`` as in ``Comparison``; ``watch(rows, total)`` goes through the rows of a whole comparison.
+    ``top_n`` and ``only`` as in ``Comparison``; ``watch``, ``rows`` and ``other_rows`` as for ``compare_datasets``.
     Raises UsageError for a ``top_n`` of two tokenizers' predictions.
     """
     if other_tokenizer is None and sample_index is None:
-        return compare_datasets(first, other, tokenizer, chat_template, watch)
+        return compare_datasets(first, other, tokenizer, chat_template, watch, rows, other_rows)
     if other_tokenizer is None:
         return compare_analyses(first, other, tokenizer, sample_index or 0, chat_template, top_n or 5, only)
     if top_n is not None:
         raise UsageError("`top_n` is for datasets of one tokenizer: tokens of two have no predictions in common")
     sides = Side(first, tokenizer, chat_template), Side(other, other_tokenizer)
-    return compare_bits(*sides, watch) if sample_index is None else compare_spans(*sides, sample_index, only)
+    return (
+        compare_bits(*sides, watch, rows, other_rows)
+        if sample_index is None
+        else compare_spans(*sides, sample_index, only)
+    )
 
 
 # --- one conversation ---
@@ -160,14 +167,23 @@ def _text(content: bytes) -> str:
 # --- two datasets ---
 
 
-def compare_bits(first: Side, other: Side, watch: Watch = show_progress) -> CrossComparison:
+def compare_bits(
+    first: Side,
+    other: Side,
+    watch: Watch = show_progress,
+    rows: Rows | None = None,
+    other_rows: Rows | None = None,
+) -> CrossComparison:
     """Compare every conversation of both datasets, in one pass; memory grows by a record a conversation.
 
-    ``watch(rows, total)`` goes through the first's rows.
+    ``watch``, ``rows`` and ``other_rows`` are as for ``compare_datasets``.
     Raises ToolkitError where there is no conversation, or no span, to compare.
     """
     tally = _BitTally(first, other)
-    pairs = paired_rows(watch(first.dataset.rows(), first.dataset.num_rows), other.dataset.rows())
+    sides = ((first.dataset, rows), (other.dataset, other_rows))
+    counts = [dataset.num_rows if some is None else len(some) for dataset, some in sides]
+    watched = watch(first.dataset.numbered_rows(rows), counts[0])
+    pairs = paired_rows(watched, other.dataset.numbered_rows(other_rows))
     while some := list(itertools.islice(pairs, AT_ONCE)):
         tally.add_all(some)
     if not tally.conversations:
@@ -177,7 +193,7 @@ def compare_bits(first: Side, other: Side, watch: Watch = show_progress) -> Cros
             f"{ids} share no conversation that can be compared ({count_text(tally.num_paired, 'source row')} in both, "
             f"{tally.num_different:,} with other messages{why}); expected datasets extracted from the same source"
         )
-    return tally.comparison()
+    return tally.comparison(counts, rows is not None)
 
 
 class _BitTally:
@@ -271,8 +287,8 @@ class _BitTally:
             difference=difference_of(bits, other_bits),
         )
 
-    def comparison(self) -> CrossComparison:
-        """The comparison of the two datasets, once every row has been added."""
+    def comparison(self, counts: list[int], is_part: bool) -> CrossComparison:
+        """The comparison of the two datasets, of which ``counts`` rows each, once every row has been added."""
         totals = _added(self.totals)
         return CrossComparison(
             first=source_of(self.first.dataset),
@@ -280,8 +296,8 @@ class _BitTally:
             totals=totals,
             error=standard_error(self.totals),
             num_conversations=len(self.conversations),
-            only_in_first=self.first.dataset.num_rows - self.num_paired,
-            only_in_other=self.other.dataset.num_rows - self.num_paired,
+            only_in_first=counts[0] - self.num_paired,
+            only_in_other=counts[1] - self.num_paired,
             num_different=self.num_different,
             num_without_spans=self.num_without_spans,
             num_other_system=self.num_other_system,
@@ -294,6 +310,7 @@ class _BitTally:
             other_spans=largest_first(self.spans[1]),
             conversations=self.conversations,
             differences=run_differences(self.first.dataset.manifest, self.other.dataset.manifest),
+            chosen_from=self.first.dataset.num_rows if is_part else None,
         )
 
 

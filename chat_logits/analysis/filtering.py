@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from chat_logits.analysis.condition import Condition
-from chat_logits.analysis.tokens import count_text
 from chat_logits.data.conversations import from_stored, question_of
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.storage.disk import refuse_filled, write_text
 from chat_logits.storage.numbers import number_table, read_columns
+from chat_logits.words import count_text
 
 MESSAGES, INDICES = ".jsonl", ".txt"  # endings of the files that a choice of rows is saved to
 OTHER_FILES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # which would not be what their names say

@@ -16,12 +16,13 @@ from chat_logits.analysis.cross_tokenizer import compare_any
 from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
 from chat_logits.analysis.opening import open_beside, tokenizer_of
 from chat_logits.analysis.summary import DatasetSummary, summarize
-from chat_logits.analysis.tokens import Totals, count_text
+from chat_logits.analysis.tokens import Totals
 from chat_logits.data.alignment import RowAligner
 from chat_logits.data.conversations import from_stored
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
+from chat_logits.words import count_text
 
 FRAMES = ("pandas", "polars", "duckdb", "arrow")
 
@@ -141,23 +142,32 @@ class Logits(Sequence):
         )
 
     def summary(self) -> DatasetSummary:
-        """The whole dataset in numbers."""
-        self._refuse_part("summary")
-        return self._shown(summarize(self.dataset, self.tokenizer, self._options[0]))
+        """The conversations in numbers, each counted once."""
+        rows = self._part("summary")
+        return self._shown(summarize(self.dataset, self.tokenizer, self._options[0], rows=rows))
 
     def compare(
         self, other: "Logits | str | Path", revision: str | None = None, tokenizer_id: str | None = None
     ) -> DatasetComparison | CrossComparison:
-        """The whole dataset beside another one: a ``Logits``, a folder, or a Hub id at ``revision``.
+        """The conversations beside another dataset's: a ``Logits``, a folder, or a Hub id at ``revision``.
 
-        With another tokenizer, of which ``tokenizer_id`` may say where it lies now, by their text.
+        Those of some rows beside the other's of the same source rows, or beside those of them that a part of the other
+        has. With another tokenizer, of which ``tokenizer_id`` may say where it lies now, by their text.
         """
-        self._refuse_part("comparison")
-        return self._beside(other, revision, tokenizer_id)
+        rows = self._part("comparison")
+        dataset, tokenizer = self._opened_beside(other, revision, tokenizer_id)
+        other_rows = other._part("comparison") if isinstance(other, Logits) else None
+        if rows is not None and other_rows is None:
+            from chat_logits.storage.numbers import read_columns
 
-    def _beside(self, other: object, revision: str | None, tokenizer_id: str | None, *chosen) -> Any:
-        """``chosen`` are the row, ``top_n`` and ``only`` of ``compare_any``."""
-        row, *shown = chosen or (None,)
+            wanted = read_columns(self.dataset, ["source_index"], rows)["source_index"]
+            there = read_columns(dataset, ["source_index"])["source_index"]
+            other_rows = np.flatnonzero(np.isin(there.to_pylist(), wanted.to_pylist()))
+        sides = (self.dataset, dataset, self.tokenizer, tokenizer)
+        return self._shown(compare_any(*sides, None, self._options[0], rows=rows, other_rows=other_rows))
+
+    def _row_beside(self, row: int, other: object, revision: str | None, tokenizer_id: str | None, *shown) -> Any:
+        """``shown`` are ``top_n`` and ``only`` of ``compare_any``."""
         dataset, tokenizer = self._opened_beside(other, revision, tokenizer_id)
         sides = (self.dataset, dataset, self.tokenizer, tokenizer)
         return self._shown(compare_any(*sides, row, self._options[0], *shown))
@@ -174,11 +184,13 @@ class Logits(Sequence):
             return open_beside(self.dataset, str(other), revision, tokenizer_id, self._options[2])
         raise WrongKind(f"{other!r:.60}: expected a logit dataset, opened, or a folder or a Hub id")
 
-    def _refuse_part(self, noun: str) -> None:
-        if self._rows is not None:
-            raise UsageError(
-                f"{self!r}: a {noun} is of a whole dataset. Save these with .save(folder), and open the folder."
-            )
+    def _part(self, noun: str) -> np.ndarray | None:
+        """The rows, ascending, each once; None where they are all. Raises UsageError where there are none."""
+        if self._rows is None:
+            return None
+        if not len(self._rows):
+            raise UsageError(f"{self!r}: there is nothing to make a {noun} of; expected one conversation or more")
+        return np.unique(self._rows)
 
     # --- out ---
 
@@ -268,7 +280,7 @@ class Conversation(Sequence):
     ) -> Comparison | SpanComparison:
         """Beside another dataset's row of the same source row; ``other`` is as for ``Logits.compare``, ``top_n`` and
         ``only`` as in ``compare_any``."""
-        return self.logits._beside(other, revision, tokenizer_id, self.row, top_n, only)
+        return self.logits._row_beside(self.row, other, revision, tokenizer_id, top_n, only)
 
     def __len__(self) -> int:
         return len(self.analysis)

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
 from chat_logits.analysis.runs import RunRecord, run_record
-from chat_logits.analysis.tokens import Prediction, count_text, first_prediction, text_and_before
+from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
 from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
 from chat_logits.data.conversations import question_of
 from chat_logits.data.tokenizer import token_text
-from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.dataset import Rows, StoredDataset
+from chat_logits.words import count_text
 
 BINS = 10  # of calibration
 NATS = np.arange(21) / 2  # lower ends of the histograms' bins
@@ -130,7 +131,8 @@ class DatasetSummary:
     against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
     nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
     of the vocabulary by their total loss. ``turns_left_out`` of the assistant are marked not to be trained on, and were
-    not extracted. ``run`` is the record of where the rows come from.
+    not extracted. ``run`` is the record of where the rows come from. Of rows that were chosen, ``chosen_from`` is how
+    many the dataset has; their bytes are not known, as columns of many rows are compressed together.
     """
 
     dataset_id: str
@@ -157,9 +159,10 @@ class DatasetSummary:
     least_confident: list[ConversationSummary]
     largest_losses: list[TokenLoss]
     vocabulary_losses: list[VocabularyLoss]
-    num_bytes: int
-    bytes_per_token: float
+    num_bytes: int | None
+    bytes_per_token: float | None
     columns: list[ColumnSize]
+    chosen_from: int | None = None
 
     def as_dict(self) -> dict:
         """All of it as plain values."""
@@ -171,7 +174,7 @@ class DatasetSummary:
         return f"<DatasetSummary of {self.dataset_id}: {counts}, perplexity {self.perplexity:,.2f}>"
 
 
-def _show_progress(rows: Iterable[dict], total: int) -> Iterator[dict]:
+def _show_progress(rows: Iterable, total: int) -> Iterator:
     return iter(tqdm(rows, total=total, dynamic_ncols=True, unit=" conversations"))
 
 
@@ -179,22 +182,24 @@ def summarize(
     dataset: StoredDataset,
     tokenizer,
     chat_template: str | None = None,
-    watch: Callable[[Iterable[dict], int], Iterator[dict]] = _show_progress,
+    watch: Callable[[Iterable, int], Iterator] = _show_progress,
+    rows: Rows | None = None,
 ) -> DatasetSummary:
-    """The summary of a dataset, whose tokens are rebuilt with ``tokenizer`` as by ``RowAligner``.
+    """The summary of a dataset, or of ``rows``, whose numbers ascend; tokens are rebuilt as by ``RowAligner``.
 
     ``chat_template`` (a path or text) replaces the recorded one; ``watch(rows, total)`` goes through the rows, and may
     tell how far it is. Raises ToolkitError where the dataset has no rows,
     and what reading and aligning raise, with the row.
     """
     aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
-    for sample_index, row in enumerate(watch(dataset.rows(), dataset.num_rows)):
+    total = dataset.num_rows if rows is None else len(rows)
+    for sample_index, row in watch(dataset.numbered_rows(rows), total):
         try:
             alignment = aligner.align(row)
         except AlignmentError as error:
             raise AlignmentError(f"row {sample_index}: {error}") from error
         tally.add(sample_index, row, alignment)
-    return tally.summary(dataset)
+    return tally.summary(dataset, total, rows is not None)
 
 
 class _Tally:
@@ -273,16 +278,16 @@ class _Tally:
                 candidates.append(TokenLoss(sample_index, place, int(i), text, before, float(log_probs[i]), first))
         self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *candidates], lambda one: one.log_prob)
 
-    def summary(self, dataset: StoredDataset) -> DatasetSummary:
-        """What was added, of which there is at least one row."""
-        tokens, sizes = int(self.token_counts.sum()), dataset.sizes()
+    def summary(self, dataset: StoredDataset, count: int, is_part: bool) -> DatasetSummary:
+        """What was added, ``count`` rows, of which there is at least one."""
+        tokens, sizes = int(self.token_counts.sum()), {} if is_part else dataset.sizes()
         means = {name: float(total) / tokens for name, total in self.sums.items()}
         _, confidence, right = self.reliability
         return DatasetSummary(
             dataset_id=dataset.dataset_id,
             model_id=dataset.manifest.model_id,
             run=run_record(dataset),
-            num_conversations=dataset.num_rows,
+            num_conversations=count,
             turns_left_out=self.turns_left_out,
             num_tokens=tokens,
             perplexity=perplexity_of(means["mean_nll"]),
@@ -298,9 +303,10 @@ class _Tally:
             least_confident=self.least_confident,
             largest_losses=self.largest_losses,
             vocabulary_losses=self._vocabulary_losses(),
-            num_bytes=sum(sizes.values()),
-            bytes_per_token=sum(sizes.values()) / tokens,
+            num_bytes=None if is_part else sum(sizes.values()),
+            bytes_per_token=None if is_part else sum(sizes.values()) / tokens,
             columns=[ColumnSize(name, size, size / tokens) for name, size in sizes.items()],
+            chosen_from=dataset.num_rows if is_part else None,
         )
 
     def _vocabulary_losses(self) -> list[VocabularyLoss]:

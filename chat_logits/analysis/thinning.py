@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chat_logits.analysis.tokens import count_text
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import refuse_filled
 from chat_logits.storage.manifest import Manifest
+from chat_logits.words import count_text
 from logit_codec import (
     CODE_PROBS,
     MAX_TOKEN_ID,

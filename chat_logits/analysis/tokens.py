@@ -88,11 +88,6 @@ class Totals:
     entropy_is_bound: bool
 
 
-def count_text(count: int, noun: str) -> str:
-    """A count with its noun, such as "1 token" or "1,024 tokens"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | None:
     """The most probable stored token at an extracted position, None where none is stored."""
     token_id = int(numbers.top_ids[i, 0])

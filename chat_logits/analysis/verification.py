@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from chat_logits.analysis.opening import recorded_place
 from chat_logits.analysis.row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
-from chat_logits.analysis.tokens import count_text
 from chat_logits.data.alignment import AlignmentError, RowAligner
 from chat_logits.data.hashing import hash_files
 from chat_logits.errors import ToolkitError, UsageError
@@ -23,6 +22,7 @@ from chat_logits.stages import stage
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import DamagedShard
+from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 

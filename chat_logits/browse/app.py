@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from chat_logits.analysis.cross_tokenizer import compare_any
 from chat_logits.analysis.filtering import messages_of, write_dataset
-from chat_logits.analysis.tokens import count_text
 from chat_logits.browse.browsed import Browsed
 from chat_logits.browse.front import losses, parts
 from chat_logits.browse.index import Clock
@@ -28,6 +27,7 @@ from chat_logits.display.results import shown
 from chat_logits.display.text import line_of, plain, quoted, visible
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
+from chat_logits.words import count_text
 
 LINES_MOST = 64  # rows in a request
 BODY_MOST = 64 * 2**10  # bytes of a request's body
@@ -158,7 +158,8 @@ class Site:
         row, base = request.path_params["row"], request.url.path.split("/")[1]
         view = view_of(request.query_params)
         if row >= self.browsed.dataset.num_rows:
-            raise UsageError(f"row {row}: {self.browsed.dataset.dataset_id} has {self.browsed.dataset.num_rows:,} rows")
+            count = count_text(self.browsed.dataset.num_rows, "row")
+            raise UsageError(f"row {row}: {self.browsed.dataset.dataset_id} has {count}")
         frame = self._frame(view, row, base, clock)
         try:
             page = shown(analyse(row)).to_html(frame)

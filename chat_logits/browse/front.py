@@ -5,13 +5,13 @@ from bisect import bisect_left
 
 from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.summary import DatasetSummary
-from chat_logits.analysis.tokens import count_text
 from chat_logits.browse.browsed import Browsed
 from chat_logits.browse.index import Clock, Counted
 from chat_logits.browse.jobs import DONE, FAILED, RUNNING, Job
 from chat_logits.browse.view import PAGE_ROWS, Range, View
 from chat_logits.display.formats import short_nats, short_perplexity
 from chat_logits.display.text import line_of, quoted
+from chat_logits.words import count_text
 
 HISTOGRAMS = {"mean_nll": "Perplexity", "mean_entropy": "Entropy, nats", "num_tokens": "Tokens"}
 TITLES = {

@@ -8,6 +8,7 @@ from chat_logits.options import option, options_of
 from chat_logits.training.config import TaughtOptions
 from chat_logits.training.export import Exported
 from chat_logits.training.export_formats import FORMATS
+from chat_logits.words import count_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,10 +69,8 @@ def build_parser() -> CommandParser:
 def report_of(exported: Exported) -> str:
     """What was written and what was left out, in lines."""
     size = sum(file.stat().st_size for file in exported.files) / 1e6
-    lines = [
-        f"Wrote {exported.num_rows:,} conversations with {exported.num_positions:,} targets to {exported.folder} "
-        f"({exported.format}, {size:.1f} MB)"
-    ]
+    rows, targets = count_text(exported.num_rows, "conversation"), count_text(exported.num_positions, "target")
+    lines = [f"Wrote {rows} with {targets} to {exported.folder} ({exported.format}, {size:.1f} MB)"]
     lines += [f"Left out: conversations {reason}: {count:,}" for reason, count in exported.left_out.items()]
     if exported.positions_left_out:
         lines.append(f"Left out: targets with nothing in the student's vocabulary: {exported.positions_left_out:,}")

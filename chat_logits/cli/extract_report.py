@@ -2,11 +2,10 @@
 
 import functools
 import shlex
-import shutil
 from pathlib import Path
 
 from chat_logits.analysis.row import perplexity_of
-from chat_logits.analysis.tokens import count_text, label_tokens
+from chat_logits.analysis.tokens import label_tokens
 from chat_logits.cli.extract_options import KINDS
 from chat_logits.cli.parser import as_typed
 from chat_logits.display.tables import default_console
@@ -17,6 +16,7 @@ from chat_logits.extraction.run import Extraction
 from chat_logits.extraction.run_description import open_run
 from chat_logits.model.config import ModelConfig
 from chat_logits.stages import stage
+from chat_logits.words import count_text
 
 
 def preview(config: ExtractConfig, count: int) -> None:
@@ -40,8 +40,11 @@ def show_plan(config: ModelConfig, plan_for: str | None) -> None:
     print_plan(plan(config, plan_for), default_console(), functools.partial(as_typed, kinds=KINDS))
 
 
-def print_extraction(done: Extraction) -> None:
-    """The closing lines: what was written, what was skipped and why, how large and how likely it is."""
+def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
+    """The closing lines: what was written, what was skipped and why, how large and how likely it is.
+
+    ``asked`` is the config that the run was started or resumed with.
+    """
     print(f"Conversations  {done.conversations:,} written, {sum(done.skipped.values()):,} skipped")
     for reason, count in done.skipped.items():
         print(f"               {count:,} × {visible(reason)}")
@@ -56,6 +59,10 @@ def print_extraction(done: Extraction) -> None:
         print(f"Target tokens  mean NLL {done.mean_nll:.4f} nats, perplexity {perplexity_of(done.mean_nll):.2f}")
     if done.url:
         print(f"Pushed         {done.url}")
+    if done.config.max_samples is not None and "max_samples" not in asked.given:
+        recorded = f"the recorded --max_samples {done.config.max_samples}, which was left out here"
+        print(f"Ends           at {recorded}. For all rows give another --output_dir,")
+        print("               or --overwrite to replace this run")
     print(f"Time           {_time_text(done)}")
 
 
@@ -87,11 +94,9 @@ def looking_commands(done: Extraction, program: list[str]) -> list[str]:
     ``explore-logits`` lies where ``extract-logits`` does, and the one script beside the other.
     """
     *before, script = program
-    name = Path(script).name
-    if name == "extract-logits" and shutil.which(name):
-        explore = ["explore-logits"]
-    else:
-        explore = [*before, str(Path(script).with_name(name.replace("extract", "explore", 1)))]
+    path = Path(script)
+    other = path.name.replace("extract", "explore", 1)
+    explore = [*before, other if path.name == script else str(path.with_name(other))]
     if done.bytes_in_folder or not done.config.output_repo:
         dataset = [str(done.folder)]
     else:

@@ -33,6 +33,7 @@ from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.data.tools import called_names, missing_name, shows_calls, shows_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.stages import stage
+from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +318,8 @@ def _proven(reader: Reader) -> Reader:
         advice = f"\n{THREE_WAYS}" if any(entry["reason"] == NO_MASK for entry in skipped) else ""
         if any(entry["reason"].startswith("tools") for entry in skipped) and "tools" in reader.columns:
             advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
-        raise ToolkitError(f"nothing to extract in the first {len(skipped)} conversations ({listed}).{advice}")
+        first = count_text(len(skipped), "conversation")
+        raise ToolkitError(f"nothing to extract in the first {first} ({listed}).{advice}")
     if reader.aligner.keep_end_of_turn and not any(one.alignment.turn_ends for one in ready):
         raise UsageError(
             f"`keep_end_of_turn`: no special token ends an answer of the first {len(ready)} conversations; expected "

@@ -19,6 +19,7 @@ from chat_logits.data.text_rows import BadRow, TextRows
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
+from chat_logits.words import count_text
 
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
@@ -165,7 +166,8 @@ def open_source(
         raise UsageError(f"{name}: no rows")
     bad = [row for row in first_rows if isinstance(row, BadRow)]
     if len(bad) == len(first_rows):
-        raise UsageError(f"{name}: none of the first {len(bad)} rows can be read; the first is {bad[0].reason}")
+        first = count_text(len(bad), "row")
+        raise UsageError(f"{name}: none of the first {first} can be read; the first is {bad[0].reason}")
     readable = [row for row in first_rows if isinstance(row, dict)]
     numbers = _number_columns(rows.features) if rows.features else _all_numbers(readable)
     names = names or list(dict.fromkeys(column for row in readable for column in row))

@@ -4,9 +4,9 @@ from rich.console import Console
 
 from chat_logits.analysis.budget import Budget, BudgetLine
 from chat_logits.analysis.thinning import Thinning
-from chat_logits.analysis.tokens import count_text
 from chat_logits.display.tables import Column, Table, numbers, print_line, print_parts, print_table
 from chat_logits.display.text import line_of
+from chat_logits.words import count_text
 
 DEVIATING = (
     "Deviation: root mean square of the target's error by the draws, beside the target's norm; added by thinning, and "

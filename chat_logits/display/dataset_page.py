@@ -15,7 +15,7 @@ from chat_logits.display.dataset_tables import (
     losses_table,
     vocabulary_table,
 )
-from chat_logits.display.formats import entropy_text, short_perplexity
+from chat_logits.display.formats import chosen_text, entropy_text, short_perplexity
 from chat_logits.display.page import render_page
 from chat_logits.display.tables import Table
 from chat_logits.display.text import line_of
@@ -31,9 +31,7 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
     def links(places: Iterable) -> list[str]:
         return [place_in(address, each) for each in places] if address else []
 
-    conversations = zip(
-        conversation_tables(summary), (summary.most_confident, summary.least_confident), strict=True
-    )
+    conversations = zip(conversation_tables(summary), (summary.most_confident, summary.least_confident), strict=True)
     at_least = ", at least" * summary.entropy_is_bound
     return render_page(
         "summary.html.jinja",
@@ -48,7 +46,7 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
             histogram_figure("Surprisal of the target tokens", summary.surprisals, "surprisal, nats"),
             histogram_figure("Entropy of the predictions", summary.entropies, f"entropy{at_least}, nats"),
             _kept(summary.kept),
-            _sizes(summary),
+            *([_sizes(summary)] if summary.columns else []),
             *(table_figure(table, 6, links(places)) for table, places in conversations),
             table_figure(losses_table(summary.largest_losses), links=links(summary.largest_losses)),
             table_figure(vocabulary_table(summary.vocabulary_losses), links=links(summary.vocabulary_losses)),
@@ -84,7 +82,7 @@ def _record(run: RunRecord) -> list[tuple[str, str]]:
 
 def _tiles(summary) -> list[tuple[str, str]]:
     return [
-        ("Conversations", f"{summary.num_conversations:,}"),
+        ("Conversations", chosen_text(summary.num_conversations, summary.chosen_from)),
         *([("Turns left out by marks", f"{summary.turns_left_out:,}")] if summary.turns_left_out else []),
         ("Tokens", f"{summary.num_tokens:,}"),
         ("Perplexity", short_perplexity(summary.perplexity)),
@@ -94,7 +92,7 @@ def _tiles(summary) -> list[tuple[str, str]]:
         ("Mean entropy", entropy_text(summary.mean_entropy, summary.entropy_is_bound)),
         ("Probability stored", f"{summary.stored:.1%}"),
         ("Calibration error", f"{summary.calibration_error:.3f}"),
-        ("Bytes per token", f"{summary.bytes_per_token:.1f}"),
+        *([] if summary.bytes_per_token is None else [("Bytes per token", f"{summary.bytes_per_token:.1f}")]),
     ]
 
 
@@ -214,7 +212,8 @@ def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> s
     A ``frame`` that has ``row``, an address with ``{row}`` in it, has each token and conversation linked to its place.
     """
     left_out = comparison.only_in_first + comparison.only_in_other + comparison.num_different
-    tiles = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", f"{left_out:,}")]
+    count = chosen_text(comparison.num_conversations, comparison.chosen_from)
+    tiles = [("Conversations", count), ("Left out", f"{left_out:,}")]
     note = (
         f"Left out: {comparison.only_in_first:,} only in the first, {comparison.only_in_other:,} only in the other, "
         f"{comparison.num_different:,} with other tokens."

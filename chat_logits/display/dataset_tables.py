@@ -12,9 +12,11 @@ from chat_logits.analysis.comparison import DatasetComparison
 from chat_logits.analysis.divergence import DivergentConversation, DivergentToken
 from chat_logits.analysis.row_check import SHIFTS
 from chat_logits.analysis.summary import ConversationSummary, DatasetSummary, Histogram, TokenLoss, VocabularyLoss
-from chat_logits.analysis.tokens import Prediction, count_text
+from chat_logits.analysis.tokens import Prediction
 from chat_logits.analysis.verification import Verification
 from chat_logits.display.formats import (
+    chosen_parts,
+    chosen_text,
     entropy_text,
     prediction_text,
     short_nats,
@@ -40,6 +42,7 @@ from chat_logits.display.tables import (
 )
 from chat_logits.display.text import line_of, quoted, visible
 from chat_logits.display.token_tables import comparison_parts, print_sources
+from chat_logits.words import count_text
 
 ROOMY, NARROW = 110, 60  # cells from which a summary's tokens get more, and below which less
 INDENT = 15  # cells before a summary's totals
@@ -69,7 +72,7 @@ def print_summary(summary: DatasetSummary, console: Console) -> None:
         *conversation_tables(summary),
         losses_table(summary.largest_losses, fitting_width(console)),
         vocabulary_table(summary.vocabulary_losses),
-        _sizes_table(summary),
+        *([_sizes_table(summary)] if summary.columns else []),
     ]
     for table in tables:
         console.print()
@@ -84,15 +87,16 @@ def _print_totals(summary: DatasetSummary, console: Console) -> None:
     at_least = "at least " if summary.top5_is_bound else ""
     entropy = entropy_text(summary.mean_entropy, summary.entropy_is_bound)
     lines = {
-        "Conversations": f"{summary.num_conversations:,}",
+        "Conversations": chosen_text(summary.num_conversations, summary.chosen_from),
         **_left_out(summary),
         "Tokens": f"{summary.num_tokens:,} extracted",
         "Target tokens": f"mean NLL {summary.mean_nll:.4f} nats, perplexity {short_perplexity(summary.perplexity)}",
         "": f"top-1 {summary.top1_rate:.1%}, top-5 {at_least}{summary.top5_rate:.1%}, "
         f"{summary.in_nucleus_rate:.1%} in the nucleus",
         "Predictions": f"mean entropy {entropy}, {summary.stored:.1%} of the probability stored",
-        "Disk": f"{summary.bytes_per_token:.1f} bytes per token, {summary.num_bytes:,} bytes",
     }
+    if summary.num_bytes is not None:
+        lines["Disk"] = f"{summary.bytes_per_token:.1f} bytes per token, {summary.num_bytes:,} bytes"
     for name, text in lines.items():
         for i, part in enumerate(Text(text).wrap(console, width - INDENT)):
             console.print(Text(f"{'' if i else name:<{INDENT}}{part.plain.rstrip()}"), soft_wrap=True)
@@ -228,6 +232,7 @@ def print_datasets(comparison: DatasetComparison, console: Console) -> None:
     print_sources("Dataset Comparison", comparison.first, comparison.other, console)
     counts = [
         f"{count_text(comparison.num_conversations, 'conversation')} compared",
+        *chosen_parts(comparison.chosen_from),
         f"{comparison.only_in_first:,} only in the first",
         f"{comparison.only_in_other:,} only in the other",
         f"{comparison.num_different:,} with other tokens, left out",

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from chat_logits.analysis.filtering import Filtering, FoundRow
-from chat_logits.analysis.tokens import count_text
 from chat_logits.display.formats import short_nats, short_perplexity
 from chat_logits.display.tables import Column, Table, numbers, print_line, print_parts, print_table
 from chat_logits.display.text import line_of, quoted
+from chat_logits.words import count_text
 
 LISTED = 100  # rows that a terminal shows; JSON has all
 

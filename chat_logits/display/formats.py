@@ -15,6 +15,20 @@ def short_probability(probability: float) -> str:
     return f"{probability:.2f}" if probability >= 0.005 else f"{probability:.0e}" if probability else "0"
 
 
+def chosen_text(count: int, chosen_from: int | None) -> str:
+    """How many conversations, and of how many they were chosen, where they were.
+
+    >>> chosen_text(1200, None), chosen_text(12, 1200)
+    ('1,200', '12 chosen of 1,200')
+    """
+    return f"{count:,}" if chosen_from is None else f"{count:,} chosen of {chosen_from:,}"
+
+
+def chosen_parts(chosen_from: int | None) -> list[str]:
+    """That the conversations of a comparison were chosen, where they were."""
+    return [] if chosen_from is None else [f"chosen of the first's {chosen_from:,}"]
+
+
 def short_perplexity(perplexity: float) -> str:
     """A perplexity in at most ten characters."""
     return f"{perplexity:,.2f}" if perplexity < 999_999.995 else f"{perplexity:.1e}"

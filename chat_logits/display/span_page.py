@@ -8,7 +8,7 @@ from chat_logits.analysis.cross_records import BitTotals, CrossComparison, SpanC
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED, TokenAnalysis
 from chat_logits.display.comparison_page import difference_rows, names_of
 from chat_logits.display.dataset_page import STYLES, table_figure
-from chat_logits.display.formats import short_probability
+from chat_logits.display.formats import chosen_text, short_probability
 from chat_logits.display.measures import Measure, adaptive_floor
 from chat_logits.display.page import render_page
 from chat_logits.display.span_tables import (
@@ -169,7 +169,10 @@ def bits_page(comparison: CrossComparison, frame: dict | None = None) -> str:
 def _dataset_tiles(comparison: CrossComparison) -> list[tuple[str, str]]:
     error = f" ± {rate_text(comparison.error)}" if math.isfinite(comparison.error) else ""
     tiles = [(name, text + error * (name == "Difference")) for name, text in _tiles(comparison.totals)]
-    counts = [("Conversations", f"{comparison.num_conversations:,}"), ("Left out", _left_out(comparison))]
+    counts = [
+        ("Conversations", chosen_text(comparison.num_conversations, comparison.chosen_from)),
+        ("Left out", _left_out(comparison)),
+    ]
     return [*tiles, *counts]
 
 

@@ -16,7 +16,7 @@ from chat_logits.analysis.cross_records import (
     SurprisingSpan,
     TextSpan,
 )
-from chat_logits.analysis.tokens import count_text
+from chat_logits.display.formats import chosen_parts
 from chat_logits.display.tables import (
     Column,
     Table,
@@ -30,6 +30,7 @@ from chat_logits.display.tables import (
 )
 from chat_logits.display.text import quoted
 from chat_logits.display.token_tables import GREY, UNEXPECTED, print_sources
+from chat_logits.words import count_text
 
 FIRST, OTHER = "first", "other"
 LISTED_CONVERSATIONS = 20
@@ -136,6 +137,7 @@ def counts_parts(comparison: CrossComparison) -> list[str]:
     system = comparison.num_other_system
     return [
         f"{count_text(comparison.num_conversations, 'conversation')} compared",
+        *chosen_parts(comparison.chosen_from),
         *([f"{system:,} of them with another system message"] if system else []),
         f"{comparison.only_in_first:,} only in the first",
         f"{comparison.only_in_other:,} only in the other",

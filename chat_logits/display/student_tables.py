@@ -4,7 +4,6 @@ import math
 
 from rich.console import Console
 
-from chat_logits.analysis.tokens import count_text
 from chat_logits.display.tables import (
     LEAST_BAR,
     Column,
@@ -18,6 +17,7 @@ from chat_logits.display.tables import (
 )
 from chat_logits.display.text import line_of, quoted, visible
 from chat_logits.training.student_report import StudentConversation, StudentGroup, StudentReport
+from chat_logits.words import count_text
 
 BAR = 24  # cells
 SPARE = ("", "Conversations", "Of the tail", "Share of KL", "Agreement")

@@ -12,18 +12,23 @@ import regex
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # than those of lone bytes
 JOINERS = "\u200c\u200d"  # what emoji and some scripts need between their characters
-LETTERS_JOINED = regex.compile(rf"(?<=[\p{{L}}\p{{M}}])[{JOINERS}](?=[\p{{L}}\p{{M}}])")
+# Where they shape what is on either side of them: between letters, and U+200D between emoji, whose skin tone or variant
+# may come before it.
+JOINING = regex.compile(
+    rf"(?<=[\p{{L}}\p{{M}}])[{JOINERS}](?=[\p{{L}}\p{{M}}])"
+    r"|(?<=\p{Extended_Pictographic}[\uFE0F\p{Emoji_Modifier}]?)\u200d(?=\p{Extended_Pictographic})"
+)
 
 
 def quoted(text: str, space: str = "␣") -> str:
     """The text in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
 
-    A joiner is left as it is between letters, which it shapes.
+    A joiner is left as it is between letters or emoji, which it shapes.
 
     >>> quoted(" a\\n")
     '"␣a\\\\n"'
     """
-    joining = set() if text.isascii() else {match.start() for match in LETTERS_JOINED.finditer(text)}
+    joining = _joining(text)
     shown = "".join(
         space if character == " " else character if i in joining else _visible(character)
         for i, character in enumerate(text)
@@ -31,6 +36,11 @@ def quoted(text: str, space: str = "␣") -> str:
     if shown and unicodedata.combining(shown[0]):
         shown = f"◌{shown}"
     return f'"{shown}"'
+
+
+def _joining(text: str) -> set[int]:
+    """Where in the text a joiner shapes its neighbours."""
+    return set() if text.isascii() else {match.start() for match in JOINING.finditer(text)}
 
 
 def _visible(character: str) -> str:
@@ -46,7 +56,10 @@ def line_of(text: str) -> str:
 
 def visible(text: str) -> str:
     """The text with the codes of characters that would act in a terminal; quotes and backslashes as they are."""
-    return "".join(character if character.isprintable() else code_of(character) for character in text)
+    joining = _joining(text)
+    return "".join(
+        character if character.isprintable() or i in joining else code_of(character) for i, character in enumerate(text)
+    )
 
 
 def visible_lines(text: str) -> str:

@@ -16,7 +16,6 @@ from chat_logits.analysis.tokens import (
     SKIPPED,
     TokenAnalysis,
     Totals,
-    count_text,
     near_answers,
     text_before,
     whole_characters,
@@ -43,6 +42,7 @@ from chat_logits.display.tables import (
     where,
 )
 from chat_logits.display.text import line_of, quoted
+from chat_logits.words import count_text
 
 GREY, UNEXPECTED, NOT_STORED = "bright_black", "yellow", "bold red"
 OWN_NUMBERS, ALL_NUMBERS = "Own p   Rank", "Own p   Rank   Tail   Entropy"
@@ -282,7 +282,7 @@ def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | No
     """Print a conversation in runs of prompt, extracted and skipped tokens, told apart by word and by colour."""
     console = console or default_console()
     extracted = sum(token.status == EXTRACTED for token in tokens)
-    print_title(f"{title}: {len(tokens)} tokens, {extracted} extracted", console)
+    print_title(f"{title}: {count_text(len(tokens), 'token')}, {extracted:,} extracted", console)
     for (status, reason), run in itertools.groupby(tokens, key=lambda token: (token.status, token.reason)):
         texts = [token.text for token in run]
         line = f"  {status:<9} {len(texts):>5}  {quoted(whole_characters(texts), space=' ')}"

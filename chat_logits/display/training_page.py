@@ -6,6 +6,7 @@ from typing import Any
 
 from chat_logits.display.page import render_page
 from chat_logits.training.record import TrainingResult
+from chat_logits.words import count_text
 
 WIDTH, HEIGHT = 420, 270  # units of a figure
 LEFT, TOP, RIGHT, BOTTOM = 46, 12, 16, 40  # units around its curves: room for labels
@@ -46,7 +47,7 @@ def _tiles(result: TrainingResult) -> list[tuple[str, str]]:
         (f"After {steps:,} step{'s' * (steps != 1)}", f"{last.kl:.4f} ± {last.error:.4f}"),
         ("Agreement before", f"{first.agreement:.1%}"),
         ("After", f"{last.agreement:.1%}"),
-        ("Held out", f"{last.conversations:,} conversations, {last.positions:,} tokens"),
+        ("Held out", f"{count_text(last.conversations, 'conversation')}, {count_text(last.positions, 'token')}"),
         *([("Tokens a second", f"{speed:,.0f}")] if speed else []),
     ]
 

@@ -29,6 +29,7 @@ from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
 from chat_logits.storage.repository import Repository
 from chat_logits.storage.shard_list import ShardEntry
+from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def extract(config: ExtractConfig) -> Extraction:
 
 def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
     count = folder.count_shards()
-    here = f"{count} finished shards are in {folder.path}." if count else "No shard is finished yet."
+    verb = "is" if count == 1 else "are"
+    here = f"{count_text(count, 'finished shard')} {verb} in {folder.path}." if count else "No shard is finished yet."
     replaced = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
     logger.info("Stopped. %s%s", "What is pushed is kept." if config.uploads_without_folder else here, replaced)
 
@@ -289,7 +291,8 @@ class Run:
         apart = len(finished) - len(self.folder.entries)
         where = f", {apart} of them only in {self.sync.repository.repo_id}" if apart and self.sync else ""
         rows = sum(entry.source_rows for entry in finished.values())
-        logger.info("Resuming: %s source rows are done, in %d shards%s", f"{rows:,}", len(finished), where)
+        done = f"{count_text(rows, 'source row')} {'is' if rows == 1 else 'are'} done"
+        logger.info("Resuming: %s, in %s%s", done, count_text(len(finished), "shard"), where)
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
     def summarize(self) -> Extraction:

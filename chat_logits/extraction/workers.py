@@ -26,6 +26,7 @@ from chat_logits.hub_errors import HubRefused, redact
 from chat_logits.stages import stage
 from chat_logits.storage.disk import DiskFull
 from chat_logits.storage.manifest import Manifest
+from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class RayWorkers:
         self._refused, self._slowest, self._tokens = 0, max(self._slowest, seconds), self._tokens + entry.num_tokens
         self._finished(entry, upload)
         speed = f"{self._tokens / self._bar.format_dict['elapsed']:,.0f} tokens/s"
-        self._bar.set_postfix_str(f"{speed}, {len(self._plan.at_work)} workers", refresh=False)
+        self._bar.set_postfix_str(f"{speed}, {count_text(len(self._plan.at_work), 'worker')}", refresh=False)
         self._bar.update(entry.source_rows)
 
     def _dismiss(self, worker: Worker, error: Exception) -> None:

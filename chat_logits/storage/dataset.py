@@ -28,6 +28,7 @@ from chat_logits.storage.shard import (
     shard_sizes,
 )
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
+from chat_logits.words import count_text
 from logit_codec import ROW_NUMBERS, RowError, validate_row
 
 Rows = Sequence[int] | np.ndarray  # numbers of stored rows
@@ -48,7 +49,8 @@ class StoredDataset:
     shards: list[ShardEntry]
 
     def __repr__(self) -> str:
-        return f"<StoredDataset {self.dataset_id}: {self.num_rows:,} rows in {len(self.shards):,} shards>"
+        rows, shards = count_text(self.num_rows, "row"), count_text(len(self.shards), "shard")
+        return f"<StoredDataset {self.dataset_id}: {rows} in {shards}>"
 
     @property
     def num_rows(self) -> int:
@@ -72,7 +74,7 @@ class StoredDataset:
         rows = self.num_rows
         if not -rows <= sample_index < rows:
             raise UsageError(
-                f"sample_index {sample_index}: {self.dataset_id} has {rows} row{'s' * (rows > 1)}, 0 to {rows - 1}"
+                f"sample_index {sample_index}: {self.dataset_id} has {count_text(rows, 'row')}, 0 to {rows - 1}"
             )
         return sample_index % rows
 
@@ -80,6 +82,10 @@ class StoredDataset:
         """All stored rows, in order, each checked as ``read_row`` does; one row group at a time is in memory."""
         self.refuse_empty()
         return itertools.chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
+
+    def numbered_rows(self, rows: Rows | None = None) -> Iterator[tuple[int, dict]]:
+        """All stored rows, or those whose numbers ascend in ``rows``, each with its number."""
+        return enumerate(self.rows()) if rows is None else self.chosen_rows(rows)
 
     def shard_rows(self, number: int) -> Iterator[dict]:
         """The stored rows of ``shards[number]``, as ``rows`` gives them."""

@@ -20,6 +20,7 @@ from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
 from chat_logits.training.record import CHECKPOINTS, Checkpoint, TrainingResult, go_on, last_checkpoint
 from chat_logits.training.stopping import explained_failures, stopping
+from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _split(examples: Any, config: TrainConfig) -> tuple[Packs, Packs]:
     """The packs to train on, and the held-out ones. Raises UsageError where nothing is left to train on."""
     number = config.held_out or max(1, min(256, len(examples) // 20))
     if number >= len(examples):
-        raise UsageError(f"`held_out` {number}: the dataset has {len(examples)} conversations; expected fewer")
+        count = count_text(len(examples), "conversation")
+        raise UsageError(f"`held_out` {number}: the dataset has {count}; expected fewer")
     order = np.random.default_rng(config.seed).permutation(len(examples))
     packs = []
     for part in (np.sort(order[number:]), np.sort(order[:number])):

@@ -27,6 +27,11 @@ def rows(quick_run):
     return rows_in(quick_run)
 
 
+@pytest.fixture(scope="module")
+def other_rows(other_run):
+    return rows_in(other_run)
+
+
 def test_it_is_a_sequence_of_the_stored_rows(logits, rows):
     assert len(logits) == len(rows) == len(list(logits))
     assert [conversation.row for conversation in logits] == list(range(len(rows)))
@@ -149,6 +154,50 @@ def test_summaries_and_comparisons_are_the_functions(logits, quick_run):
     assert logits[9].compare(open_logits(quick_run)[1], top_n=3, only=4).to_json() == expected
 
 
+def test_a_summary_of_some_conversations_is_theirs(logits, rows):
+    chosen = [i for i, row in enumerate(rows) if row["num_tokens"] > 100 and i % 2]
+    summary = logits.where("num_tokens > 100 AND row % 2 = 1").summary()
+    log_probs = np.concatenate([np.asarray(rows[i]["token_log_probs"], np.float64) for i in chosen])
+    assert (summary.num_conversations, summary.num_tokens) == (len(chosen), len(log_probs))
+    assert summary.chosen_from == len(rows) and summary.num_bytes is None
+    assert summary.mean_nll == pytest.approx(-log_probs.mean(), rel=1e-12)
+    for name in ("mean_entropy", "top1_rate"):
+        means, tokens = ([rows[i][column] for i in chosen] for column in (name, "num_tokens"))
+        assert getattr(summary, name) == pytest.approx(np.average(means, weights=tokens), rel=1e-6)
+    losses = sorted((-nll, i) for i in chosen for nll in map(float, rows[i]["token_log_probs"]))[::-1]
+    assert [loss.log_prob for loss in summary.largest_losses] == pytest.approx([-nll for nll, _ in losses[:20]])
+    assert {loss.sample_index for loss in summary.largest_losses} <= set(chosen)
+    assert logits[[chosen[1], chosen[0], chosen[1]]].summary().num_conversations == 2
+    assert f"{len(chosen)} chosen of {len(rows)}" in summary.to_html()
+
+
+def test_a_comparison_of_some_conversations_is_theirs(logits, rows, other_run, other_rows):
+    chosen = [i for i, row in enumerate(rows) if i % 3 == 0]
+    there = {row["source_index"] for row in other_rows}
+    both = [i for i in chosen if rows[i]["source_index"] in there]
+    assert 0 < len(both) < len(chosen)
+    found = logits[::3].compare(other_run)
+    alone = [logits[i].compare(other_run).totals for i in both]
+    tokens = [each.num_tokens for each in alone]
+    assert (found.num_conversations, found.totals.num_tokens) == (len(both), sum(tokens))
+    assert (found.only_in_first, found.only_in_other, found.chosen_from) == (len(chosen) - len(both), 0, len(rows))
+    for name in ("mean_kl", "agreement"):
+        each = [getattr(totals, name) for totals in alone]
+        assert getattr(found.totals, name) == pytest.approx(np.average(each, weights=tokens), rel=1e-9)
+    kls = sorted(token.kl for i in both for token in logits[i].compare(other_run) if token.kl is not None)[::-1]
+    assert [token.kl for token in found.tokens] == pytest.approx(kls[: len(found.tokens)])
+    assert {token.sample_index for token in found.tokens} <= set(both)
+    other = open_logits(other_run)
+    part = other[[i for i, row in enumerate(other_rows) if row["source_index"] % 2]]
+    odd = [i for i in both if rows[i]["source_index"] % 2]
+    assert (
+        logits[::3].compare(part).num_conversations
+        == len(odd)
+        == len(both) - sum(rows[i]["source_index"] % 2 == 0 for i in both)
+    )
+    assert logits.compare(part).num_conversations == len(part)
+
+
 def test_it_prints_when_it_is_asked_to(logits, capsys):
     found = logits.where("num_tokens > 180")
     found[0].totals, found.listed(), found[0][3:5]
@@ -187,8 +236,9 @@ def test_reprs_are_a_line(logits, quick_run):
         (lambda logits: logits.rows("csv"), TypeError, "expected one of pandas, polars, duckdb, arrow"),
         (lambda logits: logits.compare(3), TypeError, "3: expected a logit dataset"),
         (lambda logits: logits.where(3), UsageError, "expected a condition as text"),
-        (lambda logits: logits[:3].summary(), UsageError, "a summary is of a whole dataset"),
-        (lambda logits: logits[:3].compare(logits), UsageError, "a comparison is of a whole dataset"),
+        (lambda logits: logits[:0].summary(), UsageError, "nothing to make a summary of"),
+        (lambda logits: logits[:0].compare(logits), UsageError, "nothing to make a comparison of"),
+        (lambda logits: logits.compare(logits[:0]), UsageError, "nothing to make a comparison of"),
     ],
 )
 def test_wrong_use_is_told_in_a_line(wrong, kind, message, logits):

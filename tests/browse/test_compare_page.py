@@ -6,26 +6,11 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from conftest import PHONE, QUICK_VOCABULARY, WIDE, make_tiny_model
-from runs import flags_for
+from conftest import PHONE, WIDE
 from served import ask, served
 
-import extract_logits
 from chat_logits.analysis.comparison import compare_datasets
 from chat_logits.storage.dataset import StoredDataset, open_dataset
-
-COMPARED = 60  # source rows of the second dataset, the first ones of the first's
-
-
-@pytest.fixture(scope="module")
-def other_run(quick_model, calm_source, tmp_path_factory):
-    """The first source rows, extracted by another random model with the same tokenizer."""
-    folder = tmp_path_factory.mktemp("other_run")
-    make_tiny_model(folder / "model", vocab_size=QUICK_VOCABULARY, seed=1)
-    shutil.copy(quick_model / "tokenizer.json", folder / "model")
-    flags = [*flags_for(folder / "model", calm_source, folder / "out"), "--max_samples", str(COMPARED)]
-    assert extract_logits.main(flags) == 0
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +66,7 @@ def test_the_comparison_of_all_rows_leads_to_each(opened, server, comparison, vi
     assert all(url.startswith((server.address, "data:")) for url in page.requests) and not page.complaints
 
 
-def test_keys_go_through_the_compared_rows_of_a_selection(opened, server, comparison):
+def test_keys_go_through_the_compared_rows_of_a_selection(opened, comparison):
     page = opened("/?sort=num_tokens")
     assert page.locator("header a").get_attribute("href") == "/compare"
     rows = [int(row.get_attribute("data-row")) for row in page.locator("tr[data-row]").all()]

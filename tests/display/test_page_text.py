@@ -17,7 +17,7 @@ from chat_logits.display.page_text import (
     token_characters,
     with_their_characters,
 )
-from chat_logits.display.text import quoted
+from chat_logits.display.text import quoted, visible
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +115,18 @@ def test_pieces_show_what_may_not_act_as_codes(characters, pieces):
         ("\u200ca", r'"\u200ca"'),  # not between letters: it would not be seen
         ("a\u200c", r'"a\u200c"'),
         ("1\u200d2", r'"1\u200d2"'),
+        ("👩\u200d🔧", '"👩\u200d🔧"'),
+        ("👩🏽\u200d🚀", '"👩🏽\u200d🚀"'),  # with a skin tone
+        ("🏳\ufe0f\u200d🌈", '"🏳\ufe0f\u200d🌈"'),  # with a variant
+        ("👩\u200c🔧", r'"👩\u200c🔧"'),  # which joins no emoji
+        ("👩\u200d", r'"👩\u200d"'),
+        ("می\u200c\u202eخواهم", r'"می\u200c\u202eخواهم"'),  # beside a control that turns the direction
         ("a\u200bb", r'"a\u200bb"'),
     ],
 )
 def test_joiners_between_letters_are_no_escapes(text, shown):
     assert quoted(text) == shown
+    assert visible(text) == shown[1:-1]
 
 
 def test_text_before_a_token_begins_and_ends_with_whole_characters():

@@ -84,6 +84,11 @@ def test_what_is_left_out_is_taken_from_the_record_and_told(begun, start, capsys
     (line,) = [line for line in printed.err.splitlines() if line.startswith(told)]
     assert set(line.removeprefix(told).split(", ")) == {f"--{name} {value}" for name, value in CHOSEN.items()}
     assert "--top_k 8" in printed.err.split("To repeat:\n")[1]
+    ends = "Ends           at the recorded --max_samples 6, which was left out here."
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("Ends")]
+    assert line.startswith(ends) and "--output_dir" in printed.out and "--overwrite" in printed.out
+    assert extract_logits.main([*start, "--max_samples", "6"]) == 0
+    assert "Ends" not in capsys.readouterr().out
     assert extract_logits.main(start) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("; nothing was left to compute")
 
@@ -164,8 +169,14 @@ def test_an_installed_command_is_called_by_its_name(monkeypatch, tmp_path):
     installed = tmp_path / "extract-logits"
     installed.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    program = ["/usr/bin/python", str(installed)]
-    assert looking_commands(extraction(output_dir="o"), program) == ["explore-logits o", "explore-logits o --browse"]
+    command = ["/usr/bin/python", str(installed), "--top_k", "8"]
+    assert extract_logits._program(command) == (["extract-logits"], ["--top_k", "8"])
+    named = looking_commands(extraction(output_dir="o"), ["extract-logits"])
+    assert named == ["explore-logits o", "explore-logits o --browse"]
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    program, _ = extract_logits._program(command)
+    assert program == [str(installed)]
+    assert looking_commands(extraction(output_dir="o"), program)[0] == f"{tmp_path}/explore-logits o"
 
 
 def test_times_in_words():

@@ -73,6 +73,9 @@ class HeldDataset:
             "token_log_probs": np.asarray(draw(count), np.float32),
         }
 
+    def numbered_rows(self, rows=None):
+        return enumerate(self.rows()) if rows is None else ((i, row) for i, row in enumerate(self.rows()) if i in rows)
+
     def rows(self):
         return iter(self.held)
 

@@ -33,7 +33,9 @@ def served(folder, scratch: Path, other=None, begins: bool = True):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, token=site.token, browsed=browsed, site=site)
+        yield SimpleNamespace(
+            address=f"http://127.0.0.1:{port}", port=port, token=site.token, browsed=browsed, site=site
+        )
     finally:
         server.should_exit = True
         thread.join(60)
