@@ -110,9 +110,7 @@ def first_list(port: int, rounds: int) -> None:
         browser.close()
     ratios = sorted(ours / theirs for ours, theirs in medians)
     ours, theirs = (statistics.median(column) for column in zip(*medians, strict=True))
-    told = (
-        f"{statistics.median(ratios):.2f} times, median of {rounds} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    told = f"{statistics.median(ratios):.2f} times, median of {rounds} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     print(f"| first list: 50 lines drawn | {ours:.0f} ms; bare {theirs:.0f} ms | {told} |")
 
 

@@ -19,11 +19,12 @@ from runs import files_in
 import explore_logits
 import extract_logits
 from chat_logits.errors import ToolkitError
-from chat_logits.storage import shard as shard_files
+from chat_logits.storage import shard_reading as shard_files
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import METADATA_KEY, SCHEMA, DamagedShard, check_shard, write_shard
+from chat_logits.storage.shard import METADATA_KEY, SCHEMA, DamagedShard, write_shard
 from chat_logits.storage.shard_list import shards_text
+from chat_logits.storage.shard_reading import check_shard
 
 GIB = 2**30
 SECONDS = 20

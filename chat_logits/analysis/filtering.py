@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from chat_logits.analysis.condition import Condition
 from chat_logits.data.conversations import from_stored, question_of
@@ -156,4 +155,6 @@ def messages_of(dataset: StoredDataset, rows: Rows) -> Iterator[dict]:
 
 def source_indices(dataset: StoredDataset, rows: Rows) -> list[int]:
     """The source rows of these stored rows."""
-    return read_columns(dataset, ["source_index"])["source_index"].take(pa.array(rows, pa.int64())).to_pylist()
+    numbers, places = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+    found = read_columns(dataset, ["source_index"], numbers)["source_index"].to_pylist()
+    return [found[place] for place in places]

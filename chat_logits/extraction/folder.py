@@ -20,8 +20,9 @@ from chat_logits.storage.card import place_in_code, render_card
 from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.record import RECORD, ShardRecord
-from chat_logits.storage.shard import DamagedShard, check_shard
+from chat_logits.storage.shard import DamagedShard
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, shards_text
+from chat_logits.storage.shard_reading import check_shard
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_sizes
-from chat_logits.storage.shard import named_damage, opened_shard, refuse_bomb, row_ranges
+from chat_logits.storage.shard_reading import named_damage, opened_shard, refuse_bomb, row_ranges
 
 AT_ONCE = 8  # requests for the pieces of a shard
 FIRST_TAIL, MORE = 2**14, 1024  # bytes of a footer that are asked for first: of the first shard, beyond the last one's

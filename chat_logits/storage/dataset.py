@@ -20,14 +20,8 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
-from chat_logits.storage.shard import (
-    read_row_groups,
-    read_shard_rows,
-    refuse_special,
-    shard_notes,
-    shard_sizes,
-)
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
+from chat_logits.storage.shard_reading import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
 from chat_logits.words import count_text
 from logit_codec import ROW_NUMBERS, RowError, validate_row
 

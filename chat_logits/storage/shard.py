@@ -1,14 +1,12 @@
-"""One shard, a Parquet file: written whole or not at all, checked whole, or read a row at a time.
+"""One shard, a Parquet file: its columns, its rows' checksums, and how it is written, whole or not at all.
 
-FORMAT.md, "Files", is the specification.
+FORMAT.md, "Files", is the specification; ``shard_reading`` reads it.
 """
 
 import itertools
-import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.disk import make_folders, room_or_stop, written_whole
-from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_sizes
 from chat_logits.storage.json_files import canonical
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard_list import ShardEntry, shard_path
@@ -25,12 +22,7 @@ from logit_codec import ROW_NUMBERS
 
 ROWS_PER_GROUP = 16
 LEVEL = 6  # of Zstandard: 1.7 times as fast as 9 for 0.2% more bytes; 3 takes 2.2% more, twice as fast again
-MIB = 2**20
-# What a file may ask a reader for: uncompressed bytes of a row group, some whatever its size and so many for each byte
-# that it has (real ones: up to 5), and bytes of one row's messages and tools.
-GROUP_LEAST, GROUP_RATIO, MESSAGES = 128 * MIB, 100, 64 * MIB
 METADATA_KEY = "logit_extraction"
-FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
 
 _ENTRIES = [
     column
@@ -62,9 +54,6 @@ class DamagedShard(ToolkitError):
     """A shard that is not what was written: cut, changed, or another run's."""
 
 
-# --- writing ---
-
-
 def write_shard(
     folder: Path,
     manifest: Manifest,
@@ -88,7 +77,7 @@ def write_shard(
             make_folders(folder, Path(relative).parent)
             _write_table(temporary, table, described)
             size = temporary.stat().st_size
-    return _entry(relative, table, described, size)
+    return entry_of(relative, table, described, size)
 
 
 def _table(rows: list[dict]) -> pa.Table:
@@ -98,14 +87,14 @@ def _table(rows: list[dict]) -> pa.Table:
 
 
 def _column(values: list, kind: pa.DataType) -> pa.Array:
-    if not _is_of_numbers(kind):
+    if not is_of_numbers(kind):
         return pa.array(values, kind)
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
     numbers = np.concatenate([*values, np.empty(0, kind.value_type.to_pandas_dtype())])
     return pa.ListArray.from_arrays(offsets, pa.array(numbers, kind.value_type), type=kind)
 
 
-def _is_of_numbers(kind: pa.DataType) -> bool:
+def is_of_numbers(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type)
 
 
@@ -169,7 +158,7 @@ def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
     return [np.ascontiguousarray(values[a:b]).view(np.uint8) for a, b in itertools.pairwise(offsets)]
 
 
-def _entry(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry:
+def entry_of(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry:
     """The entry of a shard; ``described`` is its own metadata."""
     skipped = described["skipped"]
     log_probs = table["token_log_probs"].combine_chunks().values.to_numpy()
@@ -183,209 +172,3 @@ def _entry(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry
         bad=dict(Counter(entry["reason"] for entry in skipped if "place" in entry)),
         turns_left_out=described.get("turns_left_out", 0),
     )
-
-
-# --- reading ---
-
-
-def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
-    """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
-    file = folder / path
-    with opened_shard(file, path, fingerprint) as (parquet, described, groups):
-        for number, group in enumerate(groups):
-            refuse_bomb(group, number, path)
-        table = parquet.read()
-        first, rows = ShardEntry(path, 0).shard * rows_per_shard, table["source_index"].to_pylist()
-        covered = sorted([*rows, *(entry["row"] for entry in described["skipped"])])
-        if covered != list(range(first, first + len(covered))) or len(covered) > rows_per_shard or rows != sorted(rows):
-            raise DamagedShard(f"{path}: source rows {covered[:1]} to {covered[-1:]}, expected those from {first} on")
-        if row_checksums(table) != described.get("row_crc32"):
-            raise DamagedShard(f"{path}: its rows are not those that were written (checksums differ)")
-        return _entry(path, table, described, file.stat().st_size)
-
-
-def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: int | None = None) -> Iterator[dict]:
-    """The rows of a shard of ``num_rows`` rows in order, or row ``only`` alone, by single row groups.
-
-    ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
-    """
-    with opened_shard(source, path, fingerprint) as (file, described, sizes):
-        for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
-            wanted = rows if only is None else [only] if only in rows else []
-            if not wanted:
-                continue
-            refuse_bomb(sizes[group], group, path)
-            table = file.read_row_group(group)
-            for offset in wanted:
-                row = table.slice(offset - rows.start, 1)
-                _check_rows(row, offset, described, path)
-                yield row.to_pylist()[0]
-
-
-def read_row_groups(
-    source, path: str, fingerprint: str, num_rows: int, only: Collection[int] | None = None
-) -> Iterator[list[dict]]:
-    """The rows of a shard in order, a row group at a time, their lists of numbers as arrays over Arrow's buffers.
-
-    For reading many rows, or those of ``only``: ten times as fast as ``read_shard_rows``, whose other arguments it
-    takes. A row group without any of them is not read. Raises DamagedShard.
-    """
-    with opened_shard(source, path, fingerprint) as (file, described, sizes):
-        for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
-            wanted = [row - rows.start for row in rows if only is None or row in only]
-            if not wanted:
-                continue
-            refuse_bomb(sizes[group], group, path)
-            table = file.read_row_group(group)
-            _check_rows(table, rows.start, described, path)
-            table = table if len(wanted) == len(rows) else table.take(wanted)
-            columns = [_row_values(table[name].combine_chunks()) for name in SCHEMA.names]
-            yield [dict(zip(SCHEMA.names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _row_values(column: pa.Array) -> list:
-    """A column's values by row, those of numbers as arrays."""
-    if not _is_of_numbers(column.type):
-        return column.to_pylist()
-    values, offsets = np.from_dlpack(column.values), np.from_dlpack(column.offsets)
-    return [values[a:b] for a, b in itertools.pairwise(offsets.tolist())]
-
-
-def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
-    """What a shard says of source rows that are not in it, ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
-    them. ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
-    """
-    with opened_shard(source, path, fingerprint) as (_, described, _):
-        return described["skipped"], described.get("turns_left_out", 0)
-
-
-def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
-    """Bytes of a shard by column, compressed, nested ones under their column's name, and of ``FOOTER``.
-
-    ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
-    """
-    with opened_shard(source, path, fingerprint) as (_, _, groups):
-        sizes = dict.fromkeys(SCHEMA.names, 0)
-        for column in (column for group in groups for column in group.columns):
-            sizes[column.name] += column.stored
-        size = Path(source).stat().st_size if isinstance(source, (str, Path)) else source.size
-        return {**sizes, FOOTER: size - sum(sizes.values())}
-
-
-@contextmanager
-def opened_shard(source, path: str, fingerprint: str, footer: bytes | None = None, pre_buffer: bool = True):
-    """The shard as a Parquet file, its footer's own metadata and its row groups' sizes; schema and metadata checked.
-
-    ``footer`` is ``read_footer``'s where it has been read; without ``pre_buffer`` no byte is read between columns.
-    """
-    if isinstance(source, (str, Path)):
-        refuse_special(Path(source), path)
-    with named_damage(path):
-        footer = footer or read_footer(source)
-        options = {"metadata": pq.read_metadata(pa.BufferReader(footer)), "page_checksum_verification": True}
-        with pq.ParquetFile(source, pre_buffer=pre_buffer, **options) as file:
-            check_schema(file.schema_arrow, path)
-            yield file, _described(file, path, fingerprint), row_group_sizes(footer)
-
-
-def refuse_special(file: Path, name: str) -> None:
-    """Raise DamagedShard for what is there and no file of a disk: reading a pipe or a device may have no end."""
-    if file.exists() and not file.is_file():
-        raise DamagedShard(f"{name}: a folder, a pipe or a device, expected a file")
-
-
-def refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
-    """Raise DamagedShard where a row group would take far more memory than its bytes in the file: before it is read."""
-    most = GROUP_LEAST + GROUP_RATIO * group.stored
-    if group.num_rows > min(column.num_values for column in group.columns):
-        raise DamagedShard(f"{path}: row group {number} has {group.num_rows:,} rows, and a column with fewer values")
-    if group.unpacked > most:
-        raise DamagedShard(
-            f"{path}: row group {number} has {group.stored:,} bytes in the file and takes up to {group.unpacked:,} in "
-            f"memory, expected {most:,} at most"
-        )
-
-
-def row_ranges(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
-    """The rows of each row group; other writers' groups have other sizes."""
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
-        raise DamagedShard(f"{path}: {sum(sizes)} rows, expected {num_rows} (shards.json)")
-    return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
-
-
-def _check_rows(rows: pa.Table, first: int, described: dict, path: str) -> None:
-    """Raise DamagedShard where one of consecutive rows, from row ``first`` of the shard on, is not what was written."""
-    if rows["messages"].nbytes + rows["tools"].nbytes > MESSAGES:
-        for i in range(len(rows)):
-            _refuse_long(rows.slice(i, 1), first + i, path)
-    expected = described.get("row_crc32")
-    if expected is None:
-        return
-    found, expected = row_checksums(rows), expected[first : first + len(rows)]
-    if found != expected:
-        differing = [i for i, pair in enumerate(itertools.zip_longest(found, expected)) if pair[0] != pair[1]]
-        raise DamagedShard(f"{path}: row {first + differing[0]} is not what was written (its checksum differs)")
-
-
-def _refuse_long(row: pa.Table, offset: int, path: str) -> None:
-    size = row["messages"].nbytes + row["tools"].nbytes
-    if size > MESSAGES:
-        raise DamagedShard(
-            f"{path}: row {offset} has {size:,} bytes of messages and tools, expected {MESSAGES:,} at most"
-        )
-
-
-@contextmanager
-def named_damage(path: str):
-    """Within, what reading a damaged file raises is a DamagedShard that names it."""
-    try:
-        yield
-    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
-        raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
-    except OSError as error:
-        from huggingface_hub.errors import HfHubHTTPError
-
-        if isinstance(error, HfHubHTTPError):
-            raise  # the Hub's, not the file's
-        if error.errno:  # the disk's: the file may be whole
-            raise ToolkitError(f"{path}: it cannot be read now: {error}") from error
-        raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
-
-
-def _described(file: pq.ParquetFile, path: str, fingerprint: str) -> dict:
-    """The footer's own metadata, checked."""
-    text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
-    if text is None:
-        raise DamagedShard(f"{path}: no metadata {METADATA_KEY!r}, so it is no shard of a logit dataset")
-    described = json.loads(text)
-    if not _is_described(described):
-        raise DamagedShard(f"{path}: metadata {METADATA_KEY!r} is not what the format asks for")
-    crc = described.pop("crc32", None)
-    if crc != zlib.crc32(canonical(described)):
-        raise DamagedShard(f"{path}: damaged metadata (checksum {crc}, expected {zlib.crc32(canonical(described))})")
-    if described["fingerprint"] != fingerprint:
-        raise DamagedShard(
-            f"{path}: of another run (fingerprint {described['fingerprint'][:12]}, expected {fingerprint[:12]})"
-        )
-    return described
-
-
-def _is_described(metadata) -> bool:
-    kinds = {"fingerprint": str, "num_rows": int, "skipped": list}
-    return (
-        isinstance(metadata, dict)
-        and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
-        and isinstance(metadata.get("row_crc32", []), list)
-        and isinstance(metadata.get("turns_left_out", 0), int)
-        and all(isinstance(entry, dict) and {"row", "reason"} <= entry.keys() for entry in metadata["skipped"])
-    )
-
-
-def check_schema(schema: pa.Schema, name: str) -> None:
-    """Raise DamagedShard where columns or types are not the format's."""
-    if schema.names != SCHEMA.names:
-        raise DamagedShard(f"{name}: columns {', '.join(schema.names)}; expected {', '.join(SCHEMA.names)}")
-    for column, expected in zip(schema, SCHEMA, strict=True):
-        if column.type != expected.type:
-            raise DamagedShard(f"{name}: column {column.name} is {column.type}, expected {expected.type}")

@@ -25,7 +25,8 @@ from chat_logits.storage.dataset import DamagedRow, StoredDataset, open_dataset
 from chat_logits.storage.footer import TAIL
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.numbers import NUMBER_COLUMNS, number_table, read_columns
-from chat_logits.storage.shard import METADATA_KEY, check_shard, shard_sizes
+from chat_logits.storage.shard import METADATA_KEY
+from chat_logits.storage.shard_reading import check_shard, shard_sizes
 from explore_logits import execute_filtering, execute_thinning
 from logit_codec import ROW_NUMBERS
 

@@ -18,8 +18,9 @@ from chat_logits.analysis.verification import check_rows
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import check_shard, write_shard
+from chat_logits.storage.shard import write_shard
 from chat_logits.storage.shard_list import read_shards, shards_text
+from chat_logits.storage.shard_reading import check_shard
 from explore_logits import execute_analysis, execute_summary, execute_thinning
 from logit_codec import CODE_PROBS, draw_tail, pack_indices, row_entries
 

@@ -26,7 +26,8 @@ from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.json_files import canonical
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import METADATA_KEY, SCHEMA, check_shard
+from chat_logits.storage.shard import METADATA_KEY, SCHEMA
+from chat_logits.storage.shard_reading import check_shard
 from explore_logits import analyze_token_probabilities
 
 SHARD = "data/00000/train-00001.parquet"
