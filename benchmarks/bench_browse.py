@@ -79,7 +79,9 @@ def ready(port: int) -> None:
 
 def bare_page(page) -> str:
     """The lines of the list as a bare page."""
-    rows = page.evaluate("[...document.querySelectorAll('tr[data-row]')].map(r => [...r.cells].map(c => c.innerText))")
+    rows = page.evaluate(
+        "[...document.querySelectorAll('tr[data-row]')].map(r => [...r.cells].map(c => c.textContent.trim()))"
+    )
     lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<!doctype html><meta charset=utf-8><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 

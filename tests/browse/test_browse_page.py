@@ -222,6 +222,13 @@ def test_a_selection_is_taken_along(opened, server, tmp_path):
     assert [row["source_index"] for row in saved] == [row["source_index"] for row in stored]
     page.locator("#save button").click()
     page.wait_for_function("() => document.getElementById('saved').textContent.includes('saved')")
+    page.keyboard.press("Escape")
+    assert not page.locator(".sheet").is_visible()
+    assert page.evaluate("document.activeElement.parentElement.id") == "out"
+    page.keyboard.press("Enter")
+    assert page.locator(".sheet").is_visible()
+    page.locator("h1").click()
+    assert not page.locator(".sheet").is_visible()
 
 
 def test_a_hostile_dataset_runs_nothing(browser, hostile_extraction, tmp_path):

@@ -46,7 +46,7 @@ def test_a_dataset_on_the_hub_is_browsed(address, quick_run, browser, tmp_path):
     page.wait_for_selector("#view[data-lines=all]")
     assert page.locator("h1").inner_text() == "user/many"
     assert page.locator("tr[data-row]").count() == 50
-    questions = page.locator("tbody .question a").all_inner_texts()
+    questions = page.locator("tbody .question a").all_text_contents()
     assert questions == [question_of(row["messages"]) for row in stored[:50]]
     page.locator("#by-mean_nll").click()
     page.wait_for_function("() => document.body.dataset.shown === 'sort=mean_nll&down=1'")

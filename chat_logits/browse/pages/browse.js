@@ -165,6 +165,8 @@ function filterBy(hist, focus) {
 }
 
 document.addEventListener("pointerdown", event => {
+  const sheet = document.getElementById("out");
+  if (!sheet.contains(event.target)) sheet.open = false;
   const plot = event.target.closest(".plot");
   if (!plot || event.button) return;
   event.preventDefault();
@@ -268,6 +270,12 @@ function turn(name) {
 }
 
 document.addEventListener("keydown", event => {
+  const sheet = document.getElementById("out");
+  if (event.key === "Escape" && sheet.contains(event.target) && sheet.open) {
+    sheet.open = false;
+    sheet.querySelector("summary").focus();
+    return;
+  }
   if (isTyped(event)) {
     if (event.key === "Escape" && event.target.matches("#filters input") && event.target.value) {
       event.target.value = "";
