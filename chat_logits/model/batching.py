@@ -14,6 +14,7 @@ import torch
 import logit_codec
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError
+from chat_logits.model.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from chat_logits.model.selection import PendingDistributions, SelectionSettings
 from chat_logits.model.teacher import Request, Teacher
 from logit_codec import Distributions
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 # Of all tokens, beside an accelerator: its attention is slower behind a cache, 0.78 of the speed at a share of 0.21.
 LEAST_PREFIX_SHARE = 0.5
 SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
-OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 PIECES = 16  # times fewer logit rows, from one attempt with a single conversation to the next
 NO_PREFIX = np.zeros(0, np.int64)
 BATCH_COST = 1 / 16  # of the budget's tokens: what a batch more costs beside its tokens
@@ -323,8 +322,3 @@ def _difference(found: Distributions, rows: slice, alone: Distributions) -> floa
             )
         ]
     return float(max(np.sqrt(np.square(error).mean()) for error in errors))
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory was too small: only CUDA has a type for it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from chat_logits.errors import ToolkitError
+from chat_logits.model.group import local
 
 SLICE_ROWS = 4096  # of the weight, converted at once where no product of 16-bit matrices gives float32
 
@@ -35,14 +36,14 @@ def use_head_dtype(model, head_dtype: str | None) -> None:
 
 @torch.no_grad()
 def _float32_output(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """``head``'s output (…, V) float32 for hidden states (…, H)."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    """``head``'s output (…, V) float32 for hidden states (…, H); of its part alone, where it is split."""
+    rows, weight = hidden.reshape(-1, hidden.shape[-1]), local(head.weight)
     if hidden.is_cuda:
-        logits = torch.mm(rows, head.weight.t(), out_dtype=torch.float32)
+        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
     else:
-        logits = _product_in_slices(rows.float(), head.weight)
+        logits = _product_in_slices(rows.float(), weight)
     if head.bias is not None:
-        logits += head.bias
+        logits += local(head.bias)
     return logits.view(*hidden.shape[:-1], -1)
 
 

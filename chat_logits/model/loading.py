@@ -15,8 +15,10 @@ import torch
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
+from chat_logits.model.group import Group, in_step
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
+from chat_logits.model.parts import choose_split, find_head_part, refuse_unsplit
 from chat_logits.model.quantization import find_quantization, finish_quantized, quantized_loading, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,61 @@ def load_model(
     finish_quantized(model_id, model, quantized)
     use_head_dtype(model, head_dtype)
     return model.eval() if "device_map" in options else model.eval().to(device)
+
+
+@in_step
+def load_part(
+    group: Group,
+    model_id: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    head_dtype: str | None = None,
+):
+    """As ``load_model``, of a model that the processes of ``group`` compute together.
+
+    Each reads its part of the weights from safetensors, and nothing else. Raises UsageError for what is not split:
+    adapters, other kinds of checkpoints, and models for which transformers has no plan.
+    """
+    if find_base(model_id, revision):
+        raise UsageError(f"`tensor_parallel`: model {model_id} is an adapter; merge it, save the model, and give that")
+    if find_quantization(model_id, revision, trust_remote_code):
+        raise UsageError(
+            f"`tensor_parallel`: the weights of model {model_id} are quantised, and are not split. Leave it out, or give "
+            "`device_map` auto in its place."
+        )
+    config = load_config(model_id, revision, None, trust_remote_code)
+    refuse_unsplit(config, group.size)
+    options = {**loading_options(dtype, group.device), "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    auto_class = _auto_class(model_id, revision, None, trust_remote_code)
+    with torch.device("meta"):
+        empty = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    distributed, told = choose_split(empty, group.size)
+    if told and group.leads:
+        logger.info("%s", told)
+    options |= {"distributed_config": distributed, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _read_without_mapping():
+        model = _load_whole(model_id, revision, None, options)
+    use_head_dtype(model, head_dtype)
+    model.computing_group, model.head_part, group.model = group, find_head_part(model, group), model
+    return model.eval()
+
+
+@contextmanager
+def _read_without_mapping() -> Iterator[None]:
+    """Within, transformers reads slices of safetensors: pages of mapped files would count as this process' memory."""
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda *args, **options: mapped(*args, **{**options, "backend": "pread"})
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, options: dict):
@@ -229,6 +286,7 @@ def input_device(model) -> torch.device:
     return torch.device(hook.execution_device) if hook else model.device
 
 
+@in_step
 @torch.inference_mode()
 def logits_dtype(model) -> str:
     """The dtype that the model's logits have in the end, such as "float32"."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from chat_logits.model.batching import Budget
+from chat_logits.model.group import group_of, local
 from chat_logits.model.loading import compute_devices, input_device, largest_fetch
 from chat_logits.model.quantization import stored_bytes
 
@@ -86,8 +87,10 @@ def budget_for(model, room: int, device_type: str, batch_tokens: int | None, log
 
 def _room(model, device: torch.device) -> int:
     """Bytes of the device beside the weights that lie there and those that are brought there."""
-    weights = sum(stored_bytes(weights) for weights in model.parameters() if weights.device == device)
-    return total_memory(device) - weights - 2 * largest_fetch(model)
+    weights = sum(stored_bytes(local(weights)) for weights in model.parameters() if weights.device == device)
+    group = group_of(model)
+    sharing = group.size if group and device.type == "cpu" else 1  # processes that have this memory together
+    return total_memory(device) // sharing - weights - 2 * largest_fetch(model)
 
 
 def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> int:

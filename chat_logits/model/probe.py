@@ -20,9 +20,12 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chat_logits.errors import ToolkitError
-from chat_logits.model.batching import OUT_OF_MEMORY, Sharing, is_out_of_memory
+from chat_logits.model.batching import Sharing
+from chat_logits.model.group import group_of
 from chat_logits.model.limits import most_positions
 from chat_logits.model.loading import input_device
+from chat_logits.model.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
+from chat_logits.model.reference import plain_rows, rows_of_whole_layers
 from chat_logits.model.teacher import Request, Teacher
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared prefix may be kept in
@@ -122,6 +125,8 @@ def _probe(model) -> Sharing:
     conversations = _conversations(model, SHORT)
     expected = _reference_rows(model, conversations.all)
     tolerance = _tolerance(model, conversations.all[0], expected)
+    if group_of(model):
+        _refuse_wrong_parts(model, conversations.all[0], expected, tolerance)
     sharing = _sharing(model, conversations, expected, tolerance)
     if passed > SHORT - 4:
         try:
@@ -150,9 +155,7 @@ def _request(ids: np.ndarray, first: int, end: int) -> Request:
 
 
 def _reference_rows(model, requests: list[Request]) -> torch.Tensor:
-    inputs = [torch.from_numpy(r.input_ids)[None].to(input_device(model)) for r in requests]
-    plain = [model(ids, use_cache=False).logits[0, r.positions - 1] for ids, r in zip(inputs, requests, strict=True)]
-    return torch.cat(plain).float()
+    return torch.cat([plain_rows(model, request.input_ids[None], 0, request.positions) for request in requests])
 
 
 def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
@@ -163,11 +166,24 @@ def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
     least = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
     if model.dtype not in (torch.float16, torch.bfloat16):
         return least
-    ids = torch.from_numpy(request.input_ids).repeat(3, 1).to(input_device(model))
-    found = model(ids, use_cache=False).logits[1, request.positions - 1].float()
+    found = plain_rows(model, np.tile(request.input_ids, (3, 1)), 1, request.positions)
     alone = expected[: len(request.positions)]
     relative = row_differences(found, alone) / row_limits(alone, 1.0, model.dtype)
     return max(least, min(MOST_NOISE, NOISE_FACTOR * relative.max().item()))
+
+
+def _refuse_wrong_parts(model, request: Request, expected: torch.Tensor, tolerance: float) -> None:
+    """Raise ToolkitError where the parts of a split model, together, give other rows than its whole layers do."""
+    found = expected[: len(request.positions)]
+    plain = rows_of_whole_layers(model, request.input_ids[None], 0, request.positions)
+    differences, limits = row_differences(found, plain), row_limits(plain, tolerance, model.dtype)
+    if not (differences <= limits).all():
+        worst = (differences / limits).nan_to_num(torch.inf).argmax()
+        raise ToolkitError(
+            f"model check: split over processes, logits differ from those of whole layers by {differences[worst]:.3g} "
+            f"nats (root mean square of a row), expected at most {limits[worst]:.3g}. Nothing was extracted; use "
+            "`device_map` auto in place of `tensor_parallel`."
+        )
 
 
 def _sharing(model, conversations: Conversations, expected: torch.Tensor, tolerance: float) -> Sharing:
@@ -197,13 +213,15 @@ def _rows(model, conversations: Conversations, batch: str) -> torch.Tensor:
 
 
 def _row_logits(teacher: Teacher, requests: list[Request]) -> torch.Tensor:
-    return torch.cat(list(teacher.row_logits(requests))).float()
+    return torch.cat(teacher.row_logits(requests)).float()
 
 
 def _differences(compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
     """Infinite where the computation fails otherwise than for want of memory, as some do for a batch or a cache."""
     try:
         return row_differences(compute(), expected)
+    except ToolkitError:  # a group of processes is lost
+        raise
     except Exception as error:
         if isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error):
             raise

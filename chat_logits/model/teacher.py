@@ -9,18 +9,22 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chat_logits.model.group import group_of, in_step
 from chat_logits.model.loading import input_device
+from chat_logits.model.parts import HeadPart, join_logits
 from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
+from chat_logits.model.selection_parts import select_in_parts
 
 LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
 # PyTorch's own kernels: cuDNN's make a plan, in about 50 ms, for every shape of a batch, and each batch has its own.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+NOT_HERE = cast(PendingDistributions, None)  # distributions in processes that follow
 WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
 
 
@@ -65,10 +69,16 @@ class Teacher:
 
     ``logit_rows`` bounds the rows of logits at once. With ``reads_whole`` conversations are read to their ends, which
     matters where logits depend on a batch's length.
+
+    Of a model that a group of processes computes, each process has its teacher, whose calls are in step. That of the
+    first alone gives distributions; of the others' logits it gets no more than is kept.
     """
 
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows, self.device = model, logit_rows, input_device(model)
+        self.computing_group = group_of(model)
+        self._head_part: HeadPart | None = getattr(model, "head_part", None)
+        self._number = self.computing_group.mirror(self) if self.computing_group else None
         self._prefix_ids = np.zeros(0, np.int64)
         self._prefix_cache: Any = None  # transformers', if there is one
         self.length_switch = length_switch(model.config)
@@ -76,6 +86,17 @@ class Teacher:
         takes_cache = "cache" in inspect.signature(model.forward).parameters  # transformers is renaming it
         self._cache_name = "cache" if takes_cache else "past_key_values"
 
+    @property
+    def owner(self) -> tuple:
+        """By what the other processes know this teacher, and what its calls depend on."""
+        return (
+            self._number,
+            Teacher,
+            (self.logit_rows,),
+            {"logit_rows": self.logit_rows, "reads_whole": self.reads_whole},
+        )
+
+    @in_step
     @torch.inference_mode()
     def hold_prefix(self, ids: np.ndarray) -> None:
         """Compute the key-value cache of a prefix that the next batches share; an empty one clears it."""
@@ -89,6 +110,7 @@ class Teacher:
         """Whether every layer of the prefix's cache is of one of these kinds."""
         return all(type(layer) in kinds for layer in self._prefix_cache.layers)
 
+    @in_step
     def distributions(self, requests: list[Request], settings: SelectionSettings) -> PendingDistributions:
         """What the model says at every extracted position of the requests, one after another.
 
@@ -97,17 +119,35 @@ class Teacher:
         device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
         tokens = _upload(torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])), device)
         uniforms = _upload(torch.from_numpy(np.concatenate([r.uniforms for r in requests])), device)
-        pieces, start = [], 0
-        for logits in self.row_logits(requests):
+        pieces: list[Any] = []
+        start, group = 0, self.computing_group
+        for logits in self._pieces(requests):
             logits = logits.to(device)
             part = slice(start, start + len(logits))
-            pieces.append(select(logits, tokens[part], uniforms[part], settings))
+            pieces.append(self._select(logits, tokens[part], uniforms[part], settings))
             del logits  # or it would live on beside the next piece's
             start = part.stop
-        return PendingDistributions(pieces)
+        return PendingDistributions(pieces) if group is None or group.leads else NOT_HERE
 
-    def row_logits(self, requests: list[Request]) -> Iterator[torch.Tensor]:
+    def _select(
+        self, logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, settings: SelectionSettings
+    ) -> dict[str, torch.Tensor] | None:
+        group, part = self.computing_group, self._head_part
+        if group and part:
+            return select_in_parts(logits, *part, tokens, uniforms, settings, group.process_group)
+        return select(logits, tokens, uniforms, settings) if group is None or group.leads else None
+
+    @in_step
+    def row_logits(self, requests: list[Request]) -> list[torch.Tensor]:
         """Logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
+
+        In every process of a group, all of the vocabulary's.
+        """
+        pieces = self._pieces(requests)
+        return [join_logits(piece, self._head_part, self.computing_group) for piece in pieces]
+
+    def _pieces(self, requests: list[Request]) -> Iterator[torch.Tensor]:
+        """As ``row_logits``, but of what a process has of the vocabulary.
 
         More rows than that go through the model's own head and tail in pieces, without the decoder again: their
         hidden states are kept, and put in the place of a dummy token's.

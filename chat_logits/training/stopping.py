@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from chat_logits.errors import ToolkitError
-from chat_logits.model.batching import is_out_of_memory
+from chat_logits.model.out_of_memory import is_out_of_memory
 from chat_logits.storage.disk import FULL
 from chat_logits.training.config import TrainConfig
 

@@ -65,7 +65,7 @@ def rows_in(folder: Path) -> list[dict]:
     return list(open_dataset(str(folder)).rows())
 
 
-def assert_alike(found: list[dict], expected: list[dict]) -> None:
+def assert_alike(found: list[dict], expected: list[dict], atol: float = 2e-5) -> None:
     """The same conversations, and numbers that differ in last bits at most.
 
     For rows that were computed in two ways: in other batches, after a prefix, or with weights elsewhere in memory. Then
@@ -77,7 +77,7 @@ def assert_alike(found: list[dict], expected: list[dict]) -> None:
         for key in ("source_index", "num_tokens", "alignment_checksum", "messages"):
             assert row[key] == other[key]
         for key in ("token_log_probs", "logsumexp"):
-            np.testing.assert_allclose(row[key], other[key], atol=2e-5)
+            np.testing.assert_allclose(row[key], other[key], atol=atol)
         ids, others = np.array(row["top_indices_low"]), np.array(other["top_indices_low"])
         assert (ids != others).mean() < 0.005
 

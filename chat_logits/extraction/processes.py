@@ -1,0 +1,279 @@
+"""The other processes of a group that computes one model: started by the first one, watched, and ended with it.
+
+What they are told goes to their standard input, and what fails there comes from their standard output, as pickles. A
+process ends as soon as its input does, whatever it is doing: none is left behind, whatever ends the first one.
+"""
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from chat_logits.errors import ToolkitError
+from chat_logits.scratch import scratch_folder
+from chat_logits.stages import stage
+
+ROOT = Path(__file__).resolve().parents[2]  # where the package is, installed or not
+STARTED = 0  # the number of the call that all have made when they have started
+GRACE = 20.0  # seconds by which processes may differ in when a call fails
+LAST = 20.0  # seconds after which a call that cannot end any more ends the process
+
+logger = logging.getLogger(__name__)
+
+
+class Member(NamedTuple):
+    """What a process has to know of the group that it belongs to; ``device`` is a kind, such as "cuda"."""
+
+    rank: int
+    size: int
+    device: str
+    meeting: Path
+    threads: int
+
+
+class Failure(NamedTuple):
+    """What failed in a call."""
+
+    text: str
+    is_out_of_memory: bool
+
+
+@contextlib.contextmanager
+def started_group(size: int, device: str) -> Iterator:
+    """A ``Group`` of ``size`` processes of which this one is the first, until the context ends.
+
+    ``device`` is the kind of device that each has one of. Raises ToolkitError where a process ends before it is ready.
+    """
+    import torch
+
+    from chat_logits.model.group import Group
+
+    before = torch.get_num_threads()
+    threads = max(1, before // size) if device == "cpu" else before
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder())
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(threads)
+        members = [Member(rank, size, device, folder / "meeting", threads) for rank in range(size)]
+        with stage("Starting %d processes", size):
+            others = Processes(members[1:], folder)
+            stack.callback(Group.leave)
+            stack.callback(others.close)
+            others.wait_until_started()
+            group = Group(0, size, _device(members[0]), others)
+            group.join(members[0].meeting)
+            others.has_returned()
+        yield group
+
+
+def _device(member: Member):
+    import torch
+
+    return torch.device("cpu") if member.device == "cpu" else torch.device(member.device, member.rank)
+
+
+class Processes:
+    """All but the first process of a group, as the first one knows them."""
+
+    def __init__(self, members: list[Member], folder: Path):
+        self._changed = threading.Condition()
+        self._fault = ""  # why the group is lost
+        self._failed: dict[int, dict[int, Failure]] = defaultdict(dict)  # by call, then by rank
+        self._calling: int | None = STARTED
+        self._settled: set[int] = set()  # calls that have failed in all processes
+        self._is_started, self._is_closed, self._device = set[int](), False, members[0].device
+        self._all: dict[int, subprocess.Popen] = {}
+        self._errors = {member.rank: folder / f"process-{member.rank + 1}" for member in members}
+        for member in members:
+            process = self._all[member.rank] = _start(member, self._errors[member.rank])
+            threading.Thread(target=self._watch, args=(member.rank, process), daemon=True).start()
+
+    def wait_until_started(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._fault or len(self._is_started) == len(self._all))
+            self._refuse_lost()
+
+    def tell(self, number: int, message: bytes) -> None:
+        with self._changed:
+            self._refuse_lost()
+            self._calling = number
+        for process in self._all.values():
+            with contextlib.suppress(OSError):  # it has ended, which its watcher sees as well
+                assert process.stdin
+                pickle.dump(message, process.stdin)
+                process.stdin.flush()
+
+    def agree_on_failure(self, number: int, error: Exception) -> None:
+        if isinstance(error, ToolkitError):  # of which no process needs the others to be sure
+            self._settled.add(number)
+            return
+        with self._changed:
+            everywhere = lambda: len(self._failed[number]) == len(self._all)  # noqa: E731
+            self._changed.wait_for(lambda: self._fault or everywhere(), GRACE)
+            if not self._fault and everywhere():
+                self._settled.add(number)
+                return
+            self._fault = self._fault or self._said(0, _failure(error))
+        self._end_all()
+        raise ToolkitError(self._fault) from error
+
+    def has_returned(self) -> None:
+        with self._changed:
+            self._calling = None
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+        self._end_all()
+        for process in self._all.values():
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _refuse_lost(self) -> None:
+        if self._fault:
+            raise ToolkitError(self._fault)
+
+    def _end_all(self) -> None:
+        for process in self._all.values():
+            process.kill()
+
+    def _watch(self, rank: int, process: subprocess.Popen) -> None:
+        """Note what a process reports, and its end."""
+        assert process.stdout
+        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError, ValueError):
+            while True:
+                number, failure = pickle.load(process.stdout)
+                with self._changed:
+                    if failure is None:
+                        self._is_started.add(rank)
+                    else:
+                        self._failed[number][rank] = Failure(*failure)
+                        _later(GRACE, self._lose_unless_settled, number, rank)
+                    self._changed.notify_all()
+        status = process.wait()
+        self._lose(f"process {rank + 1} of {self._size} {_how(status, self._errors[rank])}")
+
+    @property
+    def _size(self) -> int:
+        return len(self._all) + 1
+
+    def _lose_unless_settled(self, number: int, rank: int) -> None:
+        if number not in self._settled:
+            self._lose(self._said(rank, self._failed[number][rank]))
+
+    def _lose(self, fault: str) -> None:
+        """Give the group up: a call that is under way ends, as the others are gone, or the process ends."""
+        with self._changed:
+            if self._is_closed or self._fault:
+                return
+            self._fault = f"{fault}\nWhat is finished is kept; the same command resumes."
+            self._changed.notify_all()
+        self._end_all()
+        _later(LAST, self._leave)
+
+    def _leave(self) -> None:
+        """What a device waits for never comes, and nothing else ends that."""
+        if not self._is_closed and (self._calling is not None or self._device != "cpu"):
+            logger.error("%s", self._fault)
+            os._exit(1)
+
+    def _said(self, rank: int, failure: Failure) -> str:
+        who = f"process {rank + 1} of {self._size}"
+        if failure.is_out_of_memory:
+            return f"{who} is out of memory, the others are not; give less `batch_tokens` or `logit_memory`"
+        return f"{who} has failed: {failure.text}"
+
+
+def _later(seconds: float, do, *args) -> None:
+    timer = threading.Timer(seconds, do, args)
+    timer.daemon = True
+    timer.start()
+
+
+def _start(member: Member, errors: Path) -> subprocess.Popen:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(member.threads)}
+    environment["LOCAL_RANK"] = str(member.rank)  # by which transformers chooses its device
+    with errors.open("wb") as written:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "chat_logits.extraction.processes"],  # -P: not what lies in this folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=written,
+            env={**os.environ, **environment},
+        )
+    with contextlib.suppress(OSError):
+        assert process.stdin
+        pickle.dump(tuple(member), process.stdin)
+        process.stdin.flush()
+    return process
+
+
+def _how(status: int, errors: Path) -> str:
+    """How a process ended, with the last that it said."""
+    if status < 0:
+        by_system = ", as the system does where memory is short" if -status == signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-status).name}{by_system}."
+    said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.exists() else []
+    return f"ended with status {status}: {said[-1] if said else 'without a word'}"
+
+
+def _failure(error: Exception) -> Failure:
+    from chat_logits.model.out_of_memory import is_out_of_memory
+
+    first = str(error).strip().partition("\n")[0]
+    return Failure(f"{type(error).__name__}: {first}", isinstance(error, RuntimeError) and is_out_of_memory(error))
+
+
+# --- in the process ---
+
+
+def main() -> None:
+    """The process: what it is, then calls upon calls."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
+    told, answers = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # whatever prints must not come between the answers
+    logging.getLogger("chat_logits").setLevel(logging.ERROR)  # the first process says it all
+    member = Member(*pickle.load(told))
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(told, messages), daemon=True).start()
+
+    def answer(number: int, failure: Failure | None) -> None:
+        pickle.dump((number, failure and tuple(failure)), answers)  # plain: here the module has another name
+        answers.flush()
+
+    import torch
+
+    from chat_logits.model import probe  # noqa: F401  # with transformers, before the others wait for this one
+    from chat_logits.model.group import Group
+
+    torch.set_num_threads(member.threads)
+    answer(STARTED, None)
+    group = Group(member.rank, member.size, _device(member))
+    group.join(member.meeting)
+    group.follow(iter(messages.get, None), lambda number, error: answer(number, _failure(error)))
+
+
+def _receive(told: IO[bytes], messages: queue.SimpleQueue) -> None:
+    """Take what comes, and end the process with it: it may be waiting for another that is gone."""
+    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+        while True:
+            messages.put(pickle.load(told))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""How a model is split over the processes of a group: by transformers' own plan, as far as its sizes divide.
+
+A plan has a style for each module, by its name with a * for the layer. What it leaves out is whole in every process.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor
+
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.group import Group, local
+
+LEAST_TRANSFORMERS = (5, 24)  # with whose plans the results were compared
+ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)")
+HEADS = re.compile(r"num\w*_heads")  # in a configuration, how many heads attention has of some kind
+GATHERED = ("colwise_gather_output", "colwise_rep")  # styles of an lm_head that puts all logits together
+SPLITS = re.compile("colwise|rowwise|grouped_gemm")  # styles that leave a process a part of a parameter
+WAY_OUT = "`device_map` auto spreads its layers instead"
+
+
+class HeadPart(NamedTuple):
+    """The part of the logits that a process has: its first id, and how many ids there are in all."""
+
+    first_id: int
+    vocabulary: int
+
+
+def choose_split(model, size: int) -> tuple[Any, str | None]:
+    """transformers' DistributedConfig for ``size`` processes, and what to tell of it; ``model`` has no weights yet.
+
+    The lm_head keeps its part of the logits. Raises UsageError, naming the model's type, where layers cannot be split.
+    """
+    from transformers.distributed import DistributedConfig
+
+    kind, plan = model.config.model_type, dict(model.tp_plan or {})
+    by_expert = _experts_divide(model, size)
+    changed, told = {}, None
+    heads = _undivided_heads(model.config, size)
+    if heads and (attention := [name for name in plan if ATTENTION.search(name)]):
+        changed = dict.fromkeys(attention, "replicate")
+        counts = " and ".join(f"{number} {name}" for name, number in sorted(heads.items()))
+        told = f"Attention is whole in each of the {size} processes: {counts} do not divide by {size}"
+    plan = {**plan, **changed, **((model.ep_plan or {}) if by_expert else {})}
+    split = {name: style for name, style in plan.items() if SPLITS.search(style)}
+    if not any("layers" in name or ".h." in name for name in split):
+        why = f"what it could split does not divide by {size}" if changed else "transformers has no plan for its layers"
+        raise UsageError(f"`tensor_parallel` {size}: model type {kind}: {why}; {WAY_OUT}")
+    _refuse_packed(model, split, size)
+    head = _name_of(model, model.get_output_embeddings())
+    if plan.get(head) in GATHERED:
+        changed[head] = "colwise"
+    return DistributedConfig(tp_size=size, ep_size=size if by_expert else 1, tp_plan=changed or None), told
+
+
+def refuse_unsplit(config, size: int) -> None:
+    """Raise UsageError for what is not split, whatever the model: weights in fewer bits, and older transformers."""
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < LEAST_TRANSFORMERS:
+        least = ".".join(map(str, LEAST_TRANSFORMERS))
+        raise UsageError(f"`tensor_parallel` {size}: it needs transformers {least} or newer, {version} is installed")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"`tensor_parallel` {size}: the checkpoint's weights are quantised; {WAY_OUT}")
+
+
+def find_head_part(model, group: Group) -> HeadPart | None:
+    """Which logits the model gives in this process; None where it gives all of them.
+
+    Raises ToolkitError where the lm_head is not split as torch's chunks are.
+    """
+    weight = model.get_output_embeddings().weight
+    if not isinstance(weight, DTensor):
+        return None
+    longest = -(-weight.shape[0] // group.size)
+    first = min(group.rank * longest, weight.shape[0])
+    if len(local(weight)) != min(longest, weight.shape[0] - first):
+        raise ToolkitError(
+            f"model type {model.config.model_type}: its lm_head is split in an order of its own; {WAY_OUT}"
+        )
+    return HeadPart(first, weight.shape[0])
+
+
+def join_logits(logits: torch.Tensor, part: HeadPart | None, group: Group | None) -> torch.Tensor:
+    """All logits (…, V), in every process, from the parts (…, V_part) that they have."""
+    if part is None or group is None:
+        return logits
+    longest = -(-part.vocabulary // group.size)
+    padded = torch.nn.functional.pad(logits, (0, longest - logits.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(group.size)]
+    dist.all_gather(parts, padded, group=group.process_group)
+    return torch.cat(parts, dim=-1)[..., : part.vocabulary]
+
+
+def _name_of(model, module) -> str:
+    return next((name for name, each in model.named_modules() if each is module), "")
+
+
+def _undivided_heads(config, size: int) -> dict[str, int]:
+    """Kinds of heads whose number does not divide, with that number."""
+    named = config.get_text_config().to_dict()
+    counts = {key: value for key, value in named.items() if HEADS.fullmatch(key) and type(value) is int}
+    return {key: value for key, value in counts.items() if value % size}
+
+
+def _experts_divide(model, size: int) -> bool:
+    """Whether there is an expert plan, and each process gets as many experts of a layer as the others."""
+    dispatched = {name for name, style in (model.ep_plan or {}).items() if style == "ep_dispatch_experts"}
+    counts = [getattr(module, "num_experts", 1) for _, module in _matching(model, dispatched)]
+    return bool(counts) and not any(count % size for count in counts)
+
+
+def _refuse_packed(model, split: dict[str, str], size: int) -> None:
+    """Raise UsageError where halves that lie in one matrix would be cut unevenly."""
+    packed = {name: -1 if "rowwise" in style else -2 for name, style in split.items() if "packed" in style}
+    parameters = {re.sub(r"\.\d+(?=\.|$)", ".*", name): each for name, each in model.named_parameters()}
+    for name, dim in packed.items():
+        for each in (parameters.get(name), parameters.get(f"{name}.weight")):
+            if each is not None and each.shape[dim] % (2 * size):
+                kind = model.config.model_type
+                raise UsageError(
+                    f"`tensor_parallel` {size}: model type {kind}: {name} {list(each.shape)} does not divide by "
+                    f"{size}; {WAY_OUT}"
+                )
+
+
+def _matching(model, names: set[str]) -> list[tuple[str, Any]]:
+    """The modules that have one of these names, with * for numbers."""
+    return [each for each in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", each[0]) in names]
