@@ -32,14 +32,22 @@ SHOWN = 60  # characters of a value in the log
 
 def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
     """The config with what it leaves open as it was recorded, as far as that can be told before anything is opened:
-    numbers and names, a template that was given, revisions of the Hub, dtype and attention."""
+    numbers and names, a template that was given, revisions of the Hub, dtype, attention, the processes of a model."""
     names = [*SAME, *OF_DATASET * (recorded.dataset_id == config.dataset_id)]
     names += OF_MODEL * (recorded.model_id == config.model_id)
     taken = {name: _recorded_value(recorded, name) for name in names if name not in config.given}
     if config.chat_template is None and BY_OPTION in (recorded.mask_source or "") and recorded.tools_template is None:
         taken["chat_template"] = recorded.chat_template
+    if isinstance(recorded, Manifest) and recorded.tensor_parallel and not _forbids_parts(config):
+        taken["tensor_parallel"] = recorded.tensor_parallel
     config = _taking(config, taken)
     return replace(config, **_revisions(config, recorded), **_formats(config, recorded))
+
+
+def _forbids_parts(config: ExtractConfig) -> bool:
+    """Whether the config says how the model is computed, if not by ``tensor_parallel``."""
+    is_elsewhere = config.device_map or config.gguf_file or config.device not in (None, "cpu")
+    return "tensor_parallel" in config.given or config.uses_ray or bool(is_elsewhere)
 
 
 def _recorded_value(recorded: RunInputs, name: str) -> Any:

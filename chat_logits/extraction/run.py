@@ -89,7 +89,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
     started = time.monotonic()
     with stage("Looking for the model %s and the dataset %s", config.model_id, config.dataset_id):
         located = locate(config, _to_resume(config, folder))  # before anything heavy is imported
-    workers_of = choose_workers(config)
+    workers_of = choose_workers(located)
     sync = _connect(config, folder) if config.output_repo else None
     try:
         opened, recorded = open_or_resume(config, folder, sync, located)
@@ -120,8 +120,11 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
     with stage("Importing torch and transformers"):
         from chat_logits.extraction.shard_computer import ShardComputer
         from chat_logits.model import loading
+        from chat_logits.model.group import refuse_too_many
 
         device = loading.choose_device(config.device)
+        if config.tensor_parallel > 1:
+            refuse_too_many(config.tensor_parallel, device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 

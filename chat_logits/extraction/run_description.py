@@ -181,6 +181,7 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
         dtype=str(model.dtype).removeprefix("torch."),
         head_dtype=logits_dtype(model),
         attn_implementation=model.config._attn_implementation,
+        tensor_parallel=config.tensor_parallel if config.tensor_parallel > 1 else None,
         **budget,
     )
 

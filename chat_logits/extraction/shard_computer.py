@@ -25,9 +25,11 @@ import logit_codec
 from chat_logits.data.aligning import Aligning, start_aligning
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
+from chat_logits.extraction.processes import started_group
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, probe
 from chat_logits.model.batching import Batches, Sharing
+from chat_logits.model.group import refuse_too_many
 from chat_logits.model.memory import choose_budget, fits_alone
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
@@ -110,17 +112,24 @@ class ShardComputer:
                 run_shards(self.model, settings, self.sharing, itertools.chain([first], read), threads, finish, bar)
 
     def close(self) -> None:
-        """Leave nothing behind of a spread model, which is of no use afterwards."""
+        """Leave nothing behind of a model in several places, which is of no use afterwards."""
         self._stack.close()
 
     def load_model(self) -> None:
         """Load and check the model, if that is not done yet."""
         if self.model is not None:
             return
+        self.model = self._load_parts() if self.opened.config.tensor_parallel > 1 else self._load_whole()
+        with stage("Checking the model: padded batches and shared prefixes against its reference forward pass"):
+            self.sharing = probe.probe_model(self.model)
+        for line in self.sharing.restrictions(self.opened.config.prefix_cache):
+            logger.info("%s", line)
+
+    def _load_whole(self) -> Any:
         config = self.opened.config
         where = "over all devices" if config.device_map else f"on {self.device}"
         with stage("Loading %s %s", config.model_id, where):
-            self.model = loading.load_model(
+            return loading.load_model(
                 config.model_id,
                 self.opened.model_commit,
                 config.gguf_file,
@@ -135,10 +144,21 @@ class ShardComputer:
                 config.head_dtype,
                 config.quantization,
             )
-        with stage("Checking the model: padded batches and shared prefixes against its reference forward pass"):
-            self.sharing = probe.probe_model(self.model)
-        for line in self.sharing.restrictions(config.prefix_cache):
-            logger.info("%s", line)
+
+    def _load_parts(self) -> Any:
+        config = self.opened.config
+        refuse_too_many(config.tensor_parallel, self.device)
+        group = self._stack.enter_context(started_group(config.tensor_parallel, self.device.type))
+        with stage("Loading %s in %d parts", config.model_id, group.size):
+            return loading.load_part(
+                group,
+                config.model_id,
+                self.opened.model_commit,
+                config.dtype,
+                config.attn_implementation,
+                config.trust_remote_code,
+                config.head_dtype,
+            )
 
     def _cpu_workers(self) -> int:
         """Those that align, and those that write. One each is enough for a model on a CPU, which needs the cores."""
@@ -147,7 +167,7 @@ class ShardComputer:
             return config.num_cpu_workers
         if self.device.type == "cpu" or config.trust_remote_code:  # whose tokenizer other processes may not know
             return 1
-        cores = (os.cpu_count() or 1) // torch.accelerator.device_count()
+        cores = (os.cpu_count() or 1) * config.tensor_parallel // torch.accelerator.device_count()
         return min(MOST_WORKERS, max(1, cores // CORES_A_WORKER))
 
     def _budget(self, recorded: Manifest | None = None) -> dict:

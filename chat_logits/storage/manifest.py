@@ -55,7 +55,7 @@ ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": 
 CHOICE_KEYS = {"fingerprint": str, "condition": str | None, "rows": list | None}
 # How the weights came to have fewer bits, and the configuration of it
 QUANTIZATION_KEYS = {"weights": str, "config": dict}
-LEAST = {"top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
+LEAST = {"tensor_parallel": 2, "top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
@@ -115,6 +115,7 @@ class Manifest(RunInputs):
     batch_tokens: int | None = None
     batch_logit_rows: int | None = None
     prefix_cache: bool | None = None
+    tensor_parallel: int | None = None
     others: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -194,7 +195,8 @@ class Manifest(RunInputs):
 
 
 KEYS = {item.name: item.type for item in fields(Manifest) if item.name != "others"}
-OPTIONAL = {*IF_PRESENT, "mask_source", "versions", "licenses", "batch_tokens", "batch_logit_rows", "prefix_cache"}
+OPTIONAL = {*IF_PRESENT, "mask_source", "versions", "licenses"}
+OPTIONAL |= {"batch_tokens", "batch_logit_rows", "prefix_cache", "tensor_parallel"}
 
 
 def _fits(key: str, value: object) -> bool:
@@ -211,7 +213,7 @@ def _fits(key: str, value: object) -> bool:
         return isinstance(value, list) and all(isinstance(item, int) for item in value)
     if key in DATES and isinstance(value, str):
         return bool(DATE.fullmatch(value)) and _is_day(value)
-    return isinstance(value, kind) and (key not in LEAST or value >= LEAST[key])
+    return isinstance(value, kind) and (key not in LEAST or value is None or value >= LEAST[key])
 
 
 def _is_quantization(value: object) -> bool:
