@@ -24,7 +24,7 @@ DEFAULTS = {
     **dict.fromkeys(("overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},
     **{"keep_tokens": (), "top_k": 64, "top_p": 0.98, "num_sampled": 16, "seed": 0, "push_every": 300.0},
-    **{"max_bad_rows": 0.01, "rows_per_shard": 256, "num_workers": 1, "gpus_per_worker": 1},
+    **{"max_bad_rows": 0.01, "rows_per_shard": 256, "tensor_parallel": 1, "num_workers": 1, "gpus_per_worker": 1},
 }
 # An option, a value that is no longer in its range, the nearest that is, and the range in words.
 EDGES = [
