@@ -24,6 +24,7 @@ from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 
 ROOT = Path(__file__).resolve().parents[2]  # where the package is, installed or not
+BEGIN = "from chat_logits.extraction.processes import main; main()"  # with -m, answers would be of __main__'s types
 STARTED = 0  # the number of the call that all have made when they have started
 GRACE = 20.0  # seconds by which processes may differ in when a call fails
 LAST = 20.0  # seconds after which a call that cannot end any more ends the process
@@ -41,6 +42,10 @@ class Member(NamedTuple):
     threads: int
 
 
+class GroupLost(ToolkitError):
+    """One of the processes has ended or failed alone: none of the group's calls can be made any more."""
+
+
 class Failure(NamedTuple):
     """What failed in a call."""
 
@@ -52,7 +57,7 @@ class Failure(NamedTuple):
 def started_group(size: int, device: str) -> Iterator:
     """A ``Group`` of ``size`` processes of which this one is the first, until the context ends.
 
-    ``device`` is the kind of device that each has one of. Raises ToolkitError where a process ends before it is ready.
+    ``device`` is the kind of device that each has one of. Raises GroupLost where a process ends before it is ready.
     """
     import torch
 
@@ -125,7 +130,7 @@ class Processes:
                 return
             self._fault = self._fault or self._said(0, _failure(error))
         self._end_all()
-        raise ToolkitError(self._fault) from error
+        raise GroupLost(self._fault) from error
 
     def has_returned(self) -> None:
         with self._changed:
@@ -144,7 +149,7 @@ class Processes:
 
     def _refuse_lost(self) -> None:
         if self._fault:
-            raise ToolkitError(self._fault)
+            raise GroupLost(self._fault)
 
     def _end_all(self) -> None:
         for process in self._all.values():
@@ -209,7 +214,7 @@ def _start(member: Member, errors: Path) -> subprocess.Popen:
     environment["LOCAL_RANK"] = str(member.rank)  # by which transformers chooses its device
     with errors.open("wb") as written:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "chat_logits.extraction.processes"],  # -P: not what lies in this folder
+            [sys.executable, "-P", "-c", BEGIN],  # -P: not what lies in this folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=written,
@@ -273,7 +278,3 @@ def _receive(told: IO[bytes], messages: queue.SimpleQueue) -> None:
         while True:
             messages.put(pickle.load(told))
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,33 @@
+"""Calls that fail in processes that compute one model together: in all of them, or in one alone."""
+
+import time
+from pathlib import Path
+
+import group_failures
+import pytest
+from group_failures import fail_in
+
+from chat_logits.extraction import processes
+from chat_logits.extraction.processes import GroupLost, started_group
+
+
+@pytest.fixture
+def group(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(group_failures.__file__).parent))  # to the other process
+    monkeypatch.setattr(processes, "GRACE", 3.0)
+    with started_group(2, "cpu") as started:
+        yield started
+
+
+def test_after_what_fails_in_all_processes_they_go_on_and_what_fails_in_one_alone_ends_them(group):
+    """As batches do that are too large for every device, and then for one of them."""
+    with pytest.raises(RuntimeError, match=r"^both$"):
+        fail_in(group, (0, 1), "both")
+    assert fail_in(group, (), "") == "done"
+    assert fail_in(group, (1,), "CUDA out of memory. Tried to allocate 2 GiB") == "done"
+    until = time.monotonic() + 60
+    said = r"^process 2 of 2 is out of memory, the others are not; give less `batch_tokens` or `logit_memory`\n"
+    with pytest.raises(GroupLost, match=said):
+        while time.monotonic() < until:
+            fail_in(group, (), "")
+            time.sleep(0.1)
