@@ -47,7 +47,7 @@ def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
 def _forbids_parts(config: ExtractConfig) -> bool:
     """Whether the config says how the model is computed, if not by ``tensor_parallel``."""
     is_elsewhere = config.device_map or config.gguf_file or config.device not in (None, "cpu")
-    return "tensor_parallel" in config.given or config.uses_ray or bool(is_elsewhere)
+    return "tensor_parallel" in config.given or bool(is_elsewhere)
 
 
 def _recorded_value(recorded: RunInputs, name: str) -> Any:

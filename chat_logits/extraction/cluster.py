@@ -145,20 +145,36 @@ def copy_code(target: Path) -> None:
 
 
 def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
-    """What one worker takes: accelerators, or a CPU where there are none or none is wanted."""
+    """What one worker takes: accelerators of one machine, or CPUs where there are none or none is wanted."""
     import ray
 
     workers = config.num_workers
     gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
     wanted = _gpus_per_worker(config, gpus, cpus)
-    room = sum(int(node.get("GPU", 0)) // wanted for node in nodes) if wanted else cpus
+    kind, taken = ("GPU", wanted) if wanted else ("CPU", config.tensor_parallel)
+    there = [int(node.get(kind, 0)) for node in nodes]
+    room = sum(count // taken for count in there)
+    processes = f"with {config.tensor_parallel} processes " if config.tensor_parallel > 1 else ""
     if workers > room and not config.ray_address:
-        there = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
-        raise UsageError(f"`num_workers` {workers}: this machine has {there}, room for {room}")
-    each = f"each on {wanted} GPU{'s' * (wanted > 1)}" if wanted else "each on CPUs"
+        has = f"{gpus} GPUs" if wanted else f"{cpus} CPUs and no GPU"
+        each = f", each {processes}".rstrip() if processes else ""
+        raise UsageError(f"`num_workers` {workers}: this machine has {has}, room for {room}{each}")
+    if taken > 1 and not room:
+        raise _no_machine(config, taken, kind, max(there))
+    on = f"on {wanted} GPU{'s' * (wanted > 1)}" if wanted else "on CPUs"
     now = f" (there is room for {room} now, the others begin when there is more)" if workers > room else ""
-    described = f"{workers} worker{'s' * (workers > 1)} on Ray, {each}{now}"
-    return Share(_actor_options(wanted, max(1, cpus // workers)), described, ray.get_runtime_context().gcs_address)
+    described = f"{workers} worker{'s' * (workers > 1)} on Ray, each {processes}{on}{now}"
+    options = _actor_options(wanted, 1 if wanted else taken, max(1, cpus // workers))
+    return Share(options, described, ray.get_runtime_context().gcs_address)
+
+
+def _no_machine(config: ExtractConfig, taken: int, kind: str, most: int) -> UsageError:
+    """That none can hold a worker: the run would wait for one."""
+    name = "tensor_parallel" if config.tensor_parallel > 1 else "gpus_per_worker"
+    return UsageError(
+        f"`{name}` {taken}: a worker is on one machine, and none of `ray_address` {config.ray_address} has {taken} "
+        f"{kind}s; the most that one has is {most}. Give less, or wait for such a machine."
+    )
 
 
 def _gpus_per_worker(config: ExtractConfig, gpus: int, cpus: int) -> int:
@@ -172,20 +188,20 @@ def _gpus_per_worker(config: ExtractConfig, gpus: int, cpus: int) -> int:
         )
     if not gpus and config.gpus_per_worker > 1:
         raise UsageError(f"`gpus_per_worker` {config.gpus_per_worker}: this machine has no GPU")
-    return config.gpus_per_worker if gpus else 0
+    return config.devices_per_worker if gpus else 0
 
 
-def _actor_options(gpus: int, threads: int) -> dict:
-    """How Ray is to run a worker with so many GPUs.
+def _actor_options(gpus: int, cpus: int, threads: int) -> dict:
+    """How Ray is to run a worker with so many GPUs, which it finds on one machine, as all that an actor takes.
 
-    It gets more ``threads`` than the one CPU that Ray keeps for it: a larger share might not fit on what is left when
+    It gets more ``threads`` than the ``cpus`` that Ray keeps for it: a larger share might not fit on what is left when
     a machine is gone.
     """
     variables = {"OMP_NUM_THREADS": str(threads)}
     variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_ENDPOINT") if os.environ.get(name)}
     return {
         "num_gpus": gpus,
-        "num_cpus": 1,
+        "num_cpus": cpus,
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": variables},
         "max_restarts": -1,  # as often as it takes, on another machine if need be

@@ -118,7 +118,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
     )
     tensor_parallel: int = option(
         1,
-        help="devices of this machine that compute the model together, each with a part of every layer; on a CPU, "
+        help="devices of one machine that compute a model together, each with a part of every layer; on a CPU, "
         "processes",
         unset="1, one device",
         group=SPREAD,
@@ -127,7 +127,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
     )
     num_workers: int = option(
         1,
-        help="processes on Ray, each with a model on an accelerator of its own",
+        help="workers on Ray, each with a model on an accelerator, or several, of its own",
         unset="1, without Ray",
         group=SPREAD,
         metavar="N",
@@ -161,8 +161,6 @@ class ExtractConfig(SourceConfig, ModelConfig):
 
     def _refuse_beside_tensor_parallel(self) -> None:
         asked = f"`tensor_parallel` {self.tensor_parallel}"
-        if self.uses_ray:
-            raise UsageError(f"{asked}: not with `num_workers` or `ray_address`; its processes are on this machine")
         if self.device_map:
             raise UsageError(f"{asked}: `device_map` spreads whole layers; leave one of the two out")
         if self.gguf_file:
@@ -174,6 +172,11 @@ class ExtractConfig(SourceConfig, ModelConfig):
     def uses_ray(self) -> bool:
         """Whether workers on Ray compute the shards."""
         return self.num_workers > 1 or self.ray_address is not None
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Accelerators that each worker on Ray takes, all of one machine."""
+        return max(self.tensor_parallel, self.gpus_per_worker)  # one of which is 1
 
     @property
     def uploads_without_folder(self) -> bool:

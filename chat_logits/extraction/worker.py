@@ -100,14 +100,14 @@ class ShardWorker:
         self._assignment = assignment
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
-        device = loading.choose_device(assignment.config.device)
+        device, processes = loading.choose_device(assignment.config.device), assignment.config.tensor_parallel
         with ExitStack() as stack:  # which a failure closes
             computer = ShardComputer(opened, device, assignment.folder, self._check_place)
             self._computer = stack.enter_context(closing(computer))
             self._described = self._computer.describe()
             self._stack = stack.pop_all()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return self._described, f"{platform.node()}, {name}"
+        return self._described, f"{platform.node()}, {f'{processes} × ' if processes > 1 else ''}{name}"
 
     @once
     def begin(self, manifest: Manifest) -> None:

@@ -1,7 +1,8 @@
 """Workers on Ray, each with a model on accelerators of its own. This process gives out shards and keeps the books.
 
 No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves. Ray
-starts a worker that is lost again, wherever there is room; what it held goes to others.
+starts a worker that is lost again, wherever there is room; what it held goes to others. A worker whose model several
+processes compute starts the others itself, on its machine; with one of them, all of it is lost.
 """
 
 import logging
@@ -19,6 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.cluster import connect, first_line, listens
 from chat_logits.extraction.folder import RunFolder
+from chat_logits.extraction.processes import GroupLost
 from chat_logits.extraction.run_description import OpenedRun
 from chat_logits.extraction.shard_plan import AHEAD, ATTEMPTS, ShardPlan, pause_after
 from chat_logits.extraction.worker import ShardWorker, assign
@@ -210,14 +212,18 @@ class RayWorkers:
                 raise GetTimeoutError(reason)
 
     def _take(self, worker: Worker, call: object, shard: int, seconds: float) -> None:
-        """Take the answer about a shard: a ToolkitError costs that shard alone, all others the worker."""
+        """Take the answer about a shard: a ToolkitError costs that shard alone, all others the worker.
+
+        So does the loss of its processes: it has no model any more.
+        """
         try:
             entry, upload = ray.get(call)
         except RayError as error:
-            if not isinstance(getattr(error, "cause", None), ToolkitError):
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, ToolkitError) or isinstance(cause, GroupLost):
                 raise
-            self._raise_if_fatal(error.cause)
-            self._lost(worker, [shard], error.cause)
+            self._raise_if_fatal(cause)
+            self._lost(worker, [shard], cause)
             return
         self._plan.finished(worker.number)
         self._refused, self._slowest, self._tokens = 0, max(self._slowest, seconds), self._tokens + entry.num_tokens
@@ -302,5 +308,7 @@ def explain(error: Exception) -> str:
         return "it died, or its machine did"
     if isinstance(error, ActorDiedError):  # for good: its class cannot be loaded there, say
         return str(error).strip().splitlines()[-1]
+    if isinstance(error, GroupLost):
+        return redact(first_line(error))  # below it is what to do where nobody starts another one
     is_clear = isinstance(error, ToolkitError | GetTimeoutError)
     return redact(str(error) if is_clear else f"{type(error).__name__}: {first_line(error)}")

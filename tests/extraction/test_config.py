@@ -45,6 +45,7 @@ EDGES = [
     ("num_workers", 0, 1, "expected 1 or more"),
     ("num_cpu_workers", 0, 1, "expected 1 or more"),
     ("gpus_per_worker", 0, 1, "expected 1 or more"),
+    ("tensor_parallel", 0, 1, "expected 1 or more"),
     ("dtype", "float8", "float16", "expected one of auto, float32, bfloat16, float16"),
     ("head_dtype", "float16", "model", "expected one of float32, model"),
     ("device_map", "even", "auto", "expected one of auto, balanced, sequential"),

@@ -124,6 +124,7 @@ def stored(folder: Path) -> list[dict]:
     ("more", "told"),
     [
         (["--num_workers", "99"], r"--num_workers 99: this machine has \d+ CPUs and no GPU, room for \d+"),
+        (["--num_workers", "99", "--tensor_parallel", "2"], r"and no GPU, room for \d+, each with 2 processes$"),
         (["--num_workers", "2", "--device", "cuda:0"], "each worker gets its own accelerator"),
         (["--gpus_per_worker", "2"], "it goes with --num_workers and --device_map"),
     ],

@@ -125,7 +125,6 @@ def test_a_run_goes_on_with_another_number_of_processes_if_that_is_asked_for(fla
     ("options", "said"),
     [
         ({"device_map": "auto"}, "`device_map` spreads whole layers"),
-        ({"num_workers": 2}, "not with `num_workers`"),
         ({"gguf_file": "model.gguf"}, "cannot be read in parts"),
         ({"device": "cuda:1"}, "`device` cuda:1 is one"),
     ],
