@@ -315,7 +315,8 @@ SLOW_FIXTURES = {
     *("quick_run", "tiny_model", "small_model", "quick_model"),
 }
 SLOW_FILES = (
-    *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_resume", "test_folder_faults"),
+    *("test_ray_cluster", "test_hub_sync", "test_ray_workers", "test_ray_groups", "test_resume", "test_folder_faults"),
+    *("test_tensor_parallel", "test_group", "test_group_processes", "test_quantization"),
     *("test_device_map", "test_teacher_model", "test_model_batches", "test_extract_logits", "test_verification"),
     *("test_summary", "test_hub", "test_docs"),
     *("test_any_model_any_dataset", "test_comparison", "test_notebook", "test_install", "test_loopback_hub"),

@@ -165,6 +165,10 @@ class ExtractConfig(SourceConfig, ModelConfig):
             raise UsageError(f"{asked}: `device_map` spreads whole layers; leave one of the two out")
         if self.gguf_file:
             raise UsageError(f"{asked}: `gguf_file` {self.gguf_file} cannot be read in parts; give safetensors")
+        if self.quantization:
+            raise UsageError(
+                f"{asked}: `quantization` {self.quantization} cannot be done in parts; leave one of the two out"
+            )
         if self.device not in (None, "cpu"):
             raise UsageError(f"{asked}: `device` {self.device} is one; leave it out, or give cpu")
 

@@ -114,11 +114,6 @@ def load_part(
     """
     if find_base(model_id, revision):
         raise UsageError(f"`tensor_parallel`: model {model_id} is an adapter; merge it, save the model, and give that")
-    if find_quantization(model_id, revision, trust_remote_code):
-        raise UsageError(
-            f"`tensor_parallel`: the weights of model {model_id} are quantised, and are not split. Leave it out, or give "
-            "`device_map` auto in its place."
-        )
     config = load_config(model_id, revision, None, trust_remote_code)
     refuse_unsplit(config, group.size)
     options = {**loading_options(dtype, group.device), "trust_remote_code": trust_remote_code}

@@ -102,11 +102,12 @@ def smallest_load(shape: Shape, card: Card, is_shared: bool, batching: Batching)
         load = load_on(shape, card, cards, is_shared, batching)
         if load.fits:
             return load, why.removeprefix("; ")
-        why = f"{why}; on {cards}: {_too_little(load)}"
+        why = f"{why}; on {cards}: {too_little(load)}"
     return None, why.removeprefix("; ")
 
 
-def _too_little(load: Load) -> str:
+def too_little(load: Load) -> str:
+    """What a card lacks for a load that does not fit."""
     if load.weights >= load.card.memory:
         return f"{load.weights / 1e9:,.1f} GB of weights a card"
     if load.total > load.card.memory:

@@ -125,6 +125,13 @@ def test_a_plan_in_figures(unreadable):
     assert wide.value is None and "16 bits" in wide.source
 
 
+def test_as_many_cards_as_are_asked_for(unreadable):
+    found = plan(ExtractConfig(**options(unreadable, tensor_parallel=2, dtype="bfloat16")), "h100-80gb", 60)
+    assert (found["cards a worker"].value, found["cards a worker"].source) == (2, "`tensor_parallel`")
+    assert found["weights a card"].value < found["weights, bfloat16"].value * 0.52
+    assert found["card hours"].value == pytest.approx(found["time"].value * 2 / 3600)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -125,6 +125,7 @@ def test_a_run_goes_on_with_another_number_of_processes_if_that_is_asked_for(fla
     ("options", "said"),
     [
         ({"device_map": "auto"}, "`device_map` spreads whole layers"),
+        ({"quantization": "torchao-int8"}, "`quantization` torchao-int8 cannot be done in parts"),
         ({"gguf_file": "model.gguf"}, "cannot be read in parts"),
         ({"device": "cuda:1"}, "`device` cuda:1 is one"),
     ],

@@ -8,7 +8,7 @@ from chat_logits.model.bits import bits_of
 from chat_logits.model.cards import CARDS, GIB, card_named, known_peak, read_size
 from chat_logits.model.memory import choose_budget, peak_memory
 from chat_logits.model.plan import Batching, choose_card, load_on, seconds_of, smallest_load, work_of
-from chat_logits.model.shape import shape_of
+from chat_logits.model.shape import DIVIDED, shape_of
 
 # What the config.json of each says; the rest does not change a size.
 QWEN_05B = {  # Qwen2.5-0.5B
@@ -190,6 +190,51 @@ def test_the_work_of_a_process_is_its_part_of_the_experts_and_all_of_an_attentio
     assert fourth.decoder == 2 * (norms + shared // 4) * tokens
     assert eighth.decoder == 2 * (norms + 94 * ATTENTION_235B + 94 * 8 * EXPERT // 8) * tokens
     assert whole.attention == 94 * 64 * 128 * 4 * pairs == 4 * fourth.attention == eighth.attention
+
+
+FAMILIES = (
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen2_moe",
+        "qwen3_moe",
+        "gemma2",
+        "gemma3_text",
+        "mixtral",
+        "gpt_oss",
+        "deepseek_v3",
+    ),
+    *("granite", "cohere", "phi3", "glm4", "gpt2"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processes_share_what_a_run_has_them_share(family):
+    """The plan's rule beside that of loading, in transformers' default sizes of the family."""
+    from transformers import AutoConfig
+
+    from chat_logits.model.parts import choose_split
+
+    config = AutoConfig.for_model(family)
+    config.num_hidden_layers, config.dtype = 2, "bfloat16"
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:2])
+    found = shape_of(config)
+    for processes in (2, 3, 4, 8):
+        split = found.split(processes)
+        try:
+            chosen, told = choose_split(found.model, processes)
+        except UsageError:
+            assert split.obstacle
+            continue
+        by_expert = (found.model.ep_plan or {}) if chosen.ep_size > 1 else {}
+        styles = found.model.tp_plan | (chosen.tp_plan or {}) | by_expert
+        assert {name: DIVIDED.get(style) for name, style in styles.items()} == {
+            name: DIVIDED.get(style) for name, style in split.styles.items()
+        }
+        assert split.obstacle is None and split.is_attention_whole == bool(told)
 
 
 def test_a_model_without_a_plan_is_not_shared():
