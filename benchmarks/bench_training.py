@@ -394,7 +394,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=216, help="to train on")
     parser.add_argument("--held_out", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--train_head", action="store_true", help="train the embeddings, which are the lm_head, too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=REPO / "outputs" / "bench_training")

@@ -137,6 +137,13 @@ class TrainConfig(TaughtOptions):
         least=1,
         example="16",
     )
+    freeze_embeddings: bool = option(
+        False,
+        help="leave the embeddings and the lm_head as they are: small batches at a high rate would lower tokens that "
+        "are seldom drawn",
+        unset="train them, but for an adapter",
+        group=COMPUTED,
+    )
     dtype: str = option(
         "auto",
         help="number format of the layers' products; weights are float32",

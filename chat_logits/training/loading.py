@@ -43,6 +43,9 @@ def load_student(config: TrainConfig) -> torch.nn.Module:
     """
     student = load_model(config.student_id, config.student_revision, dtype="float32")
     _refuse_looking_ahead(config.student_id, student)
+    if config.freeze_embeddings:
+        for embeddings in (student.get_input_embeddings(), student.get_output_embeddings()):
+            embeddings.requires_grad_(False)
     return student if config.lora_rank is None else _adapted(student, config.lora_rank)
 
 

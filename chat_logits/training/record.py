@@ -15,7 +15,7 @@ STATE = "trainer_state.json"  # which transformers writes last into a checkpoint
 # Options by which the same conversations come in the same order, with the same targets, to the same weights.
 SAME = (
     *("held_out", "max_length", "hard_weight", "end_of_turn", "allow_biased"),
-    *("batch_tokens", "accumulate", "lora_rank", "seed"),
+    *("batch_tokens", "accumulate", "lora_rank", "freeze_embeddings", "seed"),
 )
 
 

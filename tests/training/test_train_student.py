@@ -252,6 +252,15 @@ def test_an_adapter_alone_is_trained_and_saved(run, tmp_path):
     assert points[0]["kl"] != points[-1]["kl"]
 
 
+def test_frozen_embeddings_stay_and_the_layers_learn(run, student, tmp_path):
+    assert run("out", "--freeze_embeddings") == 0
+    before, after = weights_of(student), weights_of(tmp_path / "out")
+    same = {name for name, weights in before.items() if torch.equal(weights, after[name])}
+    assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+    points = record(tmp_path / "out")
+    assert points[-1]["kl"] < 0.9 * points[0]["kl"]
+
+
 @pytest.mark.parametrize(
     ("changes", "switches", "status", "told"),
     [
