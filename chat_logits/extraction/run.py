@@ -281,9 +281,11 @@ class Run:
     def _keep(self, entry: ShardEntry, upload=None) -> None:
         """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
         self.new_tokens += entry.num_tokens
-        is_described = upload is None and self.folder.add(entry)
-        if self.sync:
-            self.sync.add(entry, upload)
+        try:
+            is_described = upload is None and self.folder.add(entry)
+        finally:  # the shard is whole, even where the disk has no room for the list that it is in
+            if self.sync:
+                self.sync.add(entry, upload)
         self._bad_rows.add(entry)
         if is_described:
             self.watch.check_rest(self.folder.entries.values(), self.finished.values())

@@ -22,7 +22,7 @@ def use_head_dtype(model, head_dtype: str | None) -> None:
     head = model.get_output_embeddings()
     if head_dtype not in ("float32", None) or model.dtype == torch.float32:
         return
-    is_plain = isinstance(head.weight, torch.nn.Parameter) and not hasattr(head.weight, "__tensor_flatten__")
+    is_plain = isinstance(head.weight, torch.nn.Parameter) and not hasattr(local(head.weight), "__tensor_flatten__")
     if type(head).forward is torch.nn.Linear.forward and is_plain and head.weight.is_floating_point():
         # A spread model's module has accelerate's forward, which brings weights and then calls its old one.
         name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
