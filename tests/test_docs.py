@@ -35,6 +35,7 @@ NOT_RUN = {
 # Options that need what a test does not have: such commands are parsed, and their options checked as a run does.
 NOT_HERE = {
     "--num_workers": "as many GPUs; test_ray_workers.py runs workers on CPUs",
+    "--tensor_parallel": "as many GPUs; test_tensor_parallel.py runs processes on CPUs",
     "--max_memory": "two GPUs; test_device_map.py spreads a model over pretended ones",
     "--gguf_file": "a GGUF file on the Hub; demo/fetch.py loads one",
 }
