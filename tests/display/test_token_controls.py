@@ -235,11 +235,11 @@ def test_a_link_to_no_token_is_told(opened, analysis, link, told):
     page = opened(analysis)
     last = len(of_status(analysis, EXTRACTED)) - 1
     page.goto(f"{page.url}{link}")
-    page.wait_for_function("!document.getElementById('problem').hidden")
+    page.wait_for_function("() => !document.getElementById('problem').hidden")
     assert told.format(last=last) in page.locator("#problem").inner_text()
     assert is_idle(page) and page.evaluate("document.ran") is None
     page.goto(f"{page.url.partition('#')[0]}#t=3")  # within the page
-    page.wait_for_function("document.getElementById('problem').hidden")
+    page.wait_for_function("() => document.getElementById('problem').hidden")
     assert focused(page) == of_status(analysis, EXTRACTED)[3].position
 
 
@@ -254,7 +254,7 @@ def clipboard(page) -> str:
 def copied(page, name: str) -> str:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name=name).click()
-    page.wait_for_function("document.getElementById('copied').textContent")
+    page.wait_for_function("() => document.getElementById('copied').textContent")
     return clipboard(page)
 
 
