@@ -259,7 +259,7 @@ def compare_datasets(
     refuse_other_tokenizer(first, other)
     tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
     num_different = 0
-    counts = [dataset.num_rows if some is None else len(some) for dataset, some in ((first, rows), (other, other_rows))]
+    counts = [first.count(rows), other.count(other_rows)]
     watched = watch(first.numbered_rows(rows), counts[0])
     for sample_index, row, _, other_row in paired_rows(watched, other.numbered_rows(other_rows)):
         if has_same_tokens(row, other_row):

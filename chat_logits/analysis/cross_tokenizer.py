@@ -180,8 +180,7 @@ def compare_bits(
     Raises ToolkitError where there is no conversation, or no span, to compare.
     """
     tally = _BitTally(first, other)
-    sides = ((first.dataset, rows), (other.dataset, other_rows))
-    counts = [dataset.num_rows if some is None else len(some) for dataset, some in sides]
+    counts = [first.dataset.count(rows), other.dataset.count(other_rows)]
     watched = watch(first.dataset.numbered_rows(rows), counts[0])
     pairs = paired_rows(watched, other.dataset.numbered_rows(other_rows))
     while some := list(itertools.islice(pairs, AT_ONCE)):

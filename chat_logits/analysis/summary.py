@@ -192,7 +192,7 @@ def summarize(
     and what reading and aligning raise, with the row.
     """
     aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
-    total = dataset.num_rows if rows is None else len(rows)
+    total = dataset.count(rows)
     for sample_index, row in watch(dataset.numbered_rows(rows), total):
         try:
             alignment = aligner.align(row)

@@ -22,6 +22,7 @@ from chat_logits.model.plan import CARDS_A_WORKER, Batching, Load, Work
 from chat_logits.model.shape import INDEX, Shape, shape_of
 from chat_logits.stages import stage
 from chat_logits.storage.disk import MEASURED, bytes_a_token
+from chat_logits.words import count_text
 
 COUNT, BYTES, FLOPS, SECONDS = "count", "bytes", "FLOPs", "seconds"
 
@@ -280,13 +281,13 @@ def _time_figures(config: ExtractConfig, shape: Shape, load: Load | None, work: 
         ]
     workers, by_host = config.num_workers, totals.tokens.mean / arithmetic.HOST_RATE
     spent, slower = max((by_card, "cards"), (by_host, "host"))
-    longer = f"the longer, by the {slower}; {_counted(workers, 'worker')}; start and uploads aside"
+    longer = f"the longer, by the {slower}; {count_text(workers, 'worker')}; start and uploads aside"
     host = f"{arithmetic.HOST_RATE:,} tokens read a second a worker: {arithmetic.HOST_MEASURED}"
     return [
         Figure("time by the cards", by_card / workers, SECONDS, _rate_text(shape, load, own.total / work.total)),
         Figure("time by the host", by_host / workers, SECONDS, host),
         Figure("time", spent / workers, SECONDS, longer),
-        Figure("card hours", spent * load.cards / 3600, COUNT, f"time × {_counted(workers * load.cards, 'card')}"),
+        Figure("card hours", spent * load.cards / 3600, COUNT, f"time × {count_text(workers * load.cards, 'card')}"),
     ]
 
 
@@ -298,7 +299,3 @@ def _rate_text(shape: Shape, load: Load, share: float) -> str:
     if load.is_shared:
         return f"{peak}, each card doing {share:.3g} of the work; what they send each other is not counted; {measured}"
     return f"{peak}, one card at work at a time; {measured}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

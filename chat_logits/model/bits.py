@@ -11,7 +11,7 @@ KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_mod
 TORCHAO = re.compile(r"(?:int|float|uint)(\d)", re.IGNORECASE)  # the first number format in a type's name
 
 
-def quantization_of(config) -> Mapping | None:
+def quantization_of(config) -> dict | None:
     """The quantization_config of a model's configuration, None for a checkpoint that is not quantised."""
     found: Any = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None) or None

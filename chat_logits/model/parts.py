@@ -12,6 +12,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.bits import quantization_of
 from chat_logits.model.group import Group, local
 
 LEAST_TRANSFORMERS = (5, 24)  # with whose plans the results were compared
@@ -29,6 +30,25 @@ class HeadPart(NamedTuple):
     vocabulary: int
 
 
+class Division(NamedTuple):
+    """transformers' plan for a model as far as its sizes divide: ``styles`` for each module, of which those of
+    ``attention`` are whole in each process, since these ``heads`` do not divide, and whether experts go by number."""
+
+    styles: dict[str, str]
+    attention: list[str]
+    heads: dict[str, int]
+    by_expert: bool
+
+
+def divide(model, size: int) -> Division:
+    """How ``size`` processes share a model, which need not have weights."""
+    styles, heads = dict(model.tp_plan or {}), _undivided_heads(model.config, size)
+    attention = [name for name in styles if ATTENTION.search(name)] if heads else []
+    by_expert = _experts_divide(model, size)
+    experts = _expert_plan(model) if by_expert else {}
+    return Division({**styles, **dict.fromkeys(attention, "replicate"), **experts}, attention, heads, by_expert)
+
+
 def choose_split(model, size: int) -> tuple[Any, str | None]:
     """transformers' DistributedConfig for ``size`` processes, and what to tell of it; ``model`` has no weights yet.
 
@@ -36,15 +56,11 @@ def choose_split(model, size: int) -> tuple[Any, str | None]:
     """
     from transformers.distributed import DistributedConfig
 
-    kind, plan = model.config.model_type, dict(model.tp_plan or {})
-    by_expert = _experts_divide(model, size)
-    changed, told = {}, None
-    heads = _undivided_heads(model.config, size)
-    if heads and (attention := [name for name in plan if ATTENTION.search(name)]):
-        changed = dict.fromkeys(attention, "replicate")
+    kind, (plan, attention, heads, by_expert) = model.config.model_type, divide(model, size)
+    changed, told = dict.fromkeys(attention, "replicate"), None
+    if attention:
         counts = " and ".join(f"{number} {name}" for name, number in sorted(heads.items()))
         told = f"Attention is whole in each of the {size} processes: {counts} do not divide by {size}"
-    plan = {**plan, **changed, **((model.ep_plan or {}) if by_expert else {})}
     split = {name: style for name, style in plan.items() if SPLITS.search(style)}
     if not any("layers" in name or ".h." in name for name in split):
         why = f"what it could split does not divide by {size}" if changed else "transformers has no plan for its layers"
@@ -62,7 +78,7 @@ def refuse_unsplit(config, size: int) -> None:
     if tuple(map(int, version.split(".")[:2])) < LEAST_TRANSFORMERS:
         least = ".".join(map(str, LEAST_TRANSFORMERS))
         raise UsageError(f"`tensor_parallel` {size}: it needs transformers {least} or newer, {version} is installed")
-    if getattr(config, "quantization_config", None) is not None:
+    if quantization_of(config) is not None:
         raise UsageError(f"`tensor_parallel` {size}: the checkpoint's weights are quantised; {WAY_OUT}")
 
 
@@ -105,9 +121,13 @@ def _undivided_heads(config, size: int) -> dict[str, int]:
     return {key: value for key, value in counts.items() if value % size}
 
 
+def _expert_plan(model) -> dict[str, str]:
+    return getattr(model, "ep_plan", None) or {}  # older transformers have none
+
+
 def _experts_divide(model, size: int) -> bool:
     """Whether there is an expert plan, and each process gets as many experts of a layer as the others."""
-    dispatched = {name for name, style in (model.ep_plan or {}).items() if style == "ep_dispatch_experts"}
+    dispatched = {name for name, style in _expert_plan(model).items() if style == "ep_dispatch_experts"}
     counts = [getattr(module, "num_experts", 1) for _, module in _matching(model, dispatched)]
     return bool(counts) and not any(count % size for count in counts)
 

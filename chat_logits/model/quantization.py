@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.bits import quantization_of
 from chat_logits.model.limits import load_config
 
 AS_STORED, QUANTIZED, DEQUANTIZED = "as stored", "quantized on loading", "dequantized on loading"
@@ -66,7 +67,7 @@ def find_quantization(
     ``model_id`` is where the weights are. Raises UsageError for an ``option``, one of ``CHOICES``, that they cannot
     have, ToolkitError for a checkpoint that cannot be used.
     """
-    own = _own_config(load_config(model_id, revision, trust_remote_code=trust_remote_code))
+    own = quantization_of(load_config(model_id, revision, trust_remote_code=trust_remote_code))
     name = f"model {model_id}"
     if is_adapter and (own or option):
         kind = _method(name, own) if own else option
@@ -94,12 +95,6 @@ def option_of(recorded: dict | None) -> str | None:
         if config == recorded["config"]:
             return option
     raise ToolkitError(f"extraction.json has a quantization on loading that is none of {', '.join(METHODS)}")
-
-
-def _own_config(model_config: Any) -> dict | None:
-    """The checkpoint's ``quantization_config``, where transformers looks for it."""
-    own = getattr(model_config, "quantization_config", None)
-    return own or getattr(model_config.get_text_config(decoder=True), "quantization_config", None) or None
 
 
 def _method(name: str, config: dict) -> str:

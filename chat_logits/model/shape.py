@@ -18,6 +18,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
 from chat_logits.model.bits import bits_of, is_kept, quantization_of
 from chat_logits.model.loading import auto_class_of
+from chat_logits.model.parts import divide
 
 INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
@@ -33,8 +34,6 @@ WHOLE = {
     *("replicated_with_grad_allreduce", "replicate", "sequence_parallel", "local_params", "mla_kv_a_proj"),
     *("all_reduce", "moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts"),
 }
-ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)")
-HEADS = re.compile(r"num\w*_heads")  # in a configuration, how many heads attention has of some kind
 
 
 class Part(NamedTuple):
@@ -141,15 +140,10 @@ class Shape:
         """
         if processes == 1:
             return Split({})
-        styles = dict(self.model.tp_plan or {})
-        if unknown := sorted({*styles.values()} - DIVIDED.keys() - WHOLE):
+        if unknown := sorted({*(self.model.tp_plan or {}).values()} - DIVIDED.keys() - WHOLE):
             return Split({}, obstacle=f"styles of transformers' plan are not known here: {', '.join(unknown)}")
-        is_whole = any(count % processes for count in self._heads.values())
-        attention = [name for name in styles if ATTENTION.search(name)]
-        styles |= dict.fromkeys(attention, "replicate") if is_whole else {}
-        if self.experts and not any(count % processes for count in self.experts.values()):
-            styles |= getattr(self.model, "ep_plan", None) or {}
-        return Split(styles, is_whole and bool(attention), self._obstacle(styles, processes))
+        divided = divide(self.model, processes)
+        return Split(divided.styles, bool(divided.attention), self._obstacle(divided.styles, processes))
 
     def _obstacle(self, styles: dict[str, str], processes: int) -> str | None:
         if self.quantization is not None:
@@ -161,11 +155,6 @@ class Shape:
             if dimension is not None and "packed" in style and part.weights.shape[dimension] % (2 * processes):
                 return f"{part.weights.shape[dimension]} rows that lie in one matrix do not divide by {2 * processes}"
         return None
-
-    @property
-    def _heads(self) -> dict[str, int]:
-        named = self._text.to_dict().items()
-        return {key: count for key, count in named if HEADS.fullmatch(key) and type(count) is int}
 
     @property
     def _says_active(self) -> bool:

@@ -77,6 +77,10 @@ class StoredDataset:
         self.refuse_empty()
         return itertools.chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
 
+    def count(self, rows: Rows | None = None) -> int:
+        """How many rows ``numbered_rows`` gives."""
+        return self.num_rows if rows is None else len(rows)
+
     def numbered_rows(self, rows: Rows | None = None) -> Iterator[tuple[int, dict]]:
         """All stored rows, or those whose numbers ascend in ``rows``, each with its number."""
         return enumerate(self.rows()) if rows is None else self.chosen_rows(rows)

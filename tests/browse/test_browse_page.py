@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import PHONE, WIDE
-from served import served
+from served import pages, served
 
 from chat_logits.browse.index import Clock
 from chat_logits.browse.view import View
@@ -21,23 +21,8 @@ def server(quick_run, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, server):
-    """Opens an address of the server; what the page asks for, and complains of, is kept beside it."""
-    contexts = []
-
-    def open_page(path="/", viewport=WIDE, scheme="light"):
-        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
-        page.requests, page.complaints = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.goto(server.address + path)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
+    with pages(browser, server, WIDE) as open_page:
+        yield open_page
 
 
 def rows_of(server, **given) -> list[int]:

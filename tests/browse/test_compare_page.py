@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import PHONE, WIDE
-from served import ask, served
+from served import ask, pages, served
 
 from chat_logits.analysis.comparison import compare_datasets
 from chat_logits.storage.dataset import StoredDataset, open_dataset
@@ -28,23 +28,8 @@ def comparison(server, other_run):
 
 @pytest.fixture
 def opened(browser, server):
-    """Opens an address of the server; what the page asks for, and complains of, is kept beside it."""
-    contexts = []
-
-    def open_page(path, viewport=WIDE, scheme="light"):
-        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
-        page.requests, page.complaints = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.goto(server.address + path)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
+    with pages(browser, server, WIDE) as open_page:
+        yield open_page
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE])

@@ -7,6 +7,7 @@ import numpy as np
 from chat_logits.data.alignment import Aligner, RowAligner
 from chat_logits.data.conversations import to_stored
 from chat_logits.data.tokenizer import skipped_token_ids
+from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
 
 SETTINGS: dict = {
@@ -72,6 +73,8 @@ class HeldDataset:
             "alignment_checksum": alignment.checksum,
             "token_log_probs": np.asarray(draw(count), np.float32),
         }
+
+    count = StoredDataset.count
 
     def numbered_rows(self, rows=None):
         return enumerate(self.rows()) if rows is None else ((i, row) for i, row in enumerate(self.rows()) if i in rows)

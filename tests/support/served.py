@@ -43,6 +43,27 @@ def served(folder, scratch: Path, other=None, begins: bool = True):
         listener.close()
 
 
+@contextmanager
+def pages(browser, server, usual: dict):
+    """Opens an address of the server; what a page asks for, and complains of, is kept beside it."""
+    contexts = []
+
+    def open_page(path="/", viewport=usual, scheme="light"):
+        contexts.append(browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
+        page.requests, page.complaints = [], []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.goto(server.address + path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
 def ask(port: int, path: str, method: str = "GET", body: str | None = None, **headers: str):
     """The answer's status, headers and text; ``headers`` in Python's spelling, ``host`` among them."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
