@@ -17,7 +17,7 @@ import pytest
 from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
-from ray_runs import Command, Nodes, children, command_line, held
+from ray_runs import Command, Nodes, children, command_line, held, set_for_nodes
 from runs import SHARDS, comparable, files_in, shards_in, without
 
 import extract_logits
@@ -56,9 +56,7 @@ def temporary(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def nodes(temporary):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("TMPDIR", str(temporary))
-        patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
+        set_for_nodes(patch, temporary)
         patch.delenv("HF_HUB_OFFLINE", raising=False)  # what the nodes are started with is their workers' environment
         nodes = Nodes()
         yield nodes

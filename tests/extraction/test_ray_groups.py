@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_runs import Command, children, command_line, held, is_running, workers_of
+from ray_runs import Command, children, command_line, held, is_running, set_for_nodes, workers_of
 from runs import SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
@@ -33,9 +33,7 @@ def address(temporary):
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("TMPDIR", str(temporary))
-        patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
+        set_for_nodes(patch, temporary)
         machine = {"num_cpus": 4, "num_gpus": 5, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=machine)
     yield cluster.address

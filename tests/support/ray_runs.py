@@ -34,6 +34,13 @@ def encode_rows(*batch):
 """
 
 
+def set_for_nodes(patch, temporary: Path) -> None:
+    """What a cluster of nodes is started with; workers have their temporary folders in ``temporary``."""
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("TMPDIR", str(temporary))
+    patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
+
+
 def held(gate: Path, batches: int = 12, seconds: float = 600) -> str:
     """What a command does ``first`` so that its workers are in mid-run, on any machine, until ``gate`` is there.
 
