@@ -19,6 +19,7 @@ from chat_logits.model.cards import Card
 from chat_logits.model.config import ModelConfig
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.model.plan import CARDS_A_WORKER, Batching, Load, Work
+from chat_logits.model.quantization import find_quantization, nothing_quantized
 from chat_logits.model.shape import INDEX, Shape, shape_of
 from chat_logits.stages import stage
 from chat_logits.storage.disk import MEASURED, bytes_a_token
@@ -95,7 +96,12 @@ def _read_shape(config: ModelConfig, on_cpu: bool):
         revision = None
     found = load_config(model_id, revision, None, config.trust_remote_code)
     limits = input_limits(found)
-    return shape_of(found, config.dtype, model_id, revision, config.trust_remote_code, on_cpu), limits
+    code, option = config.trust_remote_code, config.quantization
+    quantization = find_quantization(model_id, revision, code, option, base is not None)
+    shape = shape_of(found, config.dtype, model_id, revision, code, on_cpu, quantization)
+    if shape.on_loading and not shape.in_fewer_bits:
+        raise nothing_quantized(model_id, option)
+    return shape, limits
 
 
 # --- the model ---
@@ -106,17 +112,19 @@ def _model_figures(shape: Shape, config: ModelConfig) -> list[Figure]:
     if shape.experts:
         figures.append(Figure("active a token", shape.active, COUNT, _experts_text(shape)))
     figures.append(Figure(f"weights, {shape.dtype}", shape.weight_bytes(), BYTES, _bytes_text(shape, config)))
-    if shape.stored and shape.quantization is None:
+    if shape.stored and (shape.quantization is None or shape.on_loading):
         figures.append(Figure("checkpoint", shape.stored, BYTES, f"total_size in {INDEX}"))
     return figures
 
 
 def _bytes_text(shape: Shape, config: ModelConfig) -> str:
-    if shape.quantization is not None and shape.stored:
+    if shape.quantization is not None and not shape.on_loading and shape.stored:
         return f"total_size in {INDEX}: quantised, and loaded as they are stored"
     if shape.quantization is not None:
-        each = f"{bits_of(shape.quantization) or 0:.3g} bits a quantised weight"
-        return f"{each}, by quantization_config in config.json; {shape.dtype} for the others"
+        by = f"`quantization` {config.quantization}" if shape.on_loading else "quantization_config in config.json"
+        each = f"{bits_of(shape.quantization) or 0:.3g} bits a quantised weight, by {by}"
+        share = sum(shape.in_fewer_bits.values()) / shape.parameters
+        return f"{each}; {shape.dtype} for the others, {1 - share:.0%} of all"
     by_itself = "float32 on every CPU" if shape.on_cpu else "dtype in config.json"
     return f"{shape.model.dtype.itemsize} bytes each: {by_itself if config.dtype == 'auto' else '`dtype`'}"
 

@@ -8,6 +8,7 @@ needs torch before ``quantized_loading``, which is called before any weight is r
 import copy
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ NEEDS = {
 }
 WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forward pass
 SHOWN = 300  # characters of what a library says
+logger = logging.getLogger(__name__)
 
 # transformers imports torchao with every model, where it is installed: it tells of other devices' kernels each time.
 for talkative in ("torchao", "torch.utils._pytree"):
@@ -218,10 +220,43 @@ def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> No
     if quantization is None:
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a conversion at each product
+    for module in model.modules():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # of bitsandbytes in 4 bits: rounds float32 inputs to bfloat16
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "compute_dtype") and quantization["weights"] == QUANTIZED:
+            module.compute_dtype = model.dtype  # of bitsandbytes in 4 bits: float32, if nothing is said
     if quantization["weights"] == QUANTIZED:
-        for module in model.modules():
-            if hasattr(module, "compute_dtype"):  # bitsandbytes' in 4 bits: float32, if nothing is said
-                module.compute_dtype = model.dtype
+        _tell_what_stays(model_id, model, option_of(quantization))
+
+
+def _tell_what_stays(model_id: str, model: Any, option: str | None) -> None:
+    """Warn where most of the layers' weights are not quantised, which a mixture's experts may be.
+
+    Raises ToolkitError where none is.
+    """
+    ends = [id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)]
+    linear = {
+        id(module.weight): module.in_features * module.out_features
+        for module in model.modules()
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+    }
+    layers = [(name, one) for name, one in model.named_parameters() if id(one) not in ends]
+    numbers = {name: linear.get(id(one), one.numel()) for name, one in layers}
+    stays = {name: numbers[name] for name, one in layers if stored_bytes(one) >= numbers[name] * model.dtype.itemsize}
+    if len(stays) == len(numbers):
+        raise nothing_quantized(model_id, option)
+    if (share := sum(stays.values()) / sum(numbers.values())) > 0.5:
+        largest = re.sub(r"\.\d+\.", ".*.", max(stays, key=stays.__getitem__))
+        kind = str(model.dtype).removeprefix("torch.")
+        told = "model %s: `quantization` %s is of linear layers alone; %.1f%% of the layers' weights stay in %s, as %s"
+        logger.warning(told, model_id, option, 100 * share, kind, largest)
+
+
+def nothing_quantized(model_id: str, option: str | None) -> ToolkitError:
+    """What a model is refused by that an ``option`` would leave as it is."""
+    return ToolkitError(f"model {model_id}: `quantization` {option} finds no layer of it to quantise; leave it out")
 
 
 def stored_bytes(weights: Any) -> int:

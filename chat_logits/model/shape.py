@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
 from chat_logits.model.bits import bits_of, is_kept, quantization_of
 from chat_logits.model.loading import auto_class_of
 from chat_logits.model.parts import divide
+from chat_logits.model.quantization import AS_STORED, DEQUANTIZED, QUANTIZED
 
 INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
@@ -30,6 +32,7 @@ DIVIDED = {
     **dict.fromkeys(("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise"), (-1, None)),
     **{"embedding_rowwise": (0, 0), "embedding_colwise": (1, None), "grouped_gemm": (0, 0)},
 }
+LINEAR = {"bitsandbytes": (torch.nn.Linear, Conv1D), "torchao": (torch.nn.Linear,)}  # what is quantised on loading
 WHOLE = {
     *("replicated_with_grad_allreduce", "replicate", "sequence_parallel", "local_params", "mla_kv_a_proj"),
     *("all_reduce", "moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts"),
@@ -59,12 +62,14 @@ class Shape:
     """A model on the meta device, in the number format that it would be loaded in.
 
     ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``quantization`` is how its
-    weights are quantised, None for those that are not. ``on_cpu`` is where it would work.
+    weights are quantised, None for those that are not, ``on_loading`` whether its checkpoint's are not yet. ``on_cpu``
+    is where it would work.
     """
 
     model: Any
     stored: int | None = None
     quantization: Mapping | None = None
+    on_loading: bool = False
     on_cpu: bool = False
 
     @property
@@ -129,7 +134,7 @@ class Shape:
         """Bytes of weights in the process with most, of so many that share the model."""
         split = self.split(processes)
         own = sum(self._bytes_of(part) * self._share(part, split, processes) for part in self._parts)
-        if self.quantization is None or self.stored is None:
+        if self.quantization is None or self.on_loading or self.stored is None:
             return math.ceil(own)
         return math.ceil(self.stored * own / sum(map(self._bytes_of, self._parts)))
 
@@ -146,7 +151,7 @@ class Shape:
         return Split(divided.styles, bool(divided.attention), self._obstacle(divided.styles, processes))
 
     def _obstacle(self, styles: dict[str, str], processes: int) -> str | None:
-        if self.quantization is not None:
+        if self.quantization is not None or quantization_of(self.model.config) is not None:
             return "quantised weights are not shared"
         if not any("*" in name and style in DIVIDED for name, style in styles.items()):
             return f"transformers' plan has nothing of {self.name}'s layers that divides by {processes}"
@@ -184,10 +189,26 @@ class Shape:
             return weights.numel()
         return weights.numel() * min(count, self.experts_a_token) // count
 
+    @cached_property
+    def in_fewer_bits(self) -> dict[str, int]:
+        """The quantised parameters, and how many numbers each has.
+
+        On loading these are the linear layers' matrices; experts that lie in one tensor stay as they are.
+        """
+        if self.quantization is None:
+            return {}
+        kinds = LINEAR[self.quantization["quant_method"]] if self.on_loading else ()
+        linear = {id(one.weight) for one in self.model.modules() if isinstance(one, kinds)}
+        matrices = [part for part in self._parts if part.weights.dim() > 1 and id(part.weights) not in self._ends]
+        return {
+            part.name: part.weights.numel()
+            for part in matrices
+            if (id(part.weights) in linear if self.on_loading else not is_kept(self.quantization, part.name))
+        }
+
     def _bytes_of(self, part: Part) -> float:
         bits = bits_of(self.quantization) if self.quantization is not None else None
-        is_matrix = part.weights.dim() > 1 and id(part.weights) not in self._ends
-        if self.quantization is None or bits is None or not is_matrix or is_kept(self.quantization, part.name):
+        if bits is None or part.name not in self.in_fewer_bits:
             return part.weights.nbytes
         return part.weights.numel() * bits / 8
 
@@ -217,17 +238,20 @@ def shape_of(
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_cpu: bool = False,
+    quantization: dict | None = None,
 ) -> Shape:
     """The shape of the model with this configuration, whose checkpoint's index is looked for at ``model_id``.
 
-    ``dtype`` "auto" is the configuration's, and float32 ``on_cpu``, as a run loads it. Raises ToolkitError for a model
+    ``dtype`` "auto" is the configuration's, and float32 ``on_cpu``, as a run loads it. ``quantization`` is as
+    ``find_quantization`` has it, None for the configuration's own. Raises ToolkitError for a model
     that cannot be built, UsageError where a number format or the bits of a quantised weight are not named.
     """
     kind = _dtype_of(config, dtype, on_cpu)
     stored = _stored_bytes(model_id, revision) if model_id else None
-    quantization = quantization_of(config)
-    if quantization and bits_of(quantization) is None and stored is None:
-        method = quantization.get("quant_method")
+    weights, found = (quantization or {"weights": AS_STORED, "config": quantization_of(config)}).values()
+    found = None if weights == DEQUANTIZED else found
+    if found and bits_of(found) is None and stored is None:
+        method = found.get("quant_method")
         raise UsageError(
             f"model {model_id}: its quantization_config ({method}) names no bits of a weight that are known here, and "
             f"it has no {INDEX}. Expected one of the two; what its weights take is not guessed."
@@ -241,7 +265,7 @@ def shape_of(
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     if type(getattr(config.get_text_config(), "num_attention_heads", None)) is not int:
         raise ToolkitError(f"model {model_id}: its config.json has no num_attention_heads, which the plan counts by")
-    return Shape(model, stored, quantization, on_cpu)
+    return Shape(model, stored, found, weights == QUANTIZED, on_cpu)
 
 
 def _dtype_of(config, dtype: str, on_cpu: bool) -> torch.dtype:

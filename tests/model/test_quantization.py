@@ -13,13 +13,16 @@ from conftest import QUICK_VOCABULARY, REPO, make_tiny_model
 from runs import without
 from safetensors.torch import load_file, save_file
 from test_adapters import write_adapter
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import extract_logits
 from chat_logits.analysis.runs import run_differences, run_record
 from chat_logits.analysis.verification import load_recorded_model, verify
 from chat_logits.display import dataset_page
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.extraction.plan import plan
 from chat_logits.model import loading
+from chat_logits.model.config import ModelConfig
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.probe import probe_model
 from chat_logits.model.quantization import METHODS, find_quantization, option_of, stored_bytes
@@ -147,6 +150,70 @@ def test_bytes_are_those_that_are_stored(even_model):
     weight = model.model.layers[0].mlp.up_proj.weight
     assert stored_bytes(weight) == weight.numel() + (4 + 1) * len(weight)  # a row's step and its zero, float32 and int8
     assert stored_bytes(model.lm_head.weight) == 4 * model.lm_head.weight.numel()
+
+
+SIZES = {"vocab_size": 1000, "initializer_range": 0.3}
+LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = {
+    "llama": LAYERS,
+    "mixtral": {**LAYERS, "num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def of_family(shared):
+    """A saved random model of a family."""
+
+    def save(model_type: str, folder) -> None:
+        config = AutoConfig.for_model(model_type, **SIZES, **FAMILIES[model_type])
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+    return lambda name: shared(f"quantized_{name}", lambda folder: save(name, folder))
+
+
+def taken(model) -> int:
+    """Bytes of a loaded model's parameters, and of the scales that bitsandbytes keeps beside those in 4 bits."""
+    states = [each.quant_state for each in model.parameters() if hasattr(each, "quant_state")]
+    return sum(map(stored_bytes, model.parameters())) + sum(state.absmax.nbytes for state in states)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_the_bytes_that_a_loaded_model_takes(of_family, family, option):
+    """But for torchao's steps, 5 bytes for each row of 128 or more."""
+    folder = str(of_family(family))
+    config, says = ModelConfig(model_id=folder, quantization=option), "finds no layer of it to quantise"
+    if (family, option) == ("gpt2", "torchao-int8"):  # its layers are transformers' own Conv1D
+        for refused in (lambda: plan(config, "1GB"), lambda: loading.load_model(folder, quantization=option)):
+            with pytest.raises(ToolkitError, match=says):
+                refused()
+        return
+    counted = plan(config, "1GB")["weights, float32"]
+    bound = 0.03 if option == "torchao-int8" else 1e-12
+    assert counted.value == pytest.approx(taken(loading.load_model(folder, quantization=option)), rel=bound)
+    assert f"by `quantization` {option}" in counted.source
+
+
+def test_a_plan_counts_dequantized_weights_in_their_own_dtype_and_refuses_what_a_run_does(even_model, tmp_path):
+    folder, _ = write_fp8(even_model, tmp_path / "fp8")
+    whole = sum(tensor.nbytes for tensor in load_file(even_model / "model.safetensors").values())
+    counted = plan(ModelConfig(model_id=str(folder), quantization="dequantize"), "1GB")
+    assert counted["weights, float32"].value == whole
+    (tmp_path / "fp8" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"`quantization` torchao-int8: .* is quantised already \(fp8\)"):
+        plan(ModelConfig(model_id=str(folder), quantization="torchao-int8"), "1GB")
+
+
+def test_a_mixture_whose_experts_stay_as_they_are_is_told(of_family, caplog):
+    """Of a layer's numbers the experts have 4 · 3 · 128 · 256, its norms and its router 2 · 128 and 4 · 128; 4 · 128²
+    of attention are quantised, and there is one more norm."""
+    loading.load_model(str(of_family("llama")), quantization="bitsandbytes-4bit")
+    assert "stay in" not in caplog.text
+    loading.load_model(str(of_family("mixtral")), quantization="bitsandbytes-4bit")
+    stays = 2 * (12 * 128 * 256 + 6 * 128) + 128
+    share = stays / (stays + 2 * 4 * 128 * 128)
+    assert f"{share:.1%} of the layers' weights stay in float32, as model.layers.*.mlp.experts." in caplog.text
 
 
 # --- what conversations may share ---
@@ -405,4 +472,4 @@ def test_torchao_where_it_is():
     command = [sys.executable, "-m", "pytest", "-m", "torchao", "-p", "no:cacheprovider", "-n", "0", "-v", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPO)
     assert done.returncode == 0, done.stdout
-    assert " 6 passed" in done.stdout, done.stdout
+    assert " 9 passed" in done.stdout, done.stdout
