@@ -153,6 +153,7 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     package.addHandler(handler)
     package.setLevel(level.upper())
     package.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels that it lacks
     if package.isEnabledFor(logging.INFO):
         Stages.going_on = going_on
     try:

@@ -52,8 +52,8 @@ WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forwar
 SHOWN = 300  # characters of what a library says
 logger = logging.getLogger(__name__)
 
-# transformers imports torchao with every model, where it is installed: it tells of other devices' kernels each time.
-for talkative in ("torchao", "torch.utils._pytree"):
+# Imported with every model, where they are installed, these tell each time of other devices' kernels, and of conversions.
+for talkative in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(talkative).setLevel(logging.ERROR)
 
 
@@ -219,7 +219,6 @@ def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> No
         )
     if quantization is None:
         return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a conversion at each product
     for module in model.modules():
         if hasattr(
             module, "support_avx512bf16_for_cpu"
