@@ -52,7 +52,7 @@ WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forwar
 SHOWN = 300  # characters of what a library says
 logger = logging.getLogger(__name__)
 
-# Imported with every model, where they are installed, these tell each time of other devices' kernels, and of conversions.
+# Imported with every model, where installed, these tell each time of other devices' kernels, and of conversions.
 for talkative in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(talkative).setLevel(logging.ERROR)
 
