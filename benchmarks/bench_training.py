@@ -4,11 +4,11 @@
     python benchmarks/bench_training.py --table
 
 SmolLM2-135M-Instruct is the teacher, its first 22 layers are the student, the English construction questions the data
-(demo/fetch.py). The last two layers and the last norm are trained, all layers by --trained_layers 22; then a student's
-held-out KL follows the last digits of its sums, by more than what is to be measured. The embeddings, which are the
-lm_head too, stay the teacher's unless --train_head: AdamW scales each weight's step by that weight's own gradients, and
-those of a token that is drawn now and then are scaled down when it is drawn, up when it is not. Every arm takes the same batches in the same order. Held-out KL is exact: the teacher's whole
-distribution against the student's. What an arm is given:
+(demo/fetch.py). The last two layers and the last norm are trained; with --trained_layers 22 all are, and the last
+digits of sums move held-out KL by more than what is to be measured. The embeddings, which are the lm_head too, stay the
+teacher's unless --train_head: AdamW scales each weight's step by that weight's own gradients, and those of a token that
+is drawn now and then are scaled down when it is drawn, up when it is not. Every arm takes the same batches in the same
+order. Held-out KL is exact: the teacher's whole distribution against the student's. What an arm is given:
 
 - oracle: the whole distribution, from the teacher's last hidden states
 - k64-draws, k16-draws, k8-draws: rows as they are stored, by training_dataset and the package's loss
