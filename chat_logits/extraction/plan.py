@@ -109,7 +109,7 @@ def _read_shape(config: ModelConfig, on_cpu: bool):
 
 def _model_figures(shape: Shape, config: ModelConfig) -> list[Figure]:
     figures = [Figure("parameters", shape.parameters, COUNT, f"{shape.name} built from config.json, without values")]
-    if shape.experts:
+    if shape.is_mixture:
         figures.append(Figure("active a token", shape.active, COUNT, _experts_text(shape)))
     figures.append(Figure(f"weights, {shape.dtype}", shape.weight_bytes(), BYTES, _bytes_text(shape, config)))
     if shape.stored and (shape.quantization is None or shape.on_loading):
@@ -130,6 +130,8 @@ def _bytes_text(shape: Shape, config: ModelConfig) -> str:
 
 
 def _experts_text(shape: Shape) -> str:
+    if not shape.experts:
+        return "config.json has experts, whose parameters are in a form that is not known here"
     most = max(shape.experts.values())
     if shape.active is None:
         return f"config.json does not say how many of {most} experts a token goes to"
@@ -301,7 +303,7 @@ def _time_figures(config: ExtractConfig, shape: Shape, load: Load | None, work: 
 
 def _rate_text(shape: Shape, load: Load, share: float) -> str:
     peak = f"{arithmetic.UTILISATION:.0%} of {(load.card.peak or 0) / 1e12:,.0f} TFLOP/s, dense bfloat16"
-    measured = "no mixture was measured" if shape.experts else arithmetic.MEASURED
+    measured = "no mixture was measured" if shape.is_mixture else arithmetic.MEASURED
     if load.cards == 1:
         return f"{peak}; {measured}"
     if load.is_shared:

@@ -140,9 +140,8 @@ def _vocabulary(model) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _layers(model) -> list:
-    """The config of each layer where they differ, else the one that is all layers'."""
-    config = model.config.get_text_config()
+def layer_configs(config) -> list:
+    """The config of each layer of a text model where they differ, else the one that is all layers'."""
     if getattr(config, "is_heterogeneous", False):
         return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
     return [config]
@@ -153,9 +152,10 @@ def _layer_bytes(model) -> int:
 
     def numbers(config) -> int:
         intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        return 8 * config.hidden_size + 4 * intermediate
+        widest = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate  # by layer
+        return 8 * config.hidden_size + 4 * widest
 
-    return max(map(numbers, _layers(model))) * model.dtype.itemsize
+    return max(map(numbers, layer_configs(model.config.get_text_config()))) * model.dtype.itemsize
 
 
 def _cache_bytes(model) -> int:
@@ -166,7 +166,7 @@ def _cache_bytes(model) -> int:
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
 
-    layers = _layers(model)
+    layers = layer_configs(model.config.get_text_config())
     count = model.config.get_text_config().num_hidden_layers
     return sum(map(numbers, layers)) * (count // len(layers)) * model.dtype.itemsize
 

@@ -19,12 +19,14 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
 from chat_logits.model.bits import bits_of, is_kept, quantization_of
 from chat_logits.model.loading import auto_class_of
+from chat_logits.model.memory import layer_configs
 from chat_logits.model.parts import divide
 from chat_logits.model.quantization import AS_STORED, DEQUANTIZED, QUANTIZED
 
 INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")  # how many
 LISTED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")  # of a model that keeps each in a module of its own
 # Of transformers' styles, the dimension that weights and biases (None: whole everywhere) are divided along.
 DIVIDED = {
@@ -91,18 +93,25 @@ class Shape:
 
     @cached_property
     def experts(self) -> dict[str, int]:
-        """How many there are, by the parameter that has several, or one of several; empty if this is no mixture."""
+        """How many there are, by the parameter that has several, or one of several; empty where there are none."""
         found: dict[str, int] = {}
         for name, module in self.model.named_modules():
-            if name.rsplit(".", 1)[-1] == "experts" and (count := getattr(module, "num_experts", None)):
-                own = module.named_parameters(prefix=name, recurse=False)
-                found |= {key: count for key, weights in own if len(weights) == count}
+            own = dict(module.named_parameters(prefix=name, recurse=False))
+            together = [len(weights) for weights in own.values() if weights.dim() == 3]
+            if together and (name.rsplit(".", 1)[-1] == "experts" or hasattr(module, "num_experts")):
+                found |= {key: together[0] for key, weights in own.items() if len(weights) == together[0]}
         listed = [(name, one) for name, _ in self.model.named_parameters() if (one := LISTED_EXPERT.search(name))]
         counts: dict[str, int] = {}
         for name, one in listed:
             layer = name[: one.start()]
             counts[layer] = max(counts.get(layer, 0), int(one[1]) + 1)
         return found | {name: counts[name[: one.start()]] for name, one in listed}
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has experts, or its configuration says so."""
+        counts = [getattr(self._text, name, None) for name in EXPERTS]
+        return bool(self.experts) or any(type(count) is int and count > 1 for count in counts)
 
     @property
     def experts_a_token(self) -> int | None:
@@ -112,7 +121,8 @@ class Shape:
 
     @property
     def active(self) -> int | None:
-        """The parameters that work on one token, None where a mixture does not say how many experts do."""
+        """The parameters that work on one token, None where a mixture does not say how many experts do, or has its
+        experts in a form that is not known here."""
         return sum(part.active for part in self._parts) if self._says_active else None
 
     def active_in_layers(self, processes: int = 1) -> int | None:
@@ -124,11 +134,10 @@ class Shape:
     @property
     def attended(self) -> int:
         """Numbers that a token's attention takes of each token it sees: heads × (query + value) × layers."""
-        heads, hidden = self._text.num_attention_heads, self._text.hidden_size
-        size = getattr(self._text, "head_dim", None) or hidden // heads
-        query, value = (getattr(self._text, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+        configs = layer_configs(self._text)
         kinds = getattr(self._text, "layer_types", None) or ["full_attention"] * self._text.num_hidden_layers
-        return heads * (query + value) * sum(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+        layers = zip(configs if len(configs) > 1 else configs * len(kinds), kinds, strict=True)
+        return sum(_attended(one) for one, kind in layers if kind.endswith("attention") and "linear" not in kind)
 
     def weight_bytes(self, processes: int = 1) -> int:
         """Bytes of weights in the process with most, of so many that share the model."""
@@ -163,7 +172,7 @@ class Shape:
 
     @property
     def _says_active(self) -> bool:
-        return not self.experts or self.experts_a_token is not None
+        return not self.is_mixture or self.experts_a_token is not None
 
     @property
     def _text(self):
@@ -179,8 +188,9 @@ class Shape:
 
     @property
     def _ends(self) -> set[int]:
-        """The embedding's and the lm_head's matrices."""
-        return {id(one.weight) for one in (self.model.get_input_embeddings(), self.head)}
+        """The lm_head's matrix and those of embeddings, of which a token takes a row."""
+        embeddings = [module for module in self.model.modules() if isinstance(module, torch.nn.Embedding)]
+        return {id(one.weight) for one in (self.model.get_input_embeddings(), self.head, *embeddings)}
 
     def _active_of(self, name: str, weights: torch.Tensor) -> int:
         """Numbers of a parameter that work on a token, in the mean over experts."""
@@ -225,6 +235,14 @@ class Shape:
         return of_weights if part.weights.dim() > 1 else of_biases
 
 
+def _attended(config) -> int:
+    """Heads × (query + value) of a layer with this configuration."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, value = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    return heads * (query + value)
+
+
 def _style_of(name: str, styles: dict[str, str]) -> str:
     """The style of a parameter: its own, or its module's."""
     generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
@@ -263,7 +281,7 @@ def shape_of(
         raise explain_loading(error, f"model {model_id}: built without values") from error
     if model.get_output_embeddings() is None:
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
-    if type(getattr(config.get_text_config(), "num_attention_heads", None)) is not int:
+    if type(getattr(layer_configs(config.get_text_config())[0], "num_attention_heads", None)) is not int:
         raise ToolkitError(f"model {model_id}: its config.json has no num_attention_heads, which the plan counts by")
     return Shape(model, stored, found, weights == QUANTIZED, on_cpu)
 

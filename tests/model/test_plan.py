@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from chat_logits.errors import UsageError
+from chat_logits.model.batching import Budget
 from chat_logits.model.bits import bits_of
 from chat_logits.model.cards import CARDS, GIB, card_named, known_peak, read_size
-from chat_logits.model.memory import choose_budget, peak_memory
+from chat_logits.model.memory import choose_budget, peak_memory, peak_parts
 from chat_logits.model.plan import Batching, choose_card, load_on, seconds_of, smallest_load, work_of
 from chat_logits.model.shape import DIVIDED, shape_of
 
@@ -288,6 +289,29 @@ def test_a_mixture_that_does_not_say_how_many_experts_work_has_no_operations():
     found = shape("235B", num_hidden_layers=1)
     vars(found.model.config)["num_experts_per_tok"] = None
     assert found.active is None and work_of(found, 1, 1, 1) is None
+
+
+def test_experts_are_found_wherever_they_lie_and_not_guessed():
+    """JetMoe has experts in its attention, too, and none of its modules is called experts."""
+    found = shape({"model_type": "jetmoe", "dtype": "bfloat16"})
+    expert = 3 * 2048 * 5632 + 2 * 2048 * 2048
+    assert (found.is_mixture, found.experts_a_token) == (True, 2)
+    assert found.active == found.parameters - 12 * 6 * expert
+    unlike = shape({"model_type": "doge", "dtype": "bfloat16", "num_experts": 16})  # which says so, and has none
+    assert unlike.is_mixture and unlike.active is None and work_of(unlike, 1, 1, 1) is None
+
+
+def test_layers_that_differ_are_counted_each_by_its_own():
+    """Gemma 4: of six layers one has heads of 512, five have heads of 256, and each token has a row for each layer."""
+    found = shape({"model_type": "gemma4_text", "dtype": "bfloat16"})
+    assert found.attended == 25 * 8 * (256 + 256) + 5 * 8 * (512 + 512)
+    rows = 262_144 * 2304 + 262_144 * 30 * 256
+    assert found.active_in_layers() == found.parameters - rows
+    wide = {"intermediate_size": [256, 512], "num_hidden_layers": 2, "activation_sparsity_pattern": [0.0, 0.0]}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    nested = shape({"model_type": "gemma3n_text", "dtype": "bfloat16", **wide, **kinds})
+    one = peak_parts(nested.model, "cuda", Budget(1, 1), 1, 1, prefix_cache=False).layer_at_work
+    assert one == (8 * 2048 + 4 * 512) * 2 + 5
 
 
 def test_the_number_format_is_not_guessed():

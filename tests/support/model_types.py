@@ -48,6 +48,9 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_gro
 DEEPSEEK_V4 = INDEX | EXPERTS | {"num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "o_groups": 2}
 DEEPSEEK_V4 |= {"o_lora_rank": 16, "n_routed_experts": 4, "mlp_layer_types": ["moe", "moe"], "sliding_window": 8}
 DEEPSEEK_V4 |= {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"]}
+GEMMA_3N = {"intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0], "num_kv_shared_layers": 0}
+GEMMA_3N |= {"layer_types": ["sliding_attention", "full_attention"], "altup_num_inputs": 2, "laurel_rank": 8}
+GEMMA_3N |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 300}
 TYPES: dict[str, dict] = {
     "apertus": {},
     "arcee": {},
@@ -64,6 +67,7 @@ TYPES: dict[str, dict] = {
     "cohere2": WINDOW,
     "ctrl": {},
     "cwm": {},
+    "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT | INDEX,
     "deepseek_v4": DEEPSEEK_V4,
@@ -75,15 +79,19 @@ TYPES: dict[str, dict] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "exaone": {},
     "exaone4": WINDOW | {"sliding_window_pattern": 2},
+    "exaone_moe": EXPERTS | {"num_experts": 4},
     "falcon_mamba": {},
     "flex_olmo": {},
     "gemma": {},
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
+    "gemma3n_text": WINDOW | GEMMA_3N,
+    "gemma4_text": WINDOW,
     "gemma4_unified_text": WINDOW,
     "glm": {},
     "glm4": {},
     "glm4_moe": EXPERTS | {"n_routed_experts": 4},
+    "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT | INDEX,
     "gpt2": {},
     "gpt_bigcode": {},
@@ -101,14 +109,18 @@ TYPES: dict[str, dict] = {
     "jais2": {},
     "jetmoe": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": EXPERTS | {"num_experts": 4, "layer_types": ["conv", "full_attention"]},
     "llama": {},
     "llama4_text": {"attention_chunk_size": 24},
     "mamba": {},
     "mamba2": {"num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 24},
     "mellum": WINDOW | EXPERTS | {"num_experts": 4},
+    "mimo_v2_flash": WINDOW | EXPERTS | {"n_routed_experts": 4},
     "minimax": {"block_size": 24, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4},
+    "minimax_m2": EXPERTS | {"num_local_experts": 4},
     "minimax_m3_vl_text": {},
     "ministral": WINDOW,
+    "ministral3": WINDOW,
     "mistral": WINDOW,
     "mixtral": WINDOW,
     "modernbert-decoder": {"local_attention": 24},
@@ -116,6 +128,7 @@ TYPES: dict[str, dict] = {
     "mpt": {},
     "nanochat": {},
     "nemotron": {},
+    "nemotron_h": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": WINDOW,
@@ -129,6 +142,9 @@ TYPES: dict[str, dict] = {
     "qwen2": WINDOW | {"use_sliding_window": True, "max_window_layers": 0},
     "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
     "qwen3": WINDOW | {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3_5_moe_text": EXPERTS
+    | LINEAR
+    | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": LINEAR | {"num_hidden_layers": 4},
     "qwen3_moe": EXPERTS | {"num_experts": 4},
     "qwen3_next": EXPERTS | LINEAR | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
