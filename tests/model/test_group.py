@@ -10,7 +10,7 @@ import in_group
 import numpy as np
 import pytest
 import torch
-from model_types import EXPERTS, LATENT, SIZES, conversations
+from model_types import EXPERTS, LATENT, SIZES, TYPES, conversations
 from safetensors.torch import load_file
 
 from chat_logits.errors import ToolkitError, UsageError
@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict] = {
     "cohere": {"logit_scale": 0.25},
     "phi3": {},
     "olmo2": {},
+    **{name: TYPES[name] for name in ("glm4_moe", "minimax_m2", "qwen3_next")},
 }
 WIDE_CASES = ("gemma3_text",)
 NINE_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
