@@ -84,7 +84,10 @@ def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
     if "dataset_id" in values:
         return ExtractConfig(**values)
     refuse_missing(ModelConfig, values)
-    return ModelConfig(**{name: value for name, value in values.items() if name in options_of(ModelConfig)})
+    of_model = {name: value for name, value in values.items() if name in options_of(ModelConfig)}
+    if without := ", ".join(f"`{name}`" for name in values if name not in of_model):
+        logger.warning("The plan is the model's part alone; what needs `dataset_id` is left out: %s", without)
+    return ModelConfig(**of_model)
 
 
 def _read_values(options: ExtractOptions, given: dict) -> dict:

@@ -116,15 +116,6 @@ class ExtractConfig(SourceConfig, ModelConfig):
         metavar="N",
         least=1,
     )
-    tensor_parallel: int = option(
-        1,
-        help="devices of one machine that compute a model together, each with a part of every layer; on a CPU, "
-        "processes",
-        unset="1, one device",
-        group=SPREAD,
-        metavar="N",
-        least=1,
-    )
     num_workers: int = option(
         1,
         help="workers on Ray, each with a model on an accelerator, or several, of its own",
@@ -156,21 +147,6 @@ class ExtractConfig(SourceConfig, ModelConfig):
             raise UsageError(f"`device` {self.device}: each worker gets its own accelerator; leave it out, or give cpu")
         if self.gpus_per_worker > 1 and not (self.uses_ray and self.device_map):
             raise UsageError(f"`gpus_per_worker` {self.gpus_per_worker}: it goes with `num_workers` and `device_map`")
-        if self.tensor_parallel > 1:
-            self._refuse_beside_tensor_parallel()
-
-    def _refuse_beside_tensor_parallel(self) -> None:
-        asked = f"`tensor_parallel` {self.tensor_parallel}"
-        if self.device_map:
-            raise UsageError(f"{asked}: `device_map` spreads whole layers; leave one of the two out")
-        if self.gguf_file:
-            raise UsageError(f"{asked}: `gguf_file` {self.gguf_file} cannot be read in parts; give safetensors")
-        if self.quantization:
-            raise UsageError(
-                f"{asked}: `quantization` {self.quantization} cannot be done in parts; leave one of the two out"
-            )
-        if self.device not in (None, "cpu"):
-            raise UsageError(f"{asked}: `device` {self.device} is one; leave it out, or give cpu")
 
     @property
     def uses_ray(self) -> bool:

@@ -147,8 +147,8 @@ def _card_figures(
     """What one card holds, on the fewest cards that do; None in place of that where no number of them does."""
     longest = counted.longest if counted else Batching.longest
     batching = Batching(config.batch_tokens, config.logit_memory, config.prefix_cache, longest)
-    if isinstance(config, ExtractConfig) and config.tensor_parallel > 1:
-        return _asked_figures(shape, card, config.tensor_parallel, batching)
+    if config.tensor_parallel > 1:
+        return _asked_figures(shape, card, config.tensor_parallel, batching, counted is not None)
     load, why = arithmetic.smallest_load(shape, card, config.device_map is None, batching)
     instead = None
     if load is None and config.device_map is None:
@@ -158,14 +158,16 @@ def _card_figures(
     return figures + (_held_figures(shape, shown, longest, counted is not None) if shown else []), shown
 
 
-def _asked_figures(shape: Shape, card: Card, cards: int, batching: Batching) -> tuple[list[Figure], Load]:
+def _asked_figures(
+    shape: Shape, card: Card, cards: int, batching: Batching, is_counted: bool
+) -> tuple[list[Figure], Load]:
     """As ``_card_figures``, on the cards that `tensor_parallel` asks for. Raises UsageError where they cannot share."""
     if obstacle := shape.split(cards).obstacle:
         raise UsageError(f"`tensor_parallel` {cards}: {obstacle}")
     load = arithmetic.load_on(shape, card, cards, True, batching)
     source = "`tensor_parallel`" if load.fits else f"`tensor_parallel`, which is too few: {arithmetic.too_little(load)}"
     asked = Figure("cards a worker", cards, COUNT, source)
-    held = _held_figures(shape, load, batching.longest, True)
+    held = _held_figures(shape, load, batching.longest, is_counted)
     return [Figure("memory of a card", card.memory, BYTES, card.source), asked, *held], load
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from chat_logits.errors import UsageError
 from chat_logits.model.quantization import CHOICES
-from chat_logits.options import COMPUTED, READ, Config, option
+from chat_logits.options import COMPUTED, READ, SPREAD, Config, option
 
 
 def _refuse_gguf_path(model_id: str) -> None:
@@ -93,6 +93,15 @@ class ModelConfig(Config):
     attn_implementation: str | None = option(
         None, help="eager, sdpa, …", unset="transformers' choice", group=COMPUTED, metavar="NAME"
     )
+    tensor_parallel: int = option(
+        1,
+        help="devices of one machine that compute a model together, each with a part of every layer; on a CPU, "
+        "processes",
+        unset="1, one device",
+        group=SPREAD,
+        metavar="N",
+        least=1,
+    )
     trust_remote_code: bool = option(
         False, help="run Python code that model or tokenizer bring along, if they do", unset="refuse", group=COMPUTED
     )
@@ -105,3 +114,18 @@ class ModelConfig(Config):
             raise UsageError(f"`quantization` {self.quantization}: a GGUF file has its own; leave it out")
         if self.max_memory is not None and not self.device_map:
             raise UsageError("`max_memory`: it goes with `device_map`; batches have `batch_tokens` and `logit_memory`")
+        if self.tensor_parallel > 1:
+            self._refuse_beside_tensor_parallel()
+
+    def _refuse_beside_tensor_parallel(self) -> None:
+        asked = f"`tensor_parallel` {self.tensor_parallel}"
+        if self.device_map:
+            raise UsageError(f"{asked}: `device_map` spreads whole layers; leave one of the two out")
+        if self.gguf_file:
+            raise UsageError(f"{asked}: `gguf_file` {self.gguf_file} cannot be read in parts; give safetensors")
+        if self.quantization:
+            raise UsageError(
+                f"{asked}: `quantization` {self.quantization} cannot be done in parts; leave one of the two out"
+            )
+        if self.device not in (None, "cpu"):
+            raise UsageError(f"{asked}: `device` {self.device} is one; leave it out, or give cpu")

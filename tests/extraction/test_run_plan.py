@@ -97,6 +97,14 @@ def test_without_a_dataset_it_is_the_models_part(unreadable, capsys):
     assert "held at the peak" in out and "source rows" not in out and "not known" not in out
 
 
+def test_without_a_dataset_its_options_are_told_and_the_models_count(unreadable, capsys):
+    given = ["--model_id", str(unreadable), "--plan", "--plan_for", "80GiB", "--tensor_parallel", "2"]
+    assert extract_logits.main([*given, "--top_k", "8", "--max_samples", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"cards a worker +\| +2 \| --tensor_parallel", out) and "which is taken" in out
+    assert "what needs --dataset_id is left out: --max_samples, --top_k" in err
+
+
 def test_the_bytes_of_a_sharded_checkpoint_are_its_indexs(unreadable):
     (unreadable / "model.safetensors").unlink()
     index = {"metadata": {"total_size": 123_456}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}

@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPO))
 
 from chat_logits.cli import explore_options, export_options, extract_options, train_options  # noqa: E402
 from chat_logits.cli.parser import example_of  # noqa: E402
-from chat_logits.options import READ, Option, options_of  # noqa: E402
+from chat_logits.options import EXTRACTED, READ, SPREAD, WRITTEN, Option, options_of  # noqa: E402
 from chat_logits.training.config import TAUGHT  # noqa: E402
 
 PAGES = {
@@ -29,7 +29,8 @@ def tables(name: str) -> str:
     modules = {"extract": extract_options, "explore": explore_options, "export": export_options, "train": train_options}
     options = [one for kind in modules[name].KINDS for one in options_of(kind).values()]
     groups = [group for group in dict.fromkeys(one.group for one in options) if group]
-    ordered = [*sorted(groups, key=(READ, TAUGHT, *groups).index), ""]  # those of the command itself come last
+    order = (READ, TAUGHT, EXTRACTED, WRITTEN, SPREAD, *groups)
+    ordered = [*sorted(groups, key=order.index), ""]  # those of the command itself come last
     return "\n".join(_table(group, [one for one in options if one.group == group]) for group in ordered)
 
 
