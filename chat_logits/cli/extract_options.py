@@ -86,7 +86,7 @@ def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
     refuse_missing(ModelConfig, values)
     of_model = {name: value for name, value in values.items() if name in options_of(ModelConfig)}
     if without := ", ".join(f"`{name}`" for name in values if name not in of_model):
-        logger.warning("The plan is the model's part alone; what needs `dataset_id` is left out: %s", without)
+        logger.warning("No `dataset_id`: the plan is the model's part alone, without %s", without)
     return ModelConfig(**of_model)
 
 

@@ -46,7 +46,7 @@ def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
 
 def _forbids_parts(config: ExtractConfig) -> bool:
     """Whether the config says how the model is computed, if not by ``tensor_parallel``."""
-    is_elsewhere = config.device_map or config.gguf_file or config.device not in (None, "cpu")
+    is_elsewhere = config.device_map or config.gguf_file or config.quantization or config.device not in (None, "cpu")
     return "tensor_parallel" in config.given or bool(is_elsewhere)
 
 

@@ -130,8 +130,8 @@ def _bytes_text(shape: Shape, config: ModelConfig) -> str:
 
 
 def _experts_text(shape: Shape) -> str:
-    if not shape.experts:
-        return "config.json has experts, whose parameters are in a form that is not known here"
+    if shape.has_unknown_experts:
+        return "it has experts, whose parameters are in a form that is not known here"
     most = max(shape.experts.values())
     if shape.active is None:
         return f"config.json does not say how many of {most} experts a token goes to"

@@ -132,7 +132,7 @@ def work_of(shape: Shape, tokens: float, pairs: float, extracted: float, process
     """For so many ``tokens`` read, ``pairs`` of tokens of which one sees the other, and ``extracted`` rows of logits.
 
     Two for each parameter and token, and of so many processes that share the model, those of one. None for a mixture
-    that does not say how many experts a token goes to.
+    that does not say how many experts a token goes to, or has them in a form that is not known.
     """
     if (parameters := shape.active_in_layers(processes)) is None:
         return None

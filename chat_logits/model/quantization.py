@@ -52,8 +52,8 @@ WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forwar
 SHOWN = 300  # characters of what a library says
 logger = logging.getLogger(__name__)
 
-# Imported with every model, where installed, these tell each time of other devices' kernels, and of conversions.
-for talkative in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+# transformers imports torchao with every model, where it is installed: it tells of other devices' kernels each time.
+for talkative in ("torchao", "torch.utils._pytree"):
     logging.getLogger(talkative).setLevel(logging.ERROR)
 
 
@@ -134,6 +134,7 @@ def quantized_loading(model_id: str, quantization: dict | None, device: Any, dev
         return {}
     name, stored, wanted = f"model {model_id}", quantization["weights"] != QUANTIZED, dict(quantization["config"])
     method, asked = _method(name, wanted), quantization["weights"] == DEQUANTIZED
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it lacks, and of each product's conversion
     _refuse_missing_packages(name, method, stored)
     if method in ON_GPU and not asked and _is_on_cpu(device, device_map):
         raise _not_here(name, method, "here is a CPU")
@@ -219,13 +220,11 @@ def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> No
         )
     if quantization is None:
         return
-    for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # of bitsandbytes in 4 bits: rounds float32 inputs to bfloat16
+    for module in model.modules():  # of bitsandbytes in 4 bits
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # which rounds inputs and scales to bfloat16
             module.support_avx512bf16_for_cpu = False
         if hasattr(module, "compute_dtype") and quantization["weights"] == QUANTIZED:
-            module.compute_dtype = model.dtype  # of bitsandbytes in 4 bits: float32, if nothing is said
+            module.compute_dtype = model.dtype  # float32, if nothing is said
     if quantization["weights"] == QUANTIZED:
         _tell_what_stays(model_id, model, option_of(quantization))
 
@@ -233,24 +232,36 @@ def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> No
 def _tell_what_stays(model_id: str, model: Any, option: str | None) -> None:
     """Warn where most of the layers' weights are not quantised, which a mixture's experts may be.
 
-    Raises ToolkitError where none is.
+    What device_map has left to memory or disk is not looked at. Raises ToolkitError where nothing is quantised.
     """
-    ends = [id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)]
+    numbers = _numbers_in_layers(model)
+    stays = {
+        name: numbers[name]
+        for name, weights in model.named_parameters()
+        if name in numbers and stored_bytes(weights) >= numbers[name] * model.dtype.itemsize
+    }
+    if numbers and len(stays) == len(numbers):
+        raise nothing_quantized(model_id, option)
+    if sum(stays.values()) > 0.5 * sum(numbers.values()):
+        largest, kind = max(stays, key=stays.__getitem__), str(model.dtype).removeprefix("torch.")
+        share, generic = 100 * sum(stays.values()) / sum(numbers.values()), re.sub(r"\.\d+\.", ".*.", largest)
+        told = "model %s: `quantization` %s is of linear layers alone; %.1f%% of the layers' weights stay in %s, as %s"
+        logger.warning(told, model_id, option, share, kind, generic)
+
+
+def _numbers_in_layers(model: Any) -> dict[str, int]:
+    """How many numbers each parameter has unquantised, but for embeddings and the lm_head."""
+    import torch
+
+    modules, head = list(model.modules()), model.get_output_embeddings()
+    ends = {id(one.weight) for one in [head, *(each for each in modules if isinstance(each, torch.nn.Embedding))]}
     linear = {
         id(module.weight): module.in_features * module.out_features
-        for module in model.modules()
+        for module in modules
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
-    layers = [(name, one) for name, one in model.named_parameters() if id(one) not in ends]
-    numbers = {name: linear.get(id(one), one.numel()) for name, one in layers}
-    stays = {name: numbers[name] for name, one in layers if stored_bytes(one) >= numbers[name] * model.dtype.itemsize}
-    if len(stays) == len(numbers):
-        raise nothing_quantized(model_id, option)
-    if (share := sum(stays.values()) / sum(numbers.values())) > 0.5:
-        largest = re.sub(r"\.\d+\.", ".*.", max(stays, key=stays.__getitem__))
-        kind = str(model.dtype).removeprefix("torch.")
-        told = "model %s: `quantization` %s is of linear layers alone; %.1f%% of the layers' weights stay in %s, as %s"
-        logger.warning(told, model_id, option, 100 * share, kind, largest)
+    layers = [(name, one) for name, one in model.named_parameters() if id(one) not in ends and not one.is_meta]
+    return {name: linear.get(id(one), one.numel()) for name, one in layers}
 
 
 def nothing_quantized(model_id: str, option: str | None) -> ToolkitError:

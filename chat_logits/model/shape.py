@@ -27,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")  # how many
+IN_EXPERTS = re.compile(r"(?:^|\.)experts\.")  # a parameter's name
+MIXTURE = re.compile("moe|expert", re.IGNORECASE)  # a module's class
 LISTED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")  # of a model that keeps each in a module of its own
 # Of transformers' styles, the dimension that weights and biases (None: whole everywhere) are divided along.
 DIVIDED = {
@@ -97,9 +99,9 @@ class Shape:
         found: dict[str, int] = {}
         for name, module in self.model.named_modules():
             own = dict(module.named_parameters(prefix=name, recurse=False))
-            together = [len(weights) for weights in own.values() if weights.dim() == 3]
-            if together and (name.rsplit(".", 1)[-1] == "experts" or hasattr(module, "num_experts")):
-                found |= {key: together[0] for key, weights in own.items() if len(weights) == together[0]}
+            together = {len(weights) for weights in own.values() if weights.dim() == 3}
+            if len(together) == 1 and (name.rsplit(".", 1)[-1] == "experts" or hasattr(module, "num_experts")):
+                found |= {key: len(weights) for key, weights in own.items() if len(weights) in together}
         listed = [(name, one) for name, _ in self.model.named_parameters() if (one := LISTED_EXPERT.search(name))]
         counts: dict[str, int] = {}
         for name, one in listed:
@@ -109,9 +111,19 @@ class Shape:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether it has experts, or its configuration says so."""
+        """Whether it has experts, in whatever form."""
+        return bool(self.experts) or self.has_unknown_experts
+
+    @cached_property
+    def has_unknown_experts(self) -> bool:
+        """Whether most of its experts' parameters are in a form that is not known here."""
+        sizes = {part.name: part.weights.numel() for part in self._parts}
+        others = [size for name, size in sizes.items() if IN_EXPERTS.search(name) and name not in self.experts]
+        if sum(others) > sum(sizes[name] for name in self.experts):
+            return True
         counts = [getattr(self._text, name, None) for name in EXPERTS]
-        return bool(self.experts) or any(type(count) is int and count > 1 for count in counts)
+        is_said = not self.experts and any(type(count) is int and count > 1 for count in counts)
+        return is_said and any(MIXTURE.search(type(module).__name__) for module in self.model.get_decoder().modules())
 
     @property
     def experts_a_token(self) -> int | None:
@@ -172,7 +184,7 @@ class Shape:
 
     @property
     def _says_active(self) -> bool:
-        return not self.is_mixture or self.experts_a_token is not None
+        return not self.is_mixture or (self.experts_a_token is not None and not self.has_unknown_experts)
 
     @property
     def _text(self):
@@ -186,7 +198,7 @@ class Shape:
             for name, weights in self.model.named_parameters()
         ]
 
-    @property
+    @cached_property
     def _ends(self) -> set[int]:
         """The lm_head's matrix and those of embeddings, of which a token takes a row."""
         embeddings = [module for module in self.model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -266,8 +278,8 @@ def shape_of(
     """
     kind = _dtype_of(config, dtype, on_cpu)
     stored = _stored_bytes(model_id, revision) if model_id else None
-    weights, found = (quantization or {"weights": AS_STORED, "config": quantization_of(config)}).values()
-    found = None if weights == DEQUANTIZED else found
+    recorded = quantization or {"weights": AS_STORED, "config": quantization_of(config)}
+    found = None if recorded["weights"] == DEQUANTIZED else recorded["config"]
     if found and bits_of(found) is None and stored is None:
         method = found.get("quant_method")
         raise UsageError(
@@ -283,7 +295,7 @@ def shape_of(
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     if type(getattr(layer_configs(config.get_text_config())[0], "num_attention_heads", None)) is not int:
         raise ToolkitError(f"model {model_id}: its config.json has no num_attention_heads, which the plan counts by")
-    return Shape(model, stored, found, weights == QUANTIZED, on_cpu)
+    return Shape(model, stored, found, recorded["weights"] == QUANTIZED, on_cpu)
 
 
 def _dtype_of(config, dtype: str, on_cpu: bool) -> torch.dtype:

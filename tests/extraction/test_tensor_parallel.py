@@ -30,8 +30,9 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def command_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+def followers_of(pid: int) -> set[int]:
+    """The processes of its group that a process has started; others of its children render templates."""
+    return {child for child in children_of(pid) if b"processes" in Path(f"/proc/{child}/cmdline").read_bytes()}
 
 
 def is_running(pid: int) -> bool:
@@ -57,9 +58,8 @@ def in_two(quick_model, calm_source, tmp_path_factory) -> Path:
     import runs
 
     out = tmp_path_factory.mktemp("in_two") / "out"
-    before = set(children_of(os.getpid()))
     assert extract_logits.main([*runs.flags_for(quick_model, calm_source, out), "--tensor_parallel", "2"]) == 0
-    assert set(children_of(os.getpid())) <= before
+    assert not followers_of(os.getpid())
     return out
 
 
@@ -81,9 +81,7 @@ def test_whatever_ends_a_process_nothing_is_lost_and_nothing_is_left_running(fla
         before = len(shards_in(out))
         life = Life(flags("out", *more), tmp_path / f"{name}.log")
         wait_until(lambda: len(shards_in(out)) > before + 1, life)
-        (follower,) = (
-            pid for pid in children_of(life.pid) if b"processes" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        (follower,) = followers_of(life.pid)
         followers.append(follower)
         return life, follower
 
@@ -119,6 +117,13 @@ def test_a_run_goes_on_with_another_number_of_processes_if_that_is_asked_for(fla
         shard.unlink()
     assert extract_logits.main(flags("out", "--tensor_parallel", "1")) == 0
     assert_alike(rows_in(tmp_path / "out"), rows_in(in_two), SPLIT)
+
+
+def test_quantization_newly_given_is_what_a_resumed_run_is_refused_for(flags, in_two, tmp_path, capsys):
+    shutil.copytree(in_two, tmp_path / "out")
+    assert extract_logits.main(flags("out", "--quantization", "bitsandbytes-8bit")) == 2
+    (refusal,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "quantization" in refusal and "parallel" not in refusal
 
 
 @pytest.mark.parametrize(

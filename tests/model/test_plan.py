@@ -297,8 +297,11 @@ def test_experts_are_found_wherever_they_lie_and_not_guessed():
     expert = 3 * 2048 * 5632 + 2 * 2048 * 2048
     assert (found.is_mixture, found.experts_a_token) == (True, 2)
     assert found.active == found.parameters - 12 * 6 * expert
-    unlike = shape({"model_type": "doge", "dtype": "bfloat16", "num_experts": 16})  # which says so, and has none
-    assert unlike.is_mixture and unlike.active is None and work_of(unlike, 1, 1, 1) is None
+    doge = {"model_type": "doge", "dtype": "bfloat16", "num_experts": 16}  # experts are rows of embeddings there
+    for unlike in (shape({**doge, "is_moe": True}), shape({"model_type": "longcat_flash", "dtype": "bfloat16"})):
+        assert unlike.is_mixture and unlike.active is None and work_of(unlike, 1, 1, 1) is None
+    dense = shape(doge)  # whose number of experts is one it does not use
+    assert not dense.is_mixture and dense.active == dense.parameters
 
 
 def test_layers_that_differ_are_counted_each_by_its_own():
