@@ -305,7 +305,8 @@ def _time_figures(config: ExtractConfig, shape: Shape, load: Load | None, work: 
 
 def _rate_text(shape: Shape, load: Load, share: float) -> str:
     peak = f"{arithmetic.UTILISATION:.0%} of {(load.card.peak or 0) / 1e12:,.0f} TFLOP/s, dense bfloat16"
-    measured = "no mixture was measured" if shape.is_mixture else arithmetic.MEASURED
+    unlike = "mixture" if shape.is_mixture else "model in fewer bits" if shape.quantization else None
+    measured = f"no {unlike} was measured" if unlike else arithmetic.MEASURED
     if load.cards == 1:
         return f"{peak}; {measured}"
     if load.is_shared:

@@ -133,6 +133,12 @@ def test_a_plan_in_figures(unreadable):
     assert wide.value is None and "16 bits" in wide.source
 
 
+def test_the_time_of_fewer_bits_is_said_to_be_unmeasured(unreadable):
+    options_of_run = options(unreadable, dtype="bfloat16", quantization="bitsandbytes-4bit")
+    found = plan(ExtractConfig(**options_of_run), "h100-80gb", 60)
+    assert "no model in fewer bits was measured" in found["time by the cards"].source
+
+
 def test_as_many_cards_as_are_asked_for(unreadable):
     found = plan(ExtractConfig(**options(unreadable, tensor_parallel=2, dtype="bfloat16")), "h100-80gb", 60)
     assert (found["cards a worker"].value, found["cards a worker"].source) == (2, "`tensor_parallel`")
