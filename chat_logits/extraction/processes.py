@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -47,10 +47,11 @@ class GroupLost(ToolkitError):
 
 
 class Failure(NamedTuple):
-    """What failed in a call."""
+    """What failed in a call; ``collectives`` are those that the process has begun, of all calls."""
 
     text: str
     is_out_of_memory: bool
+    collectives: int
 
 
 @contextlib.contextmanager
@@ -72,7 +73,7 @@ def started_group(size: int, device: str) -> Iterator:
         members = [Member(rank, size, device, folder / "meeting", threads) for rank in range(size)]
         with stage("Starting %d processes", size):
             others = Processes(members[1:], folder)
-            stack.callback(Group.leave)
+            stack.callback(others.leave_behind, Group.leave)
             stack.callback(others.close)
             others.wait_until_started()
             group = Group(0, size, _device(members[0]), others)
@@ -125,11 +126,15 @@ class Processes:
         with self._changed:
             everywhere = lambda: len(self._failed[number]) == len(self._all)  # noqa: E731
             self._changed.wait_for(lambda: self._fault or everywhere(), GRACE)
+            own = _failure(error)
             if not self._fault and everywhere():
-                self._settled.add(number)
-                return
-            self._fault = self._fault or self._said(0, _failure(error))
+                if {failure.collectives for failure in self._failed[number].values()} == {own.collectives}:
+                    self._settled.add(number)
+                    return
+                self._fault = f"the processes have failed in different places; in the first one: {own.text}"
+            self._fault = self._fault or self._said(0, own)
         self._end_all()
+        _later(LAST, self._leave)
         raise GroupLost(self._fault) from error
 
     def has_returned(self) -> None:
@@ -146,6 +151,16 @@ class Processes:
                 assert pipe
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+    def leave_behind(self, leave: Callable[[], None]) -> None:
+        """Leave a group that is closed; if it is lost, the process ends where its device does not let go."""
+        if not self._fault:
+            leave()
+            return
+        timer = _later(LAST, self._exit)
+        with contextlib.suppress(RuntimeError):
+            leave()
+        timer.cancel()
 
     def _refuse_lost(self) -> None:
         if self._fault:
@@ -192,8 +207,11 @@ class Processes:
     def _leave(self) -> None:
         """What a device waits for never comes, and nothing else ends that."""
         if not self._is_closed and (self._calling is not None or self._device != "cpu"):
-            logger.error("%s", self._fault)
-            os._exit(1)
+            self._exit()
+
+    def _exit(self) -> None:
+        logger.error("%s", self._fault)
+        os._exit(1)
 
     def _said(self, rank: int, failure: Failure) -> str:
         who = f"process {rank + 1} of {self._size}"
@@ -202,16 +220,16 @@ class Processes:
         return f"{who} has failed: {failure.text}"
 
 
-def _later(seconds: float, do, *args) -> None:
+def _later(seconds: float, do, *args) -> threading.Timer:
     timer = threading.Timer(seconds, do, args)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _start(member: Member, errors: Path) -> subprocess.Popen:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(member.threads)}
-    environment["LOCAL_RANK"] = str(member.rank)  # by which transformers chooses its device
     with errors.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", BEGIN],  # -P: not what lies in this folder
@@ -237,10 +255,12 @@ def _how(status: int, errors: Path) -> str:
 
 
 def _failure(error: Exception) -> Failure:
+    from torch.distributed import group
+
     from chat_logits.model.out_of_memory import is_out_of_memory
 
-    first = str(error).strip().partition("\n")[0]
-    return Failure(f"{type(error).__name__}: {first}", isinstance(error, RuntimeError) and is_out_of_memory(error))
+    first, short = str(error).strip().partition("\n")[0], isinstance(error, RuntimeError) and is_out_of_memory(error)
+    return Failure(f"{type(error).__name__}: {first}", short, group.WORLD._get_sequence_number_for_group())
 
 
 # --- in the process ---

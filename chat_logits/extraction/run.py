@@ -125,6 +125,7 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
         device = loading.choose_device(config.device)
         if config.tensor_parallel > 1:
             refuse_too_many(config.tensor_parallel, device)
+            loading.refuse_without_accelerate("tensor_parallel")
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 

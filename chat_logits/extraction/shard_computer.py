@@ -148,6 +148,7 @@ class ShardComputer:
     def _load_parts(self) -> Any:
         config = self.opened.config
         refuse_too_many(config.tensor_parallel, self.device)
+        loading.refuse_without_accelerate("tensor_parallel")
         group = self._stack.enter_context(started_group(config.tensor_parallel, self.device.type))
         with stage("Loading %s in %d parts", config.model_id, group.size):
             return loading.load_part(

@@ -96,7 +96,7 @@ class ModelConfig(Config):
     tensor_parallel: int = option(
         1,
         help="devices of one machine that compute a model together, each with a part of every layer; on a CPU, "
-        "processes",
+        "processes; needs accelerate",
         unset="1, one device",
         group=SPREAD,
         metavar="N",

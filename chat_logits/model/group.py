@@ -25,7 +25,7 @@ from chat_logits.errors import UsageError
 Args = ParamSpec("Args")
 Made = TypeVar("Made")
 LONGEST = timedelta(hours=2)  # for which a process waits for another within a call
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # what processes on one machine need of its network
 GROUP, MODEL = ("group",), ("model",)  # whose functions are called; of other objects, what ``owner`` says
 HOLDS_GROUP = "computing_group"  # the attribute of a model that is computed in parts
@@ -54,6 +54,7 @@ class Group:
     others: Others | None = None
     model: Any = None
     _calls: int = 0
+    _failed: int = 0  # the last call that failed here; of the first process', those that failed in all
     _mirrored: int = 0
     _gone: list[int] = field(default_factory=list)
     _mirrors: dict[int, Any] = field(default_factory=dict)
@@ -103,24 +104,32 @@ class Group:
         assert self.others is not None
         self._calls += 1
         gone = [self._gone.pop() for _ in range(len(self._gone))]
-        self.others.tell(self._calls, pickle.dumps((self._calls, gone, function, owner, args, named)))
+        self.others.tell(self._calls, pickle.dumps((self._calls, self._failed, gone, function, owner, args, named)))
         try:
             yield
         except Exception as error:
             self.others.agree_on_failure(self._calls, error)
+            self._failed = self._calls
             raise
         finally:
             self.others.has_returned()
 
     def follow(self, messages: Iterable[bytes], report: Callable[[int, Exception], None]) -> None:
-        """Make the calls that the first process tells of, and ``report(number, error)`` those that fail."""
+        """Make the calls that the first process tells of, and ``report(number, error)`` those that fail.
+
+        After one that failed here and not in all, none is made: what the first process' device still waits for of that
+        call would take what the next one sends for its own.
+        """
         for message in messages:
-            number, gone, function, owner, args, named = pickle.loads(message)
+            number, failed, gone, function, owner, args, named = pickle.loads(message)
+            if failed < self._failed:
+                continue
             try:
                 for each in gone:
                     self._mirrors.pop(each, None)
                 function(self._subject(owner), *args, **named)
             except Exception as error:
+                self._failed = number
                 report(number, error)
 
     def _subject(self, owner: tuple) -> Any:

@@ -6,6 +6,7 @@ memory) for as long as its layer works. Meanwhile its parameters are on "meta", 
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,11 +128,30 @@ def load_part(
         logger.info("%s", told)
     options |= {"distributed_config": distributed, "use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _read_without_mapping():
+    with _read_without_mapping(), _on_own_device(group):
         model = _load_whole(model_id, revision, None, options)
     use_head_dtype(model, head_dtype)
     model.computing_group, model.head_part, group.model = group, find_head_part(model, group), model
     return model.eval()
+
+
+@contextmanager
+def _on_own_device(group: Group) -> Iterator[None]:
+    """Within, transformers puts a part on its process' device.
+
+    It takes the number from the environment, where another launcher's may be, and the kind from what torch was built
+    for, which is CUDA on many a machine without a GPU.
+    """
+    before, kind = os.environ.get("LOCAL_RANK"), torch._C._get_accelerator
+    os.environ["LOCAL_RANK"] = str(group.rank)
+    torch._C._get_accelerator = lambda *_: torch.device(group.device.type)
+    try:
+        yield
+    finally:
+        torch._C._get_accelerator = kind
+        os.environ.pop("LOCAL_RANK")
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 @contextmanager
@@ -227,18 +247,18 @@ def loading_options(
             raise UsageError("`max_memory` says how far to fill devices; give `device_map` auto as well")
         on_cpu, placement = torch.device(device).type == "cpu", {}
     else:
-        refuse_without_accelerate()
+        refuse_without_accelerate("device_map")
         limits = read_max_memory(max_memory)
         on_cpu = all(place in HOST for place in limits or _places())
         placement = {"device_map": device_map, "max_memory": limits, "offload_folder": offload_folder}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
 
 
-def refuse_without_accelerate() -> None:
+def refuse_without_accelerate(option: str) -> None:
     """Raise ToolkitError where accelerate is missing: a single device does without it."""
     if importlib.util.find_spec("accelerate") is None:
         raise ToolkitError(
-            "`device_map` needs the package accelerate, which is not installed.\n"
+            f"`{option}` needs the package accelerate, which is not installed.\n"
             "Install it at the version in requirements-dev.txt."
         )
 

@@ -80,10 +80,13 @@ def _last(source, size: int, count: int) -> bytes:
 def row_group_sizes(footer: bytes) -> list[RowGroupSizes]:
     """The row groups in ``read_footer``'s bytes. Raises ValueError or LookupError for what is no footer."""
     fields = _Compact(footer[4:-8]).struct()
-    return [
-        RowGroupSizes(group[NUM_ROWS], [_column(chunk[META_DATA]) for chunk in group[COLUMNS]])
-        for group in fields[ROW_GROUPS]
-    ]
+    try:
+        return [
+            RowGroupSizes(group[NUM_ROWS], [_column(chunk[META_DATA]) for chunk in group[COLUMNS]])
+            for group in fields[ROW_GROUPS]
+        ]
+    except (AttributeError, TypeError) as error:
+        raise ValueError("the footer has a field of another kind than its number says") from error
 
 
 def _column(fields: dict[int, Any]) -> ColumnSizes:

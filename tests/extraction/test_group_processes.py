@@ -5,7 +5,7 @@ from pathlib import Path
 
 import group_failures
 import pytest
-from group_failures import fail_in
+from group_failures import fail_a_sum_apart, fail_in, note_in
 
 from chat_logits.extraction import processes
 from chat_logits.extraction.processes import GroupLost, started_group
@@ -31,3 +31,27 @@ def test_after_what_fails_in_all_processes_they_go_on_and_what_fails_in_one_alon
         while time.monotonic() < until:
             fail_in(group, (), "")
             time.sleep(0.1)
+
+
+def test_a_process_that_has_failed_alone_makes_no_more_calls(group, tmp_path):
+    """Over NCCL the first one need not have noticed: its device would take the next call's tensors for the last's."""
+    note_in(group, tmp_path)
+    until = time.monotonic() + 60
+    while not (tmp_path / "1").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    (tmp_path / "1").unlink()
+    assert fail_in(group, (1,), "out of memory") == "done"
+    with pytest.raises(GroupLost, match="process 2 of 2 is out of memory"):
+        while time.monotonic() < until:
+            note_in(group, tmp_path)
+            time.sleep(0.1)
+    assert [file.name for file in tmp_path.iterdir()] == ["0"]
+
+
+def test_processes_that_failed_in_different_places_do_not_go_on(group):
+    said = "^the processes have failed in different places; in the first one: RuntimeError: out of memory"
+    with pytest.raises(GroupLost, match=said):
+        fail_a_sum_apart(group)
+    with pytest.raises(GroupLost, match=said):
+        fail_in(group, (), "")

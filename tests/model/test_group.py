@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,19 @@ def test_a_plan_that_gives_other_logits_is_refused(group, saved):
     in_group.leave_out_a_sum(model)
     with pytest.raises(ToolkitError, match="split over processes, logits differ from those of whole layers"):
         probe_model(model)
+
+
+def test_parts_are_on_their_own_devices_whatever_the_environment_and_torchs_build_say(group, saved, monkeypatch):
+    """Of another launcher, and CUDA, as on a machine without a GPU that has the usual torch."""
+    from transformers.distributed import utils
+
+    asked, bind, built_for = [], utils._bind_local_device, lambda *_: torch.device("cuda")
+    monkeypatch.setattr(utils, "_bind_local_device", lambda *place: asked.append(place) or bind(*place))
+    monkeypatch.setattr(torch._C, "_get_accelerator", built_for)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    loading.load_part(group, saved("llama"))
+    assert asked == [("cpu", 0)]
+    assert os.environ["LOCAL_RANK"] == "7" and torch._C._get_accelerator is built_for
 
 
 def test_what_is_no_safetensors_is_refused(group, saved, tmp_path):

@@ -53,3 +53,17 @@ def test_what_a_column_takes_in_memory_is_never_more_than_is_said(tmp_path, colu
     (group,) = row_group_sizes(read_footer(tmp_path / "x"))
     assert (tmp_path / "x").stat().st_size < 20_000
     assert pq.read_table(tmp_path / "x").nbytes <= group.unpacked < 200 * LONG
+
+
+def test_a_footer_with_any_one_byte_changed_is_read_or_refused(tmp_path):
+    """By every value of every byte; fields are then missing, too long, or of another kind."""
+    pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "x", write_statistics=False, store_schema=False)
+    footer = read_footer(tmp_path / "x")
+    refusals = set()
+    for place, byte in enumerate(footer[4:-8], 4):
+        for other in {*range(256)} - {byte}:
+            try:
+                row_group_sizes(footer[:place] + bytes([other]) + footer[place + 1 :])
+            except (ValueError, LookupError) as error:
+                refusals.add(str(error))
+    assert "the footer has a field of another kind than its number says" in refusals
