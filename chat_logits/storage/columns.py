@@ -49,7 +49,8 @@ class ColumnReader:
                     refuse_bomb(sizes[group], group, shard.path)
                 if remote is not None:
                     remote.fetch([place for group in groups for place in _places(sizes[group], names)])
-                table = file.read_row_groups(groups, columns=list(names))
+                # A thread of Arrow's that lets go of a Python file once Python has ended kills the process.
+                table = file.read_row_groups(groups, columns=list(names), use_threads=remote is None)
             table.validate(full=True)  # texts that are no UTF-8 among it
         if only is None:
             return table
