@@ -72,7 +72,7 @@ def probe_model(model) -> Sharing:
     except ToolkitError:
         raise
     except Exception as error:
-        raise _fails(error) from error
+        raise _fails(model, error) from error
 
 
 def named_windows(config) -> list[int]:
@@ -269,9 +269,11 @@ def _refusal(expected: torch.Tensor, difference: float, limit: float) -> Toolkit
     )
 
 
-def _fails(error: Exception) -> ToolkitError:
+def _fails(model, error: Exception) -> ToolkitError:
     if isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error):
-        return ToolkitError("out of memory with four short conversations; use a smaller `dtype` or another device")
+        others = "more devices (`tensor_parallel`)" if group_of(model) else "several (`tensor_parallel`, `device_map`)"
+        ways = f"a smaller `dtype`, a larger device, or {others}"
+        return ToolkitError(f"model check: out of memory with four short conversations; use {ways}")
     first = str(error).strip().partition("\n")[0]
     return ToolkitError(
         f"model check: the forward pass over token ids alone fails ({type(error).__name__}: {first}). Expected a model "

@@ -219,6 +219,19 @@ def test_a_model_that_sees_ahead_is_refused():
         probe_model(AutoModelForCausalLM.from_config(config).eval())
 
 
+def test_too_little_memory_for_the_check_itself_says_what_else_to_use():
+    model = tiny("llama")
+
+    def too_large(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.model.layers[0].mlp.forward = too_large
+    with pytest.raises(
+        ToolkitError, match=r"^model check: out of memory .* several \(`tensor_parallel`, `device_map`\)$"
+    ):
+        probe_model(model)
+
+
 def test_logits_that_are_not_finite_stop_the_run():
     model = tiny("llama")
     model.lm_head.weight.data[3] = torch.nan
