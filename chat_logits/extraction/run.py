@@ -120,12 +120,10 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
     with stage("Importing torch and transformers"):
         from chat_logits.extraction.shard_computer import ShardComputer
         from chat_logits.model import loading
-        from chat_logits.model.group import refuse_too_many
 
         device = loading.choose_device(config.device)
         if config.tensor_parallel > 1:
-            refuse_too_many(config.tensor_parallel, device)
-            loading.refuse_without_accelerate("tensor_parallel")
+            loading.refuse_parts_here(config.tensor_parallel, device)
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 

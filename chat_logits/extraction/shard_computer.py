@@ -29,7 +29,6 @@ from chat_logits.extraction.processes import started_group
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, probe
 from chat_logits.model.batching import Batches, Sharing
-from chat_logits.model.group import refuse_too_many
 from chat_logits.model.memory import choose_budget, fits_alone
 from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
@@ -147,8 +146,7 @@ class ShardComputer:
 
     def _load_parts(self) -> Any:
         config = self.opened.config
-        refuse_too_many(config.tensor_parallel, self.device)
-        loading.refuse_without_accelerate("tensor_parallel")
+        loading.refuse_parts_here(config.tensor_parallel, self.device)
         group = self._stack.enter_context(started_group(config.tensor_parallel, self.device.type))
         with stage("Loading %s in %d parts", config.model_id, group.size):
             return loading.load_part(

@@ -1,4 +1,4 @@
-"""How many bits a weight has by the configuration of its quantisation, and which weights keep theirs.
+"""How many bits a weight has by the configuration of its quantisation, which weights keep theirs, and their names.
 
 A configuration is a mapping, as ``config.json`` has it under quantization_config. Nothing here needs torch.
 """
@@ -16,6 +16,11 @@ def quantization_of(config) -> dict | None:
     found: Any = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None) or None
     return found.to_dict() if hasattr(found, "to_dict") else found
+
+
+def generic(name: str) -> str:
+    """A module's or parameter's name with * for the number of each layer and expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def is_kept(quantization: Mapping, name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
-from chat_logits.model.group import Group, in_step
+from chat_logits.model.group import Group, in_step, refuse_too_many
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
 from chat_logits.model.parts import choose_split, find_head_part, refuse_unsplit
@@ -252,6 +252,12 @@ def loading_options(
         on_cpu = all(place in HOST for place in limits or _places())
         placement = {"device_map": device_map, "max_memory": limits, "offload_folder": offload_folder}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
+
+
+def refuse_parts_here(size: int, device: torch.device) -> None:
+    """Raise UsageError or ToolkitError where so many processes cannot compute a model on this machine."""
+    refuse_too_many(size, device)
+    refuse_without_accelerate("tensor_parallel")
 
 
 def refuse_without_accelerate(option: str) -> None:

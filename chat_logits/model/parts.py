@@ -12,7 +12,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model.bits import quantization_of
+from chat_logits.model.bits import generic, quantization_of
 from chat_logits.model.group import Group, local
 
 LEAST_TRANSFORMERS = (5, 24)  # with whose plans the results were compared
@@ -135,7 +135,7 @@ def _experts_divide(model, size: int) -> bool:
 def _refuse_packed(model, split: dict[str, str], size: int) -> None:
     """Raise UsageError where halves that lie in one matrix would be cut unevenly."""
     packed = {name: -1 if "rowwise" in style else -2 for name, style in split.items() if "packed" in style}
-    parameters = {re.sub(r"\.\d+(?=\.|$)", ".*", name): each for name, each in model.named_parameters()}
+    parameters = {generic(name): each for name, each in model.named_parameters()}
     for name, dim in packed.items():
         for each in (parameters.get(name), parameters.get(f"{name}.weight")):
             if each is not None and each.shape[dim] % (2 * size):
@@ -148,4 +148,4 @@ def _refuse_packed(model, split: dict[str, str], size: int) -> None:
 
 def _matching(model, names: set[str]) -> list[tuple[str, Any]]:
     """The modules that have one of these names, with * for numbers."""
-    return [each for each in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", each[0]) in names]
+    return [each for each in model.named_modules() if generic(each[0]) in names]

@@ -8,14 +8,13 @@ needs torch before ``quantized_loading``, which is called before any weight is r
 import copy
 import importlib.util
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model.bits import quantization_of
+from chat_logits.model.bits import generic, quantization_of
 from chat_logits.model.limits import load_config
 
 AS_STORED, QUANTIZED, DEQUANTIZED = "as stored", "quantized on loading", "dequantized on loading"
@@ -243,25 +242,30 @@ def _tell_what_stays(model_id: str, model: Any, option: str | None) -> None:
     if numbers and len(stays) == len(numbers):
         raise nothing_quantized(model_id, option)
     if sum(stays.values()) > 0.5 * sum(numbers.values()):
-        largest, kind = max(stays, key=stays.__getitem__), str(model.dtype).removeprefix("torch.")
-        share, generic = 100 * sum(stays.values()) / sum(numbers.values()), re.sub(r"\.\d+\.", ".*.", largest)
+        largest, kind = generic(max(stays, key=stays.__getitem__)), str(model.dtype).removeprefix("torch.")
+        share = 100 * sum(stays.values()) / sum(numbers.values())
         told = "model %s: `quantization` %s is of linear layers alone; %.1f%% of the layers' weights stay in %s, as %s"
-        logger.warning(told, model_id, option, share, kind, generic)
+        logger.warning(told, model_id, option, share, kind, largest)
 
 
 def _numbers_in_layers(model: Any) -> dict[str, int]:
     """How many numbers each parameter has unquantised, but for embeddings and the lm_head."""
-    import torch
-
-    modules, head = list(model.modules()), model.get_output_embeddings()
-    ends = {id(one.weight) for one in [head, *(each for each in modules if isinstance(each, torch.nn.Embedding))]}
+    ends = ends_of(model)
     linear = {
         id(module.weight): module.in_features * module.out_features
-        for module in modules
+        for module in model.modules()
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
     layers = [(name, one) for name, one in model.named_parameters() if id(one) not in ends and not one.is_meta]
     return {name: linear.get(id(one), one.numel()) for name, one in layers}
+
+
+def ends_of(model: Any) -> set[int]:
+    """The lm_head's matrix and those of embeddings, of which a token takes a row, each by its ``id``."""
+    import torch
+
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return {id(one.weight) for one in (model.get_input_embeddings(), model.get_output_embeddings(), *embeddings)}
 
 
 def nothing_quantized(model_id: str, option: str | None) -> ToolkitError:

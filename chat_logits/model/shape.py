@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
-from chat_logits.model.bits import bits_of, is_kept, quantization_of
+from chat_logits.model.bits import bits_of, generic, is_kept, quantization_of
 from chat_logits.model.loading import auto_class_of
 from chat_logits.model.memory import layer_configs
 from chat_logits.model.parts import divide
-from chat_logits.model.quantization import AS_STORED, DEQUANTIZED, QUANTIZED
+from chat_logits.model.quantization import AS_STORED, DEQUANTIZED, QUANTIZED, ends_of
 
 INDEX = "model.safetensors.index.json"
 # What configurations call the number of experts that a token goes to, beside the shared ones.
@@ -200,9 +200,7 @@ class Shape:
 
     @cached_property
     def _ends(self) -> set[int]:
-        """The lm_head's matrix and those of embeddings, of which a token takes a row."""
-        embeddings = [module for module in self.model.modules() if isinstance(module, torch.nn.Embedding)]
-        return {id(one.weight) for one in (self.model.get_input_embeddings(), self.head, *embeddings)}
+        return ends_of(self.model)
 
     def _active_of(self, name: str, weights: torch.Tensor) -> int:
         """Numbers of a parameter that work on a token, in the mean over experts."""
@@ -257,8 +255,8 @@ def _attended(config) -> int:
 
 def _style_of(name: str, styles: dict[str, str]) -> str:
     """The style of a parameter: its own, or its module's."""
-    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-    return styles.get(generic) or styles.get(generic.rsplit(".", 1)[0], "replicate")
+    parameter = generic(name)
+    return styles.get(parameter) or styles.get(parameter.rsplit(".", 1)[0], "replicate")
 
 
 def shape_of(

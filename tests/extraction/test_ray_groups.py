@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_runs import Command, children, command_line, held, is_running, set_for_nodes, workers_of
+from ray_runs import Command, followers_of, held, is_running, set_for_nodes, workers_of
 from runs import SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
@@ -45,11 +45,6 @@ def workers() -> list[int]:
     return workers_of(os.getpid())
 
 
-def others_of(worker: int) -> list[int]:
-    """The processes beside a worker's first."""
-    return [pid for pid in children(worker) if b"extraction.processes" in command_line(pid)]
-
-
 def visible_gpus(pid: int) -> set[bytes]:
     """What a process was started with."""
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -74,27 +69,27 @@ def test_a_worker_that_loses_one_of_its_processes_is_replaced_as_a_whole(flags, 
     run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(out)) > 4)
     assert "Starting 2 workers on Ray, each with 2 processes on 2 GPUs …" in run.said
     one, other = workers()
-    pids = {one, other, *others_of(one), *others_of(other)}
+    pids = {one, other, *followers_of(one), *followers_of(other)}
     assert len(pids) == 4
-    gpus = [visible_gpus(pid) for worker in (one, other) for pid in others_of(worker)]
+    gpus = [visible_gpus(pid) for worker in (one, other) for pid in followers_of(worker)]
     assert [len(each) for each in gpus] == [2, 2] and not gpus[0] & gpus[1]
 
-    os.kill(others_of(one)[0], signal.SIGKILL)
+    os.kill(followers_of(one)[0], signal.SIGKILL)
     run.until(lambda: run.said.count("has its model") == 3)
     lost = (
         "process 2 of 2 was ended by SIGKILL, as the system does where memory is short.\nTo be computed again: source"
     )
     assert lost in run.said and not is_running(one)
     (new,) = set(workers()) - {other}
-    pids |= {new, *others_of(new)}
+    pids |= {new, *followers_of(new)}
     assert len(pids) == 6
 
-    left = set(others_of(other))
+    left = set(followers_of(other))
     os.kill(other, signal.SIGKILL)
     wait_for_end(left)
     run.until(lambda: run.said.count("has its model") == 4)
     (last,) = set(workers()) - {new}
-    pids |= {last, *others_of(last)}
+    pids |= {last, *followers_of(last)}
     assert len(pids) == 8 and len(shards_in(out)) < SHARDS
     gate.touch()
     assert run.wait() == 0, run.said
@@ -116,7 +111,7 @@ def test_ctrl_c_and_the_death_of_the_first_process_end_all_and_the_run_goes_on(
         run = Command([*on_cluster, *more], first=held(tmp_path / "never", batches=8))
         run.until(lambda: len(shards_in(out)) > before + 2)
         (worker,) = workers()
-        pids = {worker, *others_of(worker)}
+        pids = {worker, *followers_of(worker)}
         assert len(pids) == 2
         return run, pids
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import CONVERSATIONS, MODEL, TEMPLATE, run_command
 from lives import Life
+from ray_runs import followers_of, is_running
 from runs import SHARDS, assert_alike, files_in, rows_in, shards_in
 
 import explore_logits
@@ -20,28 +21,6 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.model.parts import choose_split
 
 SPLIT = 5e-5  # nats: what sums in parts change in float32 log-probabilities of about 10
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def followers_of(pid: int) -> set[int]:
-    """The processes of its group that a process has started; others of its children render templates."""
-    return {child for child in children_of(pid) if b"processes" in Path(f"/proc/{child}/cmdline").read_bytes()}
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is such a process; one that has ended and was not waited for is none."""
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def wait_until(condition, life: Life | None = None) -> None:

@@ -114,6 +114,11 @@ def workers_of(pid: int) -> list[int]:
     return [child for child in children(pid) if b"ray::ShardWorker" in command_line(child)]
 
 
+def followers_of(pid: int) -> list[int]:
+    """The processes that compute a model together with one that has started them."""
+    return [child for child in children(pid) if b"extraction.processes" in command_line(child)]
+
+
 def command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -122,6 +127,7 @@ def command_line(pid: int) -> bytes:
 
 
 def is_running(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and was not waited for is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
