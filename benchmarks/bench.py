@@ -17,6 +17,8 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +49,12 @@ SETTINGS = {"K=64 S=16 p=0.98": (64, 16, 0.98), "K=32 S=8 p=0.95": (32, 8, 0.95)
 
 def prepare(conversations: int, system_prompt: str | None = None):
     """The first conversations, opened as the command opens them."""
-    named = {"model_id": MODEL, "dataset_id": DATA, "output_dir": "unused", "system_prompt": system_prompt}
+    named: dict[str, Any] = {
+        "model_id": MODEL,
+        "dataset_id": DATA,
+        "output_dir": "unused",
+        "system_prompt": system_prompt,
+    }
     return run_description.open_run(ExtractConfig(**named, max_samples=conversations))
 
 
@@ -86,7 +93,7 @@ def extraction(model, opened, prefix_cache: bool) -> int:
         watch = DiskWatch(folder.path, opened.reader.num_rows)
         here = ShardComputer(opened, model.device, folder.path, model=model)
         here.sharing = replace(probed(model), prefix=prefix_cache)
-        run = extraction_run.Run(opened, folder, here, None, watch)
+        run = extraction_run.Run(opened, folder, here, None, watch, time.monotonic())
         run.begin_or_resume(None)
         run.compute_missing()
         return sum(entry.num_bytes for entry in folder.entries.values())
@@ -125,9 +132,8 @@ def bench_extraction(model, conversations: int, rounds: int, system_prompt: str 
         times.setdefault("bare forward", []).append(seconds(bare_forward, model, ready))
         if not system_prompt:
             times.setdefault("plain loop", []).append(seconds(plain_loop, model, ready))
-            clock = teacher.select = SelectionClock()
-            times.setdefault("extraction", []).append(seconds(extraction, model, opened, False))
-            teacher.select = clock._select
+            with mock.patch.object(teacher, "select", SelectionClock()) as clock:
+                times.setdefault("extraction", []).append(seconds(extraction, model, opened, False))
             share.append(clock.seconds / times["extraction"][-1])
         cached = seconds(extraction, model, opened, True)
         times.setdefault("extraction, shared prefixes once", []).append(cached)

@@ -20,7 +20,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -113,11 +115,16 @@ class Bench:
 
     folder: Path
     data: Path
-    model: object
+    model: Any
     sharing: Sharing
 
     def open(self, conversations: int, **options):
-        named = {"model_id": str(self.folder), "dataset_id": str(self.data), "output_dir": "unused", "dtype": DTYPE}
+        named: dict[str, Any] = {
+            "model_id": str(self.folder),
+            "dataset_id": str(self.data),
+            "output_dir": "unused",
+            "dtype": DTYPE,
+        }
         return run_description.open_run(ExtractConfig(**named, max_samples=conversations, **options))
 
     def extract(self, opened, folder: Path) -> float:
@@ -125,7 +132,7 @@ class Bench:
         with RunFolder(folder) as run_folder:
             watch = DiskWatch(run_folder.path, opened.reader.num_rows)
             here = ShardComputer(opened, DEVICE, folder, model=self.model, sharing=self.sharing)
-            run = extraction_run.Run(opened, run_folder, here, None, watch)
+            run = extraction_run.Run(opened, run_folder, here, None, watch, time.monotonic())
             run.begin_or_resume(None)
             with mock.patch.object(shard_computer, "run_shards", Clock()) as clock:
                 run.compute_missing()
@@ -192,7 +199,7 @@ def measure_parts(bench: Bench, bandwidth: float) -> None:
         logits = torch.randn(rows, vocabulary, device=DEVICE) * scale
         for given in (logits, logits.bfloat16()):
             needed = given.nbytes / bandwidth
-            took = median(lambda given=given: selection.select(given, tokens, uniforms, settings))
+            took = median(partial(selection.select, given, tokens, uniforms, settings))
             kind = str(given.dtype).removeprefix("torch.")
             tell("selection", f"{rows} rows, {name}, {kind}: {1e3 * took:.2f} ms; one reading {1e3 * needed:.2f} ms")
 
@@ -203,7 +210,7 @@ def bare_forward(model, ready: list, tokens: int) -> None:
     lengths = [len(aligned.input_ids) for aligned in ready]
     for batch in plan_batches(lengths, [0] * len(ready), Budget(tokens, 1)):
         ids = np.zeros((len(batch), lengths[batch[0]]), np.int64)
-        at = [[], []]
+        at: list[list[int]] = [[], []]
         for row, index in enumerate(batch):
             ids[row, : lengths[index]] = ready[index].input_ids
             at[0] += [row] * len(ready[index].positions)
@@ -230,7 +237,9 @@ def bench_shape(bench: Bench, name: str, place: Path, conversations: int, flops:
     work = 2 * read * sum(weights.numel() for weights in decoder.parameters()) + 2 * extracted * head.weight.numel()
     tell(name, "bare forward", f"{read / bare:,.0f} tokens/s", f"{work / bare / flops:.2f} of the card's products")
     ways: dict[str, dict] = {"extraction": {}}
-    if not CUDA:  # beside an accelerator, where it takes more of them, so short a prefix is not cached
+    if CUDA:
+        ways["extraction, 1,024 rows a shard"] = {"rows_per_shard": 1024}
+    else:  # beside an accelerator, where it takes more of them, so short a prefix is not cached
         ways |= {"extraction, no prefix cache": {"prefix_cache": False}, "two workers": {"num_cpu_workers": 2}}
     bench.extract(bench.open(min(conversations, 256)), place / f"{name}-warm")
     for way, options in ways.items():
@@ -242,7 +251,7 @@ def bench_shape(bench: Bench, name: str, place: Path, conversations: int, flops:
         if CUDA:
             peak, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_reserved()
             longest = max(len(aligned.input_ids) for aligned in ready)
-            formula = peak_memory(bench.model, budget, longest, budget.logit_rows, not options)
+            formula = peak_memory(bench.model, budget, longest, budget.logit_rows, options.get("prefix_cache", True))
             tell(name, way, f"peak {peak / GIB:.2f} GiB, formula {formula / GIB:.2f}, reserved {reserved / GIB:.2f}")
     bench_model_thread(bench, name, opened, ready, read, bare)
 
@@ -300,6 +309,7 @@ def agreement(bench: Bench, name: str, dtype: str) -> None:
     manifest = run_description.describe_with_model(opened, model, **_budget(model))
     errors = []
     for members, pending in Batches(model, manifest, bench.sharing).compute(ready):
+        assert pending
         found, start = pending.wait().token_log_probs, 0
         for aligned in members:
             logits = model(torch.from_numpy(aligned.input_ids)[None].to(DEVICE)).logits[0, aligned.positions - 1]
@@ -369,6 +379,7 @@ def main() -> None:
             del bench, model
             if CUDA:
                 torch.cuda.empty_cache()
+        assert first
         name = options.shapes.split(",")[0]
         for dtype in ("float32", DTYPE):
             agreement(first, name, dtype)

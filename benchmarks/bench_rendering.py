@@ -15,6 +15,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -38,10 +39,10 @@ class Here:
 
 def seconds(dataset: Path, renders) -> float:
     render_process.render_process().close()
-    templates.render_process = renders
-    started = time.perf_counter()
-    execute_summary(str(dataset), quiet=True)
-    return time.perf_counter() - started
+    with mock.patch.object(templates, "render_process", renders):
+        started = time.perf_counter()
+        execute_summary(str(dataset), quiet=True)
+        return time.perf_counter() - started
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
         with redirect_stdout(StringIO()):
             assert extract_logits.main([*map(str, flags), "--device", "cpu"]) == 0
         ways = {"apart": render_process.render_process, "here": Here}
-        times = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, renders in ways.items():
                 times[name].append(seconds(out, renders))

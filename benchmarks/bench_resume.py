@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 from bench_scale import MIB, REPO, make_source, resident, timed
 
@@ -36,7 +37,11 @@ def make_model(folder: Path) -> None:
 def config_for(place: Path, rows: int, **more):
     from chat_logits.extraction.config import ExtractConfig
 
-    named = {"model_id": place / "model", "dataset_id": place / str(rows), "output_dir": place / f"run-{rows}"}
+    named: dict[str, Any] = {
+        "model_id": place / "model",
+        "dataset_id": place / str(rows),
+        "output_dir": place / f"run-{rows}",
+    }
     return ExtractConfig(**named, streaming=True, device="cpu", **more)
 
 
@@ -45,6 +50,8 @@ def config_for(place: Path, rows: int, **more):
 
 def write_shards(place: Path, rows: int, count: int) -> dict:
     """Begin the run, and finish its first ``count`` shards; seconds for the books of each alone."""
+    from tqdm import tqdm
+
     from chat_logits.extraction import run as extraction_run
     from chat_logits.extraction.folder import RunFolder
     from chat_logits.extraction.run_description import open_run
@@ -57,7 +64,7 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
         with extraction_run.choose_workers(config)(opened, folder) as here:
             folder.begin(here.describe())
             kept: list = []
-            here.compute(iter([0]), folder.manifest, kept.append, extraction_run.tqdm)
+            here.compute(iter([0]), folder.manifest, kept.append, tqdm)
         row = next(stored_rows(folder, kept[0]))
         for shard in range(count):
             first = shard * ROWS_PER_SHARD
@@ -89,7 +96,8 @@ def plan(place: Path, rows: int, *more: str) -> dict:
     config = config_for(place, rows, check_shards="check_shards" in more)
     with RunFolder(config.folder) as folder:
         opened, recorded = extraction_run.open_or_resume(config, folder, None, config)
-        run = extraction_run.Run(opened, folder, None, None, DiskWatch(folder.path, opened.reader.num_rows))
+        watch = DiskWatch(folder.path, opened.reader.num_rows)
+        run = extraction_run.Run(opened, folder, cast(Any, None), None, watch, begun)
         if recorded:
             run.begin_or_resume(recorded)
         covered = {shard: entry.source_rows for shard, entry in run.finished.items()}

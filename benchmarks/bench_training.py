@@ -28,12 +28,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -98,7 +98,7 @@ class Arm(NamedTuple):
     loss: Callable[..., torch.Tensor]
     read: Setting = FULL
     stored: Setting | None = None
-    options: Mapping[str, object] = MappingProxyType({})  # of training_dataset
+    options: Mapping[str, Any] = MappingProxyType({})  # of training_dataset
 
 
 def _draws(setting: Setting) -> Arm:
@@ -377,14 +377,14 @@ def run(bench: Bench, results: Results) -> None:
     """All that is not finished yet: the first seed's arms, with the gradients behind its oracle, then the other
     seeds'."""
     for arm in bench.options.arms:
-        if ARMS[arm].stored:
-            results.once(f"bytes {arm}", lambda arm=arm: bench.data.bytes_per_token(ARMS[arm].stored))
+        if stored := ARMS[arm].stored:
+            results.once(f"bytes {arm}", partial(bench.data.bytes_per_token, stored))
     for seed in bench.options.seeds:
         for arm in bench.options.arms:
-            results.once(f"{arm} {seed}", lambda arm=arm, seed=seed: bench.train(arm, seed))
+            results.once(f"{arm} {seed}", partial(bench.train, arm, seed))
             if arm == "oracle" and seed == bench.options.seeds[0]:
                 for step in (0, *bench.trained_steps):
-                    results.once(f"gradients {step}", lambda step=step: bench.gradients(step))
+                    results.once(f"gradients {step}", partial(bench.gradients, step))
 
 
 def parsed() -> argparse.Namespace:

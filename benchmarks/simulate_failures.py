@@ -29,10 +29,11 @@ class Simulation:
 
     def __init__(self, durations, workers: int, mtbf=math.inf, restart=180.0, node_size=8, seed=0):
         self.durations, self.mtbf, self.restart = np.asarray(durations, float).tolist(), mtbf, restart
-        self.random, self.sequence, self.events = np.random.default_rng(seed), count(), []
+        self.random, self.sequence = np.random.default_rng(seed), count()
+        self.events: list = []
         self.held: list[list[int]] = [[] for _ in range(workers)]
-        self.began, self.idle, self.retries = [0.0] * workers, set(), deque()
-        self.failed, self.begun = Counter(), Counter()  # times, by shard
+        self.began, self.idle, self.retries = [0.0] * workers, set[int](), deque[int]()
+        self.failed, self.begun = Counter[int](), Counter[int]()  # times, by shard
         self.wall = self.lost = self.away = 0.0
         self.fresh = self.finished = self.given_up = 0
         self.idle_from = math.inf

@@ -15,6 +15,7 @@ BASE = (
     "logit_codec",
     "chat_logits",
     "chat_logits.errors",
+    "chat_logits.helpers",
     "chat_logits.hub",
     "chat_logits.hub_errors",
     "chat_logits.options",

@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-import logit_codec
 from chat_logits.data.aligning import Aligning, start_aligning
 from chat_logits.data.reader import Aligned, Reader
 from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
+from chat_logits.extraction.encoding import Encoded, Encoding, start_encoding
 from chat_logits.extraction.processes import started_group
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
 from chat_logits.model import loading, probe
@@ -34,7 +33,7 @@ from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import write_shard
+from chat_logits.storage.shard import Rows, write_shard
 from chat_logits.storage.shard_list import ShardEntry
 
 BACKLOG = 2  # batches, for each writing thread, whose results wait to be encoded and written
@@ -87,18 +86,20 @@ class ShardComputer:
         folder, one_at_a_time = self.folder, threading.Lock()
         assert folder is not None
 
-        def finish(shard: SourceShard, rows: list[dict]) -> None:
-            bad = [self.opened.reader.bad_row(row["source_index"], row["bad"]) for row in rows if "bad" in row]
-            skipped = sorted([*shard.skipped, *bad], key=lambda entry: entry["row"])
-            rows = sorted((row for row in rows if "bad" not in row), key=lambda row: row["source_index"])
-            stored = {row["source_index"] for row in rows}
-            left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index in stored)
+        def finish(shard: SourceShard, bad: dict[int, str], rows: Rows) -> None:
+            skipped = [*shard.skipped, *(self.opened.reader.bad_row(*row) for row in sorted(bad.items()))]
+            skipped.sort(key=lambda entry: entry["row"])
+            left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index not in bad)
             entry = write_shard(folder, manifest, shard.number, rows, skipped, self.check_place, left_out)
             with one_at_a_time:
                 finished(entry)
 
         reader, workers = self.opened.reader, self._cpu_workers()
-        with closing(start_aligning(reader, workers)) as aligning, ReadWriteThreads(workers) as threads:
+        with (
+            closing(start_aligning(reader, workers)) as aligning,
+            closing(start_encoding(workers)) as encoding,
+            ReadWriteThreads(workers) as threads,
+        ):
             read = threads.read_ahead(reader, aligning, shards, manifest.rows_per_shard)
             first = next(read, None)
             if first is None:
@@ -108,7 +109,8 @@ class ShardComputer:
             settings = replace(manifest, **self._budget(manifest))
             _tell_budget(settings)
             with progress() as bar:
-                run_shards(self.model, settings, self.sharing, itertools.chain([first], read), threads, finish, bar)
+                source = itertools.chain([first], read)
+                run_shards(self.model, settings, self.sharing, source, threads, encoding, finish, bar)
 
     def close(self) -> None:
         """Leave nothing behind of a model in several places, which is of no use afterwards."""
@@ -193,62 +195,48 @@ def run_shards(
     sharing: Sharing,
     shards: Iterable[SourceShard],
     threads: "ReadWriteThreads",
-    finish: Callable[[SourceShard, list[dict]], None],
+    encoding: Encoding,
+    finish: Callable[[SourceShard, dict[int, str], Rows], None],
     bar: tqdm,
 ) -> None:
-    """Compute these shards, and have each finished in a writing thread by ``finish(shard, rows)``.
+    """Compute these shards, and have each finished in a writing thread by ``finish(shard, bad, rows)``.
 
-    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold. Rows
-    are in the order of the batches; one that cannot be computed is ``{"source_index", "bad": reason}``.
+    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold.
+    ``bad`` are the source rows that cannot be computed, and why.
     """
-    batches, started = Batches(model, settings, sharing), time.monotonic()
+    batches, started, fits = Batches(model, settings, sharing), time.monotonic(), fits_alone(model)
     for shard in shards:
-        rows: list[dict] = []
-        encoded = []
-        bar.update(len(shard.skipped))
         fitting: dict[bool, list[Aligned]] = {True: [], False: []}
         for aligned in shard.ready:
-            fitting[fits_alone(model, len(aligned.input_ids), len(aligned.positions))].append(aligned)
-        append_bad(rows, fitting[False], NO_ROOM)
-        bar.update(len(fitting[False]))
+            fitting[fits(len(aligned.input_ids), len(aligned.positions))].append(aligned)
+        too_large, encoded = list(fitting[False]), []
+        bar.update(len(shard.skipped) + len(too_large))
         for members, pending in batches.compute(fitting[True]):
             if pending is None:
-                append_bad(rows, members, NO_ROOM)
+                too_large += members
             else:
-                encoded.append(threads.write(partial(append_rows, rows, members, pending)))
+                encoded.append(threads.write(partial(encode, encoding, members, pending)))
             bar.set_postfix_str(f"{batches.input_tokens / (time.monotonic() - started):,.0f} tokens/s")
             bar.update(len(members))
-        threads.write(partial(finish, shard, rows), encoded)
+        threads.write(partial(_finish, finish, encoding, shard, too_large, encoded), encoded)
     threads.wait_for_writing()
 
 
-def append_rows(rows: list[dict], members: list[Aligned], pending: PendingDistributions) -> None:
-    """Encode a batch, and append its stored rows to those of its shard; bad ones where logits were not finite."""
-    lengths = [len(aligned.positions) for aligned in members]
-    target_ids = np.concatenate([aligned.input_ids[aligned.positions] for aligned in members])
-    encoded = logit_codec.encode_rows(pending.wait(), lengths, target_ids)
-    for aligned, columns in zip(members, encoded, strict=True):
-        if not np.isfinite(columns["logsumexp"]).all():
-            append_bad(rows, [aligned], NOT_FINITE)
-            continue
-        rows.append(
-            {
-                **columns,
-                "messages": aligned.messages,
-                "source_index": aligned.source_index,
-                "alignment_checksum": aligned.alignment.checksum,
-                "tools": aligned.tools,
-            }
-        )
+def encode(encoding: Encoding, members: list[Aligned], pending: PendingDistributions) -> Encoded:
+    """The stored rows of a batch, once its results have arrived."""
+    return encoding.encode(members, pending.wait())
 
 
-def append_bad(rows: list[dict], members: list[Aligned], reason: str) -> None:
-    """Append to a shard's rows that these cannot be computed."""
-    rows += [{"source_index": aligned.source_index, "bad": reason} for aligned in members]
+def _finish(finish: Callable, encoding: Encoding, shard: SourceShard, too_large: list, batches: list[Future]) -> None:
+    encoded = [batch.result() for batch in batches]
+    bad = dict.fromkeys((aligned.source_index for aligned in too_large), NO_ROOM)
+    bad |= dict.fromkeys((row for batch in encoded for row in batch.bad), NOT_FINITE)
+    finish(shard, bad, encoding.rows(encoded))
 
 
 class ReadWriteThreads:
-    """Threads beside the model's: one reads ahead, ``writers`` encode and write, at most ``BACKLOG`` batches behind.
+    """Threads beside the model's: one reads ahead, ``writers`` encode and write or have that done by processes, at most
+    ``BACKLOG`` batches each behind.
 
     What any raises is raised in the caller at its next step. After a failure nothing more is written, so that no
     shard is finished with rows missing; after a failure to read, what was read before is.
@@ -316,12 +304,11 @@ class ReadWriteThreads:
         while self._backlog:
             self._backlog.popleft().result()
 
-    def _unless_stopped(self, task: Callable[[], object], after: Iterable[Future]) -> None:
+    def _unless_stopped(self, task: Callable[[], object], after: Iterable[Future]) -> object:
         try:
             for earlier in after:
                 earlier.result()
-            if not self._stopped:  # which a task before may have found, and done nothing
-                task()
+            return None if self._stopped else task()  # a task before may have found it so, and done nothing
         except BaseException:
             self._stopped = True
             raise

@@ -16,7 +16,7 @@ For a model on several devices, each may need all of it: the decoder's part fall
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,15 +125,20 @@ def peak_parts(model, device_type: str, budget: Budget, longest: int, rows: int,
     )
 
 
-def fits_alone(model, length: int, rows: int) -> bool:
-    """Whether a conversation of ``length`` tokens with ``rows`` extracted ones may be tried in a batch of its own.
+def fits_alone(model) -> Callable[[int, int], bool]:
+    """A test whether a conversation of so many tokens, with so many extracted ones, may be tried in a batch of its own.
 
     On a CPU alone the formula says so, before the system ends the process; other devices refuse what is too much.
     """
     device = input_device(model)
     if device.type != "cpu":
-        return True
-    return peak_memory(model, Budget(length, 1), length, rows, prefix_cache=False) <= _room(model, device)
+        return lambda _length, _rows: True
+    room = _room(model, device) - 2 * largest_fetch(model)
+
+    def fits(length: int, rows: int) -> bool:
+        return sum(peak_parts(model, device.type, Budget(length, 1), length, rows, prefix_cache=False)) <= room
+
+    return fits
 
 
 def _vocabulary(model) -> int:

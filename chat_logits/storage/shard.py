@@ -8,9 +8,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
@@ -54,36 +56,94 @@ class DamagedShard(ToolkitError):
     """A shard that is not what was written: cut, changed, or another run's."""
 
 
+class ShardAround(NamedTuple):
+    """A shard but for its rows: ``skipped`` has "row" and "reason", and of a bad record "place", too; of the marked
+    turns ``turns_left_out`` were not extracted. ``path`` is in the run's folder."""
+
+    path: str
+    fingerprint: str
+    first_row: int
+    skipped: list[dict]
+    turns_left_out: int
+
+
+class Rows(Protocol):
+    """Stored rows, in order, on their way into a shard's file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the file will not exceed."""
+
+    def write(self, file: Path, shard: ShardAround) -> ShardEntry:
+        """Write the shard's file, in a folder that is there."""
+
+
+class TableRows:
+    """Rows in this process, of a table of ``SCHEMA``."""
+
+    def __init__(self, table: pa.Table):
+        self._table = table
+
+    @property
+    def num_bytes(self) -> int:
+        return self._table.nbytes  # uncompressed
+
+    def write(self, file: Path, shard: ShardAround) -> ShardEntry:
+        described = _description(shard, self._table)
+        _write_table(file, self._table, described)
+        return entry_of(shard.path, self._table, described, file.stat().st_size)
+
+
 def write_shard(
     folder: Path,
     manifest: Manifest,
     shard: int,
-    rows: list[dict],
+    rows: list[dict] | Rows,
     skipped: list[dict],
     check_place: Callable[[], None] = lambda: None,
     turns_left_out: int = 0,
 ) -> ShardEntry:
     """Write one finished shard of a run: its stored rows, in order, and which source rows were ``skipped``, and why.
 
-    ``skipped`` has "row" and "reason", and of a bad record "place", too; ``turns_left_out`` are the marked ones.
+    ``skipped`` and ``turns_left_out`` are as in ``ShardAround``.
     ``check_place`` raises where the folder is not the run's: asked before anything is written, and again before the
     shard gets its name. Raises DiskFull where there is no room.
     """
-    relative = shard_path(manifest.split, shard)
-    path, table = folder / relative, _table(rows)
-    with room_or_stop(folder, table.nbytes):  # uncompressed: more than the file will have
-        described = _description(manifest, shard, table, skipped, turns_left_out)
-        with written_whole(path, is_shared=True, check_place=check_place) as temporary:
-            make_folders(folder, Path(relative).parent)
-            _write_table(temporary, table, described)
-            size = temporary.stat().st_size
-    return entry_of(relative, table, described, size)
+    around = ShardAround(
+        shard_path(manifest.split, shard),
+        manifest.fingerprint,
+        shard * manifest.rows_per_shard,
+        skipped,
+        turns_left_out,
+    )
+    given = TableRows(table_from(rows)) if isinstance(rows, list) else rows
+    with (
+        room_or_stop(folder, given.num_bytes),
+        written_whole(folder / around.path, is_shared=True, check_place=check_place) as temporary,
+    ):
+        make_folders(folder, Path(around.path).parent)
+        return given.write(temporary, around)
 
 
-def _table(rows: list[dict]) -> pa.Table:
+def table_from(rows: list[dict]) -> pa.Table:
     """The rows as a table. NumPy joins the numbers, which ``from_pylist`` takes one by one: thirty times as slow."""
     columns = [_column([row[column.name] for row in rows], column.type) for column in SCHEMA]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def table_bytes(rows: list[dict]) -> np.ndarray:
+    """The rows as a table on its way to another process, uint8."""
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, SCHEMA) as writer:
+        writer.write_table(table_from(rows))
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
+def table_of(batches: list[np.ndarray]) -> pa.Table:
+    """The table of rows that come as ``table_bytes``, in the order of their source rows."""
+    tables = [pa.ipc.open_stream(pa.py_buffer(batch)).read_all() for batch in batches]
+    together = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+    return together.take(pc.sort_indices(together["source_index"]))
 
 
 def _column(values: list, kind: pa.DataType) -> pa.Array:
@@ -98,16 +158,15 @@ def is_of_numbers(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type)
 
 
-def _description(manifest: Manifest, shard: int, table: pa.Table, skipped: list[dict], turns_left_out: int) -> dict:
+def _description(shard: ShardAround, table: pa.Table) -> dict:
     """The shard's own metadata, which goes into its footer."""
-    first = shard * manifest.rows_per_shard
     described = {
-        "fingerprint": manifest.fingerprint,
-        "first_row": first,
-        "end_row": first + len(table) + len(skipped),
-        "skipped": skipped,
+        "fingerprint": shard.fingerprint,
+        "first_row": shard.first_row,
+        "end_row": shard.first_row + len(table) + len(shard.skipped),
+        "skipped": shard.skipped,
         "num_rows": len(table),
-        "turns_left_out": turns_left_out,
+        "turns_left_out": shard.turns_left_out,
         "row_crc32": row_checksums(table),
     }
     return {**described, "crc32": zlib.crc32(canonical(described))}

@@ -33,7 +33,7 @@ def processes(reader):
     aligning = AlignProcesses(reader, 2)
     yield aligning
     aligning.close()
-    assert all(process._process.poll() is not None for process in aligning._all)
+    assert all(process.process.poll() is not None for process in aligning.helpers.processes)
 
 
 def test_processes_align_as_the_reader_does(reader, processes):
@@ -65,24 +65,7 @@ def test_what_a_process_raises_arrives(processes):
 
 
 def test_the_death_of_a_process_is_told(reader, processes):
-    for process in processes._all:
-        os.kill(process._process.pid, signal.SIGKILL)
+    for one in processes.helpers.processes:
+        os.kill(one.process.pid, signal.SIGKILL)
     with pytest.raises(ToolkitError, match="a process that aligns conversations ended: -9"):
         processes.submit(*reader.read(35, 40)).result()
-
-
-def test_processes_end_with_their_input(processes):
-    """As it ends when the process that asks is killed."""
-    processes.submit(0, []).result()
-    for process in processes._all:
-        process._process.stdin.close()
-    for process in processes._all:
-        assert process._process.wait(60) == 0
-
-
-def test_ctrl_c_is_not_theirs(reader, processes):
-    processes.submit(0, []).result()
-    asked = [process for process in processes._all if process._reader is None]
-    for process in asked:
-        os.kill(process._process.pid, signal.SIGINT)
-    assert processes.submit(*reader.read(35, 40)).result()[0]

@@ -1,5 +1,6 @@
-"""A run whose rows several processes align and several threads write."""
+"""A run whose rows several processes align, encode and write."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -18,19 +19,71 @@ def test_with_several_workers_a_run_has_the_same_files(flags, quick_run, tmp_pat
 
 def test_after_a_failure_no_shard_is_finished_with_rows_missing(flags, quick_run, tmp_path, monkeypatch):
     """The encoding of one batch fails, while others are encoded and written beside it."""
-    encode, calls = shard_computer.append_rows, iter(range(1_000_000))
+    encode, calls = shard_computer.encode, iter(range(1_000_000))
 
     def failing(*arguments):
         if next(calls) == 25:
             raise MemoryError("no room")
-        encode(*arguments)
+        return encode(*arguments)
 
-    monkeypatch.setattr(shard_computer, "append_rows", failing)
+    monkeypatch.setattr(shard_computer, "encode", failing)
     assert extract_logits.main(flags("out", "--num_cpu_workers", 3)) == 1
-    right = files_in(quick_run)
-    written = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in shards_in(tmp_path / "out")}
-    assert 0 < len(written) < len(shards_in(quick_run))
+    assert 0 < len(shards_in(tmp_path / "out")) < len(shards_in(quick_run))
+    assert_shards_of(tmp_path / "out", quick_run)
+
+
+def test_a_process_that_dies_ends_the_run_which_goes_on_later(flags, quick_run, tmp_path, monkeypatch, capsys):
+    """As the system ends one where memory is short: nothing hangs, and what is written is right."""
+    started = []
+    start = shard_computer.start_encoding
+    monkeypatch.setattr(shard_computer, "start_encoding", lambda count: started.append(start(count)) or started[-1])
+    encode, calls = shard_computer.encode, iter(range(1_000_000))
+
+    def killing(*arguments):
+        if next(calls) == 25:
+            for helper in started[0].helpers.processes:
+                helper.process.kill()
+        return encode(*arguments)
+
+    monkeypatch.setattr(shard_computer, "encode", killing)
+    assert extract_logits.main(flags("out", "--num_cpu_workers", 3)) == 1
+    assert "a process that encodes and writes ended: -9" in capsys.readouterr().err
+    assert_shards_of(tmp_path / "out", quick_run)
+    monkeypatch.undo()
+    assert extract_logits.main(flags("out", "--num_cpu_workers", 2)) == 0
+    assert files_in(tmp_path / "out") == files_in(quick_run)
+
+
+def assert_shards_of(folder, right_folder):
+    """All of the shards in a folder are those of the other, byte for byte, and no other file is among them."""
+    right = files_in(right_folder)
+    written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (folder / "data").rglob("*.*")}
     assert all(right[name] == content for name, content in written.items())
+
+
+def test_bad_rows_are_told_by_processes_as_here(small_model, chat_file, tmp_path, monkeypatch):
+    """Logits that are not finite, of some conversations: skipped with their reason, whoever encodes."""
+    from chat_logits.model import batching
+
+    select = batching.Teacher.distributions
+
+    def spoiling(self, requests, settings):
+        found = select(self, requests, settings)
+        ends = np.cumsum([len(request.positions) for request in requests])
+        for request, end in zip(requests, ends, strict=True):
+            if len(request.positions) % 2:
+                found._tensors["logsumexp"][end - 1] = float("nan")
+        return found
+
+    monkeypatch.setattr(batching.Teacher, "distributions", spoiling)
+    rows = [{"question": f"Say {n}.", "answer": "word " * n} for n in range(1, 30)]
+    for name, workers in (("one", 1), ("three", 3)):
+        options = ("--model_id", small_model, "--dataset_id", chat_file(rows), "--output_dir", tmp_path / name)
+        more = ("--device", "cpu", "--num_cpu_workers", workers, "--rows_per_shard", 10, "--max_bad_rows", 100)
+        assert extract_logits.main([*map(str, (*options, *more))]) == 0
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "three")
+    entries = json.loads((tmp_path / "one" / "shards.json").read_text())
+    assert 0 < sum(sum(entry["bad"].values()) for entry in entries["shards"]) < 29
 
 
 @pytest.mark.parametrize("writers", [1, 4])

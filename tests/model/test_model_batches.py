@@ -124,16 +124,16 @@ def test_an_error_beside_the_model_stops_the_run_with_its_own_message(
 
 def test_a_batch_that_fails_leaves_no_shard_with_rows_missing(small_model, tmp_path, chat_file, monkeypatch, capsys):
     """The last batch of a shard fails in the writing thread, with the shard's end queued behind it."""
-    append, calls = shard_computer.append_rows, []
+    encode, calls = shard_computer.encode, []
 
-    def failing(rows, members, pending):
+    def failing(encoding, members, pending):
         calls.append(members)
         if sum(map(len, calls)) == len(ROWS):
             time.sleep(0.5)
             raise ToolkitError("the model's logits are not finite")
-        append(rows, members, pending)
+        return encode(encoding, members, pending)
 
-    monkeypatch.setattr(shard_computer, "append_rows", failing)
+    monkeypatch.setattr(shard_computer, "encode", failing)
     options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
     assert extract_logits.main([*map(str, options), "--device", "cpu", "--batch_tokens", "100"]) == 1
     assert "not finite" in capsys.readouterr().err

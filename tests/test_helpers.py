@@ -1,0 +1,121 @@
+"""Processes that carry out calls: what they raise and log, and how they end."""
+
+import logging
+import operator
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from chat_logits.errors import ToolkitError
+from chat_logits.helpers import Helpers
+
+
+@pytest.fixture(params=["shared memory", "pipes alone"])
+def helpers(request, monkeypatch):
+    """Two, with arrays in memory that both processes see, and as where the system has none."""
+    if request.param == "pipes alone":
+        monkeypatch.delattr(os, "memfd_create")
+    started = Helpers(2, "counts", operator.call)
+    yield started
+    started.close()
+    assert all(one.process.poll() is not None for one in started.processes)
+
+
+def used(helpers):
+    """Both processes, each after a call."""
+    for _ in helpers.processes:
+        helpers.ask(operator.add, 1, 2)
+    return helpers.processes
+
+
+def test_large_arrays_come_back_as_they_went(helpers):
+    """Growing and shrinking, several at once, whole, in steps, transposed, empty; each answer is there for good."""
+    rng, answers = np.random.default_rng(0), []
+    for rows in (1, 5000, 300, 9000, 0, 40, 9001):
+        numbers = rng.random((rows, 64))
+        for given in (numbers, numbers[::-1, ::2], numbers.astype(np.float32).T):
+            answers.append((given, helpers.ask(np.negative, given)))
+        answers.append((numbers, -helpers.ask(np.concatenate, [numbers[: rows // 3], numbers[rows // 3 :]])))
+    for given, found in answers:
+        np.testing.assert_array_equal(found, -given)
+        assert found.dtype == given.dtype and found.flags.writeable
+
+
+def test_what_is_raised_arrives_and_the_process_lives_on(helpers):
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        helpers.ask(operator.truediv, 1, 0)
+    with pytest.raises(OSError) as raised:
+        helpers.ask(os.mkdir, "/proc/none")
+    assert raised.value.errno is not None and raised.value.filename == "/proc/none"
+    assert helpers.ask(operator.add, 1, 2) == 3
+
+
+def test_an_error_that_cannot_travel_arrives_as_its_words(helpers):
+    with pytest.raises(ToolkitError, match=r"^HostileError: 3 and 4$"):
+        helpers.ask(exec, "class HostileError(Exception):\n    pass\nraise HostileError('3 and 4')")
+
+
+def test_what_cannot_be_asked_or_answered_is_told_and_the_process_lives_on(helpers):
+    with pytest.raises(AttributeError, match="pickle"):
+        helpers.ask(operator.add, 1, lambda: None)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        helpers.ask(eval, "(n for n in ())")
+    assert [helpers.ask(operator.add, 1, 2) for _ in range(4)] == [3] * 4
+
+
+def test_what_the_other_process_cannot_load_is_told():
+    """A function of a module that is not there."""
+    started = Helpers(1, "counts", Unknown())
+    with pytest.raises(ToolkitError, match="a process that counts ended: 1"):
+        started.ask(1)
+    started.close()
+
+
+class Unknown:
+    """Nothing that a process finds: its tests' folder is not on its path."""
+
+    def __call__(self, number):
+        return number
+
+
+def test_what_is_logged_is_logged_once(helpers, caplog):
+    for _ in range(4):  # by both
+        helpers.ask(logging.getLogger("elsewhere").warning, "a template from %s", "another time")
+    assert [record.getMessage() for record in caplog.records] == ["a template from another time"]
+
+
+def test_the_death_of_a_process_is_told(helpers):
+    for one in used(helpers):
+        os.kill(one.process.pid, signal.SIGKILL)
+    with pytest.raises(ToolkitError, match="a process that counts ended: -9"):
+        helpers.ask(operator.add, 1, 2)
+
+
+def test_they_end_with_their_input_whatever_they_do(helpers, tmp_path):
+    """As it ends when the process that asks is killed, here in the middle of a call."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    asking = [threading.Thread(target=ask_in_vain, args=(helpers, place)) for place in places]
+    for thread in asking:
+        thread.start()
+    while not all(place.exists() for place in places):
+        time.sleep(0.01)
+    for one in helpers.processes:
+        one.process.stdin.close()
+    assert [one.process.wait(60) for one in helpers.processes] == [0, 0]
+    for thread in asking:
+        thread.join()
+
+
+def ask_in_vain(helpers, place):
+    with pytest.raises(ToolkitError, match="a process that counts ended: 0"):
+        helpers.ask(exec, f"import pathlib, time\npathlib.Path({str(place)!r}).touch()\ntime.sleep(600)")
+
+
+def test_ctrl_c_is_not_theirs(helpers):
+    for one in used(helpers):
+        os.kill(one.process.pid, signal.SIGINT)
+    assert [helpers.ask(operator.add, 1, 2) for _ in range(4)] == [3] * 4
