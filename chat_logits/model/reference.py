@@ -30,6 +30,24 @@ def plain_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarra
 
 @in_step
 @torch.inference_mode()
+def nudged_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray, seed: int) -> torch.Tensor:
+    """As ``plain_rows``, but with each entry of the embeddings one rounding larger or smaller, by a random sign."""
+    random, step = torch.Generator().manual_seed(seed), torch.finfo(model.dtype).eps
+
+    def nudge(_module, _args, embedded: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, embedded.shape, generator=random) * 2 - 1
+        return embedded * (1 + step * signs).to(embedded)
+
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        with _joined_head(model):
+            return _rows(model, input_ids, sequence, positions)
+    finally:
+        handle.remove()
+
+
+@in_step
+@torch.inference_mode()
 def rows_of_whole_layers(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray) -> torch.Tensor:
     """As ``plain_rows``, by layers that are not split; embedding and lm_head are the model's own."""
     with _joined_head(model), _whole_layers(model) as other:
