@@ -1,16 +1,9 @@
 """A student over stored rows as a page: figures of each breakdown; the tables are the terminal's."""
 
 from chat_logits.display.page import render_page
-from chat_logits.display.student_tables import (
-    breakdowns,
-    error_text,
-    group_columns,
-    left_out_text,
-    looked_at,
-    nats_text,
-    worst_table,
-)
+from chat_logits.display.student_tables import breakdowns, group_columns, left_out_text, looked_at, worst_table
 from chat_logits.training.student_report import StudentGroup, StudentReport
+from chat_logits.words import with_error
 
 
 def student_page(report: StudentReport) -> str:
@@ -24,7 +17,7 @@ def student_page(report: StudentReport) -> str:
         subtitle=f"Forward KL from {report.teacher_id}, by its stored distributions; student in {report.dtype} on "
         f"{report.device}",
         tiles=[
-            ("Forward KL a token", nats_text(whole)),
+            ("Forward KL a token", f"{with_error(whole.kl, whole.error)} nats"),
             ("By the tail's draws", f"{whole.kl_tail:.4f} nats"),
             ("Agreement", f"{whole.agreement:.1%}"),
             ("Conversations", looked_at(report).removesuffix(" conversations").removesuffix(" conversation")),
@@ -58,5 +51,5 @@ def _bar(group: StudentGroup, largest: float) -> dict:
     """Percent of the largest KL: the nucleus' part and, where both add to it, the tail's."""
     whole = max(0.0, group.kl) / largest if largest > 0 else 0.0
     tail = min(whole, max(0.0, group.kl_tail) / largest) if largest > 0 else 0.0
-    words = f"{group.kl:.4f}{error_text(group, ' ± ')} nats, {group.kl_tail:.4f} of them by the tail's draws"
+    words = f"{with_error(group.kl, group.error)} nats, {group.kl_tail:.4f} of them by the tail's draws"
     return {"nucleus": round(100 * (whole - tail), 2), "tail": round(100 * tail, 2), "title": words}

@@ -1,7 +1,5 @@
 """How far a student is from its teacher, by kinds of position: tables for the terminal and for the page."""
 
-import math
-
 from rich.console import Console
 
 from chat_logits.display.tables import (
@@ -17,7 +15,7 @@ from chat_logits.display.tables import (
 )
 from chat_logits.display.text import line_of, quoted, visible
 from chat_logits.training.student_report import StudentConversation, StudentGroup, StudentReport
-from chat_logits.words import count_text
+from chat_logits.words import count_text, error_text, with_error
 
 BAR = 24  # cells
 SPARE = ("", "Conversations", "Of the tail", "Share of KL", "Agreement")
@@ -30,7 +28,7 @@ def print_student(report: StudentReport, console: Console) -> None:
     whole = report.whole
     parts = [
         f"{looked_at(report)}, {count_text(whole.positions, 'target token')}",
-        f"forward KL {nats_text(whole)} a token, {whole.kl_tail:.4f} of it by the tail's draws",
+        f"forward KL {with_error(whole.kl, whole.error)} nats a token, {whole.kl_tail:.4f} of it by the tail's draws",
         f"agreement {whole.agreement:.1%}",
     ]
     print_parts(parts, console)
@@ -69,22 +67,12 @@ def left_out_text(report: StudentReport) -> str:
     return f"Left out: {ends} of turns that were not extracted, so that no distribution is stored for them."
 
 
-def nats_text(group: StudentGroup) -> str:
-    """The mean with its standard error, where there is one."""
-    return f"{group.kl:.4f}{error_text(group, ' ± ')} nats"
-
-
-def error_text(group: StudentGroup, before: str = "") -> str:
-    """The standard error; "" of a single conversation."""
-    return "" if math.isnan(group.error) else f"{before}{group.error:.4f}"
-
-
 def group_columns(groups: list[StudentGroup]) -> list[Column]:
     """The columns of groups, as numbers."""
     return [
         labels("Positions", [group.name for group in groups]),
         numbers("KL, nats", [f"{group.kl:.4f}" for group in groups]),
-        numbers("±", [error_text(group) for group in groups]),
+        numbers("±", [error_text(group.error) for group in groups]),
         numbers("Of the tail", [f"{group.kl_tail:.4f}" for group in groups]),
         numbers("Agreement", [f"{group.agreement:.1%}" for group in groups]),
         numbers("Tokens", [f"{group.positions:,}" for group in groups]),

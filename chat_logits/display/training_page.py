@@ -6,7 +6,7 @@ from typing import Any
 
 from chat_logits.display.page import render_page
 from chat_logits.training.record import TrainingResult
-from chat_logits.words import count_text
+from chat_logits.words import count_text, error_text, with_error
 
 WIDTH, HEIGHT = 420, 270  # units of a figure
 LEFT, TOP, RIGHT, BOTTOM = 46, 12, 16, 40  # units around its curves: room for labels
@@ -43,8 +43,8 @@ def _tiles(result: TrainingResult) -> list[tuple[str, str]]:
     (_, first), (steps, last) = result.points[0], result.points[-1]
     speed = result.tokens_per_second
     return [
-        ("Held-out KL before", f"{first.kl:.4f} ± {first.error:.4f}"),
-        (f"After {steps:,} step{'s' * (steps != 1)}", f"{last.kl:.4f} ± {last.error:.4f}"),
+        ("Held-out KL before", with_error(first.kl, first.error)),
+        (f"After {steps:,} step{'s' * (steps != 1)}", with_error(last.kl, last.error)),
         ("Agreement before", f"{first.agreement:.1%}"),
         ("After", f"{last.agreement:.1%}"),
         ("Held out", f"{count_text(last.conversations, 'conversation')}, {count_text(last.positions, 'token')}"),
@@ -121,7 +121,7 @@ def _settings(result: TrainingResult) -> dict:
 def _measurements(result: TrainingResult) -> dict:
     columns = [(name, True) for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement")]
     rows = [
-        (f"{step:,}", f"{point.kl:.4f}", f"{point.error:.4f}", f"{point.kl_tail:.4f}", f"{point.agreement:.1%}")
+        (f"{step:,}", f"{point.kl:.4f}", error_text(point.error), f"{point.kl_tail:.4f}", f"{point.agreement:.1%}")
         for step, point in result.points
     ]
     return _table("Measured on held-out conversations", columns, rows, 6)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chat_logits.training.distance import Distance
+from chat_logits.words import error_text
 
 BAR = 18  # characters of the largest KL: a line has 80
 
@@ -19,6 +20,6 @@ def print_training(points: Sequence[tuple[int, Distance]], console: Console | No
     table.add_column("")
     for step, point in points:
         bar = "█" * max(1, round(BAR * point.kl / largest))
-        nats = (f"{value:.4f}" for value in (point.kl, point.error, point.kl_tail))
+        nats = f"{point.kl:.4f}", error_text(point.error), f"{point.kl_tail:.4f}"
         table.add_row(f"{step:,}", *nats, f"{point.agreement:.1%}", bar)
     (console or Console()).print(table)

@@ -9,6 +9,9 @@ from chat_logits.storage.disk import refuse_filled
 from chat_logits.training.targets import END_OF_TURN
 
 TAUGHT = "what is taught"
+# In a student's folder: the record, and where transformers writes checkpoints, STATE last into each.
+RECORD, CHECKPOINTS, STATE = "training.json", "checkpoints", "trainer_state.json"
+LOCK = ".lock"  # there while a training runs
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,9 +168,20 @@ class TrainConfig(TaughtOptions):
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
-        if not self.resume:
+        if not self.resume and not _has_learnt_nothing(folder):
             refuse_filled(folder, "output_dir", ", or `resume` to go on there")
 
     @property
     def rate(self) -> float:
         return self.learning_rate or (2e-5 if self.lora_rank is None else 2e-4)
+
+
+def checkpoint_states(folder: Path) -> list[Path]:
+    """The files that transformers has written last into the checkpoints of a student's folder."""
+    return [*(folder / CHECKPOINTS).glob(f"checkpoint-*/{STATE}")]
+
+
+def _has_learnt_nothing(folder: Path) -> bool:
+    """Whether the folder holds nothing but what a training leaves that ended before its first checkpoint."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names <= {RECORD, CHECKPOINTS, LOCK} and not checkpoint_states(folder)

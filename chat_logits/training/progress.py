@@ -4,9 +4,11 @@ import logging
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -15,6 +17,7 @@ from chat_logits.training.distance import Distance
 from chat_logits.training.held_out import held_out
 from chat_logits.training.record import TrainingResult
 from chat_logits.training.student import StudentTrainer
+from chat_logits.words import with_error
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,13 @@ class MeasuringTrainer(StudentTrainer):
         finally:
             self._progress.close()
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Of the rate at each step; transformers' own would spend the first one at 0."""
+        share = partial(rate_share, warm_up=self.args.warmup_steps, steps=num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> torch.Tensor:
         self._tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, *args, **options)
@@ -57,8 +67,8 @@ class MeasuringTrainer(StudentTrainer):
             self._refuse(f"step {step}: the held-out KL is {point.kl}")
         self.result.points.append((step, point))
         self.result.losses = [(one["step"], one["loss"]) for one in self.state.log_history if "loss" in one]
-        figures = (step, point.kl, point.error, 100 * point.agreement)
-        logger.info("Step %d: held-out KL %.4f ± %.4f nats a token, agreement %.1f%%", *figures)
+        figures = (step, with_error(point.kl, point.error), 100 * point.agreement)
+        logger.info("Step %d: held-out KL %s nats a token, agreement %.1f%%", *figures)
         if self.is_world_process_zero():
             self.result.write()
         return point
@@ -79,6 +89,18 @@ class MeasuringTrainer(StudentTrainer):
             f"{found}, and steps from there on would teach nothing. Begin anew with a smaller `learning_rate`, or go "
             "on with it by `resume` from the last checkpoint, if there is one."
         )
+
+
+def rate_share(step: int, warm_up: int, steps: int) -> float:
+    """What share of the learning rate a step has, from 0 on: rising to 1 at step ``warm_up``, then along a cosine to 0,
+    which the step after the last of ``steps`` would have.
+
+    >>> [round(rate_share(step, 2, 6), 2) for step in range(7)]
+    [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 class Progress(TrainerCallback):

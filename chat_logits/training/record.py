@@ -1,17 +1,19 @@
 """What a training has found so far, its record beside the student, and what it is gone on with from."""
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import filelock
+
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.disk import write_text
-from chat_logits.training.config import TrainConfig
+from chat_logits.training.config import CHECKPOINTS, LOCK, RECORD, TrainConfig, checkpoint_states
 from chat_logits.training.distance import Distance
 
-RECORD = "training.json"
-CHECKPOINTS = "checkpoints"
-STATE = "trainer_state.json"  # which transformers writes last into a checkpoint
 # Options by which the same conversations come in the same order, with the same targets, to the same weights.
 SAME = (
     *("held_out", "max_length", "hard_weight", "end_of_turn", "allow_biased"),
@@ -44,7 +46,7 @@ class TrainingResult:
             "config": self.settings(),
             "teacher": self.teacher,
             "tokens_per_second": self.tokens_per_second,
-            "held_out": [{"step": step, **asdict(point)} for step, point in self.points],
+            "held_out": [{"step": step, **_point_as_json(point)} for step, point in self.points],
             "trained_on": [{"step": step, "kl": loss} for step, loss in self.losses],
         }
 
@@ -53,6 +55,39 @@ class TrainingResult:
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps(self.as_json(), indent=2) + "\n")
+
+
+def _point_as_json(point: Distance) -> dict:
+    """JSON has no nan, which the error of a single conversation is."""
+    return {**asdict(point), "error": None if math.isnan(point.error) else point.error}
+
+
+def _point_of(entry: dict) -> Distance:
+    return Distance(**{**entry, "error": math.nan if entry["error"] is None else entry["error"]})
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Within, no other training writes into the folder, which is made. Raises UsageError where one does.
+
+    A folder that is still empty at the end is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UsageError(
+            f"`output_dir` {folder}: another process is training into this folder. Wait for it, stop it, or choose "
+            "another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release(force=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 # --- gone on with ---
@@ -68,7 +103,7 @@ class Checkpoint:
 
 def last_checkpoint(folder: Path) -> Checkpoint:
     """The last whole one in a student's folder. Raises ToolkitError where there is none."""
-    whole = [state.parent for state in (folder / CHECKPOINTS).glob(f"checkpoint-*/{STATE}")]
+    whole = [state.parent for state in checkpoint_states(folder)]
     found = [Checkpoint(path, int(path.name.rpartition("-")[2])) for path in whole]
     if not found:
         raise ToolkitError(f"`resume`: no checkpoint in {folder / CHECKPOINTS}; leave it out to begin anew")
@@ -80,7 +115,7 @@ def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
     file = Path(result.config.output_dir) / RECORD
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        measured = [(entry.pop("step"), Distance(**entry)) for entry in record["held_out"]]
+        measured = [(entry.pop("step"), _point_of(entry)) for entry in record["held_out"]]
         before = record["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from chat_logits.errors import UsageError
 from chat_logits.stages import stage
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.collator import PackingCollator, PaddingCollator, refuse_packing
-from chat_logits.training.config import TrainConfig
+from chat_logits.training.config import CHECKPOINTS, TrainConfig
 from chat_logits.training.dataset import training_dataset
 from chat_logits.training.loading import load_student, student_tokenizer
 from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
-from chat_logits.training.record import CHECKPOINTS, Checkpoint, TrainingResult, go_on, last_checkpoint
+from chat_logits.training.record import Checkpoint, TrainingResult, go_on, last_checkpoint, locked_folder
 from chat_logits.training.stopping import explained_failures, stopping
 from chat_logits.words import count_text
 
@@ -33,9 +34,14 @@ def train(config: TrainConfig) -> TrainingResult:
     Raises UsageError and ToolkitError as ``training_dataset`` and ``load_student``, and where memory or the disk is too
     small; KeyboardInterrupt after a signal, with a checkpoint behind it. Each process of ``torchrun`` calls it.
     """
-    folder, arguments = Path(config.output_dir), _arguments(config)
+    arguments = _arguments(config)
     _leave_words_to_the_first(arguments)
-    result = TrainingResult(config, rank=arguments.process_index)
+    with locked_folder(Path(config.output_dir)) if arguments.process_index == 0 else nullcontext():
+        return _train(config, arguments)
+
+
+def _train(config: TrainConfig, arguments: TrainingArguments) -> TrainingResult:
+    folder, result = Path(config.output_dir), TrainingResult(config, rank=arguments.process_index)
     checkpoint = last_checkpoint(folder) if config.resume else None
     if checkpoint:
         go_on(result, checkpoint)
@@ -91,7 +97,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.rate,
-        lr_scheduler_type="cosine",
         seed=config.seed,
         eval_strategy="steps",
         save_steps=config.save_every,
@@ -112,7 +117,7 @@ def _count_steps(
     if checkpoint and checkpoint.step > steps:
         raise UsageError(f"`max_steps` {steps}: the checkpoint has taken {checkpoint.step}; expected as many or more")
     arguments.max_steps = steps
-    arguments.warmup_steps = math.ceil(WARM_UP * steps)
+    arguments.warmup_steps = int(WARM_UP * steps)
     arguments.eval_steps = config.measure_every or max(1, steps // MEASUREMENTS)
     arguments.logging_steps = max(1, steps // 100)
 

@@ -21,6 +21,7 @@ from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.alignment import RowAligner
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
+from chat_logits.training.record import locked_folder
 from chat_logits.training.student import StudentTrainer
 from chat_logits.training.targets import row_targets
 
@@ -139,6 +140,73 @@ def test_a_student_that_was_trained_and_not_saved_is_saved_by_resuming(run, tmp_
     assert record(tmp_path / "out") == points
     for name, weights in weights_of(tmp_path / "out").items():
         torch.testing.assert_close(weights, expected[name], rtol=0, atol=0)
+
+
+def test_a_single_step_teaches_at_the_whole_rate(run, student, tmp_path):
+    """AdamW's first update is the rate for every weight that has a gradient, whatever its size."""
+    assert run(max_steps=1, learning_rate=1e-3) == 0
+    before, after = weights_of(student), weights_of(tmp_path / "out")
+    moved = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert moved == pytest.approx(1e-3, rel=0.01)
+
+
+def test_rates_rise_then_fall_along_the_cosine_and_none_is_zero(run, tmp_path):
+    """100 steps, three of them of warm-up, by what transformers logs."""
+    assert run("gentle", max_steps=100, save_every=100, measure_every=100, held_out=1, learning_rate=1e-4) == 0
+    state = json.loads((tmp_path / "gentle" / "checkpoints" / "checkpoint-100" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] / 1e-4 for entry in state["log_history"] if "learning_rate" in entry]
+    cosine = [0.5 * (1 + np.cos(np.pi * step / 97)) for step in range(97)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, *cosine], abs=1e-9)
+
+
+@pytest.mark.parametrize("switches", [(), ("--resume",)])
+def test_a_training_that_ended_before_its_first_checkpoint_begins_anew_by_the_same_command(
+    run, tmp_path, monkeypatch, capsys, switches
+):
+    step, calls = StudentTrainer.training_step, []
+
+    def failing(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("the machine is gone")
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StudentTrainer, "training_step", failing)
+        assert run(save_every=500) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"training.json", "checkpoints"}
+    capsys.readouterr()
+    if switches:
+        assert run("out", *switches) == 1
+        assert re.search(r"no checkpoint in .*; leave it out to begin anew", capsys.readouterr().err)
+    assert run() == 0
+    assert run("undisturbed") == 0
+    for name, weights in weights_of(tmp_path / "undisturbed").items():
+        torch.testing.assert_close(weights_of(tmp_path / "out")[name], weights, rtol=0, atol=0)
+
+
+def test_two_trainings_do_not_write_into_one_folder(run, tmp_path, capsys):
+    assert run() == 0
+    with locked_folder(tmp_path / "out"):
+        assert run("out", "--resume", max_steps=12) == 2
+    with locked_folder(tmp_path / "begun"):
+        assert run("begun") == 2
+    assert capsys.readouterr().err.count("another process is training into this folder") == 2
+    assert run("out", "--resume", max_steps=12) == 0 and run("begun") == 0
+
+
+def test_of_a_single_held_out_conversation_no_error_is_told(run, tmp_path, capsys):
+    """None is known: neither table, page nor record has one, and the record is JSON to strict readers."""
+    assert run(held_out=1) == 0 and run("out", "--resume", held_out=1, max_steps=10) == 0
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    record = json.loads((tmp_path / "out" / "training.json").read_text(), parse_constant=refuse)
+    assert [point["step"] for point in record["held_out"]] == list(range(11))
+    assert {point["error"] for point in record["held_out"]} == {None}
+    page, told = (tmp_path / "out" / "training.html").read_text(), capsys.readouterr()
+    assert not [text for text in (page, told.out, told.err) if re.search(r"\bnan\b", text)]
 
 
 def test_other_conversations_than_before_are_not_held_out(run, capsys):
