@@ -21,7 +21,7 @@ from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.record import RECORD, ShardRecord
 from chat_logits.storage.shard import DamagedShard
-from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, shards_text
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shard_list, shards_text
 from chat_logits.storage.shard_reading import check_shard
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
 
 class RunFolder:
     """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the manifest that was in it,
-    ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun.
+    ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun, and
+    ``is_finished`` whether it has come to its end.
 
     ``place`` is how the card's snippets name the dataset (``place_in_code``).
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
@@ -47,6 +48,7 @@ class RunFolder:
         self.entries: dict[int, ShardEntry] = {}
         self.manifest: Manifest
         self.recomputed: set[int] = set()
+        self.is_finished = False
         self._is_described, self._due = True, 0.0
         self._lock = FolderLock(path)
         _check_place(path)
@@ -135,7 +137,7 @@ class RunFolder:
         """
         self._enter()
         self._set_manifest(manifest)
-        self.entries = {}
+        self.entries, self.is_finished = {}, False
         with room_or_stop(self.path):
             if overwrite:
                 self._mark_replaced([repo])
@@ -160,11 +162,20 @@ class RunFolder:
                 self.check_place()
                 leftover.unlink(missing_ok=True)
             self.entries = {entry.shard: entry for entry in self._check_shards() if entry}
+            self.is_finished = self._is_listed_whole()
             for entry in self.entries.values():
                 self._record.note(entry)
             aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
             self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
             self.describe_shards()
+
+    def _is_listed_whole(self) -> bool:
+        """Whether the run had come to its end, and all of its shards are still there."""
+        try:
+            listed, is_finished = read_shard_list(self.path / SHARDS_FILE, str(self.path))
+        except (OSError, ToolkitError):
+            return False
+        return is_finished and {entry.shard for entry in listed} == self.entries.keys()
 
     def _set_manifest(self, manifest: Manifest) -> None:
         self.manifest, self._record = manifest, ShardRecord(self.path, manifest.fingerprint)
@@ -174,7 +185,7 @@ class RunFolder:
 
         They are not each time, where they are long: bringing them up to date takes a twentieth of the time at most.
         """
-        self.entries[entry.shard] = entry
+        self.entries[entry.shard], self.is_finished = entry, False
         self._record.note(entry)
         started = time.monotonic()
         self._is_described = started >= self._due
@@ -195,16 +206,17 @@ class RunFolder:
         """The text of ``shards.json`` and of the card where these are the shards there are."""
         entries = sorted(entries, key=lambda entry: entry.shard)
         return {
-            SHARDS_FILE: shards_text(entries),
-            CARD_FILE: render_card(self.manifest, entries, self._place),
+            SHARDS_FILE: shards_text(entries, self.is_finished),
+            CARD_FILE: render_card(self.manifest, entries, self._place, self.is_finished),
         }
 
     def check_finished(self) -> None:
-        """Bring the files around the shards up to date, and see that each shard that they list is there.
+        """Have the files around the shards say that these are all, and see that each of them is there.
 
         Raises FolderLost, and ToolkitError for a shard that is not there or has another size.
         """
-        if not self._is_described:
+        if not (self._is_described and self.is_finished):
+            self.is_finished = True
             with room_or_stop(self.path):
                 self.describe_shards()
         missing = [entry.path for entry in self.entries.values() if self._size(entry.path) != entry.num_bytes]

@@ -71,7 +71,8 @@ class RemoteRun:
         What its owner has written into the card is left alone.
         """
         listed = list(self._listed(remote, []).values())
-        return self.overwrite or run_state(self.folder.manifest.fingerprint, listed) in remote.card
+        says_all = run_state(self.folder.manifest.fingerprint, listed) in remote.card
+        return self.overwrite or (says_all and remote.is_finished == self.folder.is_finished)
 
     def prepare(self) -> RemoteState:
         """The repository as a commit will find it, made if it is missing. Raises ToolkitError for another run in it."""
@@ -100,7 +101,8 @@ class RemoteRun:
         if self.overwrite:
             self.folder.note_replaced(self.repository.at)
         card = around.get(CARD_FILE, remote.card)
-        self.state = RemoteState(head, manifest=self.folder.manifest, entries=listed, card=card)
+        finished = self.folder.is_finished
+        self.state = RemoteState(head, manifest=self.folder.manifest, entries=listed, card=card, is_finished=finished)
         self._resend -= {entry.shard for entry in chosen}
         self.overwrite = self._is_stale = False
 

@@ -92,6 +92,7 @@ CHOICE = """
 {rows:,} of the rows of another dataset (run {fingerprint:.16}), {why}: FORMAT.md, "Filtered datasets".
 """
 NO_NUMBERS = "The extraction has just begun."
+UNFINISHED = "\n\nThe extraction is not finished: source rows are missing that it is to have."
 
 
 def run_state(fingerprint: str, entries: list[ShardEntry]) -> str:
@@ -109,10 +110,12 @@ def place_in_code(repo_id: str | None = None, branch: str | None = None) -> str:
     return f'"{repo_id or THIS_FOLDER}"{revision}'
 
 
-def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = place_in_code()) -> str:
+def render_card(
+    manifest: Manifest, entries: list[ShardEntry], place: str = place_in_code(), is_finished: bool = True
+) -> str:
     """The card's text where ``entries`` are the shards there are; a run that has just begun has no numbers yet.
 
-    ``place`` is as ``place_in_code`` gives it.
+    ``place`` is as ``place_in_code`` gives it; ``is_finished`` says whether the run has come to its end.
     """
     stated = manifest.licenses or {}
     licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
@@ -120,7 +123,8 @@ def render_card(manifest: Manifest, entries: list[ShardEntry], place: str = plac
     origin = ORIGIN.format(**manifest.thinned_from[-1]) if manifest.thinned_from else ""
     origin += _choice(manifest, entries)
     weights = f" (weights {quantization_text(manifest.quantization)})" if manifest.quantization else ""
-    texts = {"weights": weights, "metadata": metadata, "numbers": _numbers(entries), "place": place, "origin": origin}
+    numbers = _numbers(entries) + ("" if is_finished else UNFINISHED)
+    texts = {"weights": weights, "metadata": metadata, "numbers": numbers, "place": place, "origin": origin}
     return CARD.format(**manifest.as_json(), **licenses, **texts)
 
 

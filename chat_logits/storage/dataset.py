@@ -5,7 +5,9 @@ footer and the one row group that has the row, or one after another where all ro
 """
 
 import difflib
+import functools
 import itertools
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,10 +22,12 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
-from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shard_list
 from chat_logits.storage.shard_reading import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
 from chat_logits.words import count_text
 from logit_codec import ROW_NUMBERS, RowError, validate_row
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[int] | np.ndarray  # numbers of stored rows
 READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read
@@ -219,8 +223,16 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
         raise UsageError(f"`revision` {revision}: {dataset_id} is a local folder, which has no revisions")
     revision = None if is_local else _commit_of(dataset_id, revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
-    shards = read_shards(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
-    return StoredDataset(dataset_id, revision, manifest, shards)
+    shards, is_finished = read_shard_list(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
+    dataset = StoredDataset(dataset_id, revision, manifest, shards)
+    if not is_finished:
+        _tell_unfinished(dataset_id, count_text(dataset.num_rows, "conversation"))
+    return dataset
+
+
+@functools.cache  # once in a process
+def _tell_unfinished(dataset_id: str, rows: str) -> None:
+    logger.warning("%s: its extraction is not finished, %s so far; the same command goes on with it", dataset_id, rows)
 
 
 def _commit_of(dataset_id: str, revision: str | None) -> str:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import UPLOAD
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
-from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shards
+from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, ShardList, read_shard_list
 
 # What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
 DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")
@@ -22,8 +22,8 @@ class RemoteState:
     """A branch as it was seen: its newest commit, its files' paths, and the run that they are of, if any.
 
     ``files`` serve the first commit of a run, and are not kept up after it. ``entries`` are the shards that are listed
-    and there, ``card`` the card's text. ``head`` is None where repository or branch are missing; ``damage`` says why
-    the record of a run cannot be read.
+    and there, ``card`` the card's text; ``is_finished`` is what the list says of the run. ``head`` is None where
+    repository or branch are missing; ``damage`` says why the record of a run cannot be read.
     """
 
     head: str | None
@@ -32,6 +32,7 @@ class RemoteState:
     entries: dict[int, ShardEntry] = field(default_factory=dict)
     card: str = ""
     damage: str = ""
+    is_finished: bool = True
 
     @property
     def fingerprint(self) -> str | None:
@@ -71,7 +72,9 @@ class Repository:
         except ToolkitError as error:
             return RemoteState(head, files, damage=str(error))
         card = self._download(CARD_FILE, head).read_text(encoding="utf-8") if CARD_FILE in files else ""
-        return RemoteState(head, files, manifest, self._entries(files, head), card)
+        listed, is_finished = self._shard_list(files, head)
+        entries = {entry.shard: entry for entry in listed if entry.path in files}
+        return RemoteState(head, files, manifest, entries, card, is_finished=is_finished)
 
     def make(self) -> None:
         """Make repository and branch where they are missing; a branch begins where main began, without main's data."""
@@ -83,13 +86,14 @@ class Repository:
                 self.repo_id, branch=self.branch, revision=first, repo_type="dataset", exist_ok=True
             )
 
-    def _entries(self, files: frozenset[str], head: str) -> dict[int, ShardEntry]:
-        """The shards that are listed and there; none for a list that is damaged: it is made anew."""
+    def _shard_list(self, files: frozenset[str], head: str) -> ShardList:
+        """What is listed; nothing where that is missing or damaged: it is made anew."""
+        if SHARDS_FILE not in files:
+            return ShardList([], False)
         try:
-            listed = read_shards(self._download(SHARDS_FILE, head), self.name) if SHARDS_FILE in files else []
+            return read_shard_list(self._download(SHARDS_FILE, head), self.name)
         except ToolkitError:
-            return {}
-        return {entry.shard: entry for entry in listed if entry.path in files}
+            return ShardList([], False)
 
     def upload(self, name: str, file: Path) -> huggingface_hub.CommitOperationAdd:
         """Send a file without a commit; gives what names it in one, which any process may then make.

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.json_files import SHOWN, canonical, json_text, read_json
@@ -60,14 +60,27 @@ def shard_number(path: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def shards_text(entries: Iterable[ShardEntry]) -> str:
+class ShardList(NamedTuple):
+    """What a ``shards.json`` says: the entries, in order, and whether the run that wrote them came to its end."""
+
+    entries: list[ShardEntry]
+    is_finished: bool
+
+
+def shards_text(entries: Iterable[ShardEntry], is_finished: bool = True) -> str:
     """``shards.json`` as it is written, for these shards in order."""
     shards = [entry.as_json() for entry in entries]
-    return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards))})
+    mark = {} if is_finished else {"unfinished": True}
+    return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards)), **mark})
 
 
 def read_shards(path: Path, place: str) -> list[ShardEntry]:
-    """The entries in a ``shards.json``, in order. Raises ToolkitError where it is not what was written."""
+    """The entries of ``read_shard_list``."""
+    return read_shard_list(path, place).entries
+
+
+def read_shard_list(path: Path, place: str) -> ShardList:
+    """What a ``shards.json`` says. Raises ToolkitError where it is not what was written."""
     name = f"{place}: {SHARDS_FILE}"
     listing = read_json(path, name)
     shards = listing.get("shards")
@@ -80,7 +93,7 @@ def read_shards(path: Path, place: str) -> list[ShardEntry]:
     for one, following in itertools.pairwise(entries):
         if one.shard >= following.shard:
             raise ToolkitError(f"{name} lists {following.path} after {one.path}, expected each once, in order")
-    return entries
+    return ShardList(entries, listing.get("unfinished") is not True)
 
 
 def _is_entry(shard: object) -> bool:

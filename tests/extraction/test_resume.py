@@ -283,6 +283,36 @@ def another_day() -> None:
     templates.datetime = type("module", (), {"date": Later})
 
 
+# --- not finished yet ---
+
+
+def test_a_run_that_is_not_finished_says_so_to_its_readers(flags, undisturbed, tmp_path, caplog):
+    out, life = tmp_path / "begun", Life(flags("begun"), tmp_path / "begun.log")
+    wait_for(lambda: len(shards_in(out)) >= 4, life)
+    life.kill()
+    life.wait()
+    begun = open_dataset(str(out))
+    told = f"{out}: its extraction is not finished, {begun.num_rows} conversations so far; the same command goes on"
+    assert told in caplog.text
+    open_dataset(str(out))
+    assert caplog.text.count("not finished") == 1  # once in a process
+    assert "The extraction is not finished" in (out / "README.md").read_text()
+    caplog.clear()
+    assert extract_logits.main(flags("begun")) == 0
+    assert open_dataset(str(out)).num_rows > begun.num_rows and "not finished" not in caplog.text
+    assert files_in(out) == undisturbed
+
+
+def test_a_finished_run_stays_finished_where_the_command_is_given_again_and_stopped(undisturbed, tmp_path):
+    with RunFolder(tmp_path / "undisturbed") as folder:
+        folder.resume(folder.recorded)
+    assert files_in(tmp_path / "undisturbed") == undisturbed
+    shards_in(tmp_path / "undisturbed")[3].unlink()
+    with RunFolder(tmp_path / "undisturbed") as folder:
+        folder.resume(folder.recorded)
+    assert json.loads((tmp_path / "undisturbed" / "shards.json").read_text())["unfinished"] is True
+
+
 # --- signals ---
 
 
