@@ -170,11 +170,15 @@ def command_words(option: Option, value: Any) -> list[str]:
 
     >>> command_words(Option("top_k", int, 64, ""), 8)
     ['--top_k', '8']
+    >>> command_words(Option("max_bad_rows", float, 0.01, ""), 30.0)
+    ['--max_bad_rows', '30']
     """
     if option.kind is bool:
         return [f"--{option.name}" if value else f"--{NO}{option.name}"]
     if option.kind is tuple:
         return [f"--{option.name}", *value]
+    if option.kind is float and float(value).is_integer():
+        value = int(value)
     text = json.dumps(value, ensure_ascii=False) if option.kind is dict else str(value)
     return [f"--{option.name}={text}"] if text.startswith("-") else [f"--{option.name}", text]
 
