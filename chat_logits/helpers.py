@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -86,7 +87,12 @@ class SharedMemory:
 
     @classmethod
     def new(cls) -> "SharedMemory":
-        return cls(os.memfd_create("chat_logits") if hasattr(os, "memfd_create") else None)
+        """One of this process, which keeps it as long as a thread may be using it."""
+        if not hasattr(os, "memfd_create"):
+            return cls(None)
+        shared = cls(os.memfd_create("chat_logits"))
+        weakref.finalize(shared, os.close, shared.descriptor)
+        return shared
 
     def put(self, value: Any) -> Pickled:
         """What gives the value in the other process, once; arrays of the value before are overwritten."""
@@ -121,11 +127,6 @@ class SharedMemory:
         if size > len(self._bytes):
             self._bytes = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)  # type: ignore[arg-type]
         return [self._bytes[begin:end] for begin, end in spans]
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
 
 
 class _Process:
@@ -162,8 +163,6 @@ class _Process:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._there.close()
-        self._back.close()
 
 
 # --- in the process ---

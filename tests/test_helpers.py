@@ -1,11 +1,13 @@
 """Processes that carry out calls: what they raise and log, and how they end."""
 
+import gc
 import logging
 import operator
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +45,19 @@ def test_large_arrays_come_back_as_they_went(helpers):
     for given, found in answers:
         np.testing.assert_array_equal(found, -given)
         assert found.dtype == given.dtype and found.flags.writeable
+
+
+def test_no_memory_is_left_open():
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(3):
+        started = Helpers(2, "counts", operator.call)
+        started.ask(np.negative, np.ones(100_000))
+        started.close()
+        for one in started.processes:
+            one.process.stdin.close(), one.process.stdout.close()
+        del started, one
+    gc.collect()
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 def test_what_is_raised_arrives_and_the_process_lives_on(helpers):
