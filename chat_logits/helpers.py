@@ -90,8 +90,9 @@ class SharedMemory:
         """One of this process, which keeps it as long as a thread may be using it."""
         if not hasattr(os, "memfd_create"):
             return cls(None)
-        shared = cls(os.memfd_create("chat_logits"))
-        weakref.finalize(shared, os.close, shared.descriptor)
+        descriptor = os.memfd_create("chat_logits")
+        shared = cls(descriptor)
+        weakref.finalize(shared, os.close, descriptor)
         return shared
 
     def put(self, value: Any) -> Pickled:
