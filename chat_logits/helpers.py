@@ -107,10 +107,10 @@ class SharedMemory:
             return not is_apart
 
         pickled = pickle.dumps(value, PROTOCOL, buffer_callback=stays)
-        ends = np.cumsum([-(-len(array) // ALIGNED) * ALIGNED for array in apart], dtype=int)
-        spans = [(int(end) - len(array), int(end)) for array, end in zip(apart, ends, strict=True)]
-        if apart and ends[-1] > len(self._bytes):
-            os.ftruncate(self.descriptor, ends[-1])  # type: ignore[arg-type]
+        begins = np.cumsum([0, *(-(-len(array) // ALIGNED) * ALIGNED for array in apart)]).tolist()
+        spans = [(begin, begin + len(array)) for begin, array in zip(begins, apart, strict=False)]
+        if begins[-1] > len(self._bytes):
+            os.ftruncate(self.descriptor, begins[-1])  # type: ignore[arg-type]
         for array, there in zip(apart, self._at(spans), strict=True):
             there[:] = array
         return Pickled(pickled, spans)

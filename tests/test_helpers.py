@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from chat_logits.errors import ToolkitError
-from chat_logits.helpers import Helpers
+from chat_logits.helpers import Helpers, SharedMemory
 
 
 @pytest.fixture(params=["shared memory", "pipes alone"])
@@ -45,6 +45,16 @@ def test_large_arrays_come_back_as_they_went(helpers):
     for given, found in answers:
         np.testing.assert_array_equal(found, -given)
         assert found.dtype == given.dtype and found.flags.writeable
+
+
+def test_arrays_that_lie_apart_are_aligned_for_their_numbers():
+    """Whatever the sizes of those before them; one of 65,537 bytes is followed by another's first."""
+    there = SharedMemory.new()
+    arrays = [np.arange(65_537, dtype=np.uint8), np.arange(9_000.0), np.arange(40_001, dtype=np.int32), np.ones(9_000)]
+    taken = SharedMemory(there.descriptor).take(there.put(arrays))
+    for one, other in zip(taken, arrays, strict=True):
+        assert one.flags.aligned and one.ctypes.data % 64 == 0 and not np.shares_memory(one, other)
+        np.testing.assert_array_equal(one, other)
 
 
 def test_no_memory_is_left_open():
