@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SPOKEN = ("role", "content", "from", "value")  # who says what; what is no text there is refused
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
+NO_ANSWER = "no assistant turn"
 WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # one of them does
 
 
@@ -68,7 +69,7 @@ def to_conversation(
     messages = [_message(_with_calls(message, template_words), template_roles) for message in messages]
     messages = _with_system(messages, row.get(columns.get("system")), system_prompt, template_roles, tell)
     if not any(message["role"] == "assistant" for message in messages):
-        raise NothingToExtract("no assistant turn")
+        raise NothingToExtract(NO_ANSWER)
     return messages
 
 

@@ -7,6 +7,7 @@ from chat_logits.data.conversations import ConversationError, NothingToExtract
 from chat_logits.data.templates import TemplateError
 
 MARKS = ("weight", "train", "loss")
+ALL_LEFT_OUT = f"every answer is marked not to be trained on ({', '.join(MARKS)})"
 
 
 def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> frozenset[int]:
@@ -20,7 +21,7 @@ def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> fr
     if not marked:
         return marked
     if len(marked) == len(answers):
-        raise NothingToExtract(f"every answer is marked not to be trained on ({', '.join(MARKS)})")
+        raise NothingToExtract(ALL_LEFT_OUT)
     if len(spans) != len(answers):
         raise TemplateError(
             f"answers are marked not to be trained on, but the chat template has {len(spans)} turns for {len(answers)}"

@@ -12,13 +12,15 @@ from chat_logits.data.alignment import Aligner, Alignment
 from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import (
+    NO_ANSWER,
     ConversationError,
     NothingToExtract,
     TellOnce,
     to_conversation,
     to_stored,
 )
-from chat_logits.data.roles import leaves_trace, roles_named_in, words_of
+from chat_logits.data.marks import ALL_LEFT_OUT
+from chat_logits.data.roles import refuse_vanished, roles_named_in, words_of
 from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
 from chat_logits.data.templates import (
     THREE_WAYS,
@@ -30,7 +32,7 @@ from chat_logits.data.templates import (
 )
 from chat_logits.data.text_rows import BadRow
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
-from chat_logits.data.tools import called_names, missing_name, shows_calls, shows_tools, to_stored_tools, to_tools
+from chat_logits.data.tools import refuse_vanished_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.stages import stage
 from chat_logits.words import count_text
@@ -38,7 +40,7 @@ from chat_logits.words import count_text
 logger = logging.getLogger(__name__)
 
 TOLD = 10  # bad rows that are named in the log
-DEFINITIONS, CALLS = "definitions of tools", "calls of tools"  # among the roles that are shown, which have no spaces
+MOST_FIRST_ROWS = 4096  # are looked at for one to extract, where those before are merely not wanted
 NO_MASK = "no token to extract: the assistant mask is empty"
 
 
@@ -76,7 +78,7 @@ class Reader:
     num_rows: int | None
     first_ready: list[Aligned] = field(default_factory=list)
     first_skipped: list[dict] = field(default_factory=list)
-    _shown: dict[str, bool | None] = field(default_factory=dict, repr=False)  # roles, by ``leaves_trace``
+    _shown: dict[str, bool | None] = field(default_factory=dict, repr=False)  # roles and tools
     _told: list[int] = field(default_factory=list, repr=False)  # bad rows
 
     @property
@@ -88,14 +90,19 @@ class Reader:
     def _num_first(self) -> int:
         return len(self.first_ready) + len(self.first_skipped)
 
-    def align(self, first: int, end: int) -> tuple[list[Aligned], list[dict]]:
+    @property
+    def too_long(self) -> str:
+        """Why a conversation of more tokens than ``max_length`` is skipped."""
+        return f"longer than {self.max_length} tokens"
+
+    def align(self, first: int, end: int, is_proof: bool = False) -> tuple[list[Aligned], list[dict]]:
         """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``,
         bad records with their "place".
 
-        Together they are fewer than asked for only where the rows end. Raises PrefixError where the prefixes of one of
-        the ``FIRST_ROWS`` do not nest; such rows are skipped further on.
+        Together they are fewer than asked for only where the rows end. Rows whose prefixes do not nest are skipped;
+        where these rows are the proof that others can be extracted, they raise PrefixError.
         """
-        return self.complete(first, end, *self.align_rows(*self.read(first, end)))
+        return self.complete(first, end, *self.align_rows(*self.read(first, end), is_proof))
 
     def read(self, first: int, end: int) -> tuple[int, list[dict | BadRow]]:
         """Those of the source rows ``first`` up to ``end`` that were not aligned when the reader was opened: the first
@@ -112,23 +119,22 @@ class Reader:
         skipped_at_first = [entry for entry in self.first_skipped if first <= entry["row"] < end]
         return at_first + ready, skipped_at_first + self._placed(skipped)
 
-    def align_rows(self, first: int, rows: list) -> tuple[list[Aligned], list[dict]]:
+    def align_rows(self, first: int, rows: list, is_proof: bool = False) -> tuple[list[Aligned], list[dict]]:
         """As ``align``, for the source's ``rows`` from ``first`` on; their texts are tokenized together.
 
         The source itself is not looked at: bad records have no place yet.
         """
-        stored, rendered, skipped = {}, {}, []
+        template, stored, rendered, skipped = self.choice.template, {}, {}, []
         for index, row in enumerate(rows, start=first):
             try:
                 conversation, tools = self.convert(_readable(row))
                 text, spans = self.choice.render(conversation, tools)
-                self._refuse_vanished(conversation, text)
-                self._refuse_vanished_calls(conversation, tools, text)
-                self._refuse_vanished_tools(conversation, tools or self.choice.template.kwargs.get("tools"), text)
+                refuse_vanished(conversation, tools, text, template, self._shown)
+                refuse_vanished_tools(conversation, tools, text, template, self._shown)
                 rendered[index] = self.aligner.marked(conversation, text, spans)
                 stored[index] = to_stored(conversation), to_stored_tools(tools)
             except (ConversationError, TemplateError) as error:
-                if isinstance(error, PrefixError) and index < FIRST_ROWS:
+                if isinstance(error, PrefixError) and is_proof:
                     raise
                 is_bad = isinstance(error, ConversationError) and not isinstance(error, NothingToExtract)
                 skipped.append({"row": index, "reason": str(error)} | ({"place": None} if is_bad else {}))
@@ -155,50 +161,10 @@ class Reader:
             logger.warning("Further bad rows are counted, and named in the shards alone")
         return {"row": row, "reason": reason, "place": place}
 
-    def _refuse_vanished(self, conversation: list[dict], text: str) -> None:
-        """Raise TemplateError where the template shows nothing of a message, so that no answer is scored without
-        its question."""
-        for message in conversation:
-            role, content = message["role"], (message.get("content") or "").strip()
-            if role == "assistant" or not content:
-                continue
-            if role not in self._shown:
-                self._shown[role] = leaves_trace(role, self.choice.template.text_or_none)
-            is_shown = self._shown[role]
-            if not is_shown and (is_shown is False or content not in text):
-                raise TemplateError(f"a turn of role {role!r}, of which the chat template shows nothing")
-
-    def _refuse_vanished_calls(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
-        """Raise TemplateError where the template shows nothing of a call, without which its answer means nothing."""
-        names = called_names(conversation)
-        if not names:
-            return
-        asked = f"{CALLS} with definitions" if tools else CALLS
-        if asked not in self._shown:
-            self._shown[asked] = shows_calls(self.choice.template.with_tools(tools).text_or_none)
-        if self._shown[asked] is False or any(name not in text for name in names):
-            raise TemplateError("a call of a tool, of which the chat template shows nothing")
-
-    def _refuse_vanished_tools(self, conversation: list[dict], tools: list[dict] | None, text: str) -> None:
-        """Raise TemplateError where the template shows nothing of a tool, so that no answer is scored without the
-        tools that it was written with."""
-        if not tools:
-            return
-        template = self.choice.template.with_tools(tools)
-        if DEFINITIONS not in self._shown:
-            self._shown[DEFINITIONS] = shows_tools(template.text_or_none)
-        are_shown = self._shown[DEFINITIONS]
-        if are_shown is None:
-            are_shown = template.text_or_none(conversation, tools=None) != text
-        if not are_shown:
-            raise TemplateError("tools, of which the chat template shows nothing (`tools_column` '' for none)")
-        if (name := missing_name(tools, text)) is not None:
-            raise TemplateError(f"a tool {name!r:.60}, which the chat template does not show")
-
     def _refuse(self, alignment: Alignment) -> str | None:
         """Why an aligned conversation is skipped, None where it is not."""
         if self.max_length and len(alignment.input_ids) > self.max_length:
-            return f"longer than {self.max_length} tokens"
+            return self.too_long
         if alignment.input_ids.max(initial=0) >= self.vocab_size:
             return f"a token beyond the model's {self.vocab_size} embeddings"
         return None if len(alignment.positions) else NO_MASK
@@ -255,7 +221,7 @@ def open_reader(
         num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
     )
     with stage("Aligning the first conversations"):
-        return _proven(reader)
+        return _proven(reader, limits.positions)
 
 
 def _converter(
@@ -306,23 +272,48 @@ def _first_conversations(source: SourceDataset, convert: Callable) -> tuple[list
     return conversations, their_tools
 
 
-def _proven(reader: Reader) -> Reader:
-    """The reader with its first source rows, aligned.
+def _proven(reader: Reader, positions: int | None) -> Reader:
+    """The reader with its first source rows, aligned: ``FIRST_ROWS``, and while all are merely not wanted, more.
 
-    Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has anything to extract.
+    ``positions`` are the model's. Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has
+    anything to extract.
     """
-    ready, skipped = reader.align(0, FIRST_ROWS)
+    ready, skipped = reader.align(0, FIRST_ROWS, is_proof=True)
+    unwanted = {reader.too_long, NO_ANSWER, ALL_LEFT_OUT}
+    while not ready and len(skipped) < MOST_FIRST_ROWS and all(entry["reason"] in unwanted for entry in skipped):
+        first = len(skipped)
+        if first == FIRST_ROWS:
+            logger.info("None of the first %d rows is wanted (%s): looking further", first, _listed(skipped))
+        ready, more = reader.align(first, first + FIRST_ROWS, is_proof=True)
+        skipped += more
+        if not ready and not more:
+            break
     if not ready:
-        reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
-        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
-        advice = f"\n{THREE_WAYS}" if any(entry["reason"] == NO_MASK for entry in skipped) else ""
-        if any(entry["reason"].startswith("tools") for entry in skipped) and "tools" in reader.columns:
-            advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
-        first = count_text(len(skipped), "conversation")
-        raise ToolkitError(f"nothing to extract in the first {first} ({listed}).{advice}")
+        raise _nothing_to_extract(reader, skipped, positions)
     if reader.aligner.keep_end_of_turn and not any(one.alignment.turn_ends for one in ready):
         raise UsageError(
             f"`keep_end_of_turn`: no special token ends an answer of the first {len(ready)} conversations; expected "
             "one within its turn, or right behind it. Leave the option out."
         )
     return replace(reader, first_ready=ready, first_skipped=skipped)
+
+
+def _nothing_to_extract(reader: Reader, skipped: list[dict], positions: int | None) -> ToolkitError:
+    """The error for first rows that are all skipped, with what to do about the reasons."""
+    reasons, advice = {entry["reason"] for entry in skipped}, ""
+    if NO_MASK in reasons:
+        advice += f"\n{THREE_WAYS}"
+    if reader.too_long in reasons and reader.max_length == positions:
+        advice += f"\nThe model has {positions} positions; expected conversations that fit into them."
+    elif reader.too_long in reasons:
+        advice += "\nThose that are too long: a larger `max_length` takes them in."
+    if "tools" in reader.columns and any(reason.startswith("tools") for reason in reasons):
+        advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
+    first = count_text(len(skipped), "conversation")
+    return ToolkitError(f"nothing to extract in the first {first} ({_listed(skipped)}).{advice}")
+
+
+def _listed(skipped: list[dict]) -> str:
+    """The two most frequent reasons, with their counts."""
+    reasons = Counter(entry["reason"] for entry in skipped).most_common(2)
+    return "; ".join(f"{count:,} × {reason}" for reason, count in reasons)

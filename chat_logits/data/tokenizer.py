@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
 from functools import cache
 
-from chat_logits.data.tokenizer_files import refuse_rebuilt
+from chat_logits.data.tokenizer_files import GENERIC, generic_class, is_rebuilt, refuse_rebuilt
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
 from logit_codec import MAX_TOKEN_ID
+
+logger = logging.getLogger(__name__)
 
 THINK_TAGS = ("<think>", "</think>")
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -21,7 +24,8 @@ def load_tokenizer(
 ):
     """A fast tokenizer from a Hub id or local folder.
 
-    Raises ToolkitError where there is none, or where it gives other ids than the ``tokenizer.json`` beside it.
+    Raises ToolkitError where there is none, or where it gives other ids than the ``tokenizer.json`` beside it. Where
+    ``tokenizer_config.json`` names the class that takes that file as it stands, it is taken so.
     """
     # The library's threads would compete with the model's, and each process forked afterwards prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,7 +41,24 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
     if not gguf_file and type(tokenizer).__module__.startswith("transformers."):  # what code does on purpose is its own
-        refuse_rebuilt(tokenizer, tokenizer_id, revision)
+        return _as_its_file(tokenizer, tokenizer_id, revision)
+    return tokenizer
+
+
+def _as_its_file(tokenizer, tokenizer_id: str, revision: str | None):
+    """The tokenizer, or that of the generic class where ``tokenizer_config.json`` names it and transformers has taken
+    another, as it does for some types of models whatever is named, and this one gives other ids.
+
+    Raises ToolkitError where ids still differ.
+    """
+    named = generic_class(tokenizer_id, revision)
+    if named and type(tokenizer).__name__ not in GENERIC and is_rebuilt(tokenizer, tokenizer_id, revision):
+        from transformers import PreTrainedTokenizerFast
+
+        taken = type(tokenizer).__name__
+        logger.info("Tokenizer: %s, as tokenizer_config.json names; transformers' %s gives other ids", named, taken)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_id, revision=revision)
+    refuse_rebuilt(tokenizer, tokenizer_id, revision)
     return tokenizer
 
 

@@ -26,6 +26,8 @@ PROBES = (
     *("東京都に行く。", "１２ＡＢ", "🙂 👩🏽‍🚀", "zero\u200bwidth\u00a0space", "\x00\x1b[31m"),
     *("def f(x):\n    return x**2  # \t", "for (i=0;i<10;++i){a[i]+=0x1F;}", "https://example.org/?q=1&r=%20"),
 )
+# Names of the class of transformers that takes tokenizer.json as it stands.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -92,14 +94,42 @@ def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | No
         return None
 
 
-def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
-    """Raise ToolkitError where a transformers tokenizer gives a text of ``PROBES`` other ids than its own file does.
+def generic_class(source: str, commit: str | None = None) -> str | None:
+    """The class of ``GENERIC`` that ``tokenizer_config.json`` names, None where it names another or is not at hand."""
+    file = _file(source, commit, "tokenizer_config.json")
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file else None
+    return named if named in GENERIC else None
 
-    A tokenizer without a ``tokenizer.json`` at hand is what it is.
+
+def is_rebuilt(tokenizer, source: str, commit: str | None = None) -> bool:
+    """Whether a transformers tokenizer gives a text of ``PROBES`` other ids than its own ``tokenizer.json`` does.
+
+    A tokenizer without that file at hand is what it is.
     """
+    return _first_difference(tokenizer, source, commit) is not None
+
+
+def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
+    """Raise ToolkitError where ``is_rebuilt``, with the way to have what the file says."""
+    difference = _first_difference(tokenizer, source, commit)
+    if difference is None:
+        return
+    text, found, expected = difference
+    named, where = generic_class(source, commit), "" if Path(source).is_dir() else "in a copy of the repository, "
+    advice = f'{where}give tokenizer_config.json the "tokenizer_class" {GENERIC[0]}.'
+    if named:
+        advice = f"{where}take out of tokenizer_config.json, which names {named} already, what else changes ids."
+    raise ToolkitError(
+        f"tokenizer of {source}: {type(tokenizer).__name__} of transformers makes {text!r} into {found}, the "
+        f"file tokenizer.json into {expected}. The file's is right where its model was trained with it: {advice}"
+    )
+
+
+def _first_difference(tokenizer, source: str, commit: str | None) -> tuple[str, list[int], list[int]] | None:
+    """The first of ``PROBES`` that a tokenizer and its file differ in, with the ids of both."""
     file = _file(source, commit, "tokenizer.json")
     if file is None:
-        return
+        return None
     own = Tokenizer.from_file(str(file))
     own.no_truncation()
     own.no_padding()
@@ -107,11 +137,8 @@ def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
         expected = own.encode(text, add_special_tokens=False).ids
         found = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != expected:
-            raise ToolkitError(
-                f"tokenizer of {source}: {type(tokenizer).__name__} of transformers makes {text!r} into {found}, the "
-                f"file tokenizer.json into {expected}. The file's is right where its model was trained with it: give "
-                'tokenizer_config.json the "tokenizer_class" PreTrainedTokenizerFast.'
-            )
+            return text, found, expected
+    return None
 
 
 def _file(source: str, commit: str | None, name: str) -> Path | None:

@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable
 
 from chat_logits.data.conversations import ConversationError, without_nulls
+from chat_logits.data.templates import ChatTemplate, TemplateError
 from chat_logits.errors import ToolkitError
 
+DEFINITIONS, CALLS = "definitions of tools", "calls of tools"  # among the roles that are shown, which have no spaces
 SENTINEL = "xq7_seldom_3vk"
 PROBED: dict = {
     "type": "function",
@@ -90,6 +92,48 @@ def from_stored_tools(text: str | None) -> list[dict] | None:
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
         raise ToolkitError(f"column tools: found {text:.40}, expected null or a list of objects")
     return tools
+
+
+def refuse_vanished_tools(
+    conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
+) -> None:
+    """Raise TemplateError where the template, whose ``text`` this is, shows nothing of a call, without which its answer
+    means nothing, or of a tool, so that no answer is scored without the tools that it was written with.
+
+    ``tools`` are the conversation's own. ``shown`` keeps what is known of calls and definitions.
+    """
+    _refuse_vanished_calls(conversation, tools, text, template, shown)
+    _refuse_vanished_definitions(conversation, tools or template.kwargs.get("tools"), text, template, shown)
+
+
+def _refuse_vanished_calls(
+    conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
+) -> None:
+    names = called_names(conversation)
+    if not names:
+        return
+    asked = f"{CALLS} with definitions" if tools else CALLS
+    if asked not in shown:
+        shown[asked] = shows_calls(template.with_tools(tools).text_or_none)
+    if shown[asked] is False or any(name not in text for name in names):
+        raise TemplateError("a call of a tool, of which the chat template shows nothing")
+
+
+def _refuse_vanished_definitions(
+    conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
+) -> None:
+    if not tools:
+        return
+    template = template.with_tools(tools)
+    if DEFINITIONS not in shown:
+        shown[DEFINITIONS] = shows_tools(template.text_or_none)
+    are_shown = shown[DEFINITIONS]
+    if are_shown is None:
+        are_shown = template.text_or_none(conversation, tools=None) != text
+    if not are_shown:
+        raise TemplateError("tools, of which the chat template shows nothing (`tools_column` '' for none)")
+    if (name := missing_name(tools, text)) is not None:
+        raise TemplateError(f"a tool {name!r:.60}, which the chat template does not show")
 
 
 def shows_tools(render: Callable[..., str | None]) -> bool | None:

@@ -1,6 +1,7 @@
 """A tokenizer from its files alone against transformers' own: ids, offsets, texts, special tokens, fingerprint."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -94,14 +95,16 @@ def test_bytes_have_the_characters_of_byte_level_bpe():
 # --- tokenizers that transformers rebuilds ---
 
 
-def folder_of(tmp_path, tokenizer_class: str, change=None):
-    """SmolLM2's tokenizer with another class of transformers named beside it, and a change of its own form."""
+def folder_of(tmp_path, tokenizer_class: str | None, change=None):
+    """SmolLM2's tokenizer with another class of transformers, or none, named beside it, and a change of its form."""
     form = json.loads((MODEL / "tokenizer.json").read_text(encoding="utf-8"))
     if change:
         change(form)
     (tmp_path / "tokenizer.json").write_text(json.dumps(form), encoding="utf-8")
     config = json.loads((MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
-    content = json.dumps({**config, "tokenizer_class": tokenizer_class})
+    named = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    config.pop("tokenizer_class")
+    content = json.dumps({**config, **named})
     (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
     return str(tmp_path)
 
@@ -140,10 +143,70 @@ def test_a_tokenizer_that_keeps_to_its_file_is_loaded(tmp_path, tokenizer_class)
     assert all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text).ids for text in PROBES)
 
 
-def test_the_way_out_that_the_message_names_is_one(tmp_path):
-    with pytest.raises(ToolkitError, match='"tokenizer_class" PreTrainedTokenizerFast'):
-        load_tokenizer(folder_of(tmp_path, "Qwen2Tokenizer"))
-    assert load_tokenizer(folder_of(tmp_path, "PreTrainedTokenizerFast"))
+ADVICE = re.compile(r'give (\S+) the "(\w+)" (\w+)\.$')
+# transformers takes its own class for models of types qwen2 and qwen3_5, whatever is named.
+CASES = [(None, "Qwen2Tokenizer"), ("llama", "Qwen2Tokenizer"), ("qwen2", "Qwen2Tokenizer"), ("qwen2", None)]
+CASES += [("qwen3_5", "Qwen2Tokenizer")]
+
+
+@pytest.mark.parametrize(("model_type", "tokenizer_class"), CASES)
+def test_the_way_out_that_the_message_names_is_one(tmp_path, model_type, tokenizer_class):
+    """Taken word by word, beside a model whose type transformers has a class of its own for, and beside others."""
+    folder = folder_of(tmp_path, tokenizer_class)
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    with pytest.raises(ToolkitError) as raised:
+        load_tokenizer(folder)
+    file, key, name = ADVICE.search(str(raised.value)).groups()
+    config = json.loads((tmp_path / file).read_text(encoding="utf-8"))
+    (tmp_path / file).write_text(json.dumps({**config, key: name}), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text).ids for text in PROBES)
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(read_tokenizer(folder))
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_what_is_named_is_taken_where_transformers_takes_another(tmp_path, caplog, named):
+    caplog.set_level("INFO", logger="chat_logits")
+    folder = folder_of(tmp_path, named)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    assert type(AutoTokenizer.from_pretrained(folder)).__name__ == "Qwen2Tokenizer"
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(PROBES[1]) == Tokenizer.from_file(f"{folder}/tokenizer.json").encode(PROBES[1]).ids
+    assert tokenizer.decode(tokenizer.encode(PROBES[1])) == PROBES[1]
+    told = f"Tokenizer: {named}, as tokenizer_config.json names; transformers' Qwen2Tokenizer gives other ids"
+    assert caplog.messages == [told]
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_tokenizer_of_the_class_that_transformers_takes_stays_what_it_was(tmp_path, caplog, named):
+    """A file that Qwen2Tokenizer itself has written; the class is taken, whatever is named, and nothing is told."""
+    caplog.set_level("INFO", logger="chat_logits")
+    rebuilt = AutoTokenizer.from_pretrained(folder_of(tmp_path, "Qwen2Tokenizer"))
+    rebuilt.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer" and not caplog.messages
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", [None, "qwen2"])
+def test_other_entries_that_change_ids_are_told_of_where_the_class_is_named_already(tmp_path, model_type):
+    added = {"content": "tab\tand", "special": False, "lstrip": False, "rstrip": False, "single_word": False}
+    folder = folder_of(tmp_path, "PreTrainedTokenizerFast")
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "added_tokens_decoder": {"49152": {**added, "normalized": False}}}))
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    way_out = "take out of tokenizer_config.json, which names PreTrainedTokenizerFast already, what else changes ids"
+    with pytest.raises(ToolkitError, match=way_out):
+        load_tokenizer(folder)
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert load_tokenizer(folder)
 
 
 def test_reading_takes_the_file_or_refuses_it_as_extraction_does(tmp_path, real_extraction):
