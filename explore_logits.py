@@ -10,6 +10,7 @@ decode a stored row by hand.
 
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from chat_logits.analysis.budget import BUDGET_ROWS, measure_budget
@@ -37,7 +38,7 @@ from chat_logits.display.results import (
     ShownVerification,
     shown,
 )
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.stages import stage
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.dataset import open_for_student
@@ -79,6 +80,7 @@ def execute_analysis(
     ``tokenizer_id`` says where the recorded tokenizer lies now; with ``trust_remote_code`` it may run code of its own.
     ``top_n``, ``show_prompt`` and ``only`` are as in ``Analysis``. Raises ToolkitError, with what to do about it.
     """
+    _check_counts(top_n=top_n, **({} if only is None or callable(only) else {"only": only}))
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     conversation = Conversation(logits, logits.dataset.row_number(sample_index))
     return _printed(conversation.analyze(top_n, show_prompt=show_prompt, only=only), quiet)
@@ -118,6 +120,8 @@ def execute_comparison(
     in bits per byte over the spans that both tokenizations bound. With a ``sample_index`` one conversation, the
     ``only`` tokens or spans furthest apart; without, all of them. ``top_n`` is for one tokenizer, None for 5.
     """
+    given = {"top_n": top_n, "only": only}
+    _check_counts(**{name: count for name, count in given.items() if count is not None})
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     if sample_index is None:
         return _printed(logits.compare(compare, compare_revision, compare_tokenizer_id), quiet)
@@ -232,6 +236,13 @@ def browse_dataset(
         named = (compare, compare_revision, compare_tokenizer_id, trust_remote_code)
         other, other_tokenizer = open_beside(dataset, *named)
     browse(dataset, tokenizer, other, other_tokenizer, chat_template, port, not no_open)
+
+
+def _check_counts(**counts: object) -> None:
+    """Raise UsageError for one that is no whole number of 1 or more."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise UsageError(f"`{name}` {count!r}: expected a whole number, 1 or more")
 
 
 def _printed(result, quiet: bool):

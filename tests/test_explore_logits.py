@@ -15,9 +15,9 @@ from conftest import MODEL, REPO, TEMPLATE, make_tiny_model, run_command
 import explore_logits
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED
 from chat_logits.data.alignment import AlignmentError
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
-from explore_logits import analyze_token_probabilities, execute_analysis, unpack_indices
+from explore_logits import analyze_token_probabilities, execute_analysis, execute_comparison, unpack_indices
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,20 @@ def test_wrong_use_ends_in_a_line(real_extraction, capsys, options, status, word
     assert explore_logits.main(["--logit_dataset_id", str(real_extraction), *options]) == status
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("wrong", ["3", 0, 2.0, True, None])
+def test_numbers_from_python_are_checked_as_those_of_the_command(real_extraction, wrong):
+    message = re.escape(f"`top_n` {wrong!r}: expected a whole number, 1 or more")
+    with pytest.raises(UsageError, match=message):
+        execute_analysis(str(real_extraction), top_n=wrong)
+    if wrong is not None:
+        with pytest.raises(UsageError, match=message):
+            execute_comparison(str(real_extraction), str(real_extraction), 0, top_n=wrong)
+        with pytest.raises(UsageError, match=message.replace("top_n", "only")):
+            execute_analysis(str(real_extraction), only=wrong)
+    found = execute_analysis(str(real_extraction), top_n=np.int64(2), quiet=True)
+    assert max(len(token.predictions) for token in found) == 2
 
 
 def test_debug_shows_the_traceback(real_extraction, capsys):

@@ -36,9 +36,15 @@ from chat_logits.data.alignment import Alignment, RowAligner, align_row
 from chat_logits.data.conversations import question_of
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import Rows, StoredDataset
+from chat_logits.storage.json_files import SHOWN, canonical
 from chat_logits.words import count_text
 
 LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
+# Keys of extraction.json that decide which tokens a conversation has and which of them are extracted
+DECIDE_TOKENS = (
+    *("keep_end_of_turn", "all_turns", "skipped_token_ids", "chat_template", "tools_template", "template_kwargs"),
+    *("template_date", "system_prompt", "columns", "dataset_config", "split", "dataset_revision"),
+)
 Watch = Callable[[Iterable, int], Iterator]
 
 
@@ -144,7 +150,7 @@ def _same_conversation(first: StoredDataset, other: StoredDataset, sample_index:
     if not has_same_tokens(row, other_row):
         raise ToolkitError(
             f"{other.dataset_id}: source row {row['source_index']} has other tokens there than in {first.dataset_id}; "
-            "expected the same conversation, template and skipped tokens"
+            f"{_why_other_tokens(first, other)}"
         )
     return row, other_index, other_row
 
@@ -181,6 +187,25 @@ def row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int,
 def has_same_tokens(row: dict, other_row: dict) -> bool:
     """Whether two rows are about the same input ids and the same extracted tokens, by their checksums."""
     return all(row[name] == other_row[name] for name in ("alignment_checksum", "num_tokens"))
+
+
+def _why_other_tokens(first: StoredDataset, other: StoredDataset) -> str:
+    """How the runs differ in what decides the tokens, and what to do about it."""
+    differences = run_differences(first.manifest, other.manifest)
+    deciding = [each for each in differences if each.key.partition(".")[0] in DECIDE_TOKENS]
+    if not deciding:
+        return "expected the same conversations, extracted with the same template"
+    deciding.sort(key=lambda each: DECIDE_TOKENS.index(each.key.partition(".")[0]))
+    return (
+        f"their runs differ in {', '.join(map(_difference_text, deciding))}. "
+        "Extract one of them again with the options of the other."
+    )
+
+
+def _difference_text(difference: RunDifference) -> str:
+    """The key, and both values where they are short; an extraction.json without the key has null."""
+    values = [canonical(value).decode() for value in (difference.first, difference.other)]
+    return f"{difference.key} ({' and '.join(values)})" if max(map(len, values)) <= SHOWN else difference.key
 
 
 def source_of(dataset: StoredDataset) -> Source:
@@ -267,10 +292,11 @@ def compare_datasets(
         else:
             num_different += 1
     if not tally.num_conversations:
+        in_both = f"{count_text(num_different, 'source row')} in both" + ", with other tokens" * (num_different > 0)
+        expected = "expected datasets extracted from the same source"
         raise ToolkitError(
-            f"{first.dataset_id} and {other.dataset_id} share no conversation "
-            f"({count_text(num_different, 'source row')} in both, with other tokens); expected datasets extracted "
-            "from the same source with the same template"
+            f"{first.dataset_id} and {other.dataset_id} share no conversation ({in_both}); "
+            f"{_why_other_tokens(first, other) if num_different else expected}"
         )
     return tally.comparison(first, other, num_different, counts, rows is not None)
 

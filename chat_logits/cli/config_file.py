@@ -7,8 +7,12 @@ from typing import Any
 
 import yaml
 
+from chat_logits.cli.parser import CommonOptions
 from chat_logits.errors import UsageError
-from chat_logits.options import Config, options_of
+from chat_logits.options import Config, Option, options_of
+
+# Options of the commands that are no part of a run
+COMMAND_LINE_ALONE = {"config", "preview", "plan", "plan_for", *options_of(CommonOptions)}
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,25 @@ def _parse(path: str) -> yaml.Node | None:
 def _read(where: str, name: str, node: yaml.Node, kind: type[Config]) -> Any:
     options = options_of(kind)
     if name not in options:
-        near = difflib.get_close_matches(name.replace("-", "_"), options, 1)
-        raise UsageError(f"{where}: {name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UsageError(f"{where}: {name}: {_unknown(name.replace('-', '_'), options)}")
     try:
-        return options[name].check(_value(node))
+        return _checked(options[name], _value(node))
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).replace('`', '')}") from error
     except (yaml.YAMLError, ValueError) as error:  # a date that is none, say
         raise UsageError(f"{where}: {name}: {getattr(error, 'problem', error)}") from error
+
+
+def _unknown(name: str, options: dict[str, Option]) -> str:
+    if name in COMMAND_LINE_ALONE:
+        return f"for the command line alone; give it there, as --{name}"
+    near = difflib.get_close_matches(name, options, 1)
+    return "no such option" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _checked(one: Option, value: Any) -> Any:
+    """The checked value. YAML 1.1 takes some numbers for texts, such as 1e-1: these are read as typed."""
+    return one.read(value) if isinstance(value, str) and one.kind in (int, float) else one.check(value)
 
 
 def _value(node: yaml.Node) -> Any:

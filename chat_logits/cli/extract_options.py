@@ -21,7 +21,7 @@ class ExtractOptions(CommonOptions):
 
     config: str | None = option(
         None,
-        help="YAML file with any of these options by name, such as top_k: 64; those given here win",
+        help="YAML file with a run's options by name, such as top_k: 64; those given here win",
         unset="none",
         metavar="FILE",
     )

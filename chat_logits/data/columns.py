@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from chat_logits.errors import UsageError
 
-# In the order they are looked for; a `reference_answer` beside `answer` is a grader's column, never the response.
+# Of which a source may have one; a `reference_answer` beside `answer` is a grader's column, never the response.
 FORMATS = (
     {"messages": "messages"},
     {"messages": "conversations"},

@@ -59,7 +59,8 @@ class ExtractConfig(SourceConfig, ModelConfig):
     )
     num_sampled: int = option(
         16,
-        help="tokens sampled from outside the nucleus, a position",
+        help="tokens sampled from outside the nucleus, a position; rows with 0 are refused for training unless "
+        "allow_biased is given, and for measuring a student",
         group=EXTRACTED,
         metavar="S",
         least=0,

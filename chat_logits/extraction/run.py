@@ -87,6 +87,11 @@ def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
 
 def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
     started = time.monotonic()
+    if not config.num_sampled:
+        logger.warning(
+            "Without draws from the tail (`num_sampled` 0) estimates from the rows are biased: a student is taught by "
+            "them only with `allow_biased`, and not measured."
+        )
     with stage("Looking for the model %s and the dataset %s", config.model_id, config.dataset_id):
         located = locate(config, _to_resume(config, folder))  # before anything heavy is imported
     workers_of = choose_workers(located)

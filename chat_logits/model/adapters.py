@@ -26,17 +26,9 @@ def find_base(model_id: str, revision: str | None = None, gguf_file: str | None 
     UsageError for an adapter that cannot be merged as it is given, ToolkitError where it names no base or peft is
     missing.
     """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        file = find_adapter_config_file(model_id, revision=revision)
-        config = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
-    except Exception as error:
-        raise explain_loading(error, f"model {model_id}: its adapter_config.json") from error
+    config = _adapter_config(model_id, revision)
     if config is None:
         return None
-    if not isinstance(config, dict):
-        raise ToolkitError(f"model {model_id}: its adapter_config.json is no JSON object")
     base = config.get("base_model_name_or_path")
     if gguf_file:
         raise UsageError(f"model {model_id}: an adapter (adapter_config.json), which goes into no GGUF file; merge it.")
@@ -50,6 +42,26 @@ def find_base(model_id: str, revision: str | None = None, gguf_file: str | None 
     if not isinstance(base, str) or base == model_id:
         raise ToolkitError(f"model {model_id}: its adapter_config.json names no base model (base_model_name_or_path)")
     return Base(base, config.get("revision"))
+
+
+def _adapter_config(model_id: str, revision: str | None) -> dict | None:
+    """What is in the model's ``adapter_config.json``, None without one. Raises ToolkitError for a damaged one, and
+    where the model is not there."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(model_id, revision=revision)
+    except Exception as error:
+        raise explain_loading(error, f"model {model_id}") from error
+    if file is None:
+        return None
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ToolkitError(f"model {model_id}: its adapter_config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ToolkitError(f"model {model_id}: its adapter_config.json is no JSON object")
+    return config
 
 
 def merge(model, model_id: str, revision: str | None):

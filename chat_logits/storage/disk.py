@@ -1,15 +1,17 @@
 """The disk: files that are there whole or not at all, and room for them: what a run needs, and its end without any."""
 
 import errno
+import glob
 import logging
 import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from chat_logits.errors import ToolkitError, UsageError
@@ -84,21 +86,51 @@ def refuse_filled(folder: Path, option: str, otherwise: str = "") -> None:
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """Within, a hidden folder to write in, which then gets the name ``folder``, of none or an empty one; where that
-    fails, it is removed. Raises ToolkitError where the disk refuses, or has no room."""
-    place = folder.absolute()
-    building = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    fails, it is removed, and so are first those that killed processes have left. Raises ToolkitError where the disk
+    refuses, or has no room."""
     try:
-        building.mkdir(parents=True)
-        yield building
-        if folder.is_dir():
-            folder.rmdir()  # refused where it was filled meanwhile
-        building.rename(folder)
+        with _locked_building(folder.absolute()) as building:
+            yield building
+            if folder.is_dir():
+                folder.rmdir()  # refused where it was filled meanwhile
+            building.rename(folder)
     except DiskFull as error:
         raise ToolkitError(f"{folder}: no room for it. Free some, or name a folder on another disk.") from error
     except OSError as error:
         raise ToolkitError(f"{folder}: it cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _locked_building(place: Path) -> Iterator[Path]:
+    """A new hidden folder beside ``place``, removed at the end. The lock beside it is held as long as it is there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(place)
+    building = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    lock = _lock_of(building)
+    with filelock.FileLock(lock, thread_local=False):  # whichever thread ends the context
+        try:
+            building.mkdir()
+            yield building
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Folders that were to become ``place``, of dead processes: nobody holds their locks."""
+    for folder in place.parent.glob(f".{glob.escape(place.name)}.{'[0-9a-f]' * 8}.tmp"):
+        lock = _lock_of(folder)
+        with suppress(OSError, filelock.Timeout):  # in use, or somebody else's
+            if lock.exists():
+                with filelock.FileLock(lock, timeout=0):
+                    if folder.exists():  # or its process has just finished
+                        shutil.rmtree(folder)
+                        logger.info("Removed %s, which a process that was killed has left.", folder)
+                    lock.unlink(missing_ok=True)
+
+
+def _lock_of(building: Path) -> Path:
+    return building.with_suffix(".lock")
 
 
 def make_folders(root: Path, inner: Path) -> None:

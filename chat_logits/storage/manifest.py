@@ -53,6 +53,9 @@ IF_PRESENT = ("base_revision", "quantization", "keep_end_of_turn", "thinned_from
 ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
 # Of each dataset that a filtered one has its rows from: the condition that they fulfil, or their numbers there
 CHOICE_KEYS = {"fingerprint": str, "condition": str | None, "rows": list | None}
+# What each revision is of
+ID_OF = {"model_revision": "model_id", "dataset_revision": "dataset_id"}
+CONTENT_HASH, REVISION_SHOWN = 64, 10  # characters: of a SHA-256 in hex, where a commit has 40; of both in a message
 # How the weights came to have fewer bits, and the configuration of it
 QUANTIZATION_KEYS = {"weights": str, "config": dict}
 LEAST = {"tensor_parallel": 2, "top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
@@ -188,10 +191,16 @@ class Manifest(RunInputs):
         keys = [key for key in (*FINGERPRINT_KEYS, *IF_PRESENT) if hasattr(wanted, key)]
         here = {key: getattr(wanted, key) for key in keys} | more
         return [
-            f"{key}: {describe_difference(getattr(self, key), value)}"
+            f"{key}: {self._difference(key, value, wanted)}"
             for key, value in here.items()
             if canonical(getattr(self, key)) != canonical(value)
         ]
+
+    def _difference(self, key: str, value: object, wanted: RunInputs) -> str:
+        there = getattr(self, key)
+        if key not in ID_OF:
+            return describe_difference(there, value)
+        return describe_revisions(getattr(self, ID_OF[key]), getattr(wanted, ID_OF[key]), there, str(value))
 
 
 KEYS = {item.name: item.type for item in fields(Manifest) if item.name != "others"}
@@ -291,6 +300,20 @@ def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError
     return UsageError(
         f"{place}: holds another run ({reasons}). Choose another {kind}, or replace that run with `overwrite`."
     )
+
+
+def describe_revisions(there: str, here: str, revision_there: str, revision_here: str) -> str:
+    """Two revisions of models or sources, with their ids.
+
+    >>> describe_revisions("user/a", "user/b", "0123456789abcdef", "89abcdef01234567")
+    'user/a at 0123456789 there, user/b at 89abcdef01 here'
+    """
+    short_there, short_here = (revision[:REVISION_SHOWN] for revision in (revision_there, revision_here))
+    if there != here:
+        return f"{there} at {short_there} there, {here} at {short_here} here"
+    if len(revision_there) == len(revision_here) == CONTENT_HASH:
+        return f"the files of {here} have changed, {short_there} there, {short_here} here"
+    return f"{here} at {short_there} there, at {short_here} here"
 
 
 def describe_difference(there: object, here: object) -> str:

@@ -150,5 +150,5 @@ def _no_draws() -> UsageError:
     return UsageError(
         "the dataset has no draws from the tail (`num_sampled` 0), so a student would be taught that the tail is "
         "impossible: at K = 64 its held-out KL ended 0.145 nats above the whole distribution's, against 0.002 with "
-        "16 draws. Extract with `num_sampled` 16, or pass allow_biased=True."
+        "16 draws. Extract with `num_sampled` 16, or give `allow_biased`."
     )

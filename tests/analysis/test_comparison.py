@@ -10,6 +10,8 @@ import pytest
 import torch
 from plain_decoder import decode_position
 
+import explore_logits
+import extract_logits
 from chat_logits.analysis.comparison import compare_analyses, compare_datasets
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
 from chat_logits.analysis.row import RowNumbers
@@ -214,9 +216,40 @@ def test_nothing_shared_is_an_error(real_extraction, other_extraction, rows, tmp
         copied(real_extraction, tmp_path / "a", [row for row, _ in rows[:16]]),
         copied(other_extraction, tmp_path / "b", [row for _, row in rows[16:]]),
     )
-    with pytest.raises(ToolkitError, match="share no conversation") as error:
+    with pytest.raises(ToolkitError, match=r"no conversation \(0 source rows in both\); expected") as error:
         compare_datasets(*halves, smollm2[1])
     assert error.value.exit_status == 1
+
+
+def test_what_decides_the_tokens_and_differs_is_named(quick_run, flags, tmp_path, capsys):
+    """Runs that differ in which tokens they have extracted: with ends of turns, and without a token."""
+    again = "Extract one of them again with the options of the other.\n"
+    kept = "their runs differ in keep_end_of_turn (null and true). " + again
+    assert extract_logits.main(flags("kept", "--keep_end_of_turn")) == 0
+    capsys.readouterr()
+    assert explore_logits.main([str(quick_run), "--compare", str(tmp_path / "kept")]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"share no conversation (160 source rows in both, with other tokens); {kept}")
+    compared = [str(quick_run), "--compare", str(tmp_path / "kept"), "--sample_index", "1"]
+    assert explore_logits.main(compared) == 1
+    assert capsys.readouterr().err.endswith(f"has other tokens there than in {quick_run}; {kept}")
+
+
+def test_only_what_decides_the_tokens_is_named(both, rows, other_extraction, smollm2, tmp_path):
+    changed = [{**row, "alignment_checksum": row["alignment_checksum"] ^ 1} for _, row in rows]
+    message = r"32 source rows in both, with other tokens\); "
+    cases = [
+        ({"top_p": 0.5}, "expected the same conversations, extracted with the same template$"),
+        ({"chat_template": "{{ messages }}" * 9}, r"their runs differ in chat_template\. Extract one"),
+        (
+            {"all_turns": True, "template_kwargs": {"think": False}, "seed": 1},
+            r"their runs differ in all_turns \(false and true\), template_kwargs\.think \(null and false\)\. Extract",
+        ),
+    ]
+    for number, (changes, named) in enumerate(cases):
+        other = copied(other_extraction, tmp_path / str(number), changed, **changes)
+        with pytest.raises(ToolkitError, match=message + named):
+            compare_datasets(both[0], other, smollm2[1])
 
 
 def test_another_tokenizer_is_refused(both, smollm2):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chat_logits.cli.config_file import read_config_file
+from chat_logits.cli.config_file import COMMAND_LINE_ALONE, read_config_file
+from chat_logits.cli.extract_options import ExtractOptions
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.options import options_of
@@ -180,13 +181,32 @@ def test_a_file_has_the_same_names_and_types(tmp_path):
         ("seed: !!python/object:os.system 1\n", "line 1: seed: could not determine a constructor"),
         ("seed: \x00\n", "no YAML"),
         ("gguf_file: 2024-13-45\n", "line 1: gguf_file"),
-        ("preview: 3\n", "line 1: preview: no such option"),
+        ("preview: 3\n", "line 1: preview: for the command line alone; give it there, as --preview"),
+        ("log-level: debug\n", "line 1: log-level: for the command line alone; give it there, as --log_level"),
+        ("top_p: yes\n", "line 1: top_p True: expected a number"),
+        ("top_p: nan\n", "line 1: top_p nan: expected a number above 0 and up to 1"),
+        ("top_p: 1e\n", "line 1: top_p '1e': expected a number"),
+        ("top_k: 1e1\n", "line 1: top_k '1e1': expected a whole number, 1 or more"),
+        ("top_k: 8.0\n", "line 1: top_k 8.0: expected a whole number, 1 or more"),
+        ("streaming: 'true'\n", "line 1: streaming 'true': expected true or false"),
+        ("template_kwargs: '{}'\n", "line 1: template_kwargs '{}': expected a JSON object"),
     ],
 )
 def test_mistakes_in_a_file_are_told_with_key_line_and_what_was_expected(tmp_path, text, words):
     with pytest.raises(UsageError) as refused:
         read_config_file(write(tmp_path, text), ExtractConfig)
     assert "run.yaml" in str(refused.value) and words in str(refused.value)
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path):
+    text = 'top_p: 1e-1\npush_every: 2E1\nmax_bad_rows: "0.5"\ntop_k: "8"\nseed: 08\n'
+    read = {name: one.value for name, one in read_config_file(write(tmp_path, text), ExtractConfig).items()}
+    assert read == {"top_p": 0.1, "push_every": 20.0, "max_bad_rows": 0.5, "top_k": 8, "seed": 8}
+    assert [type(value) for value in read.values()] == [float] * 3 + [int] * 2
+
+
+def test_every_option_that_is_no_part_of_a_run_is_for_the_command_line_alone():
+    assert set(options_of(ExtractOptions)) == COMMAND_LINE_ALONE
 
 
 def test_a_file_that_is_missing_or_no_text_is_told(tmp_path):

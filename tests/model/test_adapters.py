@@ -122,3 +122,12 @@ def test_a_record_of_another_form_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ToolkitError, match=r"its adapter_config\.json is no JSON object"):
         find_base(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_bytes(b"{\xff")
+    with pytest.raises(ToolkitError, match=r"its adapter_config\.json cannot be read: 'utf-8' codec"):
+        find_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nope", "/nowhere/at/all"])
+def test_a_model_that_is_not_there_is_told_as_that(name):
+    with pytest.raises(UsageError, match=f"^model {name}: no such file or folder"):
+        find_base(name)

@@ -142,6 +142,22 @@ def test_long_values_are_shown_from_where_they_differ(content):
     assert text == f"chat_template: from character 100, '{'a' * 10}{'b' * 30}' there, '{'a' * 10}{'c' * 30}' here"
 
 
+@pytest.mark.parametrize(("id_key", "key"), [("model_id", "model_revision"), ("dataset_id", "dataset_revision")])
+def test_other_models_and_sources_are_named_beside_their_revisions(content, id_key, key):
+    manifest = of({**content, id_key: "user/a", key: "1" * 40})
+    for changes, words in [
+        ({id_key: "user/b", key: "2" * 40}, "user/a at 1111111111 there, user/b at 2222222222 here"),
+        ({key: "2" * 40}, "user/a at 1111111111 there, at 2222222222 here"),
+        ({key: "2" * 64}, "user/a at 1111111111 there, at 2222222222 here"),
+    ]:
+        assert manifest.differences(replace(manifest, **changes)) == [f"{key}: {words}"]
+    files, changed = (replace(manifest, **{id_key: "here/chats", key: digit * 64}) for digit in "12")
+    assert files.differences(changed) == [
+        f"{key}: the files of here/chats have changed, 1111111111 there, 2222222222 here"
+    ]
+    assert manifest.differences(replace(manifest, **{id_key: "user/moved"})) == []
+
+
 def test_another_run_is_refused_with_what_to_do():
     error = another_run("--output_repo user/x", ["seed: 1 there, 0 here", "top_k: 3 there, 4 here"], "repository")
     assert isinstance(error, UsageError) and str(error) == (

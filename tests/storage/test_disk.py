@@ -1,0 +1,100 @@
+"""Folders that are there whole or not at all, built by processes that are killed, or that build at the same time."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.disk import folder_written_whole
+
+BUILDER = """
+import sys
+from pathlib import Path
+from chat_logits.storage.disk import folder_written_whole
+with folder_written_whole(Path(sys.argv[1])) as building:
+    (building / "its").write_text("own")
+    print("BUILDING", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def build():
+    """Start a process that builds a folder until its stdin ends, or it does."""
+    builders = []
+
+    def start(folder) -> subprocess.Popen:
+        command = [sys.executable, "-c", BUILDER, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        builders.append(subprocess.Popen(command, cwd=REPO, text=True, **pipes))
+        assert builders[-1].stdout.readline() == "BUILDING\n"
+        return builders[-1]
+
+    yield start
+    for process in builders:
+        process.kill()
+        process.communicate()
+
+
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(folder) -> None:
+    with folder_written_whole(folder) as building:
+        (building / "file").write_text("whole")
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(build, tmp_path, caplog):
+    killed = build(tmp_path / "out")
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (left,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert names_in(left) == ["its"]
+    write(tmp_path / "other")
+    assert left.is_dir()  # it was to become another folder
+    with caplog.at_level("INFO", "chat_logits"):
+        write(tmp_path / "out")
+    assert names_in(tmp_path) == ["other", "out"] and names_in(tmp_path / "out") == ["file"]
+    assert f"Removed {left}, which a process that was killed has left." in caplog.text
+
+
+def test_what_a_live_process_builds_is_left_to_it(build, tmp_path):
+    live = build(tmp_path / "out")
+    (its,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    with pytest.raises(ZeroDivisionError), folder_written_whole(tmp_path / "out") as building:
+        assert building != its and building.parent == tmp_path
+        _ = 1 / 0
+    assert names_in(its) == ["its"] and not building.exists()
+    live.communicate("")
+    assert live.returncode == 0
+    assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["its"]
+
+
+def test_of_two_processes_the_first_that_is_done_gives_the_folder(build, tmp_path):
+    slow = build(tmp_path / "out")
+    write(tmp_path / "out")
+    _, said = slow.communicate("")
+    assert slow.returncode == 1 and "out: it cannot be written: Directory not empty" in said
+    assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["file"]
+
+
+def test_names_are_taken_as_they_are(build, tmp_path):
+    """And a folder that nobody has locked may be anybody's."""
+    killed = build(tmp_path / "a[bc]")
+    killed.kill()
+    killed.wait()
+    (tmp_path / ".ab.01234567.tmp").mkdir()
+    write(tmp_path / "ab")
+    assert len(names_in(tmp_path)) == 4
+    write(tmp_path / "a[bc]")
+    assert names_in(tmp_path) == [".ab.01234567.tmp", "a[bc]", "ab"]
+
+
+def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ToolkitError, match="file/out: it cannot be written: "):
+        write(tmp_path / "file" / "out")
