@@ -4,29 +4,35 @@ A helper ends as soon as its input does, whatever it is doing: none is left behi
 arrays go through memory that both processes see, where the system has such (Linux); all else goes through pipes.
 """
 
+import json
 import logging
 import mmap
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from chat_logits.errors import ToolkitError
+from chat_logits.pipes import take_pipes
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]  # where the package is, installed or not
-BEGIN = "from chat_logits.helpers import main; main()"  # with -m, answers would be of __main__'s types
+# With -m, answers would be of __main__'s types. Ctrl-C is the other process's to act on.
+BEGIN = """
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = json.loads(sys.argv[1])
+from chat_logits.helpers import main
+main(*map(int, sys.argv[2:]))
+"""
 PROTOCOL = 5  # of pickles: the first whose arrays may lie elsewhere
 ALIGNED = 64  # bytes: where each of the arrays begins
 LARGE = 2**16  # bytes of an array from which on it goes through shared memory: what a pipe holds
@@ -88,9 +94,10 @@ class SharedMemory:
     @classmethod
     def new(cls) -> "SharedMemory":
         """One of this process, which keeps it as long as a thread may be using it."""
-        if not hasattr(os, "memfd_create"):
+        try:
+            descriptor = os.memfd_create("chat_logits")
+        except (AttributeError, OSError):  # not on this system, or not in this container
             return cls(None)
-        descriptor = os.memfd_create("chat_logits")
         shared = cls(descriptor)
         weakref.finalize(shared, os.close, descriptor)
         return shared
@@ -135,14 +142,12 @@ class _Process:
         self._what = what
         self._known: bytes | None = known  # until it is sent, with the first call
         self._there, self._back = SharedMemory.new(), SharedMemory.new()
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
         descriptors = [shared.descriptor for shared in (self._there, self._back) if shared.descriptor is not None]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", BEGIN, *map(str, descriptors)],  # -P: not what lies in this folder
+            [sys.executable, "-c", BEGIN, json.dumps(sys.path), *map(str, descriptors)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             pass_fds=descriptors,
         )
 
@@ -158,8 +163,12 @@ class _Process:
             pickle.dump(question, questions, PROTOCOL)
             questions.flush()
             return self._back.take_copy(pickle.load(answers))
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ToolkitError(f"a process that {self._what} ended: {self.process.wait()}") from error
+        except BaseException as error:
+            self.process.kill()  # if it has not ended: a part of a question or of an answer may be in a pipe
+            status = self.process.wait()
+            if isinstance(error, (EOFError, OSError, pickle.UnpicklingError)):
+                raise ToolkitError(f"a process that {self._what} ended: {status}") from error
+            raise
 
     def kill(self) -> None:
         self.process.kill()
@@ -169,15 +178,15 @@ class _Process:
 # --- in the process ---
 
 
-def main() -> None:
-    """The process: what is to be carried out, then calls upon calls, each answered before the next."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to act on
-    questions, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever prints must not come between the answers
+def main(given_at: int | None = None, back_at: int | None = None) -> None:
+    """The process: what is to be carried out, then calls upon calls, each answered before the next.
+
+    The descriptors are those of shared memory.
+    """
+    questions, answers = take_pipes()
     log = Log()
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    descriptors: list = [*map(int, sys.argv[1:])] or [None, None]
-    given, back = map(SharedMemory, descriptors)
+    given, back = SharedMemory(given_at), SharedMemory(back_at)
     received: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(questions, received), daemon=True).start()
     carry_out = received.get()
@@ -208,6 +217,7 @@ def _answer(carry_out: Callable, given: SharedMemory, back: SharedMemory, questi
 
 
 def _sendable(error: Exception) -> Exception:
+    error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

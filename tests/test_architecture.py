@@ -19,6 +19,7 @@ BASE = (
     "chat_logits.hub",
     "chat_logits.hub_errors",
     "chat_logits.options",
+    "chat_logits.pipes",
     "chat_logits.scratch",
     "chat_logits.stages",
     "chat_logits.words",

@@ -4,9 +4,12 @@ import gc
 import logging
 import operator
 import os
+import random
 import signal
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -92,19 +95,14 @@ def test_what_cannot_be_asked_or_answered_is_told_and_the_process_lives_on(helpe
     assert [helpers.ask(operator.add, 1, 2) for _ in range(4)] == [3] * 4
 
 
-def test_what_the_other_process_cannot_load_is_told():
-    """A function of a module that is not there."""
-    started = Helpers(1, "counts", Unknown())
+def test_what_the_other_process_cannot_load_is_told(monkeypatch):
+    nowhere = types.ModuleType("nowhere")
+    exec("def count(number):\n    return number", nowhere.__dict__)
+    monkeypatch.setitem(sys.modules, "nowhere", nowhere)
+    started = Helpers(1, "counts", nowhere.count)
     with pytest.raises(ToolkitError, match="a process that counts ended: 1"):
         started.ask(1)
     started.close()
-
-
-class Unknown:
-    """Nothing that a process finds: its tests' folder is not on its path."""
-
-    def __call__(self, number):
-        return number
 
 
 def test_what_is_logged_is_logged_once(helpers, caplog):
@@ -144,3 +142,49 @@ def test_ctrl_c_is_not_theirs(helpers):
     for one in used(helpers):
         os.kill(one.process.pid, signal.SIGINT)
     assert [helpers.ask(operator.add, 1, 2) for _ in range(4)] == [3] * 4
+
+
+def test_what_prints_below_python_does_not_come_between_answers(helpers):
+    assert [helpers.ask(os.write, 1, b"N.\n0\n") for _ in range(3)] == [5] * 3
+    assert [helpers.ask(operator.add, number, 1) for number in range(6)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stopped_and_gone_on_with_nothing_is_lost(monkeypatch, unbuffered):
+    """As by Ctrl-Z and fg, in the middle of answers larger than a pipe holds."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    started, asked = Helpers(1, "counts", operator.call), random.Random(0).randbytes(3_000_000)
+    (one,), ended = started.processes, threading.Event()
+
+    def stop_again_and_again():
+        while not ended.wait(0.002):
+            os.kill(one.process.pid, signal.SIGSTOP)
+            ended.wait(0.001)
+            os.kill(one.process.pid, signal.SIGCONT)
+
+    stopping = threading.Thread(target=stop_again_and_again)
+    stopping.start()
+    try:
+        for _ in range(60):
+            assert started.ask(bytes, asked) == asked
+    finally:
+        ended.set()
+        stopping.join()
+        started.close()
+
+
+def test_where_shared_memory_is_not_allowed_pipes_do(monkeypatch):
+    def refused(_name):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    started = Helpers(1, "counts", operator.call)
+    numbers = np.random.default_rng(0).random((3000, 64))
+    np.testing.assert_array_equal(started.ask(np.negative, numbers), -numbers)
+    started.close()
+
+
+def test_a_traceback_from_there_is_kept_for_whoever_looks(helpers):
+    with pytest.raises(ZeroDivisionError) as raised:
+        helpers.ask(exec, "def deep():\n    return 1 / 0\ndeep()")
+    assert "in deep" in "".join(raised.value.__notes__) and str(raised.value) == "division by zero"

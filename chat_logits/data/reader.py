@@ -78,7 +78,7 @@ class Reader:
     num_rows: int | None
     first_ready: list[Aligned] = field(default_factory=list)
     first_skipped: list[dict] = field(default_factory=list)
-    _shown: dict[str, bool | None] = field(default_factory=dict, repr=False)  # roles and tools
+    _shown: dict[str, str | bool | None] = field(default_factory=dict, repr=False)  # roles and tools
     _told: list[int] = field(default_factory=list, repr=False)  # bad rows
 
     @property

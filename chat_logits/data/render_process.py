@@ -16,6 +16,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from chat_logits.pipes import take_pipes
+
 MIB = 2**20
 SECONDS, MEMORY = 5.0, 1024 * MIB  # of CPU time for a conversation; bytes of address space
 LENGTH_LEAST, LENGTH_RATIO = MIB, 16  # characters of a text: some in any case, and so many for each that comes in
@@ -122,7 +124,7 @@ def _with_spans(text: str, spans: list[list[int]]) -> tuple[str, list[tuple[int,
 
 def serve() -> None:
     """Answer each line on standard input with one on standard output, until there are no more."""
-    lines, answers = sys.stdin.buffer, sys.stdout.buffer
+    lines, answers = take_pipes()
     limit_time, settings = _set_limits(), [None]
     for line in iter(lines.readline, b""):
         limit_time(SECONDS)

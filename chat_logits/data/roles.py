@@ -12,9 +12,12 @@ ALIASES = {
     "tool": ("function", "observation", "ipython", "function_response", "tool_response"),
 }
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in (role, *aliases)}
-# Alike in length, words and kinds of characters, but with no character in common: a template that changes case, takes
-# characters out, turns round or cuts off still renders two texts.
-SENTINELS = ("Xq7 seldom 3vK", "Bw4 unfair 9zT")
+# What is said to see whether a template shows it, and the same with its first, its middle and its last word changed,
+# alike in length and kinds of characters but with none in common: a template that changes case, takes characters out or
+# turns round still renders other texts, and one that cuts off does not.
+SAID = "Xq7 seldom 3vK"
+UNLIKE = ("Bw4 seldom 3vK", "Xq7 unfair 3vK", "Xq7 seldom 9zT")
+ALL, PART, NOTHING = "all", "only a part", "nothing"
 QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
@@ -51,10 +54,10 @@ def to_role(speaker: object, template_roles: Collection[str] = ()) -> str | None
 def refuse_vanished(
     conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
 ) -> None:
-    """Raise TemplateError where the template, whose ``text`` this is, shows nothing of a message, so that no answer is
-    scored without its question.
+    """Raise TemplateError where the template, whose ``text`` this is, does not show all of a message, so that no answer
+    is scored without its question.
 
-    ``tools`` are the conversation's own. ``shown`` keeps what ``leaves_trace`` says of roles.
+    ``tools`` are the conversation's own. ``shown`` keeps what ``shown_of_role`` says.
     """
     template = template.with_tools(tools)
     for place, message in enumerate(conversation):
@@ -63,38 +66,59 @@ def refuse_vanished(
             continue
         asked = f"{role} with definitions" if tools else role
         if asked not in shown:
-            shown[asked] = leaves_trace(role, template.text_or_none)
-        is_shown = shown[asked]
-        if is_shown is None:
-            is_shown = _is_shown_in(conversation, place, text, template.text_or_none)
-        if not is_shown:
-            raise TemplateError(f"a turn of role {role!r}, of which the chat template shows nothing")
+            shown[asked] = shown_of_role(role, template.text_or_none)
+        found = shown[asked]
+        if found not in (PART, NOTHING):
+            found = _shown_of_message(conversation, place, text, template.text_or_none, found)
+        if found != ALL:
+            raise TemplateError(f"a turn of role {role!r}, of which the chat template shows {found}")
 
 
-def leaves_trace(role: str, render: Callable[[list[dict]], str | None]) -> bool | None:
-    """Whether a chat template shows what this role says, as it stands or changed; None where that cannot be asked: the
-    conversation asked with is refused, or renders otherwise each time.
+def shown_of_role(role: str, render: Callable[[list[dict]], str | None]) -> str | None:
+    """How much a chat template shows of what this role says, as it stands or changed: ``ALL``, ``PART`` or ``NOTHING``;
+    None where that cannot be asked: the conversation asked with is refused, or renders otherwise each time.
 
     ``render`` gives a conversation's text, None where it is refused.
     """
-    probes = [_probe(role, said) for said in SENTINELS]
-    texts, again = ([text for probe in probes if (text := render(probe)) is not None] for _ in range(2))
-    if len(texts) < len(probes):
+    text = render(_probe(role, SAID))
+    if text is None or SAID in text:
+        return text and ALL
+    return _compared(text, _probe(role, SAID), [_probe(role, said) for said in UNLIKE], render)
+
+
+def _compared(
+    text: str, conversation: list[dict], others: list[list[dict]], render: Callable[[list[dict]], str | None]
+) -> str | None:
+    """How many of the others give another text than the conversation's, None where that proves nothing."""
+    texts = [render(other) for other in others]
+    if None in texts or render(conversation) != text:
         return None
-    if all(said in text for said, text in zip(SENTINELS, texts, strict=True)):
-        return True
-    return texts[0] != texts[1] if texts == again else None
+    changed = [other != text for other in texts]
+    return ALL if all(changed) else PART if any(changed) else NOTHING
 
 
-def _is_shown_in(conversation: list[dict], place: int, text: str, render: Callable[[list[dict]], str | None]) -> bool:
-    """Whether a conversation's ``text`` depends on what its message at ``place`` says; looked up in it where the
-    template refuses another one, or renders otherwise each time."""
+def _shown_of_message(
+    conversation: list[dict], place: int, text: str, render: Callable[[list[dict]], str | None], of_role: str | None
+) -> str:
+    """How much a conversation's ``text`` depends on what its message at ``place`` says.
+
+    Where that cannot be asked it is what is known of the role; where nothing is known, the words are looked up in the
+    text.
+    """
     message = conversation[place]
-    other = {**message, "content": _unlike(message["content"])}
-    otherwise = render([*conversation[:place], other, *conversation[place + 1 :]])
-    if otherwise is None or render(conversation) != text:
-        return message["content"].strip() in text
-    return otherwise != text
+    is_there = message["content"].strip() in text
+    if of_role == ALL and is_there:
+        return ALL
+    contents = [_unlike(message["content"])] if of_role == ALL else _unlike_by_word(message["content"])
+    others = [[*conversation[:place], {**message, "content": other}, *conversation[place + 1 :]] for other in contents]
+    return _compared(text, conversation, others, render) or of_role or (ALL if is_there else NOTHING)
+
+
+def _unlike_by_word(text: str) -> list[str]:
+    """The text with its first, its middle, and its last word changed."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    chosen = {words[0], words[len(words) // 2], words[-1]}
+    return [text[:start] + _unlike(text[start:end]) + text[end:] for start, end in sorted(chosen)]
 
 
 def _unlike(text: str) -> str:

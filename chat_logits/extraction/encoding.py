@@ -81,7 +81,7 @@ class _RowsElsewhere(NamedTuple):
         return sum(map(len, self.batches))
 
     def write(self, file: Path, shard: ShardAround) -> ShardEntry:
-        return self.helpers.ask(_write_there, self.batches, file, shard)
+        return self.helpers.ask(_write_there, self.batches, file.absolute(), shard)
 
 
 def _call(function: Callable, *arguments: Any) -> Any:

@@ -37,7 +37,7 @@ PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
 class RunFolder:
     """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the manifest that was in it,
     ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun, and
-    ``is_finished`` whether it has come to its end.
+    ``is_finished`` whether all of its shards are here.
 
     ``place`` is how the card's snippets name the dataset (``place_in_code``).
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
@@ -197,29 +197,30 @@ class RunFolder:
 
     def describe_shards(self) -> None:
         """Write ``shards.json``, the card, and the record of checked shards."""
-        texts = {**self.files_around(list(self.entries.values())), RECORD: self._record.text()}
+        around = self.files_around(list(self.entries.values()), self.is_finished)
+        texts = {**around, RECORD: self._record.text()}
         for name, text in texts.items():
             self._write(name, text)
         self._is_described = True
 
-    def files_around(self, entries: list[ShardEntry]) -> dict[str, str]:
-        """The text of ``shards.json`` and of the card where these are the shards there are."""
+    def files_around(self, entries: list[ShardEntry], is_finished: bool) -> dict[str, str]:
+        """The text of ``shards.json`` and of the card where these are the shards there are, all of the run or not."""
         entries = sorted(entries, key=lambda entry: entry.shard)
         return {
-            SHARDS_FILE: shards_text(entries, self.is_finished),
-            CARD_FILE: render_card(self.manifest, entries, self._place, self.is_finished),
+            SHARDS_FILE: shards_text(entries, is_finished),
+            CARD_FILE: render_card(self.manifest, entries, self._place, is_finished),
         }
 
-    def check_finished(self) -> None:
-        """Have the files around the shards say that these are all, and see that each of them is there.
+    def check_finished(self, is_all: bool) -> None:
+        """See that each shard is there, and have the files around say so; ``is_all`` where they are all of the run.
 
         Raises FolderLost, and ToolkitError for a shard that is not there or has another size.
         """
-        if not (self._is_described and self.is_finished):
-            self.is_finished = True
+        missing = [entry.path for entry in self.entries.values() if self._size(entry.path) != entry.num_bytes]
+        if not missing and not (self._is_described and self.is_finished == is_all):
+            self.is_finished = is_all
             with room_or_stop(self.path):
                 self.describe_shards()
-        missing = [entry.path for entry in self.entries.values() if self._size(entry.path) != entry.num_bytes]
         self.check_place()
         if missing:
             raise ToolkitError(
@@ -235,7 +236,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove the run that was replaced, now that the new one is whole. Raises as ``check_finished``."""
-        self.check_finished()
+        self.check_finished(self.is_finished)
         shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     def _enter(self) -> None:

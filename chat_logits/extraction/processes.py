@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from chat_logits.errors import ToolkitError
+from chat_logits.pipes import take_pipes
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 
@@ -269,8 +270,7 @@ def _failure(error: Exception) -> Failure:
 def main() -> None:
     """The process: what it is, then calls upon calls."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
-    told, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever prints must not come between the answers
+    told, answers = take_pipes()
     logging.getLogger("chat_logits").setLevel(logging.ERROR)  # the first process says it all
     member = Member(*pickle.load(told))
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()

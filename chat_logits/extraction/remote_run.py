@@ -11,11 +11,11 @@ class RemoteRun:
     """The run in the repository: which of its shards are there and which are missing, and the commits that add these.
 
     ``state`` is the repository as it was seen last, None if it never was. With ``overwrite``, whatever run is in it is
-    replaced by the first commit.
+    replaced by the first commit. ``is_all`` is true once the run has no shards to come.
     """
 
     def __init__(self, repository: Repository, folder: RunFolder):
-        self.repository, self.folder, self.overwrite = repository, folder, False
+        self.repository, self.folder, self.overwrite, self.is_all = repository, folder, False, False
         self.state: RemoteState | None = None
         self._is_stale = True
         self._resend: set[int] = set()  # shards to send although the repository has their like
@@ -71,8 +71,8 @@ class RemoteRun:
         What its owner has written into the card is left alone.
         """
         listed = list(self._listed(remote, []).values())
-        says_all = run_state(self.folder.manifest.fingerprint, listed) in remote.card
-        return self.overwrite or (says_all and remote.is_finished == self.folder.is_finished)
+        says_these = run_state(self.folder.manifest.fingerprint, listed) in remote.card
+        return self.overwrite or (says_these and (remote.is_finished or not self.is_all))
 
     def prepare(self) -> RemoteState:
         """The repository as a commit will find it, made if it is missing. Raises ToolkitError for another run in it."""
@@ -88,7 +88,9 @@ class RemoteRun:
         self._is_stale = True  # until the answer is here
         is_first = not self._is_ours(remote)
         listed = self._listed(remote, chosen)
-        around = self.folder.files_around(list(listed.values()))
+        stays = not is_first and remote.is_finished and listed.keys() == remote.entries.keys()
+        is_finished = stays or (is_last and self.is_all)
+        around = self.folder.files_around(list(listed.values()), is_finished)
         if is_first:
             around[EXTRACTION_FILE] = self.folder.manifest.text
         elif not is_last:
@@ -101,8 +103,8 @@ class RemoteRun:
         if self.overwrite:
             self.folder.note_replaced(self.repository.at)
         card = around.get(CARD_FILE, remote.card)
-        finished = self.folder.is_finished
-        self.state = RemoteState(head, manifest=self.folder.manifest, entries=listed, card=card, is_finished=finished)
+        manifest = self.folder.manifest
+        self.state = RemoteState(head, manifest=manifest, entries=listed, card=card, is_finished=is_finished)
         self._resend -= {entry.shard for entry in chosen}
         self.overwrite = self._is_stale = False
 

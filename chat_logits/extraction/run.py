@@ -104,9 +104,9 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows), started)
             run.begin_or_resume(recorded)
             run.compute_missing()
-        folder.check_finished()
+        folder.check_finished(run.finished.keys() == folder.entries.keys())
         if sync:
-            sync.finish()
+            sync.finish(is_all=True)
         folder.finish()
         return run.summarize()
     finally:

@@ -93,9 +93,13 @@ class HubSync:
         if upload is not None and self._fatal:
             raise ToolkitError("The run ends, as its shards have no place any more.") from self._fatal
 
-    def finish(self) -> None:
-        """Push what is left. Raises ToolkitError, with what to do, where that cannot be done."""
+    def finish(self, is_all: bool = False) -> None:
+        """Push what is left, ``is_all`` where the run then has all of its shards there.
+
+        Raises ToolkitError, with what to do, where that cannot be done.
+        """
         with self._changed:
+            self.remote.is_all = is_all
             self._is_closing = True
             self._changed.notify()
         total = len(self.remote.entries)

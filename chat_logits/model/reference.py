@@ -31,10 +31,15 @@ def plain_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarra
 @in_step
 @torch.inference_mode()
 def nudged_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray, seed: int) -> torch.Tensor:
-    """As ``plain_rows``, but with each entry of the embeddings one rounding larger or smaller, by a random sign."""
+    """As ``plain_rows``, but with each entry of the embeddings one rounding larger or smaller, by a random sign.
+
+    Embeddings that are more than a tensor are left as they are.
+    """
     random, step = torch.Generator().manual_seed(seed), torch.finfo(model.dtype).eps
 
-    def nudge(_module, _args, embedded: torch.Tensor) -> torch.Tensor:
+    def nudge(_module, _args, embedded):
+        if not isinstance(embedded, torch.Tensor):
+            return None
         signs = torch.randint(0, 2, embedded.shape, generator=random) * 2 - 1
         return embedded * (1 + step * signs).to(embedded)
 

@@ -39,12 +39,16 @@ class DamagedRow(ToolkitError):
 
 @dataclass(frozen=True, repr=False)
 class StoredDataset:
-    """A logit dataset opened at one revision: its ``extraction.json`` and what is in each shard."""
+    """A logit dataset opened at one revision: its ``extraction.json`` and what is in each shard.
+
+    ``is_finished`` is whether these are all of the extraction's.
+    """
 
     dataset_id: str
     revision: str | None
     manifest: Manifest
     shards: list[ShardEntry]
+    is_finished: bool = True
 
     def __repr__(self) -> str:
         rows, shards = count_text(self.num_rows, "row"), count_text(len(self.shards), "shard")
@@ -224,7 +228,7 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     revision = None if is_local else _commit_of(dataset_id, revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
     shards, is_finished = read_shard_list(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
-    dataset = StoredDataset(dataset_id, revision, manifest, shards)
+    dataset = StoredDataset(dataset_id, revision, manifest, shards, is_finished)
     if not is_finished:
         _tell_unfinished(dataset_id, count_text(dataset.num_rows, "conversation"))
     return dataset

@@ -30,7 +30,7 @@ def write_derived(
     time is in memory. Raises ToolkitError where it cannot be written, and what reading raises.
     """
     entries: list[ShardEntry] = []
-    with _new_dataset(manifest, folder, dataset.num_rows, entries) as (building, bar):
+    with _new_dataset(manifest, folder, dataset.num_rows, entries, dataset.is_finished) as (building, bar):
         for number, shard in enumerate(dataset.shards):
             rows = []
             for row in dataset.shard_rows(number):
@@ -48,7 +48,7 @@ def write_filtered(dataset: StoredDataset, rows: Rows, manifest: Manifest, folde
     skipped source rows, and shards without any row are left out. Otherwise as ``write_derived``.
     """
     entries: list[ShardEntry] = []
-    with _new_dataset(manifest, folder, len(rows), entries) as (building, bar):
+    with _new_dataset(manifest, folder, len(rows), entries, dataset.is_finished) as (building, bar):
         chosen = dataset.chosen_rows(rows)
         for number, wanted in _by_shard(dataset, rows):
             kept = []
@@ -85,7 +85,7 @@ def _turns_left_out(row: dict, manifest: Manifest) -> int:
 
 @contextmanager
 def _new_dataset(
-    manifest: Manifest, folder: Path, num_rows: int, entries: list[ShardEntry]
+    manifest: Manifest, folder: Path, num_rows: int, entries: list[ShardEntry], is_finished: bool
 ) -> Iterator[tuple[Path, tqdm]]:
     """Within, shards are written to a hidden folder, a bar of ``num_rows`` beside; then the lists of ``entries``."""
     with folder_written_whole(folder) as building:
@@ -93,5 +93,5 @@ def _new_dataset(
         with tqdm(total=num_rows, unit=" conversations", leave=False, delay=1) as bar:
             yield building, bar
         with room_or_stop(building):
-            write_text(building / SHARDS_FILE, shards_text(entries))
-            write_text(building / CARD_FILE, render_card(manifest, entries))
+            write_text(building / SHARDS_FILE, shards_text(entries, is_finished))
+            write_text(building / CARD_FILE, render_card(manifest, entries, is_finished=is_finished))

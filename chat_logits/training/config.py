@@ -1,5 +1,6 @@
 """A student's training: the options of this room."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +169,11 @@ class TrainConfig(TaughtOptions):
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
+        self.refuse_used()
+
+    def refuse_used(self) -> None:
+        """Raise UsageError where a new training is to go into a folder that holds something."""
+        folder = Path(self.output_dir)
         if not self.resume and not _has_learnt_nothing(folder):
             refuse_filled(folder, "output_dir", ", or `resume` to go on there")
 
@@ -184,4 +190,16 @@ def checkpoint_states(folder: Path) -> list[Path]:
 def _has_learnt_nothing(folder: Path) -> bool:
     """Whether the folder holds nothing but what a training leaves that ended before its first checkpoint."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return names <= {RECORD, CHECKPOINTS, LOCK} and not checkpoint_states(folder)
+    if not names <= {RECORD, CHECKPOINTS, LOCK} or checkpoint_states(folder):
+        return False
+    begun = [*(folder / CHECKPOINTS).iterdir()] if (folder / CHECKPOINTS).is_dir() else []
+    return _is_unfinished(folder / RECORD) if RECORD in names else not begun and not (folder / CHECKPOINTS).is_file()
+
+
+def _is_unfinished(record: Path) -> bool:
+    """Whether this is the record of a training here that never came to its end."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("is_finished") is False

@@ -100,7 +100,15 @@ def rate_share(step: int, warm_up: int, steps: int) -> float:
     """
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up))))
+
+
+def _follow(schedule: LambdaLR, rate: float) -> None:
+    """Take the next step's rate from this start's options, where a checkpoint has brought those of another."""
+    schedule.base_lrs = [rate] * len(schedule.base_lrs)
+    for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # which is what is logged
 
 
 class Progress(TrainerCallback):
@@ -109,7 +117,8 @@ class Progress(TrainerCallback):
     def __init__(self, trainer: MeasuringTrainer):
         self._trainer, self._bar = trainer, tqdm(disable=True)
 
-    def on_train_begin(self, args, state, _control, **_):
+    def on_train_begin(self, args, state, _control, lr_scheduler, **_):
+        _follow(lr_scheduler, args.learning_rate)
         state.compute_steps(args, state.max_steps)  # a checkpoint has those of the start that wrote it
         silent = {} if state.is_world_process_zero else {"disable": True}
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps", **silent)

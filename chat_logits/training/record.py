@@ -27,7 +27,7 @@ class TrainingResult:
     steps and the mean forward KL, nats, of what was trained on since the one before.
 
     ``teacher`` is the model that the rows are of; ``tokens_per_second`` counts all tokens of this start's steps,
-    prompts among them, in all processes, of which ``rank`` is this one.
+    prompts among them, in all processes, of which ``rank`` is this one; ``is_finished`` says that the student is saved.
     """
 
     config: TrainConfig
@@ -36,6 +36,7 @@ class TrainingResult:
     points: list[tuple[int, Distance]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     tokens_per_second: float | None = None
+    is_finished: bool = False
 
     def settings(self) -> dict:
         """The options that were chosen, but for how the command was started."""
@@ -46,6 +47,7 @@ class TrainingResult:
             "config": self.settings(),
             "teacher": self.teacher,
             "tokens_per_second": self.tokens_per_second,
+            "is_finished": self.is_finished,
             "held_out": [{"step": step, **_point_as_json(point)} for step, point in self.points],
             "trained_on": [{"step": step, "kl": loss} for step, loss in self.losses],
         }
@@ -72,7 +74,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     A folder that is still empty at the end is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`output_dir` {folder}: it cannot be made: {error.strerror}") from error
     lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -84,7 +89,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # not every system removes a file that is open
+            (folder / LOCK).unlink()
         lock.release(force=True)
         with suppress(OSError):
             folder.rmdir()

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,10 @@ def train(config: TrainConfig) -> TrainingResult:
     """
     arguments = _arguments(config)
     _leave_words_to_the_first(arguments)
-    with locked_folder(Path(config.output_dir)) if arguments.process_index == 0 else nullcontext():
+    if arguments.process_index:
+        return _train(config, arguments)
+    with locked_folder(Path(config.output_dir)):
+        config.refuse_used()  # which another one may have filled since the config was made
         return _train(config, arguments)
 
 
@@ -80,6 +82,7 @@ def _save(trainer: MeasuringTrainer, folder: Path, tokenizer: Any) -> None:
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # which is the checkpoint's
+        trainer.result.is_finished = True
         trainer.result.write()
 
 

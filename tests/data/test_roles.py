@@ -6,7 +6,7 @@ from conftest import MODEL
 
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.reader import open_reader
-from chat_logits.data.roles import leaves_trace
+from chat_logits.data.roles import ALL, NOTHING, PART, shown_of_role
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError
 from chat_logits.model.limits import InputLimits
@@ -39,8 +39,8 @@ def texts_of(role: str, expression: str, talk: list[dict]) -> tuple[str, str]:
 
 CHANGES = [
     *("m.content | upper", "m.content | lower", "m.content | title", "m.content.swapcase()", "m.content | reverse"),
-    *("m.content | replace('o', '0')", "m.content | replace('x', '')", "m.content | trim", "m.content[:3]"),
-    *("m.content[-2:]", "m.content | tojson", "m.content | urlencode", "m.content.split() | join('_')"),
+    *("m.content | replace('o', '0')", "m.content | replace('x', '')", "m.content | trim", "m.content[:300]"),
+    *("m.content | tojson", "m.content | urlencode", "m.content.split() | join('_')"),
 ]
 
 
@@ -70,6 +70,35 @@ def test_a_turn_that_the_template_drops_or_counts_alone_is_refused(tokenizer, ch
     nothing = "a turn of role 'system', of which the chat template shows nothing"
     at_random = "the generation blocks of --chat_template renders it otherwise than transformers does"
     assert skipped["reason"] in ((nothing, at_random) if "random" in expression else (nothing,))
+
+
+PARTS = [
+    *("m.content[:3]", "m.content[-2:]", "m.content.split()[0]", "m.content.split()[1:] | join(' ')"),
+    *("'early' if m.content < 'C' else 'late'", "m.content[:3] ~ m.content[-3:]"),
+]
+
+
+@pytest.mark.parametrize("expression", PARTS)
+def test_a_turn_that_the_template_cuts_is_refused(tokenizer, chat_file, expression):
+    template, _ = texts_of("system", expression, TALK)
+    reader = opened(tokenizer, chat_file([{"messages": TALK}, {"messages": [SYSTEM, *TALK]}]), template)
+    (skipped,) = reader.first_skipped
+    assert skipped["reason"] == "a turn of role 'system', of which the chat template shows only a part"
+
+
+LAST_ALONE = """{% for m in messages %}{% if m.role == 'system' and loop.index > 1 %}{% elif m.role == 'assistant' %}
+{% generation %}{{ m.content }}{% endgeneration %}{% else %}<{{ CONTENT }}>{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("content", ["m.content", "m.content | upper"])
+def test_a_turn_that_is_dropped_at_its_place_is_refused_though_its_role_is_shown(tokenizer, chat_file, content):
+    """A system message in the middle, as some families' templates drop it."""
+    later = {"role": "system", "content": "Now in rhyme."}
+    rows = [{"messages": [SYSTEM, *TALK]}, {"messages": [SYSTEM, *TALK, later, *TALK]}]
+    reader = opened(tokenizer, chat_file(rows), LAST_ALONE.replace("CONTENT", content))
+    assert [aligned.source_index for aligned in reader.first_ready] == [0]
+    (skipped,) = reader.first_skipped
+    assert skipped["reason"] == "a turn of role 'system', of which the chat template shows nothing"
 
 
 def test_a_dataset_all_of_whose_questions_are_dropped_is_refused(tokenizer, chat_file):
@@ -116,9 +145,10 @@ def test_a_role_that_cannot_be_asked_alone_is_asked_in_its_conversation(
 def test_what_is_asked_of_a_template_that_renders_otherwise_each_time():
     """Its own words are a trace; that two texts differ is none."""
     numbers = iter(range(99))
-    assert leaves_trace("user", lambda talk: f"{next(numbers)} {talk[0]['content']}") is True
-    assert leaves_trace("user", lambda talk: f"{next(numbers)} {talk[0]['content'].upper()}") is None
-    assert leaves_trace("user", lambda _: f"{next(numbers)}") is None
-    assert leaves_trace("user", lambda talk: talk[0]["content"].upper()) is True
-    assert leaves_trace("user", lambda talk: str(len(talk[0]["content"]))) is False
-    assert leaves_trace("user", lambda _: None) is None
+    assert shown_of_role("user", lambda talk: f"{next(numbers)} {talk[0]['content']}") == ALL
+    assert shown_of_role("user", lambda talk: f"{next(numbers)} {talk[0]['content'].upper()}") is None
+    assert shown_of_role("user", lambda _: f"{next(numbers)}") is None
+    assert shown_of_role("user", lambda talk: talk[0]["content"].upper()) == ALL
+    assert shown_of_role("user", lambda talk: talk[0]["content"][4:]) == PART
+    assert shown_of_role("user", lambda talk: str(len(talk[0]["content"]))) == NOTHING
+    assert shown_of_role("user", lambda _: None) is None

@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM
 import train_student
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.alignment import RowAligner
+from chat_logits.errors import UsageError
+from chat_logits.training.config import TrainConfig
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
 from chat_logits.training.record import locked_folder
+from chat_logits.training.run import train
 from chat_logits.training.student import StudentTrainer
 from chat_logits.training.targets import row_targets
 
@@ -183,6 +186,47 @@ def test_a_training_that_ended_before_its_first_checkpoint_begins_anew_by_the_sa
     assert run("undisturbed") == 0
     for name, weights in weights_of(tmp_path / "undisturbed").items():
         torch.testing.assert_close(weights_of(tmp_path / "out")[name], weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"checkpoints/checkpoint-100/model.safetensors": "of value"},
+        {"checkpoints/best.pt": "of value"},
+        {"training.json": '{"lr": 1}'},
+        {"training.json": '{"is_finished": true}', "checkpoints/note": ""},
+        {"checkpoints": "a file"},
+    ],
+)
+def test_what_a_training_has_not_left_itself_is_not_trained_over(run, tmp_path, capsys, kept):
+    for name, content in kept.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(content)
+    assert run() == 2
+    assert "expected a new or an empty folder" in capsys.readouterr().err
+    for name, content in kept.items():
+        assert (tmp_path / "out" / name).read_text() == content
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_trained_over(quick_run, student, tmp_path):
+    """One config, trained with twice."""
+    options = {"logit_dataset_id": str(quick_run), "student_id": str(student), "output_dir": str(tmp_path / "out")}
+    config = TrainConfig(**options, device="cpu", max_steps=1, held_out=12)
+    train(config)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="holds files"):
+        train(config)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_gone_on_with_the_rates_are_those_of_the_options_now(run, tmp_path):
+    """Of 8 steps 4 more are made, at a tenth of the rate: by the cosine of 12 steps, from the 9th on."""
+    assert run(learning_rate=1e-3) == 0
+    assert run("out", "--resume", max_steps=12, learning_rate=1e-4) == 0
+    state = json.loads((tmp_path / "out" / "checkpoints" / "checkpoint-12" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    expected = [1e-4 * 0.5 * (1 + np.cos(np.pi * step / 12)) for step in range(8, 12)]
+    assert [rates[step] for step in range(9, 13)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_two_trainings_do_not_write_into_one_folder(run, tmp_path, capsys):
