@@ -135,6 +135,15 @@ def our_commits(hub, repo: str) -> list:
     return [commit for commit in commits if any(path.startswith(("data/", "README")) for path in commit.paths)]
 
 
+def is_marked(commit) -> bool:
+    """Whether the commit says that shards are missing that the run is to have."""
+    return json.loads(commit.files["shards.json"].data).get("unfinished", False)
+
+
+def is_listed_as_unfinished(folder: Path) -> bool:
+    return json.loads((folder / "shards.json").read_text()).get("unfinished", False)
+
+
 def loaded(server, *repos: str) -> dict[str, list]:
     """What ``datasets.load_dataset`` gives for each repository."""
     done = server.run(LOAD, *repos)
@@ -190,7 +199,7 @@ def test_the_card_goes_up_with_the_first_commit_and_the_last(hub, server, quick_
     commits = our_commits(hub, "none")
     assert ["README.md" in commit.paths for commit in commits] == [True, *[False] * (len(commits) - 2), True]
     assert ["extraction.json" in commit.paths for commit in commits] == [True] + [False] * (len(commits) - 1)
-    assert all("shards.json" in commit.paths for commit in commits)
+    assert [is_marked(commit) for commit in commits] == [True] * (len(commits) - 1) + [False]
     cards = [commit.files["README.md"].data.decode() for commit in (commits[0], commits[-1])]
     assert "160 conversations" in cards[1] and "160 conversations" not in cards[0]
     half = loaded(server, f"user/none@{commits[2].sha}")["user/none"]
@@ -337,6 +346,42 @@ def test_a_fresh_machine_goes_on_with_what_the_repository_has(hub, start, extrac
     assert here == {name for name in files_in(quick_run) if name.startswith("data/")} - there
     local = open_dataset(str(tmp_path / "second"))
     assert len(local.shards) == len(here) and local.read_row(0)["source_index"] >= len(there)
+    assert is_listed_as_unfinished(tmp_path / "second")  # of which a part is on the Hub alone
+    assert extract("moved", out="third")[0] == 0 and is_listed_as_unfinished(tmp_path / "third")
+    assert on_hub(hub, "moved") == files_in(quick_run)
+
+
+def test_a_whole_folder_is_whole_on_the_hub_with_its_last_commit(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
+    assert extract("late")[0] == 0
+    marks = [is_marked(commit) for commit in our_commits(hub, "late")]
+    assert len(marks) == 8 and marks == [True] * 7 + [False]
+    assert on_hub(hub, "late") == files_in(tmp_path / "out") == files_in(quick_run)
+
+
+# The same, but the model fails.
+FAILING = COMMAND.replace(
+    "import extract_logits",
+    """
+from chat_logits.extraction import shard_computer
+def fail(*_):
+    raise RuntimeError("the card is gone")
+shard_computer.run_shards = fail
+import extract_logits""",
+)
+
+
+def test_a_whole_repository_stays_so_where_a_damaged_shard_is_not_computed_again(hub, extract, quick_run, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "out")
+    assert extract("kept")[0] == 0
+    shard = shards_in(tmp_path / "out")[7]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    status, said = extract("kept", code=FAILING)
+    assert status == 1 and "the card is gone" in said
+    assert is_listed_as_unfinished(tmp_path / "out")
+    assert on_hub(hub, "kept") == files_in(quick_run)
+    assert extract("kept")[0] == 0
+    assert files_in(tmp_path / "out") == on_hub(hub, "kept") == files_in(quick_run)
 
 
 def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, quick_run, tmp_path):
