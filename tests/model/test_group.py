@@ -127,6 +127,7 @@ def test_logits_are_float32_where_the_model_is_16_bit(group, saved):
     """Sums in another order change 16-bit hidden states by roundings; those of two dtypes differ as much."""
     model, plain = loading.load_part(group, saved("llama"), dtype="bfloat16"), loading.load_model(saved("llama"))
     assert loading.logits_dtype(model) == "float32" and model.dtype == torch.bfloat16
+    assert probe_model(model).batch == "padded"  # its embeddings are nudged in all processes
     ids = np.arange(60)
     found, exact = plain_rows(model, ids[None], 0, ids[1:]), plain_rows(plain, ids[None], 0, ids[1:])
     alone = plain_rows(loading.load_model(saved("llama"), dtype="bfloat16"), ids[None], 0, ids[1:])
