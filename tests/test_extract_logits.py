@@ -58,9 +58,9 @@ def test_conversations_longer_than_the_models_positions_are_skipped(extract, cha
     assert "1 × longer than 48 tokens" in capsys.readouterr().out
 
 
-def test_a_run_without_draws_is_told_at_once_what_its_rows_are_not_for(extract, chat_file, capsys):
+def test_a_run_without_draws_is_told_at_once_what_its_rows_are_not_for(extract, chat_file, tmp_path, capsys):
     assert extract(chat_file([GOOD])) == 0 and "biased" not in capsys.readouterr().err
-    assert extract(chat_file([GOOD]), num_sampled=0, output_dir="without") == 0
+    assert extract(chat_file([GOOD]), num_sampled=0, output_dir=tmp_path / "without") == 0
     told = capsys.readouterr().err
     assert told.index("Without draws from the tail (--num_sampled 0)") < told.index("Looking for the model")
 
