@@ -373,15 +373,15 @@ import extract_logits""",
 
 def test_a_whole_repository_stays_so_where_a_damaged_shard_is_not_computed_again(hub, extract, quick_run, tmp_path):
     shutil.copytree(quick_run, tmp_path / "out")
-    assert extract("kept")[0] == 0
+    assert extract("stays-whole")[0] == 0
     shard = shards_in(tmp_path / "out")[7]
     shard.write_bytes(shard.read_bytes()[:-100])
-    status, said = extract("kept", code=FAILING)
+    status, said = extract("stays-whole", code=FAILING)
     assert status == 1 and "the card is gone" in said
     assert is_listed_as_unfinished(tmp_path / "out")
-    assert on_hub(hub, "kept") == files_in(quick_run)
-    assert extract("kept")[0] == 0
-    assert files_in(tmp_path / "out") == on_hub(hub, "kept") == files_in(quick_run)
+    assert on_hub(hub, "stays-whole") == files_in(quick_run)
+    assert extract("stays-whole")[0] == 0
+    assert files_in(tmp_path / "out") == on_hub(hub, "stays-whole") == files_in(quick_run)
 
 
 def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, quick_run, tmp_path):
