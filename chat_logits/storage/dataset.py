@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class StoredDataset:
     revision: str | None
     manifest: Manifest
     shards: list[ShardEntry]
-    is_finished: bool = True
+    is_finished: bool = field(default=True, kw_only=True)
 
     def __repr__(self) -> str:
         rows, shards = count_text(self.num_rows, "row"), count_text(len(self.shards), "shard")
@@ -228,7 +228,7 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     revision = None if is_local else _commit_of(dataset_id, revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
     shards, is_finished = read_shard_list(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
-    dataset = StoredDataset(dataset_id, revision, manifest, shards, is_finished)
+    dataset = StoredDataset(dataset_id, revision, manifest, shards, is_finished=is_finished)
     if not is_finished:
         _tell_unfinished(dataset_id, count_text(dataset.num_rows, "conversation"))
     return dataset
