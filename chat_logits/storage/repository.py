@@ -104,6 +104,7 @@ class Repository:
         arguments = {"repo_type": "dataset", "revision": self.branch}
         step = partial(self._api.preupload_lfs_files, self.repo_id, [addition], **arguments)
         UPLOAD.call(step, self.name)
+        addition._remote_oid = None  # the client leaves out what is there now, and a commit before may delete that
         if addition._is_uploaded:
             return addition
         return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself

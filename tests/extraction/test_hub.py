@@ -249,3 +249,32 @@ repository.commit("Both", pickle.load(sys.stdin.buffer), [], repository.look().h
         subprocess.run([sys.executable, "-c", commit], cwd=REPO, env=env, input=done.stdout, check=True)
         there = hub.files("dataset", "user/parts")
     assert {name: there[name] for name in contents} == contents
+
+
+def test_an_upload_of_what_a_commit_has_deleted_meanwhile_is_committed(tmp_path):
+    """As where a run is replaced by the same one: its shards have the bytes of those that the first commit deletes."""
+    code = """
+import pathlib, sys
+from chat_logits.storage.repository import Repository
+repository, file = Repository("user/again", None, False), pathlib.Path(sys.argv[1])
+upload = repository.upload("data/one.parquet", file)
+head = repository.commit("Another", {"data/two.parquet": file}, ["data/one.parquet"], repository.look().head)
+repository.commit("The same", {"data/one.parquet": upload}, [], head)
+"""
+    (tmp_path / "one.parquet").write_bytes(b"PAR1" * 1000)
+    with LoopbackHub() as hub:
+        hub.add_repo("dataset", "user/again", files={"extraction.json": b"{}"})
+        first = 'repository.commit("First", {"data/one.parquet": file}, [], repository.look().head)'
+        begin = code.partition("upload =")[0] + first
+        env = hub.environment(tmp_path / "home")
+        for each in (begin, code):
+            done = subprocess.run(
+                [sys.executable, "-c", each, tmp_path / "one.parquet"],
+                cwd=REPO,
+                env=env,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+        there = hub.files("dataset", "user/again")
+    assert there["data/one.parquet"] == there["data/two.parquet"] == b"PAR1" * 1000
