@@ -1,10 +1,10 @@
 """Distributions to the rows of a shard, and these to its file: in the calling thread, or in processes of their own.
 
 Encoding is many short steps of NumPy. In threads each would take the interpreter's lock from the thread that launches
-the model's kernels, which then launches them three times as slowly (``benchmarks/bench_host.py``).
+the model's kernels, which then takes nearly twice as long (``benchmarks/bench_host.py``).
 """
 
-from collections.abc import Callable
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -60,7 +60,7 @@ class EncodeProcesses:
     """In processes, each of which may get any batch and any shard; in this one rows are bytes, uint8 arrays."""
 
     def __init__(self, processes: int):
-        self.helpers = Helpers(processes, "encodes and writes", _call)
+        self.helpers = Helpers(processes, "encodes and writes", operator.call)
 
     def encode(self, members: list[Aligned], distributions: Distributions) -> Encoded:
         return self.helpers.ask(_encode_there, members, distributions)
@@ -82,10 +82,6 @@ class _RowsElsewhere(NamedTuple):
 
     def write(self, file: Path, shard: ShardAround) -> ShardEntry:
         return self.helpers.ask(_write_there, self.batches, file.absolute(), shard)
-
-
-def _call(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _encode_there(members: list[Aligned], distributions: Distributions) -> Encoded:

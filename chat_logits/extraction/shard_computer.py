@@ -209,7 +209,7 @@ def run_shards(
         fitting: dict[bool, list[Aligned]] = {True: [], False: []}
         for aligned in shard.ready:
             fitting[fits(len(aligned.input_ids), len(aligned.positions))].append(aligned)
-        too_large, encoded = list(fitting[False]), []
+        too_large, encoded = fitting[False], []
         bar.update(len(shard.skipped) + len(too_large))
         for members, pending in batches.compute(fitting[True]):
             if pending is None:

@@ -74,11 +74,6 @@ def shards_text(entries: Iterable[ShardEntry], is_finished: bool = True) -> str:
     return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards)), **mark})
 
 
-def read_shards(path: Path, place: str) -> list[ShardEntry]:
-    """The entries of ``read_shard_list``."""
-    return read_shard_list(path, place).entries
-
-
 def read_shard_list(path: Path, place: str) -> ShardList:
     """What a ``shards.json`` says. Raises ToolkitError where it is not what was written."""
     name = f"{place}: {SHARDS_FILE}"

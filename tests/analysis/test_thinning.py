@@ -19,7 +19,7 @@ from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import write_shard
-from chat_logits.storage.shard_list import read_shards, shards_text
+from chat_logits.storage.shard_list import read_shard_list, shards_text
 from chat_logits.storage.shard_reading import check_shard
 from explore_logits import execute_analysis, execute_summary, execute_thinning
 from logit_codec import CODE_PROBS, draw_tail, pack_indices, row_entries
@@ -284,7 +284,7 @@ def test_damage_of_a_thinned_dataset_is_found(thinned, smollm2, tmp_path, column
 def test_shards_keep_their_rows_and_what_they_skipped(quick_run, tmp_path):
     done = execute_thinning(str(quick_run), (10, 4, 0.9, tmp_path / "deep" / "out"), quiet=True)
     dataset = open_dataset(str(tmp_path / "deep" / "out"))
-    before = read_shards(quick_run / "shards.json", "")
+    before = read_shard_list(quick_run / "shards.json", "").entries
     kept = ("path", "num_rows", "num_tokens", "nll", "skipped", "bad", "turns_left_out")
     assert [[getattr(e, name) for name in kept] for e in dataset.shards] == [
         [getattr(e, name) for name in kept] for e in before

@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCard
 from chat_logits.storage.card import card_metadata, place_in_code, render_card, run_state, size_category
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard_list import ShardEntry, read_shards
+from chat_logits.storage.shard_list import ShardEntry, read_shard_list
 
 COMMITS = {"model_revision": "a" * 40, "dataset_revision": "b" * 40}
 HUB = {"model_id": "org/model", "dataset_id": "org/questions", **COMMITS}
@@ -22,7 +22,7 @@ def manifest(quick_run) -> Manifest:
 
 @pytest.fixture
 def entries(quick_run) -> list[ShardEntry]:
-    return read_shards(quick_run / "shards.json", "here")
+    return read_shard_list(quick_run / "shards.json", "here").entries
 
 
 def test_the_hub_reads_what_it_filters_and_links_by(manifest, entries):

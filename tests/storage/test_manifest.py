@@ -10,7 +10,7 @@ from conftest import REPO
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.manifest import FINGERPRINT_KEYS, KEYS, Manifest, RunInputs, another_run
-from chat_logits.storage.shard_list import ShardEntry, read_shards, shards_text
+from chat_logits.storage.shard_list import ShardEntry, read_shard_list, shards_text
 
 FORMAT = (REPO / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -171,12 +171,12 @@ def test_another_run_is_refused_with_what_to_do():
 
 def test_a_listing_that_is_read_is_written_with_the_same_bytes(quick_run):
     path = quick_run / "shards.json"
-    assert shards_text(read_shards(path, "here")) == path.read_text(encoding="utf-8")
+    assert shards_text(read_shard_list(path, "here").entries) == path.read_text(encoding="utf-8")
 
 
 def test_other_writers_may_list_path_and_rows_alone(tmp_path):
     (tmp_path / "shards.json").write_text('{"shards": [{"path": "data/00001/a.b-01234.parquet", "num_rows": 5}]}')
-    (entry,) = read_shards(tmp_path / "shards.json", "here")
+    (entry,) = read_shard_list(tmp_path / "shards.json", "here").entries
     assert entry == ShardEntry("data/00001/a.b-01234.parquet", 5) and entry.shard == 1234
 
 
@@ -185,7 +185,7 @@ def test_a_changed_listing_is_refused(quick_run, tmp_path):
     listing["shards"][3]["num_tokens"] += 1
     (tmp_path / "shards.json").write_text(json.dumps(listing))
     with pytest.raises(ToolkitError, match=rf"here: shards.json is damaged \(checksum {listing['crc32']}, expected"):
-        read_shards(tmp_path / "shards.json", "here")
+        read_shard_list(tmp_path / "shards.json", "here")
 
 
 QUANTIZATION = {"weights": "as stored", "config": {"quant_method": "awq", "bits": 4, "modules_to_not_convert": None}}
