@@ -17,7 +17,7 @@ import pytest
 from conftest import REPO
 from hub_faults import Fault
 from loopback_hub import SIGNATURE, TOKEN, LoopbackHub
-from ray_runs import Command, Nodes, children, command_line, held, set_for_nodes
+from ray_runs import Command, Nodes, children, command_line, folders_of_workers, held, set_for_nodes
 from runs import SHARDS, comparable, files_in, shards_in, without
 
 import extract_logits
@@ -143,6 +143,7 @@ HUGE = "from chat_logits.storage import disk; disk.MEASURED = {1: 1e9}"
 def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_committers_commits(
     undisturbed, straight, hub, temporary, gate
 ):
+    left = folders_of_workers(temporary)
     # The first shard is committed at once, the others by Ctrl-C.
     stopped = straight("straight", "--push_every", 3600, first=HUGE + held(gate))
     stopped.until(lambda: re.search(r" \d\d/180 ", stopped.said))
@@ -151,7 +152,7 @@ def test_without_a_shared_folder_the_shards_go_straight_to_the_hub_in_one_commit
     kept, files = shards_on_hub(hub, "straight"), on_hub(hub, "straight")
     assert 3 < len(kept) < SHARDS and {entry["path"] for entry in listed(files)} == kept
     assert f"{len(kept)} finished shards are in user/straight.\nStopped. What is pushed is kept." in stopped.said
-    assert not list(temporary.glob("extract-logits-*")), "the workers have cleared up"
+    assert folders_of_workers(temporary) <= left, "the workers have cleared up"
     again = straight("straight", "--push_every", 2)
     assert again.wait() == 0, again.said
     assert f"{len(kept)} of them only in user/straight" in again.said

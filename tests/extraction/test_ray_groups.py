@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_runs import Command, followers_of, held, is_running, set_for_nodes, workers_of
+from ray_runs import Command, folders_of_workers, followers_of, held, is_running, set_for_nodes, workers_of
 from runs import SHARDS, files_in, flags_for, shards_in, without
 
 import extract_logits
@@ -103,7 +103,7 @@ def test_ctrl_c_and_the_death_of_the_first_process_end_all_and_the_run_goes_on(
     flags, address, temporary, in_two, tmp_path
 ):
     """That its workers have 2 processes is known from the record, but for the first start."""
-    out = tmp_path / "out"
+    out, left = tmp_path / "out", folders_of_workers(temporary)  # by those that were killed before
     on_cluster = flags("out", "--ray_address", address)
 
     def start(*more) -> tuple[Command, set[int]]:
@@ -121,7 +121,7 @@ def test_ctrl_c_and_the_death_of_the_first_process_end_all_and_the_run_goes_on(
     assert stopped.wait() == 130, stopped.said
     assert "Stopped. " in stopped.said and "Traceback" not in stopped.said
     wait_for_end(pids)
-    assert not list(temporary.glob("extract-logits-*")), "the worker has cleared up"
+    assert folders_of_workers(temporary) <= left, "the worker has cleared up"
 
     killed, pids = start()
     assert "--tensor_parallel 2" in killed.said

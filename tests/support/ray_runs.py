@@ -41,6 +41,11 @@ def set_for_nodes(patch, temporary: Path) -> None:
     patch.setenv("RAY_TMPDIR", "/tmp")  # a socket's path must be short
 
 
+def folders_of_workers(temporary: Path) -> set[Path]:
+    """Those that workers have in ``temporary`` now, or that killed ones have left there for the next one to remove."""
+    return set(temporary.glob("extract-logits-*"))
+
+
 def held(gate: Path, batches: int = 12, seconds: float = 600) -> str:
     """What a command does ``first`` so that its workers are in mid-run, on any machine, until ``gate`` is there.
 
