@@ -55,13 +55,15 @@ class SourceShard(NamedTuple):
 class ShardComputer:
     """The model of an opened run on one device, whose shards go to ``folder``; ``check_place`` is ``write_shard``'s.
 
-    The folder is there at the latest when shards are computed.
+    The folder is there at the latest when shards are computed. ``devices_of_machine`` are its accelerators, where this
+    process does not see those of others.
     """
 
     opened: OpenedRun
     device: torch.device
     folder: Path | None
     check_place: Callable[[], None] = field(default=lambda: None)
+    devices_of_machine: int | None = None
     model: object = None
     sharing: Sharing | None = None
     _stack: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
@@ -168,8 +170,9 @@ class ShardComputer:
             return config.num_cpu_workers
         if self.device.type == "cpu" or config.trust_remote_code:  # whose tokenizer other processes may not know
             return 1
-        cores = (os.cpu_count() or 1) * config.tensor_parallel // torch.accelerator.device_count()
-        return min(MOST_WORKERS, max(1, cores // CORES_A_WORKER))
+        seen = torch.accelerator.device_count()
+        its_own = seen if config.device_map else config.tensor_parallel
+        return default_workers(usable_cores(), its_own, self.devices_of_machine or seen)
 
     def _budget(self, recorded: Manifest | None = None) -> dict:
         """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
@@ -181,6 +184,16 @@ class ShardComputer:
         agrees = self.sharing is not None and self.sharing.prefix
         cached = config.prefix_cache and agrees and getattr(recorded, "prefix_cache", None) is not False
         return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}
+
+
+def usable_cores() -> int:
+    """Those of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(cores: int, devices: int, of: int) -> int:
+    """Processes that align, and as many that encode, for a model on so many ``devices`` ``of`` the machine's."""
+    return min(MOST_WORKERS, max(1, cores * devices // of // CORES_A_WORKER))
 
 
 def _tell_budget(settings: Manifest) -> None:

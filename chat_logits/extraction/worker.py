@@ -102,7 +102,7 @@ class ShardWorker:
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
         device, processes = loading.choose_device(assignment.config.device), assignment.config.tensor_parallel
         with ExitStack() as stack:  # which a failure closes
-            computer = ShardComputer(opened, device, assignment.folder, self._check_place)
+            computer = ShardComputer(opened, device, assignment.folder, self._check_place, gpus_of_machine())
             self._computer = stack.enter_context(closing(computer))
             self._described = self._computer.describe()
             self._stack = stack.pop_all()
@@ -185,3 +185,10 @@ class ShardWorker:
                 f"{platform.node()} does not see the run in `output_dir` {file.parent}: give a folder that all "
                 "machines share, or leave `output_dir` out and give `output_repo`."
             )
+
+
+def gpus_of_machine() -> int | None:
+    """As the cluster knows them: Ray hides those of the others from a worker. None where there are none."""
+    here = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return int(resources.get("GPU", 0)) or None

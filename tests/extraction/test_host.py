@@ -9,7 +9,7 @@ from runs import files_in, shards_in
 
 import extract_logits
 from chat_logits.extraction import shard_computer
-from chat_logits.extraction.shard_computer import ReadWriteThreads
+from chat_logits.extraction.shard_computer import ReadWriteThreads, default_workers
 
 
 def test_with_several_workers_a_run_has_the_same_files(flags, quick_run, tmp_path):
@@ -102,3 +102,11 @@ def test_a_task_waits_for_those_before_it(writers):
             threads.write(lambda group=group, before=before: seen.append(done.count(group) == len(before)), before)
         threads.wait_for_writing()
     assert seen == [True] * 30
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "of", "workers"),
+    [(16, 1, 1, 4), (12, 1, 1, 3), (2, 1, 1, 1), (16, 1, 4, 1), (192, 1, 8, 4), (26, 8, 8, 4), (64, 2, 8, 4)],
+)
+def test_a_model_has_a_quarter_of_the_cores_for_its_devices(cores, devices, of, workers):
+    assert default_workers(cores, devices, of) == workers

@@ -3,10 +3,13 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import REPO
 from ray_runs import Command, folders_of_workers, followers_of, held, is_running, set_for_nodes, workers_of
 from runs import SHARDS, files_in, flags_for, shards_in, without
 
@@ -146,3 +149,22 @@ def test_a_cluster_without_a_machine_for_one_worker_is_refused(flags, address, t
         )
         assert re.match(told, run.said.splitlines()[-1]), run.said
     assert not (tmp_path / "none" / "extraction.json").exists()
+
+
+SEES = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_gpus=2)
+def seen():
+    import os
+    from chat_logits.extraction.worker import gpus_of_machine
+    return gpus_of_machine(), os.environ["CUDA_VISIBLE_DEVICES"].count(",") + 1
+print(*ray.get(seen.remote()))
+"""
+
+
+def test_a_worker_knows_how_many_others_share_its_machines_cores(address):
+    """It sees two of five GPUs."""
+    command, env = [sys.executable, "-c", SEES, address], {**os.environ, "PYTHONPATH": str(REPO)}
+    seen = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert seen.stdout.split() == ["5", "2"], seen.stderr
