@@ -4,14 +4,11 @@ A helper ends as soon as its input does, whatever it is doing: none is left behi
 arrays go through memory that both processes see, where the system has such (Linux); all else goes through pipes.
 """
 
-import json
 import logging
 import mmap
 import os
 import pickle
 import queue
-import subprocess
-import sys
 import threading
 import traceback
 import weakref
@@ -21,18 +18,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from chat_logits.errors import ToolkitError
-from chat_logits.pipes import take_pipes
+from chat_logits.pipes import start_python, take_pipes
 
 logger = logging.getLogger(__name__)
 
-# With -m, answers would be of __main__'s types. Ctrl-C is the other process's to act on.
-BEGIN = """
-import json, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.path[:] = json.loads(sys.argv[1])
-from chat_logits.helpers import main
-main(*map(int, sys.argv[2:]))
-"""
 PROTOCOL = 5  # of pickles: the first whose arrays may lie elsewhere
 ALIGNED = 64  # bytes: where each of the arrays begins
 LARGE = 2**16  # bytes of an array from which on it goes through shared memory: what a pipe holds
@@ -143,13 +132,8 @@ class _Process:
         self._known: bytes | None = known  # until it is sent, with the first call
         self._there, self._back = SharedMemory.new(), SharedMemory.new()
         descriptors = [shared.descriptor for shared in (self._there, self._back) if shared.descriptor is not None]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN, json.dumps(sys.path), *map(str, descriptors)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            pass_fds=descriptors,
-        )
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        self.process = start_python(__name__, "main", *descriptors, env=environment, pass_fds=descriptors)
 
     def ask(self, arguments: tuple) -> tuple[Any, list[tuple[int, str]]]:
         """The answer, an exception where there is none, and the levels and messages of what was logged."""
@@ -178,15 +162,15 @@ class _Process:
 # --- in the process ---
 
 
-def main(given_at: int | None = None, back_at: int | None = None) -> None:
+def main(*descriptors: str) -> None:
     """The process: what is to be carried out, then calls upon calls, each answered before the next.
 
-    The descriptors are those of shared memory.
+    The descriptors are those of shared memory, if there is such.
     """
     questions, answers = take_pipes()
     log = Log()
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    given, back = SharedMemory(given_at), SharedMemory(back_at)
+    given, back = map(SharedMemory, map(int, descriptors) if descriptors else (None, None))
     received: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(questions, received), daemon=True).start()
     carry_out = received.get()

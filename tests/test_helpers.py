@@ -188,3 +188,13 @@ def test_a_traceback_from_there_is_kept_for_whoever_looks(helpers):
     with pytest.raises(ZeroDivisionError) as raised:
         helpers.ask(exec, "def deep():\n    return 1 / 0\ndeep()")
     assert "in deep" in "".join(raised.value.__notes__) and str(raised.value) == "division by zero"
+
+
+def test_modules_of_the_folder_it_is_called_in_are_left_alone(tmp_path, monkeypatch):
+    """A file of the user's with a library's name, in the folder that a command is given in."""
+    for name in ("json", "signal", "operator", "chat_logits"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    started = Helpers(1, "counts", operator.call)
+    assert started.ask(operator.add, 1, 2) == 3
+    started.close()

@@ -9,25 +9,17 @@ import atexit
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any
 
-from chat_logits.pipes import take_pipes
+from chat_logits.pipes import start_python, take_pipes
 
 MIB = 2**20
 SECONDS, MEMORY = 5.0, 1024 * MIB  # of CPU time for a conversation; bytes of address space
 LENGTH_LEAST, LENGTH_RATIO = MIB, 16  # characters of a text: some in any case, and so many for each that comes in
 SHOWN = 300  # characters of what a template says in an error
-START = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from chat_logits.data.render_process import serve
-serve()
-"""
 
 
 class OverLimit(Exception):
@@ -77,9 +69,7 @@ class RenderProcess:
 
     def _begin(self) -> subprocess.Popen:
         if self._process is None:
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            command = [sys.executable, "-c", START, json.dumps(sys.path)]
-            self._process, self._settings = subprocess.Popen(command, **pipes), None
+            self._process, self._settings = start_python(__name__, "serve", stderr=subprocess.DEVNULL), None
         return self._process
 
     def _ask(self, settings: list, conversations: list[list[dict]]) -> dict:
@@ -169,13 +159,12 @@ def _line(value) -> bytes:
 
 
 def _set_limits():
-    """Limit memory, leave Ctrl-C to the process that asks; gives what sets the CPU time until the system ends this.
+    """Limit memory; gives what sets the CPU time until the system ends this.
 
     Where the system has no such limits, there are none.
     """
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import resource
     except ImportError:  # Windows

@@ -11,7 +11,6 @@ import pickle
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,12 +19,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from chat_logits.errors import ToolkitError
-from chat_logits.pipes import take_pipes
+from chat_logits.pipes import start_python, take_pipes
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 
-ROOT = Path(__file__).resolve().parents[2]  # where the package is, installed or not
-BEGIN = "from chat_logits.extraction.processes import main; main()"  # with -m, answers would be of __main__'s types
 STARTED = 0  # the number of the call that all have made when they have started
 GRACE = 20.0  # seconds by which processes may differ in when a call fails
 LAST = 20.0  # seconds after which a call that cannot end any more ends the process
@@ -229,16 +226,9 @@ def _later(seconds: float, do, *args) -> threading.Timer:
 
 
 def _start(member: Member, errors: Path) -> subprocess.Popen:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(member.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(member.threads)}
     with errors.open("wb") as written:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", BEGIN],  # -P: not what lies in this folder
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=written,
-            env={**os.environ, **environment},
-        )
+        process = start_python(__name__, "main", stderr=written, env=environment)
     with contextlib.suppress(OSError):
         assert process.stdin
         pickle.dump(tuple(member), process.stdin)
@@ -269,7 +259,6 @@ def _failure(error: Exception) -> Failure:
 
 def main() -> None:
     """The process: what it is, then calls upon calls."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
     told, answers = take_pipes()
     logging.getLogger("chat_logits").setLevel(logging.ERROR)  # the first process says it all
     member = Member(*pickle.load(told))
