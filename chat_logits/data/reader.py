@@ -40,7 +40,7 @@ from chat_logits.words import count_text
 logger = logging.getLogger(__name__)
 
 TOLD = 10  # bad rows that are named in the log
-MOST_FIRST_ROWS = 4096  # are looked at for one to extract, where those before are merely not wanted
+MOST_FIRST_ROWS = 4096  # are looked at for one to extract, where most before are merely not wanted
 NO_MASK = "no token to extract: the assistant mask is empty"
 
 
@@ -273,14 +273,13 @@ def _first_conversations(source: SourceDataset, convert: Callable) -> tuple[list
 
 
 def _proven(reader: Reader, positions: int | None) -> Reader:
-    """The reader with its first source rows, aligned: ``FIRST_ROWS``, and while all are merely not wanted, more.
+    """The reader with its first source rows, aligned: ``FIRST_ROWS``, and while most are merely not wanted, more.
 
     ``positions`` are the model's. Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has
     anything to extract.
     """
     ready, skipped = reader.align(0, FIRST_ROWS, is_proof=True)
-    unwanted = {reader.too_long, NO_ANSWER, ALL_LEFT_OUT}
-    while not ready and len(skipped) < MOST_FIRST_ROWS and all(entry["reason"] in unwanted for entry in skipped):
+    while not ready and len(skipped) < MOST_FIRST_ROWS and _are_mostly_unwanted(reader, skipped):
         first = len(skipped)
         if first == FIRST_ROWS:
             logger.info("None of the first %d rows is wanted (%s): looking further", first, _listed(skipped))
@@ -296,6 +295,12 @@ def _proven(reader: Reader, positions: int | None) -> Reader:
             "one within its turn, or right behind it. Leave the option out."
         )
     return replace(reader, first_ready=ready, first_skipped=skipped)
+
+
+def _are_mostly_unwanted(reader: Reader, skipped: list[dict]) -> bool:
+    """Whether more than half of them are too long or without an answer: nothing that the dataset is refused for."""
+    unwanted = {reader.too_long, NO_ANSWER, ALL_LEFT_OUT}
+    return sum(entry["reason"] in unwanted for entry in skipped) > len(skipped) / 2
 
 
 def _nothing_to_extract(reader: Reader, skipped: list[dict], positions: int | None) -> ToolkitError:

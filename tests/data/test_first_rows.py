@@ -98,9 +98,9 @@ def test_conversations_without_an_answer_do_not_hide_those_behind(opened, row):
     [
         ([SILENT] * 32 + [WHOLE], "32"),
         ([BAD] * 32 + [WHOLE], "32"),
-        ([OPEN] * 31 + [BAD] + [WHOLE], "32"),
+        ([OPEN] * 16 + [BAD] * 16 + [WHOLE], "32"),
         ([OPEN] * 32 + [SILENT] * 32 + [WHOLE], "64"),
-        ([OPEN] * 32 + [BAD] + [OPEN] * 31 + [WHOLE], "64"),
+        ([OPEN] * 15 + [BAD] + [SILENT] * 16 + [WHOLE], "32"),
         ([OPEN] * 100, "100"),
     ],
 )
@@ -108,6 +108,15 @@ def test_what_is_no_mere_wish_ends_the_run_where_it_stands(opened, rows, count):
     with pytest.raises(ToolkitError, match=f"nothing to extract in the first {count} conversations") as raised:
         opened(rows)
     assert ("Three ways out" in str(raised.value)) == (SILENT in rows)
+
+
+@pytest.mark.parametrize("few", [[BAD], [SILENT], [BAD] * 8 + [SILENT] * 7])
+def test_a_few_bad_ones_among_them_do_not_end_it(opened, few):
+    first = len(few) + 60
+    reader = opened([OPEN] * 30 + few + [OPEN] * 30 + [WHOLE])
+    assert [one.source_index for one in reader.first_ready] == [first]
+    assert [entry["row"] for entry in reader.first_skipped] == list(range(first))
+    assert len(opened([*few, *[OPEN] * 60, WHOLE]).first_ready) == 1
 
 
 def test_beside_one_that_is_ready_they_are_skipped(opened):
