@@ -1,4 +1,4 @@
-"""Numbers in words."""
+"""Numbers in words, and an error in one line."""
 
 import math
 
@@ -16,3 +16,8 @@ def with_error(value: float, error: float) -> str:
 def error_text(error: float, before: str = "") -> str:
     """A standard error; "" where none is known (nan)."""
     return "" if math.isnan(error) else f"{before}{error:.4f}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as far as one line goes."""
+    return str(error).strip().partition("\n")[0][:300]

@@ -18,6 +18,7 @@ BASE = (
     "chat_logits.helpers",
     "chat_logits.hub",
     "chat_logits.hub_errors",
+    "chat_logits.machine",
     "chat_logits.options",
     "chat_logits.pipes",
     "chat_logits.scratch",

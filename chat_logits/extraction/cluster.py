@@ -21,6 +21,7 @@ from pathlib import Path
 from chat_logits.data.templates import SHIPPED
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.config import ExtractConfig
+from chat_logits.words import first_line
 
 PATIENCE = 30.0  # seconds for a cluster to answer
 # Whether anybody listens: attempts, seconds between them, seconds each. Ray gives a head up after 60 seconds.
@@ -207,8 +208,3 @@ def _actor_options(gpus: int, cpus: int, threads: int) -> dict:
         "max_restarts": -1,  # as often as it takes, on another machine if need be
         "max_task_retries": -1,  # but for methods that say otherwise
     }
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, as far as one line goes."""
-    return str(error).strip().partition("\n")[0][:300]

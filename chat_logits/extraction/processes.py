@@ -22,6 +22,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.pipes import start_python, take_pipes
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
+from chat_logits.words import first_line
 
 STARTED = 0  # the number of the call that all have made when they have started
 GRACE = 20.0  # seconds by which processes may differ in when a call fails
@@ -250,8 +251,8 @@ def _failure(error: Exception) -> Failure:
 
     from chat_logits.model.out_of_memory import is_out_of_memory
 
-    first, short = str(error).strip().partition("\n")[0], isinstance(error, RuntimeError) and is_out_of_memory(error)
-    return Failure(f"{type(error).__name__}: {first}", short, group.WORLD._get_sequence_number_for_group())
+    short = isinstance(error, RuntimeError) and is_out_of_memory(error)
+    return Failure(f"{type(error).__name__}: {first_line(error)}", short, group.WORLD._get_sequence_number_for_group())
 
 
 # --- in the process ---

@@ -5,7 +5,6 @@ A plain run has one ``ShardComputer``, and every worker of a run on several acce
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
 from chat_logits.extraction.encoding import Encoded, Encoding, start_encoding
 from chat_logits.extraction.processes import started_group
 from chat_logits.extraction.run_description import OpenedRun, describe_with_model
+from chat_logits.machine import usable_cores
 from chat_logits.model import loading, probe
 from chat_logits.model.batching import Batches, Sharing
 from chat_logits.model.memory import choose_budget, fits_alone
@@ -186,11 +186,6 @@ class ShardComputer:
         return {name: kept.get(name) or chosen[name] for name in chosen} | {"prefix_cache": cached}
 
 
-def usable_cores() -> int:
-    """Those of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_workers(cores: int, devices: int, of: int) -> int:
     """Processes that align, and as many that encode, for a model on so many ``devices`` ``of`` the machine's."""
     return min(MOST_WORKERS, max(1, cores * devices // of // CORES_A_WORKER))
@@ -291,8 +286,8 @@ class ReadWriteThreads:
     def _wait_for_reading(self, reading: Future) -> Any:
         """What was read. Until it is, whatever a write raises is raised here."""
         while not reading.done():
-            wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
             self._collect()
+            wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
         try:
             return reading.result()
         except Exception:
@@ -303,14 +298,16 @@ class ReadWriteThreads:
         """Do a task once those of ``after``, which were given before, are done; others may be done meanwhile."""
         writing = self._writing.submit(self._unless_stopped, task, after)
         self._backlog.append(writing)
+        self._collect()
         while len(self._backlog) > BACKLOG * self._writers:
             self._backlog.popleft().result()
-        self._collect()
         return writing
 
     def _collect(self) -> None:
-        while self._backlog and self._backlog[0].done():
-            self._backlog.popleft().result()
+        """Raise what writing has raised; only what is not done stays, so that a wait for it is one."""
+        for writing in [writing for writing in self._backlog if writing.done()]:
+            self._backlog.remove(writing)
+            writing.result()
 
     def wait_for_writing(self) -> None:
         """Wait for all that was given."""

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayError
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.extraction.cluster import connect, first_line, listens
+from chat_logits.extraction.cluster import connect, listens
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.processes import GroupLost
 from chat_logits.extraction.run_description import OpenedRun
@@ -28,7 +28,7 @@ from chat_logits.hub_errors import HubRefused, redact
 from chat_logits.stages import stage
 from chat_logits.storage.disk import DiskFull
 from chat_logits.storage.manifest import Manifest
-from chat_logits.words import count_text
+from chat_logits.words import count_text, first_line
 
 logger = logging.getLogger(__name__)
 

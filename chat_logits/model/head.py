@@ -4,7 +4,7 @@ Rounding logits to bfloat16 costs more than the whole storage format: 4.3e-4 nat
 does to its logits afterwards (soft caps, scaling) is then done in float32 as well.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -38,13 +38,24 @@ def use_head_dtype(model, head_dtype: str | None) -> None:
 def _float32_output(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """``head``'s output (…, V) float32 for hidden states (…, H); of its part alone, where it is split."""
     rows, weight = hidden.reshape(-1, hidden.shape[-1]), local(head.weight)
-    if hidden.is_cuda:
+    if has_float32_product(hidden.device, hidden.dtype):
         logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
     else:
         logits = _product_in_slices(rows.float(), weight)
     if head.bias is not None:
         logits += local(head.bias)
     return logits.view(*hidden.shape[:-1], -1)
+
+
+@cache
+def has_float32_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrices of a 16-bit dtype have a product in float32 there, tried on small ones: not on CPUs and ROCm."""
+    small = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _product_in_slices(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -9,19 +9,18 @@
         + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
-is more). ``copies`` is 2 on CUDA, where selection reads the logits as they are, else 3. ``cached`` is 0 without a
-shared prefix, else at most 8 * tokens: a batch's keys and values with the shared ones, and a copy on the way.
+is more). ``copies`` is 2 on CUDA, where selection reads the logits as they are (with Triton), else 3. ``cached`` is 0
+without a shared prefix, else at most 8 * tokens: a batch's keys and values with the shared ones, and a copy on the way.
 ``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
 For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """
 
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from chat_logits.machine import usable_memory
 from chat_logits.model.batching import Budget
 from chat_logits.model.group import group_of, local
 from chat_logits.model.loading import compute_devices, input_device, largest_fetch
@@ -42,24 +41,7 @@ def total_memory(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_group_limits()])
-
-
-def _group_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes that this process's control groups, and those above them, allow; none where there are no such groups.
-
-    A line of ``proc`` is "0::/path" for version 2, "number:memory:/path" for version 1. In a container the path may
-    be the host's, and the container's own group then lies at ``root``.
-    """
-    for line in proc.read_text().splitlines() if proc.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mounted, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        group = mounted / path.strip("/")
-        for folder in (group, *group.parents[: len(group.relative_to(mounted).parts)]):
-            if (folder / name).is_file() and (limit := (folder / name).read_text().strip()) != "max":
-                yield int(limit)
+    return usable_memory()
 
 
 def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> Budget:

@@ -27,6 +27,7 @@ from chat_logits.model.loading import input_device
 from chat_logits.model.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from chat_logits.model.reference import nudged_rows, plain_rows, rows_of_whole_layers
 from chat_logits.model.teacher import Request, Teacher
+from chat_logits.words import first_line
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared prefix may be kept in
 # What a row may differ by, relative to its spread: in a deep network of random weights, half a dozen roundings.
@@ -282,8 +283,7 @@ def _fails(model, error: Exception) -> ToolkitError:
         others = "more devices (`tensor_parallel`)" if group_of(model) else "several (`tensor_parallel`, `device_map`)"
         ways = f"a smaller `dtype`, a larger device, or {others}"
         return ToolkitError(f"model check: out of memory with four short conversations; use {ways}")
-    first = str(error).strip().partition("\n")[0]
     return ToolkitError(
-        f"model check: the forward pass over token ids alone fails ({type(error).__name__}: {first}). Expected a model "
-        "of text; try `attn_implementation` eager."
+        f"model check: the forward pass over token ids alone fails ({type(error).__name__}: {first_line(error)}). "
+        "Expected a model of text; try `attn_implementation` eager."
     )

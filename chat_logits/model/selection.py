@@ -5,12 +5,18 @@ them in place: top K, exponentials, sums over blocks for total and tail, draws b
 stored at a position", has the rules; ``logit_codec`` has the plain reference.
 """
 
+import functools
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
 
+from chat_logits.model.out_of_memory import is_out_of_memory
+from chat_logits.words import first_line
 from logit_codec import ABSENT, MAX_TOKEN_ID, Distributions
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 128  # vocabulary entries that are summed in float32 before totals go on in float64
 DRAWN_ROWS = 64  # rows whose draws are searched at once: what the searches hold stays in the cache
@@ -33,11 +39,35 @@ def select(
 
     ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
     """
-    if logits.is_cuda and importlib.util.find_spec("triton"):
+    if logits.is_cuda and has_kernel(logits.device):
         from chat_logits.model import selection_kernel  # Triton has no build for some platforms
 
         return selection_kernel.select(logits, tokens, uniforms, settings)
     return _select_in_place(logits.float(), tokens, uniforms, settings)
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether Triton's kernel runs there, tried on one row; where it does not though Triton is there, a warning says
+    why. Triton builds it with a C compiler and Python's headers, which small containers lack."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from chat_logits.model import selection_kernel
+
+    row = torch.zeros(1, 2, device=device)
+    try:
+        selection_kernel.select(row, row[0, :1].long(), row[0, :1].double(), SelectionSettings(1, 0.5, 1))
+    except Exception as error:  # of Triton, of the compiler, or of a card that is too old
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        logger.warning(
+            "Selection is in plain torch, which is slower: Triton's kernel does not run on %s (%s). It needs a C "
+            "compiler (gcc) and Python's headers (python3-dev).",
+            device,
+            first_line(error),
+        )
+        return False
+    return True
 
 
 def _select_in_place(

@@ -33,26 +33,27 @@ def select(
     maxima, sums = logits.new_empty(2, num_rows, num_blocks, dtype=torch.float32)
     selected = _empty_results(logits, top_k, num_sampled)
     grid = (num_rows, triton.cdiv(num_blocks, BLOCKS_A_PROGRAM))
-    _block_sums[grid](logits, maxima, sums, vocabulary, num_blocks, logits.stride(0), BLOCKS_A_PROGRAM, BLOCK)
     padded = triton.next_power_of_2(num_blocks)
-    _select_row[(num_rows,)](
-        logits,
-        maxima,
-        sums,
-        tokens,
-        uniforms,
-        *selected.values(),
-        vocabulary,
-        num_blocks,
-        min(num_blocks, MAX_TOKEN_ID // BLOCK),
-        logits.stride(0),
-        settings.top_p if settings.top_p < 1 else 2.0,  # rounding must not end a nucleus that takes all
-        top_k,
-        num_sampled,
-        padded,
-        BLOCK,
-        num_warps=max(4, min(16, padded // BLOCKS_A_WARP)),
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the thread's device, wherever the tensors are
+        _block_sums[grid](logits, maxima, sums, vocabulary, num_blocks, logits.stride(0), BLOCKS_A_PROGRAM, BLOCK)
+        _select_row[(num_rows,)](
+            logits,
+            maxima,
+            sums,
+            tokens,
+            uniforms,
+            *selected.values(),
+            vocabulary,
+            num_blocks,
+            min(num_blocks, MAX_TOKEN_ID // BLOCK),
+            logits.stride(0),
+            settings.top_p if settings.top_p < 1 else 2.0,  # rounding must not end a nucleus that takes all
+            top_k,
+            num_sampled,
+            padded,
+            BLOCK,
+            num_warps=max(4, min(16, padded // BLOCKS_A_WARP)),
+        )
     return selected
 
 

@@ -1,6 +1,8 @@
 """A run whose rows several processes align, encode and write."""
 
 import json
+import threading
+from concurrent.futures import wait
 from functools import partial
 
 import numpy as np
@@ -110,3 +112,20 @@ def test_a_task_waits_for_those_before_it(writers):
 )
 def test_a_model_has_a_quarter_of_the_cores_for_its_devices(cores, devices, of, workers):
     assert default_workers(cores, devices, of) == workers
+
+
+def test_the_wait_for_rows_is_one_whichever_shard_is_written_first(monkeypatch):
+    """A shard takes long, the one behind it is done: the model's thread sleeps until there are rows, or a failure."""
+    gate, done = threading.Event(), []
+
+    def noting(futures, **how):
+        done.extend(future.done() for future in futures)
+        gate.set()
+        return wait(futures, **how)
+
+    monkeypatch.setattr(shard_computer, "wait", noting)
+    with ReadWriteThreads(2) as threads:
+        threads.write(partial(gate.wait, 60))
+        threads.write(lambda: None).result()
+        assert threads._wait_for_reading(threads._reading.submit(gate.wait, 60))
+    assert done[:2] == [False, False]

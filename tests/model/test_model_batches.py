@@ -224,28 +224,6 @@ def test_the_default_budget_follows_what_the_device_has(small_model, monkeypatch
     assert memory_budget.choose_budget(model, 7, 1) == Budget(7, 5)
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "limits"),
-    [
-        ("0::/\n", {}, []),
-        (
-            "0::/jobs/7\n",
-            {"jobs/7/memory.max": "max\n", "jobs/memory.max": "1000\n", "memory.max": "2000"},
-            [1000, 2000],
-        ),
-        ("9:cpu:/a\n4:cpuset,memory:/jobs/7\n0::/\n", {"memory/memory.limit_in_bytes": "3000\n"}, [3000]),
-    ],
-)
-def test_limits_of_control_groups_are_read(tmp_path, groups, files, limits):
-    """Of version 2, and of version 1 in a container, where the path is the host's."""
-    (tmp_path / "cgroup").write_text(groups)
-    for name, text in files.items():
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_text(text)
-    assert list(memory_budget._group_limits(tmp_path / "cgroup", tmp_path / "root")) == limits
-    assert not list(memory_budget._group_limits(tmp_path / "none", tmp_path / "root"))
-
-
 def test_memory_in_all_does_not_depend_on_the_moment():
     """What /proc/meminfo has for the machine, or less where a group limits this process; the same with some taken."""
     before = memory_budget.total_memory(torch.device("cpu"))

@@ -1,8 +1,13 @@
 """Selection in both its ways, plain torch and the Triton kernels (in its interpreter), against the plain reference."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from selection_reference import assert_is_reference, exact_log_probs
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -150,3 +155,15 @@ def test_logits_that_are_not_finite_show_in_their_own_position(select, bad):
     alone = select(np.zeros((1, 8), np.float32), [0.5], 2, 0.9, 1)
     for name in ("top_ids", "top_probs", "sampled_ids", "logsumexp"):
         np.testing.assert_array_equal(getattr(found, name)[2], getattr(alone, name)[0])
+
+
+def test_the_kernel_is_used_where_it_runs(caplog):
+    """Here in the interpreter; in a process without it Triton finds nothing to build for, as without a compiler."""
+    device = torch.device("cpu")
+    assert selection.has_kernel(device) and not caplog.messages
+    code = "import torch; from chat_logits.model.selection import has_kernel; print(has_kernel(torch.device('cpu')))"
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPO)}
+    alone = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert alone.stdout == "False\n"
+    (told,) = alone.stderr.splitlines()
+    assert told.startswith("Selection is in plain torch, which is slower: Triton's kernel does not run on cpu (")

@@ -1,0 +1,55 @@
+"""What this process may use of its machine: cores and memory, as Linux's control groups limit them (containers, Slurm).
+
+A line of /proc/self/cgroup is "0::/path" for version 2, "number:controllers:/path" for version 1. In a container the
+path may be the host's, and the container's own group then lies at the root.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def usable_memory() -> int:
+    """Bytes, whoever uses them now."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *memory_limits()])
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, or as many as its share of computing time is worth; one at least."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([there, *core_limits()])))
+
+
+def memory_limits(proc: Path = PROC, root: Path = ROOT) -> Iterator[int]:
+    """Bytes that the groups allow, none where there is no limit."""
+    for folder in _groups("memory", proc, root):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, of version 1
+            if (limit := _text(folder / name)) not in ("", "max"):
+                yield int(limit)
+
+
+def core_limits(proc: Path = PROC, root: Path = ROOT) -> Iterator[float]:
+    """Cores that the groups' quotas of computing time are worth, such as 2.5; none where there is no quota."""
+    for folder in _groups("cpu", proc, root):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2
+        quota = quota or _text(folder / "cpu.cfs_quota_us")
+        period = period or _text(folder / "cpu.cfs_period_us")
+        if quota not in ("", "max", "-1"):
+            yield int(quota) / int(period)
+
+
+def _groups(controller: str, proc: Path, root: Path) -> Iterator[Path]:
+    """Folders of the groups that this process is in for a controller, and of those above them."""
+    for line in proc.read_text().splitlines() if proc.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mounted = root / controller if controllers else root
+        group = mounted / path.strip("/")
+        yield from (group, *group.parents[: len(group.relative_to(mounted).parts)])
+
+
+def _text(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""
