@@ -39,7 +39,7 @@ def select(
 
     ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
     """
-    if logits.is_cuda and has_kernel(logits.device):
+    if logits.is_cuda and has_kernel(logits.device, logits.dtype, logits.shape[1], settings):
         from chat_logits.model import selection_kernel  # Triton has no build for some platforms
 
         return selection_kernel.select(logits, tokens, uniforms, settings)
@@ -47,16 +47,16 @@ def select(
 
 
 @functools.cache
-def has_kernel(device: torch.device) -> bool:
+def has_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int, settings: SelectionSettings) -> bool:
     """Whether Triton's kernel runs there, tried on one row; where it does not though Triton is there, a warning says
     why. Triton builds it with a C compiler and Python's headers, which small containers lack."""
     if importlib.util.find_spec("triton") is None:
         return False
     from chat_logits.model import selection_kernel
 
-    row = torch.zeros(1, 2, device=device)
+    row = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     try:
-        selection_kernel.select(row, row[0, :1].long(), row[0, :1].double(), SelectionSettings(1, 0.5, 1))
+        selection_kernel.select(row, row[0, :1].long(), row[0, :1].double(), settings)
     except Exception as error:  # of Triton, of the compiler, or of a card that is too old
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise

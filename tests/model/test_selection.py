@@ -159,9 +159,10 @@ def test_logits_that_are_not_finite_show_in_their_own_position(select, bad):
 
 def test_the_kernel_is_used_where_it_runs(caplog):
     """Here in the interpreter; in a process without it Triton finds nothing to build for, as without a compiler."""
-    device = torch.device("cpu")
-    assert selection.has_kernel(device) and not caplog.messages
-    code = "import torch; from chat_logits.model.selection import has_kernel; print(has_kernel(torch.device('cpu')))"
+    row = torch.device("cpu"), torch.bfloat16, 1000, SelectionSettings(4, 0.98, 2)
+    assert selection.has_kernel(*row) and not caplog.messages
+    code = "import torch; from chat_logits.model.selection import *; print(has_kernel(torch.device('cpu'), *{}))"
+    code = code.format("(torch.bfloat16, 1000, SelectionSettings(4, 0.98, 2))")
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPO)}
     alone = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert alone.stdout == "False\n"
