@@ -95,11 +95,13 @@ class RemoteRun:
             around[EXTRACTION_FILE] = self.folder.manifest.text
         elif not is_last:
             del around[CARD_FILE]
-        if any(entry.shard not in self.uploads for entry in chosen):
-            self.folder.check_place()  # another run's shards in its place have the same names
         sent = {entry.path: self.uploads.get(entry.shard, self.folder.path / entry.path) for entry in chosen}
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
-        head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head)
+        check = None
+        if any(entry.shard not in self.uploads for entry in chosen):
+            check = self.folder.check_place  # another run's shards in its place have the same names
+            check()
+        head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head, check)
         if self.overwrite:
             self.folder.note_replaced(self.repository.at)
         card = around.get(CARD_FILE, remote.card)

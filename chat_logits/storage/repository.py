@@ -1,5 +1,6 @@
 """A Hub dataset repository at one branch: what is in it, and commits that change it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,12 +110,22 @@ class Repository:
             return addition
         return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
 
-    def commit(self, message: str, additions: dict[str, object], deletions: list[str], parent: str | None) -> str:
+    def commit(
+        self,
+        message: str,
+        additions: dict[str, object],
+        deletions: list[str],
+        parent: str | None,
+        check: Callable[[], None] | None = None,
+    ) -> str:
         """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.
 
-        Raises what the Hub's client raises; 412 where ``parent`` is not the newest commit any more.
+        ``check`` is called once the files' checksums are known, which the Hub holds what is sent against. Raises what
+        it and the Hub's client raise; 412 where ``parent`` is not the newest commit any more.
         """
         adds = [_addition(name, content) for name, content in additions.items()]
+        if check:
+            check()
         disable_progress_bars()
         deletes = [huggingface_hub.CommitOperationDelete(name) for name in deletions]
         return self._api.create_commit(
