@@ -299,6 +299,19 @@ def test_a_tokenizer_with_wide_ordinary_ids_is_refused(extract, chat_file, tmp_p
     assert "ordinary tokens up to id 262144, expected ids below 262144" in refused(capsys)
 
 
+def test_a_model_with_more_ids_than_can_be_stored_says_which_are_not(extract, chat_file, tmp_path, capsys):
+    """None of them is a token: what stands there is padding, or special tokens of other kinds of input."""
+    model = make_tiny_model(tmp_path / "padded", vocab_size=2**18 + 64)
+    assert extract(chat_file([GOOD]), model_id=model) == 0
+    told = "Of the model's 262,208 token ids those from 262,144 on are not stored"
+    assert told in capsys.readouterr().err
+
+
+def test_a_token_is_skipped_or_kept(extract, chat_file, capsys):
+    assert extract(chat_file([GOOD]), "--skip_tokens", "<|im_end|>", "--keep_tokens", "<|im_end|>") == 2
+    assert "--skip_tokens, --keep_tokens: both have '<|im_end|>', expected it in one of them" in refused(capsys)
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", '{"messages": []}'])
 def test_template_kwargs_are_a_json_object(extract, chat_file, capsys, text):
     assert extract(chat_file([GOOD]), template_kwargs=text) == 2

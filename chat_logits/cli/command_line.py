@@ -23,7 +23,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.options import Config
 from chat_logits.stages import Stages
-from chat_logits.storage.disk import nearest_existing
+from chat_logits.storage.disk import nearest_existing, write_text
 
 STDOUT = "-"  # as the name of a file to write
 ITS_FUTURE = re.compile("deprecated|will be removed|in (a|the) future|future (version|release)")
@@ -237,9 +237,13 @@ def check_places(**files: str | None) -> None:
 
 
 def write_result(file: str, text: str) -> None:
-    """Write a finished file and say so. Raises ToolkitError where the disk refuses."""
+    """Write a finished file and say so; one that is there stays whole. Raises ToolkitError where the disk refuses."""
+    path = Path(file).resolve()  # a link stays one
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe or a terminal
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_text(path, text)
     except OSError as error:
         raise ToolkitError(f"{file}: it cannot be written: {error.strerror}") from error
     print(f"Wrote {file}", file=sys.stderr)

@@ -32,10 +32,11 @@ def read_config_file(path: str, kind: type[Config]) -> dict[str, FileOption]:
         raise UsageError(f"{path}, line {_line(root)}: expected lines such as top_k: 64")
     options: dict[str, FileOption] = {}
     for key, value in root.value:
-        where, name = f"{path}, line {_line(key)}", str(key.value)
+        where, typed = f"{path}, line {_line(key)}", str(key.value)
+        name = typed.replace("-", "_")
         if name in options:
             raise UsageError(f"{where}: {name} is in line {options[name].line} already; leave one of the two out")
-        options[name] = FileOption(_read(where, name, value, kind), _line(key))
+        options[name] = FileOption(_read(where, typed, value, kind), _line(key))
     return options
 
 
@@ -53,10 +54,10 @@ def _parse(path: str) -> yaml.Node | None:
         raise UsageError(f"`config` {path}: no YAML ({error})") from error
 
 
-def _read(where: str, name: str, node: yaml.Node, kind: type[Config]) -> Any:
-    options = options_of(kind)
+def _read(where: str, typed: str, node: yaml.Node, kind: type[Config]) -> Any:
+    options, name = options_of(kind), typed.replace("-", "_")
     if name not in options:
-        raise UsageError(f"{where}: {name}: {_unknown(name.replace('-', '_'), options)}")
+        raise UsageError(f"{where}: {typed}: {_unknown(name, options)}")
     try:
         return _checked(options[name], _value(node))
     except UsageError as error:

@@ -1,15 +1,23 @@
 """What is read, and how it becomes tokens: the options of this room."""
 
+import json
 from dataclasses import dataclass
+from datetime import date
 
 from chat_logits.data.templates import RESERVED_KWARGS
 from chat_logits.errors import UsageError
 from chat_logits.options import EXTRACTED, READ, Config, option
 
 
-def _refuse_reserved(kwargs: dict) -> None:
+def _check_kwargs(kwargs: dict) -> None:
     if RESERVED_KWARGS & set(kwargs):
         raise UsageError(f"`template_kwargs`: expected a JSON object without {', '.join(sorted(RESERVED_KWARGS))}")
+    for name, value in kwargs.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            in_yaml = "; in YAML, a date is text in quotes" if isinstance(value, date) else ""
+            raise UsageError(f"`template_kwargs`: {name}: {error}, expected what JSON has{in_yaml}") from error
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +90,7 @@ class SourceConfig(Config):
         unset="none",
         group=EXTRACTED,
         metavar="JSON",
-        check_value=_refuse_reserved,
+        check_value=_check_kwargs,
     )
     all_turns: bool = option(
         False,

@@ -36,6 +36,7 @@ from chat_logits.data.tools import refuse_vanished_tools, to_stored_tools, to_to
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.stages import stage
 from chat_logits.words import count_text
+from logit_codec import MAX_TOKEN_ID
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,13 @@ def open_reader(
             "alone, leave the column out: `tools_column` ''"
         )
     refuse_wide_vocabulary(tokenizer)
+    if limits.vocab_size > MAX_TOKEN_ID:
+        logger.info(
+            "Of the model's %s token ids those from %s on are not stored: the tokenizer has special tokens there, if "
+            "any. What probability they have counts as the tail's.",
+            f"{limits.vocab_size:,}",
+            f"{MAX_TOKEN_ID:,}",
+        )
     with stage("Choosing the chat template on the first conversations"):
         convert = _converter(source, columns, config, tokenizer)
         conversations, tools = _first_conversations(source, convert)
@@ -241,15 +249,15 @@ def _converter(
         template_words=frozenset().union(*map(words_of, texts)),
         tell=TellOnce(),
     )
-    name = columns.get("tools", "")
-    its_tools = partial(to_tools, has_arrow_nulls=source.has_arrow_nulls, feature=features.get(name))
+    name = columns.get("tools")
+    its_tools = partial(to_tools, has_arrow_nulls=source.has_arrow_nulls, feature=features.get(name) if name else None)
     return partial(_convert, to_messages, its_tools, name)
 
 
 def _convert(
-    to_messages: Callable[[dict], list[dict]], its_tools: Callable[..., list[dict] | None], name: str, row: dict
+    to_messages: Callable[[dict], list[dict]], its_tools: Callable[..., list[dict] | None], name: str | None, row: dict
 ) -> tuple[list[dict], list[dict] | None]:
-    return to_messages(row), its_tools(row.get(name))
+    return to_messages(row), its_tools(row.get(name)) if name else None
 
 
 def _readable(row: dict | BadRow) -> dict:

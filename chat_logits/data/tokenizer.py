@@ -125,8 +125,10 @@ def unknown_token_id(tokenizer) -> int | None:
 def skipped_token_ids(tokenizer, skip: Sequence[str] = (), keep: Sequence[str] = ()) -> frozenset[int]:
     """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
 
-    Raises UsageError for a text that is not one token of the vocabulary.
+    Raises UsageError for a text that is not one token of the vocabulary, or in both.
     """
+    if both := sorted(set(skip) & set(keep)):
+        raise UsageError(f"`skip_tokens`, `keep_tokens`: both have {both[0]!r}, expected it in one of them")
     vocabulary = tokenizer.get_vocab()
     think = {vocabulary[tag] for tag in THINK_TAGS if tag in vocabulary}
     chosen = {}

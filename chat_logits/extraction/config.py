@@ -17,6 +17,11 @@ def _check_repo(output_repo: str) -> None:
         raise UsageError(f"`output_repo` {output_repo}: expected USER/NAME")
 
 
+def _check_bad_rows(limit: float) -> None:
+    if limit > 1 and limit % 1:
+        raise UsageError(f"`max_bad_rows` {limit}: expected a share below 1, or a whole number")
+
+
 def _check_address(address: str) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"`ray_address` {address}: expected HOST:PORT as `ray start` prints it, without ray://")
@@ -40,6 +45,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=READ,
         metavar="SHARE_OR_N",
         least=0,
+        check_value=_check_bad_rows,
     )
     top_k: int = option(
         64,

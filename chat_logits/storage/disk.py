@@ -179,7 +179,7 @@ class DiskWatch:
     def check_start(self, entries: int, tokens_a_row: float) -> None:
         """Warn, or raise DiskFull, by estimate: ``entries`` a position, ``tokens_a_row`` extracted tokens."""
         if self.num_rows is not None:
-            self._compare(int(self.num_rows * tokens_a_row * bytes_a_token(entries)))
+            self._compare(int(self.num_rows * tokens_a_row * bytes_a_token(entries)) + SPARE)
 
     def check_rest(self, written: Collection[ShardEntry], finished: Collection[ShardEntry]) -> None:
         """As ``check_start``, by the size of the shards ``written`` so far, for what is not ``finished``."""
@@ -204,7 +204,8 @@ def room_or_stop(folder: Path, shard_bytes: int = 0) -> Iterator[None]:
     """Within, files are written. Raises DiskFull without room for these, or for a shard of ``shard_bytes``."""
     free = free_bytes(folder)
     if free < shard_bytes + SPARE:
-        raise _full(folder, f"{size_text(free)} left, and the next shard takes up to {size_text(shard_bytes)}")
+        shard = f", and {size_text(shard_bytes)} for the next shard at most" if shard_bytes else ""
+        raise _full(folder, f"{size_text(free)} left; {size_text(SPARE)} are kept for the files around{shard}")
     try:
         yield
     except OSError as error:

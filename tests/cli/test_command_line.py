@@ -1,11 +1,14 @@
-"""How commands end."""
+"""How commands end, and the files that they write."""
 
 import os
+import resource
 import signal
+import threading
 
 import pytest
 
-from chat_logits.cli.command_line import Stopped, stop_on_signals
+from chat_logits.cli.command_line import Stopped, stop_on_signals, write_result
+from chat_logits.errors import ToolkitError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -17,3 +20,30 @@ def test_a_signal_is_known_though_a_library_has_made_an_interrupt_of_its_own(num
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
     assert stopped.value.number == number
+
+
+def test_a_page_that_does_not_fit_leaves_the_one_before(tmp_path):
+    """The disk takes no more than 1,000 bytes a file."""
+    page, limits = tmp_path / "page.html", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_result(str(page), "the page before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for file in (page, tmp_path / "new.html"):
+            with pytest.raises(ToolkitError, match="cannot be written: File too large"):
+                write_result(str(file), "x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert page.read_text() == "the page before" and list(tmp_path.iterdir()) == [page]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    page, link, pipe, read = tmp_path / "page.html", tmp_path / "link.html", tmp_path / "pipe", []
+    link.symlink_to(page)
+    write_result(str(link), "through a link")
+    assert link.is_symlink() and page.read_text() == "through a link"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_result(str(pipe), "through a pipe")
+    reader.join()
+    assert read == ["through a pipe"] and pipe.is_fifo()

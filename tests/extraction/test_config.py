@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def test_a_value_beyond_its_range_is_named_with_the_range(name, beyond, within, 
         ("split", 1, "1: expected text"),
         ("skip_tokens", "<eos>", "'<eos>': expected a list of texts"),
         ("keep_tokens", [1], "[1]: expected a list of texts"),
+        ("max_bad_rows", 1.5, "1.5: expected a share below 1, or a whole number"),
+        ("template_kwargs", {"d": {"on": date(2024, 7, 26)}}, ": d: Object of type date is not JSON serializable"),
         ("template_kwargs", [], "[]: expected a JSON object"),
     ],
 )
@@ -163,6 +166,7 @@ def test_a_file_has_the_same_names_and_types(tmp_path):
         device_map="auto",
         chat_template="{% for m in messages %}\n{% endfor %}\n",
     )
+    assert read_config_file(write(tmp_path, text.replace("max_samples", "max-samples")), ExtractConfig) == entries
     assert entries["seed"].line == 5 and entries["chat_template"].line == 12
 
 
@@ -190,6 +194,13 @@ def test_a_file_has_the_same_names_and_types(tmp_path):
         ("top_k: 8.0\n", "line 1: top_k 8.0: expected a whole number, 1 or more"),
         ("streaming: 'true'\n", "line 1: streaming 'true': expected true or false"),
         ("template_kwargs: '{}'\n", "line 1: template_kwargs '{}': expected a JSON object"),
+        (
+            "seed: 1\ntemplate_kwargs: {date_string: 2024-07-26}\n",
+            "line 2: template_kwargs: date_string: Object of type date is not JSON serializable, expected what JSON "
+            "has; in YAML, a date is text in quotes",
+        ),
+        ("template_kwargs: {a: [.nan]}\n", "line 1: template_kwargs: a: Out of range float values"),
+        ("top_k: 3\ntop-k: 3\n", "line 2: top_k is in line 1 already"),
     ],
 )
 def test_mistakes_in_a_file_are_told_with_key_line_and_what_was_expected(tmp_path, text, words):
