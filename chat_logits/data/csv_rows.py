@@ -4,7 +4,8 @@
 """
 
 import csv
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from chat_logits.data.text_rows import BadRow, Entry, TextRows
@@ -33,26 +34,23 @@ class CsvRows(TextRows):
         super().__init__(files, is_streamed, names)
 
     def _entries(self, file: int, place: int, line: int) -> Iterator[Entry]:
-        _, first, first_line = self._header(file)
-        at: tuple[int, int] | None = (place, line) if place >= first else (first, first_line)
-        while at is not None:
-            at = yield from self._records(file, *at)
-
-    def _records(self, file: int, place: int, line: int) -> Generator[Entry, None, tuple[int, int] | None]:
-        """The records from a place on, as lists of texts. Returns where to go on behind the first line of one that is
-        not closed, None at the end."""
-        with self._open(file, place) as opened:
-            lines = _Lines(opened, place, line)
+        """The records from a place on, as lists of texts; behind one that is not closed, those from its second line."""
+        _, *begin = self._header(file)
+        start = max([place, line], begin)
+        with self._open(file, start[0]) as opened:
+            lines = _Lines(opened, *start)
             reader = csv.reader(lines, **self._dialect)
             while True:
                 lines.begin_record()
                 try:
                     fields = next(reader)
                 except StopIteration:
-                    return None
+                    return
                 except csv.Error as error:
                     yield Entry(lines.first, lines.first_line, BadRow(f"a record that is no CSV: {error}"))
-                    return lines.second, lines.first_line + 1
+                    lines.go_back()
+                    reader = csv.reader(lines, **self._dialect)
+                    continue
                 if fields:
                     yield Entry(lines.first, lines.first_line, fields)
 
@@ -82,21 +80,29 @@ class CsvRows(TextRows):
 
 class _Lines:
     """The lines of a file as texts. ``place`` and ``line`` are behind those that were read, ``first`` and
-    ``first_line`` where the record begins, ``second`` its second line's place."""
+    ``first_line`` where the record begins."""
 
     def __init__(self, opened: BinaryIO, place: int, line: int):
         self._opened, self.place, self.line = opened, place, line
+        self._record: list[bytes] = []  # its lines
+        self._again: deque[bytes] = deque()  # lines that come before what is in the file
         self.begin_record()
 
     def begin_record(self) -> None:
-        self.first, self.first_line, self.second = self.place, self.line, self.place
+        self.first, self.first_line = self.place, self.line
+        self._record.clear()
+
+    def go_back(self) -> None:
+        """To the record's second line."""
+        self._again.extendleft(reversed(self._record[1:]))
+        self.place, self.line = self.first + len(self._record[0]), self.first_line + 1
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        text = next(self._opened)
-        self.second = self.second if self.line > self.first_line else self.place + len(text)
+        text = self._again.popleft() if self._again else next(self._opened)
+        self._record.append(text)
         text_start = text.removeprefix(b"\xef\xbb\xbf") if self.place == 0 else text
         self.place, self.line = self.place + len(text), self.line + 1
         return text_start.decode("utf-8", "surrogateescape")

@@ -4,8 +4,11 @@
 ends at the first line that does not parse. Here a line is a row, and one that is none is a ``BadRow`` in its place.
 """
 
+import io
+import itertools
 import json
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from chat_logits.data.text_rows import BadRow, Entry, TextRows
 
@@ -21,26 +24,24 @@ class JsonRows(TextRows):
         super().__init__(files, is_streamed, names)
 
     def _entries(self, file: int, place: int, line: int) -> Iterator[Entry]:
-        if file in self._lists or self._is_list(file):
-            yield from (Entry(i, i + 1, self._lists[file][i]) for i in range(place, len(self._lists[file])))
-            return
-        with self._open(file, place) as opened:
-            for text in opened:
-                if text.strip():
-                    yield Entry(place, line, text)
-                place, line = place + len(text), line + 1
+        if file not in self._lists:
+            with self._open(file, place) as opened:
+                head = b"" if place else opened.read(16)
+                if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                    yield from self._lines(head, opened, place, line)
+                    return
+                self._lists[file] = json.loads((head + opened.read()).decode("utf-8-sig"))
+        yield from (Entry(i, i + 1, self._lists[file][i]) for i in range(place, len(self._lists[file])))
+
+    def _lines(self, head: bytes, opened: BinaryIO, place: int, line: int) -> Iterator[Entry]:
+        """The lines of a file from a place on, whose ``head`` was read."""
+        for text in itertools.chain(io.BytesIO(head + opened.readline()), opened):
+            if text.strip():
+                yield Entry(place, line, text)
+            place, line = place + len(text), line + 1
 
     def _unit(self, file: int) -> str:
         return "entry" if file in self._lists else "line"
-
-    def _is_list(self, file: int) -> bool:
-        """Whether a file is one list, which is then kept."""
-        with self._open(file) as opened:
-            if not opened.read(16).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                return False
-        with self._open(file) as opened:
-            self._lists[file] = json.loads(opened.read().decode("utf-8-sig"))
-        return True
 
     def _parse(self, _file: int, raw: bytes | object) -> dict | BadRow:
         try:

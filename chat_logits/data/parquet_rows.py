@@ -51,9 +51,9 @@ class ParquetRows:
         found = self._find(row)
         if found is None:
             return f"row {row}"
-        file = self._groups[found][0]
-        group = next(i for i, (name, _) in enumerate(self._groups) if name == file)
-        return f"{name_in_dataset(file)}, row {row - (self._ends[group - 1] if group else 0) + 1}"
+        file, group = self._groups[found]
+        before = found - group  # row groups, in other files
+        return f"{name_in_dataset(file)}, row {row - (self._ends[before - 1] if before else 0) + 1}"
 
     def read(self, first: int, end: int) -> list[dict]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""

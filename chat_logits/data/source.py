@@ -4,11 +4,12 @@ import dataclasses
 import os
 import re
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from chat_logits.data.csv_rows import CsvRows
@@ -88,20 +89,18 @@ class TableRows:
 
     def place(self, row: int) -> str:
         """A row's file and its number in it, from 1, in words; its number alone where the files are not here."""
-        before = row
-        for file, count in self._counts.items():
-            if before < count:
-                return f"{name_in_dataset(file)}, row {before + 1}"
-            before -= count
+        file = bisect_right(self._firsts, row) - 1
+        if file in range(len(self._firsts) - 1):
+            return f"{name_in_dataset(self._files[file])}, row {row - self._firsts[file] + 1}"
         return f"row {row + 1}"
 
     @cached_property
-    def _counts(self) -> dict[str, int]:
-        """Rows of each file, where all are on this machine."""
+    def _firsts(self) -> list[int]:
+        """Each file's first row, and the end of the last one's; nothing unless all are on this machine."""
         import pyarrow.parquet as pq
 
         is_here = all(map(os.path.isfile, self._files))
-        return {file: pq.read_metadata(file).num_rows for file in self._files} if is_here else {}
+        return list(accumulate((pq.read_metadata(file).num_rows for file in self._files), initial=0)) if is_here else []
 
     def read(self, first: int, end: int) -> list[dict]:
         end = min(end, self.num_rows)
@@ -130,8 +129,9 @@ class StreamRows:
             return []
         if self._open is None or first < self._next_row:
             self._open, self._next_row = iter(self._stream.skip(first)), first
-        rows = list(islice(self._open, first - self._next_row, end - self._next_row))
-        self._next_row = first + len(rows)
+        stream, self._open = self._open, None  # one that failed is not used again: it would seem to be at its end
+        rows = list(islice(stream, first - self._next_row, end - self._next_row))
+        self._open, self._next_row = stream, first + len(rows)
         return rows
 
 

@@ -1,9 +1,16 @@
-"""Rows of text files, read line by line in any order; one that cannot be read is a ``BadRow`` in its place."""
+"""Rows of text files, read line by line in any order; one that cannot be read is a ``BadRow`` in its place.
+
+Read in order, each file is opened and read once: what is behind a compression cannot be come at but from its beginning.
+"""
 
 import io
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -13,6 +20,7 @@ from chat_logits.data.parquet_rows import filesystem_of, name_in_dataset
 MARK_EVERY = 1024  # rows between two places that are kept
 SKIPPED_AT_ONCE = 2**20  # bytes
 ZSTD = ".zst"  # fsspec knows it with other packages alone
+KEPT_RANGES = 256  # of lines of up to ``MARK_EVERY`` rows each, 16 bytes a row: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,56 @@ class Mark(NamedTuple):
     line: int
 
 
+class Found(NamedTuple):
+    """A row with its number, its file, and this file's state before it was opened."""
+
+    row: int
+    file: int
+    entry: Entry
+    state: tuple | None
+
+
+class Reading:
+    """Rows that are read one after the other: the next one is ``next_row``, the last one was in ``file``."""
+
+    state: tuple | None
+
+    def __init__(self, rows: Generator[Found, None, None], next_row: int):
+        self._rows, self.next_row = rows, next_row
+        self.file, self.state = -1, ()  # none yet
+
+    def up_to(self, end: int) -> Iterator[Found]:
+        """The rows up to ``end``, fewer at the end of the files."""
+        for found in islice(self._rows, end - self.next_row):
+            self.next_row, self.file, self.state = found.row + 1, found.file, found.state
+            yield found
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+class RecentLines:
+    """Files and lines of the rows that were read last."""
+
+    def __init__(self) -> None:
+        self._ranges: deque[tuple[int, array]] = deque(maxlen=KEPT_RANGES)  # first row; file and line of each in turn
+
+    def note(self, row: int, file: int, line: int) -> None:
+        if not self._ranges or len(self._ranges[-1][1]) >= 2 * MARK_EVERY or row != self._following():
+            self._ranges.append((row, array("q")))
+        self._ranges[-1][1].extend((file, line))
+
+    def _following(self) -> int:
+        first, lines = self._ranges[-1]
+        return first + len(lines) // 2
+
+    def find(self, row: int) -> tuple[int, int] | None:
+        for first, lines in reversed(self._ranges):
+            if 0 <= (at := 2 * (row - first)) < len(lines):
+                return lines[at], lines[at + 1]
+        return None
+
+
 class TextRows:
     """The rows of ``files`` (paths or fsspec URLs, compressed or not) one after the other.
 
@@ -52,35 +110,70 @@ class TextRows:
         self._files, self._filesystem = files, filesystem_of(files[0])
         self._names = list(map(name_in_dataset, names or files))
         self._marks = [Mark(0, 0, 0, 1)]
-        self.num_rows = None if is_streamed else sum(1 for _ in self._rows(0))
+        self._reading: Reading | None = None
+        self._recent = RecentLines()
+        self.num_rows = None if is_streamed else sum(1 for _ in self._rows(self._marks[0]))
 
     def read(self, first: int, end: int) -> list[dict | BadRow]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
         rows: list[dict | BadRow] = []
         if first < end:
-            for number, file, entry in self._rows(first):
-                if number >= end:
-                    break
-                if number >= first:
+            reading, self._reading = self._reading_at(first), None  # one that failed is not used again
+            for row, file, entry, _ in reading.up_to(end):
+                if row >= first:
+                    self._recent.note(row, file, entry.line)
                     rows.append(entry.raw if isinstance(entry.raw, BadRow) else self._parse(file, entry.raw))
+            self._reading = reading
+            if reading.next_row == self.num_rows:
+                reading.close()
         return rows
 
     def place(self, row: int) -> str:
-        """File and line of a row, in words."""
-        for number, file, entry in self._rows(row):
-            if number == row:
-                return f"{self._names[file]}, {self._unit(file)} {entry.line}"
-        return f"row {row}"
+        """File and line of a row, in words; they are known of the rows that were read last."""
+        found = self._recent.find(row) or self._search(row)
+        return f"{self._names[found[0]]}, {self._unit(found[0])} {found[1]}" if found else f"row {row}"
 
-    def _rows(self, first: int) -> Iterator[tuple[int, int, Entry]]:
-        """Rows with their numbers and files, from the last mark before ``first`` on; they are not parsed yet."""
-        number, file, place, line = self._marks[bisect_right(self._marks, (first, len(self._files), 0, 0)) - 1]
-        for current in range(file, len(self._files)):
-            for entry in self._entries(current, *((place, line) if current == file else (0, 1))):
-                if number % MARK_EVERY == 0 and number > self._marks[-1].row:
-                    self._marks.append(Mark(number, current, entry.place, entry.line))
-                yield number, current, entry
-                number += 1
+    def _search(self, row: int) -> tuple[int, int] | None:
+        """File and line of a row."""
+        rows = self._rows(self._mark(row))
+        return next(((found.file, found.entry.line) for found in rows if found.row == row), None)
+
+    def _reading_at(self, first: int) -> Reading:
+        """The reading under way, where it comes to ``first`` sooner than a new one, else a new one."""
+        reading, mark = self._reading, self._mark(first)
+        if reading is not None:
+            if reading.next_row <= first and self._goes_on(reading, mark):
+                return reading
+            reading.close()
+        return Reading(self._rows(mark), mark.row)
+
+    def _goes_on(self, reading: Reading, mark: Mark) -> bool:
+        """Whether a reading is at a mark, behind it or on the way to it, in a file that is what it was."""
+        is_on_the_way = reading.file == mark.file and self._compression(mark.file) is not None
+        return (reading.next_row >= mark.row or is_on_the_way) and reading.state == self._state(reading.file)
+
+    def _state(self, file: int) -> tuple | None:
+        """What changes with a file on this machine; one elsewhere has none, and is of one commit."""
+        try:
+            status = Path(self._files[file]).stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _mark(self, row: int) -> Mark:
+        """The last one up to a row."""
+        return self._marks[bisect_right(self._marks, (row, len(self._files), 0, 0)) - 1]
+
+    def _rows(self, mark: Mark) -> Generator[Found, None, None]:
+        """The rows from a mark on; they are not parsed yet."""
+        row = mark.row
+        for file in range(mark.file, len(self._files)):
+            state = self._state(file)
+            for entry in self._entries(file, *((mark.place, mark.line) if file == mark.file else (0, 1))):
+                if row % MARK_EVERY == 0 and row > self._marks[-1].row:
+                    self._marks.append(Mark(row, file, entry.place, entry.line))
+                yield Found(row, file, entry, state)
+                row += 1
 
     def _unit(self, _file: int) -> str:
         """What an entry's ``line`` counts."""
@@ -95,10 +188,8 @@ class TextRows:
 
     def _open(self, file: int, place: int = 0) -> BinaryIO:
         """A file, without its compression, from a place on."""
-        if not self._names[file].endswith(ZSTD):
-            from fsspec.utils import infer_compression
-
-            compression = infer_compression(self._names[file])
+        compression = self._compression(file)
+        if compression != ZSTD:
             opened = self._filesystem.open(self._files[file], "rb", compression=compression)
             opened.seek(place)
             return opened
@@ -107,3 +198,8 @@ class TextRows:
         while place > 0 and (skipped := opened.read(min(place, SKIPPED_AT_ONCE))):
             place -= len(skipped)
         return opened
+
+    def _compression(self, file: int) -> str | None:
+        from fsspec.utils import infer_compression
+
+        return ZSTD if self._names[file].endswith(ZSTD) else infer_compression(self._names[file])

@@ -4,6 +4,7 @@ FORMAT.md, "Files", is the specification. From the Hub come ``extraction.json``,
 footer and the one row group that has the row, or one after another where all rows are read.
 """
 
+import bisect
 import difflib
 import functools
 import itertools
@@ -56,15 +57,22 @@ class StoredDataset:
 
     @property
     def num_rows(self) -> int:
-        return sum(shard.num_rows for shard in self.shards)
+        return self._firsts[-1]
+
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        """The number of each shard's first row, and of the one that would follow the last."""
+        return list(itertools.accumulate((shard.num_rows for shard in self.shards), initial=0))
+
+    @functools.cached_property
+    def _first_by_path(self) -> dict[str, int]:
+        return dict(zip((shard.path for shard in self.shards), self._firsts, strict=False))
 
     def read_row(self, sample_index: int) -> dict:
         """Stored row ``sample_index`` (negative ones from the end), checked against FORMAT.md."""
-        row_number = offset = self.row_number(sample_index)
-        for shard in self.shards:
-            if offset < shard.num_rows:
-                break
-            offset -= shard.num_rows
+        row_number = self.row_number(sample_index)
+        number = bisect.bisect_right(self._firsts, row_number) - 1
+        shard, offset = self.shards[number], row_number - self._firsts[number]
         with self.opened(shard.path) as source:
             (row,) = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows, offset)
         self._validate(row, row_number)
@@ -95,7 +103,7 @@ class StoredDataset:
 
     def shard_rows(self, number: int) -> Iterator[dict]:
         """The stored rows of ``shards[number]``, as ``rows`` gives them."""
-        shard, first = self.shards[number], sum(shard.num_rows for shard in self.shards[:number])
+        shard, first = self.shards[number], self._firsts[number]
         with self.opened(shard.path) as source:
             rows = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows)
             for row_number, row in enumerate(rows, first):
@@ -112,10 +120,8 @@ class StoredDataset:
         """The rows of some of the shards in order, checked as ``read_row`` does, some at a time, each with the first
         one's number; their lists of numbers are arrays. A shard on the Hub is read in few large requests.
         """
-        starts = itertools.accumulate((shard.num_rows for shard in self.shards), initial=0)
-        firsts = dict(zip((shard.path for shard in self.shards), starts, strict=False))
         for shard in shards:
-            first = firsts[shard.path]
+            first = self._first_by_path[shard.path]
             with self.opened(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
                 for rows in read_row_groups(source, shard.path, self.manifest.fingerprint, shard.num_rows):
                     self._validate_all(rows, first)
@@ -128,8 +134,7 @@ class StoredDataset:
         Row groups that have none of them are not read.
         """
         chosen = np.asarray(rows, np.int64)
-        firsts = itertools.accumulate((shard.num_rows for shard in self.shards), initial=0)
-        for shard, first in zip(self.shards, firsts, strict=False):
+        for shard, first in zip(self.shards, self._firsts, strict=False):
             start, end = np.searchsorted(chosen, [first, first + shard.num_rows])
             if start == end:
                 continue

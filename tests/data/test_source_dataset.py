@@ -305,6 +305,23 @@ def test_a_stream_is_read_once_while_ranges_ascend():
     assert source.read(3, 4) == [{"question": "3"}] and drawn.count(0) == 2
 
 
+def test_a_stream_that_failed_is_not_at_its_end():
+    """The next reading begins it anew."""
+    faults = [ConnectionError("the line broke")]
+
+    def rows():
+        for i in range(40):
+            if i == 20 and faults:
+                raise faults.pop()
+            yield {"i": i}
+
+    source = StreamRows(datasets.IterableDataset.from_generator(rows), None)
+    assert source.read(0, 10) == [{"i": i} for i in range(10)]
+    with pytest.raises(ConnectionError):
+        source.read(10, 30)
+    assert source.read(10, 50) == [{"i": i} for i in range(10, 40)]
+
+
 def test_threads_take_turns():
     """After a failure the thread that reads ahead may still be at it when the next one begins."""
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage import dataset as dataset_module
+from chat_logits.storage.dataset import StoredDataset, open_dataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
 
@@ -241,6 +242,67 @@ def test_an_empty_shard_can_be_read_with_the_others(copy):
 
     write_shard(copy, manifest_of(copy), 1, [], [{"row": row, "reason": "no answer"} for row in range(256, 300)])
     assert len(datasets.load_dataset(str(copy), split="train")) == 32
+
+
+class Seen(list):
+    """A list that counts how many of its entries were taken out."""
+
+    count = 0
+
+    def __iter__(self):
+        for entry in super().__iter__():
+            self.count += 1
+            yield entry
+
+    def __getitem__(self, at):
+        found = super().__getitem__(at)
+        self.count += len(found) if isinstance(at, slice) else 1
+        return found
+
+
+@pytest.fixture
+def many_shards(real_extraction, tmp_path) -> StoredDataset:
+    """The real rows in shards of none, one, two, none, … of them."""
+    manifest, rows = manifest_of(real_extraction), pq.read_table(shard_of(real_extraction)).to_pylist()
+    entries = Seen()
+    while rows:
+        kept = [rows.pop(0) for _ in range(min(len(rows), len(entries) % 3))]
+        first = len(entries) * manifest.rows_per_shard
+        kept = [{**row, "source_index": first + i} for i, row in enumerate(kept)]
+        entries.append(write_shard(tmp_path, manifest, len(entries), kept, []))
+    return StoredDataset(str(tmp_path), None, manifest, entries)
+
+
+@pytest.mark.parametrize("way", ["rows", "shard_rows", "row_groups", "row_groups of each", "chosen_rows", "read_row"])
+def test_no_shard_looks_at_all_others(many_shards, real_extraction, monkeypatch, way):
+    """Each row with its number, as in one shard; and the list of shards is gone through a few times, whatever its
+    length."""
+    numbers, validate = [], dataset_module.validate_row
+
+    def noting(row, *arguments, row_number):
+        numbers.append(row_number)
+        validate(row, *arguments, row_number=row_number)
+
+    monkeypatch.setattr(dataset_module, "validate_row", noting)
+    stored, shards = many_shards, list(many_shards.shards)
+    stored.shards.count = 0
+    if way == "rows":
+        found = list(stored.rows())
+    elif way == "shard_rows":
+        found = [row for number in range(len(shards)) for row in stored.shard_rows(number)]
+    elif way == "chosen_rows":
+        found = [row for _, row in stored.chosen_rows(range(32))]
+    elif way == "read_row":
+        found = [stored.read_row(number) for number in range(32)]
+    else:
+        asked = [[shard] for shard in shards] if way.endswith("each") else [shards]
+        groups = [group for some in asked for group in stored.row_groups(some)]
+        found = [row for _, rows in groups for row in rows]
+        numbers = [first + i for first, rows in groups for i in range(len(rows))]
+    expected = pq.read_table(shard_of(real_extraction)).to_pylist()
+    assert [row["alignment_checksum"] for row in found] == [row["alignment_checksum"] for row in expected]
+    assert numbers == list(range(32))
+    assert len(shards) >= 32 and stored.shards.count <= 4 * len(shards)
 
 
 def test_row_checksums_are_as_the_format_says(real_extraction):
