@@ -1,5 +1,6 @@
 """One stored conversation against a reference forward pass: differences, column by column, and the cause to name."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ IN_PLACE = SHIFTS.index(0)
 KL_LIMITS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
 POSITION_FACTOR = 10  # a single position's KL may be larger by so much
 NO_TAIL = 1e-30  # of the probability: below, float32 may find nothing to draw
+PIECE_BYTES = 2**28  # of float32 logits at once, on the model's device and again on the host
 LEAST_REST = 1e-9  # of the probability, for the rest where the codes leave nothing
 
 
@@ -93,60 +95,104 @@ class RowCheck:
 
 
 class _Output:
-    """A conversation's reference forward pass: ``logits`` float32 (T, V) on the host, ``logsumexp`` float64 (T,).
+    """A conversation's reference forward pass, a piece of its outputs at hand.
 
-    ``tolerance`` is what a logit may differ by, in nats.
+    ``logits`` float32 (m, V) on the host are those of the outputs ``at`` (m,), at first as many of the last as a piece
+    has. Of all outputs are ``logsumexp`` float64 (T,) and ``tolerance``, what a logit may differ by, in nats.
     """
 
-    def __init__(self, model, input_ids: np.ndarray):
-        import torch
-
-        from chat_logits.model.loading import input_device
+    def __init__(self, model, input_ids: np.ndarray, asked: "_Asked | None" = None):
         from chat_logits.model.probe import NOTHING, TOLERANCE
+        from chat_logits.model.reference import Outputs
 
-        ids = torch.from_numpy(input_ids)[None].to(input_device(model))
-        with torch.inference_mode():
-            logits = model(ids, use_cache=False).logits[0].float().cpu()
-            self.logsumexp = torch.cat([part.double().logsumexp(-1) for part in logits.split(64)]).numpy()
-            is_mask = logits < logits.amax(dim=-1, keepdim=True) - NOTHING
-            largest = logits.abs().masked_fill_(is_mask, 0).max().item()
-        self.logits, self.tolerance = logits.numpy(), TOLERANCE[model.dtype] * max(1.0, largest)
+        row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
+        self._most = max(1, PIECE_BYTES // row_bytes)
+        self._outputs = Outputs(model, input_ids, self._most)
+        self.logsumexp, largest = np.empty(len(input_ids)), np.empty(len(input_ids))
+        for part in self._pieces(np.arange(len(input_ids))):
+            self.logsumexp[part], largest[part] = _sums_and_largest(self.logits, NOTHING)
+            if asked:
+                asked.look_at(self)
+        self.tolerance = TOLERANCE[model.dtype] * max(1.0, largest.max().item())
 
-    def log_probs(self, at: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Of ``ids`` (n, m) at the outputs ``at`` (n,), float64 (n, m)."""
-        return self.logits[at[:, None], ids].astype(np.float64) - self.logsumexp[at, None]
+    def _pieces(self, at: np.ndarray) -> Iterator[slice]:
+        """Take the outputs ``at`` (n,) at hand, a piece after another: which they are of these."""
+        for start in range(0, len(at), self._most):
+            part = slice(start, start + self._most)
+            self.at, self.logits = at[part], self._outputs.rows(at[part]).numpy()
+            yield part
 
-    def storable(self, at: int) -> np.ndarray:
-        """Of all storable ids at one output, float64."""
-        return self.logits[at, :MAX_TOKEN_ID].astype(np.float64) - self.logsumexp[at]
+    def storable(self, row: int) -> np.ndarray:
+        """Log-probabilities of all storable ids at the ``row``-th output at hand, float64."""
+        return self.logits[row, :MAX_TOKEN_ID].astype(np.float64) - self.logsumexp[self.at[row]]
 
-    def scalars(self, at: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """What the columns of one number a position should hold for ``tokens`` (n,)."""
-        return {"logsumexp": self.logsumexp[at], "token_log_probs": self.log_probs(at, tokens[:, None])[:, 0]}
+    def each_storable(self, at: np.ndarray) -> Iterator[np.ndarray]:
+        """The same at the outputs ``at`` (n,), one after another."""
+        for _ in self._pieces(at):
+            yield from map(self.storable, range(len(self.at)))
+
+
+def _sums_and_largest(logits: np.ndarray, nothing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of logits (m, V) each row's logsumexp, and its largest size but for masks, both float64 (m,)."""
+    import torch
+
+    sums, largest = [], []
+    for part in torch.from_numpy(logits).split(64):  # rows in float64 at once
+        is_mask = part < part.amax(dim=-1, keepdim=True) - nothing
+        sums.append(part.double().logsumexp(-1))
+        largest.append(part.abs().masked_fill(is_mask, 0).amax(dim=-1).double())
+    return torch.cat(sums).numpy(), torch.cat(largest).numpy()
+
+
+class _Asked:
+    """What a row needs of its conversation's outputs, looked up while they pass by; log-probabilities are float64.
+
+    Those of the ``tokens`` (3, n) and of the stored nucleus, ``top`` (3, n, K), at each of SHIFTS from the outputs
+    ``before`` (n,) of ``length`` in all. In place, those of the stored draws, ``sampled`` (n, S), and ``best`` (n, K),
+    the largest, whose ids are ``ranked``.
+    """
+
+    def __init__(self, stored: DecodedRow, tokens: np.ndarray, before: np.ndarray, length: int):
+        self.at = np.clip(before + np.array(SHIFTS)[:, None], 0, length - 1)
+        self._ids = np.column_stack([tokens, stored.top_ids, stored.sampled_ids])
+        self._log_probs: np.ndarray = np.empty((len(SHIFTS), *self._ids.shape))
+        self.tokens = self._log_probs[:, :, 0]
+        _, self.top, sampled = np.split(self._log_probs, [1, 1 + stored.top_ids.shape[1]], axis=2)  # all are views
+        self.sampled = sampled[IN_PLACE]
+        self.best: np.ndarray = np.empty(stored.top_ids.shape)
+        self.ranked: np.ndarray = np.empty(stored.top_ids.shape, int)
+
+    def look_at(self, output: _Output) -> None:
+        """At the outputs at hand, which are one behind another."""
+        rows = self.at - output.at[0]
+        is_here = (rows >= 0) & (rows < len(output.at))
+        for shift, here in enumerate(map(np.flatnonzero, is_here)):
+            logits = output.logits[rows[shift, here, None], self._ids[here]].astype(np.float64)
+            self._log_probs[shift, here] = logits - output.logsumexp[self.at[shift, here], None]
+        for i in np.flatnonzero(is_here[IN_PLACE]):
+            log_probs = output.storable(rows[IN_PLACE, i])
+            self.ranked[i] = _ranked(log_probs, self.ranked.shape[1])
+            self.best[i] = log_probs[self.ranked[i]]
 
 
 def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Manifest) -> RowCheck:
     """Hold stored row ``index``, aligned, against the reference forward pass of its conversation alone."""
-    output, stored = _Output(model, alignment.input_ids), decode_row(row)
-    tokens, before = alignment.input_ids[alignment.positions], alignment.positions - 1
-    shifted = [_errors(row, stored, output, np.clip(before + s, 0, len(output.logits) - 1), tokens) for s in SHIFTS]
-    errors = {name: np.stack([each[name] for each in shifted]) for name in shifted[0]}
+    stored, tokens = decode_row(row), alignment.input_ids[alignment.positions]
+    asked = _Asked(stored, tokens, alignment.positions - 1, len(alignment.input_ids))
+    output = _Output(model, alignment.input_ids, asked)
+    numbers = {"logsumexp": output.logsumexp[asked.at], "token_log_probs": asked.tokens}
+    errors = {"kl": np.stack([_divergences(true, stored.top_log_probs) for true in asked.top])}
+    errors |= {name: _distance(np.array(row[name]), true) for name, true in numbers.items()}
     faults, tolerance = [], output.tolerance
-    for name, true in output.scalars(before, tokens).items():
-        wrong = ~(errors[name][IN_PLACE] <= tolerance)
+    for name, each in numbers.items():
+        true, wrong = each[IN_PLACE], ~(errors[name][IN_PLACE] <= tolerance)
         faults += _fault(name, wrong, "nats", np.array(row[name]), true - tolerance, true + tolerance)
-    nucleus = _Nucleus(row, stored, output, before, manifest)
+    nucleus = _Nucleus(row, stored, asked, tolerance, manifest)
     limit = KL_LIMITS[dtype_name(model)]
     faults += nucleus.faults(errors["kl"][IN_PLACE], limit)
-    faults += _draw_faults(row, stored, output, before, manifest, nucleus.right_ids)
+    faults += _draw_faults(row, stored, output, asked, manifest, nucleus.right_ids)
     faults = faults or _number_faults(row, tokens)  # which columns that are wrong would make wrong, too
     return RowCheck(index, tolerance, limit, errors, nucleus.in_order, faults)
-
-
-def _errors(row: dict, stored: DecodedRow, output: _Output, at: np.ndarray, tokens: np.ndarray) -> dict:
-    """A row's errors, nats (n,), against the outputs ``at`` (n,)."""
-    errors = {name: _distance(np.array(row[name]), true) for name, true in output.scalars(at, tokens).items()}
-    return {"kl": _divergences(output.log_probs(at, stored.top_ids), stored.top_log_probs), **errors}
 
 
 def _divergences(true: np.ndarray, stored: np.ndarray) -> np.ndarray:
@@ -204,15 +250,14 @@ class _Nucleus:
     At each rank the two ids need only be as probable as each other: ties have no order.
     """
 
-    def __init__(self, row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, manifest: Manifest):
-        self.codes, self.ids = _codes(row, "top"), stored.top_ids
-        self.ranked = np.stack([_ranked(output.storable(at), self.codes.shape[1]) for at in before])
-        best, true = output.log_probs(before, self.ranked), output.log_probs(before, self.ids)
-        self.is_other = (self.codes > 0) & ~(_distance(true, best) <= output.tolerance)
+    def __init__(self, row: dict, stored: DecodedRow, asked: _Asked, tolerance: float, manifest: Manifest):
+        self.codes, self.ids, self.ranked = _codes(row, "top"), stored.top_ids, asked.ranked
+        best, true = asked.best, asked.top[IN_PLACE]
+        self.is_other = (self.codes > 0) & ~(_distance(true, best) <= tolerance)
         self.in_order = np.asarray(~self.is_other.any(axis=1))
-        self.lowest, self.highest = _code_range(true, output.tolerance)
+        self.lowest, self.highest = _code_range(true, tolerance)
         self.sizes = (self.codes > 0).sum(axis=1)
-        errors = (output.tolerance, 0, -output.tolerance)
+        errors = (tolerance, 0, -tolerance)
         self.fewest, self.size, self.most = (_size(best + error, manifest.top_p) for error in errors)
         is_first = np.arange(self.codes.shape[1]) < self.sizes[:, None]
         is_cut = (self.fewest <= self.sizes) & (self.sizes <= self.most)
@@ -264,15 +309,14 @@ def _size(log_probs: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _draw_faults(
-    row: dict, stored: DecodedRow, output: _Output, before: np.ndarray, manifest: Manifest, kept: list[np.ndarray]
+    row: dict, stored: DecodedRow, output: _Output, asked: _Asked, manifest: Manifest, kept: list[np.ndarray]
 ) -> list[Fault]:
     """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
-    codes, ids = _codes(row, "sampled"), stored.sampled_ids
+    codes, ids, before = _codes(row, "sampled"), stored.sampled_ids, asked.at[IN_PLACE]
     drawn = np.where(codes > 0, ids, ABSENT)
     uniforms = draw_uniforms(manifest.seed, row["source_index"], len(before))
     expected, wrong = np.zeros(ids.shape, int), np.zeros(ids.shape, bool)
-    for i, at in enumerate(before):
-        log_probs = output.storable(at)
+    for i, log_probs in enumerate(output.each_storable(before)):
         if manifest.thinned_from:
             expected[i], wrong[i] = _thinned_draws(
                 log_probs, manifest, kept[i], uniforms[i], drawn[i], output.tolerance
@@ -280,7 +324,7 @@ def _draw_faults(
         else:
             expected[i], fits = _draws(log_probs, kept[i], uniforms[i], drawn[i], len(drawn[i]), output.tolerance)
             wrong[i] = ~fits.diagonal()
-    low, high = _code_range(output.log_probs(before, ids), output.tolerance)
+    low, high = _code_range(asked.sampled, output.tolerance)
     outside = (codes > 0) & ~wrong.any(axis=1, keepdims=True) & ((codes < low) | (codes > high))
     return [
         *_fault("sampled_indices_low/high", wrong, "id", drawn, expected),

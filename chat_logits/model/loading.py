@@ -95,7 +95,11 @@ def load_model(
         raise ToolkitError(f"model {model_id}: it has no output embedding, so it predicts no tokens")
     finish_quantized(model_id, model, quantized)
     use_head_dtype(model, head_dtype)
-    return model.eval() if "device_map" in options else model.eval().to(device)
+    if "device_map" not in options:
+        model.to(device)  # of the host's memory, weights in the checkpoint's own dtype take only pages of its files
+    if dtype == "auto":
+        _tell_of_emulation(model_id, model, compute_devices(model))
+    return model.eval()
 
 
 @in_step
@@ -131,8 +135,27 @@ def load_part(
     with _read_without_mapping(), _on_own_device(group):
         model = _load_whole(model_id, revision, None, options)
     use_head_dtype(model, head_dtype)
+    if dtype == "auto" and group.leads:
+        _tell_of_emulation(model_id, model, [group.device])
     model.computing_group, model.head_part, group.model = group, find_head_part(model, group), model
     return model.eval()
+
+
+def _tell_of_emulation(model_id: str, model, devices: list[torch.device]) -> None:
+    """Warn of a bfloat16 model on a card without that arithmetic; nobody has asked for the dtype."""
+    names = [name for name in map(_emulating_card, devices) if name]
+    if model.dtype == torch.bfloat16 and names:
+        told = "model %s: in bfloat16, as its checkpoint is, for which %s has no arithmetic: it is emulated, and slow. "
+        logger.warning(told + "float16 or float32 (`dtype`) may be the better", model_id, names[0])
+
+
+def _emulating_card(device: torch.device) -> str | None:
+    """The name of a card that computes in bfloat16 by way of float32, such as Nvidia's before Ampere."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        is_emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name() if is_emulated else None
 
 
 @contextmanager

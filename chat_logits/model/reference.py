@@ -1,5 +1,6 @@
 """Reference forward passes, against which everything else is held: a conversation alone, all of its logits at once.
 
+Where those would be too many, ``Outputs`` gives them a piece after another.
 In a group of processes the logits are put together behind the lm_head itself, so that what a model does to them
 afterwards is done to all of the vocabulary. ``rows_of_whole_layers`` computes without a plan, for a model of which no
 process has all: each process puts a layer's weights together just when it needs them.
@@ -7,7 +8,7 @@ process has all: each process puts a layer's weights together just when it needs
 
 import copy
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +19,50 @@ from torch import nn
 from chat_logits.model.group import group_of, in_step, whole
 from chat_logits.model.loading import input_device
 from chat_logits.model.parts import join_logits
+
+
+class Outputs:
+    """A conversation's logits at all of its tokens, of which no more than ``most`` rows (V,) are there at once.
+
+    A conversation ``input_ids`` (T,) of no more tokens goes through the model as it is. Of a longer one the hidden
+    states that meet the lm_head are kept, (T, H) where the last layer has left them; their rows then go through the
+    model's own head and tail in the place of a dummy token's. For models that no group of processes computes.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, input_ids: np.ndarray, most: int):
+        self._model, self._device = model, input_device(model)
+        ids = torch.from_numpy(input_ids)[None].to(self._device)
+        self._hidden: torch.Tensor | None = None
+        if len(input_ids) <= most:
+            self._logits = model(ids, use_cache=False).logits[0].float().cpu()
+            return
+        with self._head_inputs(self._keep):
+            model(ids, use_cache=False)
+
+    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._hidden = hidden[0]
+        return hidden[:, :1]
+
+    @torch.inference_mode()
+    def rows(self, at: np.ndarray) -> torch.Tensor:
+        """Logits (n, V) float32 on the host, of the outputs ``at`` (n,), at most ``most`` of them."""
+        if self._hidden is None:
+            return self._logits[torch.from_numpy(at)]
+        hidden = self._hidden[torch.from_numpy(at).to(self._hidden.device)]
+        with self._head_inputs(lambda _dummy: hidden[None]):
+            dummy = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+            return self._model(dummy, use_cache=False).logits[0].float().cpu()
+
+    @contextmanager
+    def _head_inputs(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within, the output embedding gets what ``change`` makes of its hidden states (1, T, H)."""
+        head = self._model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @in_step

@@ -2,11 +2,14 @@
 
 import logging
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import MODEL, make_tiny_model
+from random_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config, ViTConfig
 
@@ -64,6 +67,38 @@ def test_tied_weights_are_not_missing(tmp_path):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = loading.load_model(str(folder))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def mapped_share(model, folder) -> float:
+    """Of the bytes of a model's weights, those that are pages of the files in a folder."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    pages = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    mapped = [one.nbytes for one in model.parameters() if any(a <= one.data_ptr() < b for a, b in pages)]
+    return sum(mapped) / sum(one.nbytes for one in model.parameters())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is mapped")
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", 1), ("float16", 0)])
+def test_weights_in_the_checkpoints_dtype_are_pages_of_its_files(tmp_path, dtype, expected):
+    """So that, on their way to a card, they take no memory that the system cannot have back, in all processes once."""
+    random_model("qwen3").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert mapped_share(loading.load_model(str(tmp_path), dtype=dtype), tmp_path) == expected
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [("bfloat16", True), ("float16", False), ("float32", False)])
+def test_a_card_that_emulates_bfloat16_is_named(monkeypatch, caplog, kind, is_told):
+    monkeypatch.setattr(loading, "_emulating_card", lambda device: "Tesla T4" if device.type == "cuda" else None)
+    model = random_model("llama").to(getattr(torch, kind))
+    with caplog.at_level(logging.WARNING, "chat_logits"):
+        loading._tell_of_emulation("a/model", model, [torch.device("cpu")])
+        assert not caplog.records
+        loading._tell_of_emulation("a/model", model, [torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert len(caplog.records) == is_told
+    assert not is_told or "a/model: in bfloat16, as its checkpoint is, for which Tesla T4 has no" in caplog.text
+
+
+def test_no_device_here_but_a_card_is_said_to_emulate():
+    assert all(loading._emulating_card(torch.device(kind)) is None for kind in ("cpu", "mps", "xpu"))
 
 
 @pytest.mark.parametrize("config", [BartConfig(), T5Config()], ids=["bart", "t5"])
