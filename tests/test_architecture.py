@@ -31,8 +31,9 @@ FLAGS_ELSEWHERE = {
     # Datasets and their shards have these texts in them, which stay as they are.
     "chat_logits.data.alignment": {"--skip_tokens"},
     "chat_logits.data.templates": {"generation blocks of --chat_template", templates.THREE_WAYS},
-    # Ray's own command has these.
+    # Commands of Ray and torch have these.
     "chat_logits.extraction.cluster": {"--address", cluster.START},
+    "chat_logits.training.student": {"torchrun --nproc_per_node"},
 }
 UNKNOWN_TO = {  # packages and lower rooms that a room does without
     "data": {"torch", "argparse", "rich"},

@@ -9,7 +9,7 @@ is linear in p but for its first term, which the student does not change. So a s
 
     loss = −entropy − Σ w·z[ids] + logsumexp(z)·Σ w           ∂loss/∂z = q·Σ w − scatter(ids, w)
 
-Sums are float32 whatever the inputs are.
+Sums are float32 whatever the inputs are; under autocast to bfloat16 what the head's products multiply is rounded to it.
 """
 
 from typing import Any, NamedTuple
@@ -18,10 +18,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from chat_logits.errors import UsageError
-from chat_logits.training.head import LogitTail, add_weight_gradient, hidden_gradient, raw_logits, weight_and_bias
+from chat_logits.training.head import (
+    LogitTail,
+    add_weight_gradient,
+    chunk_rows,
+    factors,
+    gradient_factor,
+    hidden_gradient,
+    raw_logits,
+    weight_and_bias,
+)
 
 REDUCTIONS = ("mean", "sum")
-CHUNK = 64  # positions: of 151,936 float32 logits, 37 MiB
 
 
 def sparse_kd_loss(
@@ -55,7 +63,7 @@ def fused_sparse_kd_loss(
     head: torch.nn.Module | torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     entropy: torch.Tensor | None = None,
     *,
     tail: LogitTail | None = None,
@@ -64,19 +72,21 @@ def fused_sparse_kd_loss(
     temperature: float = 1.0,
     reverse: bool = False,
 ) -> torch.Tensor:
-    """``sparse_kd_loss`` without the logits of all positions: ``chunk`` positions meet the head at once.
+    """``sparse_kd_loss`` without the logits of all positions: ``chunk`` positions meet the head at once, by default as
+    many as have 40 MiB of logits on a CPU, and 512 MiB elsewhere.
 
     ``hidden`` (n, H) are the head's own inputs; ``head`` is the student's lm_head (an ``nn.Linear``) or its weight
     (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing.
     ``scores`` are filled with what the chunks' logits say of each position. The gradients for ``hidden``, weight and
-    bias are computed on the way forward: beyond them, and a float32 copy of the weight's where it is 16-bit, memory is
-    that of one chunk's logits, or of two's with a soft cap.
+    bias are computed on the way forward: beyond them, a float32 copy of the weight's where it is 16-bit, and a bfloat16
+    copy of the weight under autocast, memory is that of one chunk's logits, or of two's with a soft cap.
 
     Raises UsageError as ``sparse_kd_loss``, and for a head that is no plain matrix.
     """
     weight, bias = weight_and_bias(head)
     _refuse_other_losses(temperature, reverse)
     _check(hidden, SparseTarget(ids, weights), entropy, len(weight), reduction)
+    chunk = chunk_rows(hidden.device, len(weight)) if chunk is None else chunk
     if hidden.shape[-1] != weight.shape[1] or chunk < 1:
         raise UsageError(
             f"hidden states {tuple(hidden.shape)}, a head {tuple(weight.shape)} and chunk {chunk}: expected (n, H), "
@@ -163,6 +173,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for tensor, is_needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden, weight = factors(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
@@ -212,12 +223,13 @@ def _add_gradients(
 ) -> None:
     """Add what a chunk's gradient for the head's output, float32 (c, V), means for hidden states, weight and bias."""
     of_hidden, of_weight, of_bias = gradients
+    if of_bias is not None:
+        of_bias += gradient.sum(dim=0)
+    gradient = gradient_factor(gradient, hidden, weight)
     if of_hidden is not None:
         of_hidden[rows] = hidden_gradient(gradient, weight)
     if of_weight is not None:
         add_weight_gradient(of_weight, gradient, hidden[rows])
-    if of_bias is not None:
-        of_bias += gradient.sum(dim=0)
 
 
 def _reduced(total: torch.Tensor, entropy: torch.Tensor | None, n: int, reduction: str) -> torch.Tensor:

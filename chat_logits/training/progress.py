@@ -62,7 +62,8 @@ class MeasuringTrainer(StudentTrainer):
         if self.result.points and self.result.points[-1][0] == step:
             return self.result.points[-1][1]
         batches = (self.data_collator([self.eval_dataset[i]]) for i in range(len(self.eval_dataset)))
-        point = held_out(self.accelerator.unwrap_model(self.model), batches)
+        with self.accelerator.autocast():  # which the first step puts into the student's forward pass, too
+            point = held_out(self.accelerator.unwrap_model(self.model), batches)
         if not math.isfinite(point.kl):
             self._refuse(f"step {step}: the held-out KL is {point.kl}")
         self.result.points.append((step, point))

@@ -20,20 +20,26 @@ from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
 from chat_logits.training.record import Checkpoint, TrainingResult, go_on, last_checkpoint, locked_folder
 from chat_logits.training.stopping import explained_failures, stopping
+from chat_logits.training.student import refuse_several_gpus
 from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS, WARM_UP = 10, 0.03  # on the way; of all steps
+# Seconds that a process on a GPU waits for another, 7 days: the first one aligns all rows, an hour a billion tokens,
+# and after transformers' half an hour NCCL would end the others. One that dies is seen by torchrun, which ends all.
+PATIENCE = 7 * 24 * 3600
 
 
 def train(config: TrainConfig) -> TrainingResult:
     """Train a student, save it in its folder, and give how far it was from the teacher before, on the way and after.
 
     Raises UsageError and ToolkitError as ``training_dataset`` and ``load_student``, and where memory or the disk is too
-    small; KeyboardInterrupt after a signal, with a checkpoint behind it. Each process of ``torchrun`` calls it.
+    small; UsageError where one process has several GPUs; KeyboardInterrupt after a signal, with a checkpoint behind it.
+    Each process of ``torchrun`` calls it.
     """
     arguments = _arguments(config)
+    refuse_several_gpus(arguments)
     _leave_words_to_the_first(arguments)
     if arguments.process_index:
         return _train(config, arguments)
@@ -92,11 +98,14 @@ def _save(trainer: MeasuringTrainer, folder: Path, tokenizer: Any) -> None:
 def _arguments(config: TrainConfig) -> TrainingArguments:
     """What transformers' trainer is to do, but for the number of steps. Tells the processes of each other."""
     uses_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    on_gpu = not uses_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # Older ones emulate it, slower than float32.
+    has_bfloat16 = (
+        not uses_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return TrainingArguments(
         output_dir=str(Path(config.output_dir) / CHECKPOINTS),
         use_cpu=uses_cpu,
-        bf16=config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu),
+        bf16=config.dtype == "bfloat16" or (config.dtype == "auto" and has_bfloat16),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.rate,
@@ -106,6 +115,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         save_total_limit=1,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
+        ddp_timeout=PATIENCE,
         report_to=[],
         remove_unused_columns=False,
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from chat_logits.errors import UsageError
 from chat_logits.training.head import logit_tail
@@ -17,6 +17,7 @@ TARGET_NAMES = (
 )
 
 LOGGED = ("kl", "kl_tail", "agreement")
+LAUNCHER = "torchrun --nproc_per_node"
 
 
 class BatchTarget(NamedTuple):
@@ -101,6 +102,15 @@ class StudentLoss:
         return target.divergences(scores).cpu().double()
 
 
+def refuse_several_gpus(arguments: TrainingArguments) -> None:
+    """Raise UsageError where one process has several GPUs, over which transformers would cut a packed batch."""
+    if arguments.n_gpu > 1:
+        raise UsageError(
+            f"one process has {arguments.n_gpu} GPUs: expected one GPU a process. Start it by `{LAUNCHER} "
+            f"{arguments.n_gpu} …` to train on all, or with `CUDA_VISIBLE_DEVICES=0` to train on one."
+        )
+
+
 class StudentTrainer(Trainer):
     """``transformers.Trainer`` on stored distributions: steps by the mean of forward KL over all positions, nats.
 
@@ -118,8 +128,7 @@ class StudentTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.args.n_gpu > 1:
-            raise UsageError(f"one process on {self.args.n_gpu} GPUs: expected one a GPU, started by torchrun")
+        refuse_several_gpus(self.args)
         self.args.remove_unused_columns = False
         # Dispatching, the default for streams, cuts all tensors of a packed batch to its single row.
         self.accelerator.dataloader_config.dispatch_batches = False

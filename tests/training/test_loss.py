@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import random_model
+from random_models import ARCHITECTURES, random_model
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.training.head import LogitTail, logit_tail
+from chat_logits.training.head import LogitTail, chunk_rows, logit_tail
 from chat_logits.training.loss import fused_sparse_kd_loss, sparse_kd_loss
 
 N, H, V, M = 13, 8, 50, 9
@@ -104,27 +104,105 @@ def test_an_absent_entry_does_nothing_where_its_logit_is_infinite():
     assert logits.grad.tolist() == [[0.0, -0.5, 0.5]]
 
 
+# --- 16 bits ---
+
+ROUNDING = 2**-8  # of a number to bfloat16, relative
+
+
+def in_float64(hidden, weight, bias, ids, weights, tail=None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The loss, its gradients for hidden states, weight and bias, and, as large as the first two, the sums of the
+    products' sizes that these are, all float64."""
+    hidden, weight, bias = (each.detach().double() for each in (hidden, weight, bias))
+    raw = (hidden @ weight.T + bias).requires_grad_()
+    loss = dense_loss((tail or LogitTail())(raw), ids, weights)
+    (gradient,) = torch.autograd.grad(loss, raw)
+    sizes = [gradient.abs() @ weight.abs(), gradient.abs().T @ hidden.abs()]
+    return loss.detach(), [gradient @ weight, gradient.T @ hidden, gradient.sum(0)], [*sizes, torch.zeros_like(bias)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_summed_in_float32(case, dtype):
-    """The loss is that of the rounded inputs in float64; gradients have the inputs' dtype, and its rounding alone."""
+    """The loss is that of the rounded inputs in float64; gradients have the inputs' dtype and its rounding, and before
+    their sums the rounding to bfloat16 that a model's own backward pass has, none to float16."""
     hidden, head, ids, weights = case
     hidden, head = hidden.detach().to(dtype).requires_grad_(), head.to(dtype)
     inputs = (hidden, head.weight, head.bias)
     loss = fused_sparse_kd_loss(hidden, head, ids, weights, 4)
-    found = torch.autograd.grad(loss, inputs)
-    wide = [each.detach().double().requires_grad_() for each in inputs]
-    expected = with_gradients(dense_loss(wide[0] @ wide[1].T + wide[2], ids, weights), *wide)
-    assert loss.dtype == torch.float32 and (loss - expected[0]).abs() < 2e-6
-    for one, other in zip(found, expected[1:], strict=True):
-        assert one.dtype == dtype
-        torch.testing.assert_close(one, other.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    expected, gradients, sizes = in_float64(*inputs, ids, weights)
+    assert loss.dtype == torch.float32 and (loss - expected).abs() < 2e-6
+    rounding = ROUNDING if dtype == torch.bfloat16 else 0
+    for found, right, size in zip(torch.autograd.grad(loss, inputs), gradients, sizes, strict=True):
+        assert found.dtype == dtype
+        excess = (found.double() - right).abs() - torch.finfo(dtype).eps * right.abs() - rounding * size
+        assert excess.max() < 1e-6
 
 
-def test_autocast_does_not_touch_the_sums(case):
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("chunk", [5, None])
+def test_under_autocast_factors_are_bfloat16_and_sums_float32(case, tail, chunk):
+    """The loss is that of rounded hidden states and weights in float64; gradients are float32, and of their products
+    one factor each is rounded once more."""
+    hidden, head, ids, weights = case
+    inputs = (hidden, head.weight, head.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_sparse_kd_loss(hidden, head, ids, weights, chunk, tail=tail)
+    rounded = (hidden.bfloat16(), head.weight.bfloat16(), head.bias)
+    expected, gradients, sizes = in_float64(*rounded, ids, weights, tail)
+    assert (loss - expected).abs() < 2e-6
+    for found, right, size in zip(torch.autograd.grad(loss, inputs), gradients, sizes, strict=True):
+        assert found.dtype == torch.float32
+        assert ((found.double() - right).abs() - ROUNDING * size).max() < 1e-6
+
+
+def test_under_autocast_draws_have_the_gradient_of_the_whole_distribution_in_their_mean():
+    """Of 20,000 targets of ten nucleus tokens and 8 draws from the other 40, at one hidden state: within five standard
+    errors and bfloat16's rounding."""
+    generator, n, kept, sampled = torch.Generator().manual_seed(0), 20_000, 10, 8
+    hidden, weight = (torch.randn(rows, H, generator=generator).bfloat16().double() for rows in (1, V))
+    teacher = (2 * torch.randn(V, generator=generator)).double().softmax(0).sort(descending=True).values
+    mass, share = teacher[kept:].sum(), teacher[kept:] / teacher[kept:].sum()
+    draws = kept + torch.multinomial(share, n * sampled, replacement=True, generator=generator).view(n, sampled)
+    ids = torch.cat([torch.arange(kept).expand(n, -1), draws], dim=1)
+    weights = torch.cat([teacher[:kept].expand(n, -1), (mass / sampled).expand(n, sampled)], dim=1)
+    matrix = weight.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_sparse_kd_loss(hidden.float().expand(n, -1), matrix, ids, weights)
+    (found,) = torch.autograd.grad(loss, matrix)
+    student = (hidden @ weight.T)[0].softmax(0)
+    variance = torch.cat([torch.zeros(kept), mass**2 / sampled * share * (1 - share)])
+    allowed = 5 * (variance / n).sqrt() + ROUNDING * (student + teacher)
+    assert ((found - (student - teacher)[:, None] * hidden).abs() <= allowed[:, None] * hidden.abs() + 1e-7).all()
+
+
+def test_autocast_to_float16_rounds_nothing(case):
     hidden, head, ids, weights = case
     plain = fused_sparse_kd_loss(hidden, head, ids, weights)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert fused_sparse_kd_loss(hidden, head, ids, weights).item() == plain.item()
+    with torch.autocast("cpu", torch.float16):
+        half = fused_sparse_kd_loss(hidden, head, ids, weights)
+    assert half.item() == plain.item()
+    for one, other in zip(*(torch.autograd.grad(loss, (hidden, head.weight)) for loss in (half, plain)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_float16_students_tail_keeps_its_gradient():
+    """A student that gives 0.4% to 150,000 tokens together, 3e-8 each, by a loss that is scaled as GradScaler does."""
+    scale, vocabulary = 2.0**16, 150_001
+    hidden = torch.ones(1, 1, dtype=torch.float16)
+    weight = torch.zeros(vocabulary, 1, dtype=torch.float16)
+    weight[0] = 17.4375
+    weight.requires_grad_()
+    loss = scale * fused_sparse_kd_loss(hidden, weight, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+    (found,) = torch.autograd.grad(loss, weight)
+    each = (weight.detach().double()[:, 0]).softmax(0)[1].item()
+    assert 2.5e-8 < each < 3e-8  # half of the smallest float16 or less
+    assert found[1:].double().mean().item() / scale == pytest.approx(each, rel=1e-3)
+    assert found[0].item() / scale == pytest.approx(-each * (vocabulary - 1), rel=1e-3)
+
+
+def test_a_chunks_logits_fit_the_device():
+    assert 512 <= chunk_rows(torch.device("cuda"), 151_936) <= 2048
+    assert chunk_rows(torch.device("cpu"), 151_936) * 151_936 * 4 <= 40 * 2**20
+    assert chunk_rows(torch.device("cpu"), 10**9) == 1
 
 
 def test_what_needs_no_gradient_gets_none(case):
@@ -182,6 +260,28 @@ def test_a_students_tail_is_measured_and_kept(family, expected):
     fused = fused_sparse_kd_loss(kept[0][0], head, *targets, 8, tail=tail)
     expected = dense_loss(model(input_ids=ids).logits[0], *targets)
     assert_close(with_gradients(fused, head.weight), with_gradients(expected, head.weight))
+
+
+@pytest.mark.parametrize("by_autocast", [True, False])
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", {}, LogitTail()),
+        ("llama", {"logit_scale": 0.995}, LogitTail()),  # which it does not look at
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}, LogitTail(cap=30.0)),
+        ("vaultgemma", {"head_dim": 8, "final_logit_softcapping": 50.0}, LogitTail(cap=50.0)),
+        ("nanochat", {}, LogitTail(cap=15.0)),
+        ("cohere", {"logit_scale": 0.8333}, LogitTail(0.8333)),
+        ("cohere", {"logit_scale": 0.995}, LogitTail(0.995)),
+        ("granite", {"logits_scaling": 3.7}, LogitTail(1 / 3.7)),
+    ],
+)
+def test_a_tail_is_measured_in_16_bits(monkeypatch, family, options, expected, by_autocast):
+    """Of a float32 model under autocast, and of a bfloat16 one."""
+    monkeypatch.setitem(ARCHITECTURES, family, options)
+    model = random_model(family)
+    with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
+        assert logit_tail(model if by_autocast else model.bfloat16()) == expected
 
 
 def test_a_tail_that_is_not_known_is_refused_by_name():

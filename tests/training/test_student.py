@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, REPO
 from datasets import Dataset
-from random_models import random_model
+from random_models import ARCHITECTURES, random_model
 from transformers import TrainingArguments
 
 from chat_logits.data.tokenizer import load_tokenizer
@@ -116,14 +116,20 @@ def test_a_batch_without_targets_is_refused():
 
 
 def trained(
-    folder: Path, batch_size: int, accumulate: int, trainer_class=StudentTrainer, arguments_class=TrainingArguments
+    folder: Path,
+    batch_size: int,
+    accumulate: int,
+    trainer_class=StudentTrainer,
+    arguments_class=TrainingArguments,
+    model_type: str = "llama",
+    bf16: bool = False,  # which TRL takes otherwise
 ) -> dict[str, torch.Tensor]:
     """The weights after one step of plain gradient descent, and what the step logged."""
-    model = random_model("llama").train()
+    model = random_model(model_type).train()
     options = arguments_class(
         output_dir=str(folder),
         use_cpu=True,
-        bf16=False,  # which TRL takes otherwise
+        bf16=bf16,
         max_steps=1,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
@@ -171,6 +177,28 @@ def test_a_step_is_that_of_the_mean_over_all_positions(whole):
 def test_batches_that_are_accumulated_are_one(whole, tmp_path):
     """Of different numbers of positions; what is logged is of all of them."""
     assert_same_step(trained(tmp_path, 2, 4), whole)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [("gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}), ("cohere", {"logit_scale": 0.8333})],
+)
+def test_a_student_with_a_tail_takes_its_step_in_bfloat16(monkeypatch, tmp_path, model_type, options):
+    """That of float32, but for bfloat16's rounding in all layers."""
+    monkeypatch.setitem(ARCHITECTURES, model_type, options)
+    wide, narrow = (trained(tmp_path, 8, 1, model_type=model_type, bf16=bf16) for bf16 in (False, True))
+    assert narrow["kl"].item() == pytest.approx(wide["kl"].item(), rel=0.02)
+    head, before = "lm_head.weight", random_model(model_type).lm_head.weight.detach()
+    step = wide[head] - before
+    assert (narrow[head] - wide[head]).norm() < 0.05 * step.norm()
+
+
+@pytest.mark.parametrize("cards", [2, 8])
+def test_one_process_on_several_cards_is_refused(tmp_path, cards):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    arguments._n_gpu = cards  # what transformers finds where there are so many
+    with pytest.raises(UsageError, match=rf"{cards} GPUs.*`torchrun --nproc_per_node {cards} .*CUDA_VISIBLE_DEVICES=0"):
+        StudentTrainer(random_model("llama"), arguments, train_dataset=examples(), data_collator=collate)
 
 
 def test_trls_trainer_takes_the_same_step(whole, tmp_path):

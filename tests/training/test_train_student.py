@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import train_student
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.alignment import RowAligner
 from chat_logits.errors import UsageError
+from chat_logits.training import run as training_run
 from chat_logits.training.config import TrainConfig
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
@@ -251,6 +253,37 @@ def test_of_a_single_held_out_conversation_no_error_is_told(run, tmp_path, capsy
     assert {point["error"] for point in record["held_out"]} == {None}
     page, told = (tmp_path / "out" / "training.html").read_text(), capsys.readouterr()
     assert not [text for text in (page, told.out, told.err) if re.search(r"\bnan\b", text)]
+
+
+def test_all_measurements_are_of_the_same_arithmetic(run, tmp_path):
+    """In bfloat16 a step that moves nothing has the measurement before it, to the last digit; float32 has another."""
+    options = {"max_steps": 1, "learning_rate": 1e-30}
+    assert run(dtype="bfloat16", **options) == 0 and run("wide", dtype="float32", **options) == 0
+    before, after = record(tmp_path / "out")
+    assert {**before, "step": 1} == after
+    wide = record(tmp_path / "wide")[0]["kl"]
+    assert before["kl"] != wide and before["kl"] == pytest.approx(wide, rel=0.02)
+
+
+def test_processes_on_gpus_wait_days_for_the_first_to_align(tmp_path):
+    """Where transformers' limit is half an hour; on CPUs it sets none, and gloo's own is left."""
+    config = TrainConfig(logit_dataset_id="any", student_id="any", output_dir=str(tmp_path / "out"), device="cpu")
+    assert training_run._arguments(config).ddp_timeout_delta >= timedelta(days=2)
+
+
+def test_several_cards_of_one_process_are_refused_before_any_row_is_read(tmp_path, monkeypatch):
+    arguments_of = training_run._arguments
+
+    def with_two_cards(config):
+        arguments = arguments_of(config)
+        arguments._n_gpu = 2  # what transformers finds where there are so many
+        return arguments
+
+    monkeypatch.setattr(training_run, "_arguments", with_two_cards)
+    config = TrainConfig(logit_dataset_id="/no/such", student_id="/no/such", output_dir=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="one process has 2 GPUs: expected one GPU a process"):
+        train(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_conversations_than_before_are_not_held_out(run, capsys):
