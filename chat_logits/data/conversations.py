@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 
+from chat_logits.data.rendering import REASONING
 from chat_logits.data.roles import to_role
 from chat_logits.errors import ToolkitError
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 SPOKEN = ("role", "content", "from", "value")  # who says what; what is no text there is refused
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
 NO_ANSWER = "no assistant turn"
-WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # one of them does
+WITHOUT_CONTENT = ("tool_calls", "function_call", *REASONING)  # one of them does
 
 
 class ConversationError(ToolkitError):
@@ -55,8 +56,8 @@ def to_conversation(
     and nothing else, which are then texts. With ``has_arrow_nulls``, objects have other rows' keys as nulls, which are
     dropped at every depth, but in values that the columns' ``features``, of ``datasets``, say are JSON. A message's key
     whose value JSON has not, such as a time, is left out where it is not among the ``template_words``; ``tell`` says
-    so, and where messages have a system message of their own beside another in the row's column. Raises
-    ConversationError, whose message is a skip reason.
+    so, and where messages have a system message of their own beside another in the row's column, or thoughts that the
+    template does not read. Raises ConversationError, whose message is a skip reason.
     """
     if has_arrow_nulls:
         row = {name: without_nulls(row.get(name), (features or {}).get(name)) for name in columns.values()}
@@ -67,10 +68,19 @@ def to_conversation(
         messages = _prompt_turns(row, columns) + _as_turns(row.get(columns["response"]), "assistant")
     messages = [_with_json_alone(message, template_words, tell) for message in messages]
     messages = [_message(_with_calls(message, template_words), template_roles) for message in messages]
+    _tell_of_thoughts(messages, template_words, tell)
     messages = _with_system(messages, row.get(columns.get("system")), system_prompt, template_roles, tell)
     if not any(message["role"] == "assistant" for message in messages):
         raise NothingToExtract(NO_ANSWER)
     return messages
+
+
+def _tell_of_thoughts(messages: list[dict], template_words: Collection[str], tell: Callable[[str], None]) -> None:
+    """Say so where messages have thoughts and the template reads none."""
+    if template_words and set(REASONING).isdisjoint(template_words):
+        for name in REASONING:
+            if any(message.get(name) for message in messages):
+                tell(f"The chat template reads no {name!r}: the model sees the answers without these thoughts")
 
 
 def _with_system(

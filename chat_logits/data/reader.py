@@ -197,6 +197,8 @@ def open_reader(
             needed=lambda names: choose(names).values(),
         )
     columns = choose(source.column_names)
+    if unread := [name for name in source.column_names if name not in columns.values()]:
+        logger.info("Columns: %s; not read: %s", ", ".join(columns.values()), ", ".join(unread))
     if "tools" in columns and "tools" in config.template_kwargs:
         raise UsageError(
             f"`template_kwargs`: it has tools, and so has the column {columns['tools']!r}; for those of the option "
