@@ -18,6 +18,6 @@ def error_text(error: float, before: str = "") -> str:
     return "" if math.isnan(error) else f"{before}{error:.4f}"
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, as far as one line goes."""
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as one line goes: some go on with whole schemas, or lists of what they know."""
     return str(error).strip().partition("\n")[0][:300]

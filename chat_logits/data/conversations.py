@@ -129,6 +129,7 @@ def _as_turns(value, role: str) -> list[dict]:
 
 def _turns(turns) -> list[dict]:
     """Messages as a list, as JSON text of one, or as one object of lists."""
+    given = turns
     if isinstance(turns, str):
         turns = _parsed(turns)
     if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
@@ -136,8 +137,17 @@ def _turns(turns) -> list[dict]:
             raise ConversationError("an object of lists of messages' parts, which differ in length")
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ConversationError("no list of messages")
+        raise ConversationError(f"no list of messages, but {_kind(given)}")
     return turns
+
+
+def _kind(value) -> str:
+    """What a value is that is no list of messages."""
+    if isinstance(value, str):
+        return "text that is no JSON" if _parsed(value) is None else "JSON text of something else"
+    if isinstance(value, list):
+        return f"a list with {type(next(each for each in value if not isinstance(each, dict))).__name__} in it"
+    return {type(None): "nothing", dict: "one object"}.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _parsed(text: str):

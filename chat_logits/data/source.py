@@ -1,6 +1,7 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
 import dataclasses
+import logging
 import os
 import re
 import threading
@@ -20,7 +21,7 @@ from chat_logits.data.text_rows import BadRow, TextRows
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
-from chat_logits.words import count_text
+from chat_logits.words import count_text, first_line
 
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
@@ -30,6 +31,9 @@ FILE_FORMATS = {
     ".parquet": "parquet",
 }
 SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
+CARD, DATASETS_OWN = "README.md", "dataset_infos.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -198,6 +202,8 @@ def _open_rows(
     if "saved" in arguments:
         return TableRows(_saved_table(arguments["saved"], split))
     builder = datasets.load_dataset_builder(**arguments)
+    if Path(arguments["path"]).is_dir():
+        _tell_of_files_left_out(Path(arguments["path"]), builder)
     if (rows := _text_rows(builder.config, split, streaming)) is not None:
         return rows
     files = _parquet_files(builder.config, split)
@@ -310,6 +316,26 @@ def _local_arguments(path: Path, config: str | None, content: str) -> dict:
     return {"path": kind, "data_files": {"train": str(path)}, **cache}
 
 
+def _tell_of_files_left_out(folder: Path, builder) -> None:
+    """Name data files that ``datasets`` puts into no split: those of the rarer formats, and where some files are named
+    as splits are, all others. Where a card says which files are read, that is its owner's choice."""
+    card = folder / CARD
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
+    visible = (path for path in sorted(folder.rglob("*")) if not any(map(_is_hidden, path.relative_to(folder).parts)))
+    data = (path for path in visible if path.is_file() and file_format(path) and path.name != DATASETS_OWN)
+    if left_out := [str(path.relative_to(folder)) for path in data if path.resolve() not in read]:
+        splits = ", ".join(map(str, builder.config.data_files))
+        told = "Not read of %s, as `datasets` puts them into none of its splits (%s): %s. Name one, or move them."
+        logger.warning(told, folder, splits, first_names(left_out))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether ``datasets`` passes over what has this name."""
+    return name.startswith((".", "_"))
+
+
 def _is_saved(folder: Path) -> bool:
     """Whether ``save_to_disk`` wrote this folder."""
     return any((folder / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
@@ -329,15 +355,10 @@ def explained(name: str) -> Iterator[None]:
             f"{name}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UsageError(f"{name}: {_shortened(error.__cause__ or error)}") from error
+        raise UsageError(f"{name}: {first_line(error.__cause__ or error)}") from error
     except datasets.table.CastError as error:
         raise UsageError(f"{name}: {error.details()}") from error
     except Exception as error:  # odd data and the Hub's clients raise all kinds
         if "corresponds to no data" in str(error):
             raise UsageError(f"{name}: no rows") from error
         raise explain_hub_error(error, name, UsageError) from error
-
-
-def _shortened(error: BaseException) -> str:
-    """The first line: some go on with whole schemas."""
-    return str(error).strip().partition("\n")[0][:300]

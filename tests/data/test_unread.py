@@ -60,3 +60,41 @@ def test_thoughts_that_the_template_does_not_read_are_told_once(opened, chat_fil
     reader = opened(chat_file(rows), tmp_path / "showing.jinja")
     shown = load_tokenizer(str(MODEL)).decode(reader.first_ready[0].input_ids)
     assert ("Is it? Yes." in shown) and told not in caplog.messages
+
+
+def folder_of(folder, files: dict[str, int]):
+    """A folder of files with so many conversations each."""
+    for name, count in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = pd.DataFrame({"question": ["Is it?"] * count, "answer": ["It is."] * count})
+        if name == "dataset_infos.json":
+            (folder / name).write_text("{}")
+        elif name.endswith(".parquet"):
+            rows.to_parquet(folder / name)
+        else:
+            rows.to_json(folder / name, orient="records", lines=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "count", "told"),
+    [
+        ({"a.jsonl": 2, "b.parquet": 1}, 1, "(train): a.jsonl."),
+        ({"train.jsonl": 1, "more.jsonl": 3, "deep/chats.jsonl": 3}, 1, "(train): deep/chats.jsonl, more.jsonl."),
+        ({"train.jsonl": 1, "test.jsonl": 3}, 1, ""),
+        ({"a.jsonl": 1, "deep/b.jsonl": 3, ".hidden.jsonl": 1, "dataset_infos.json": 1}, 4, ""),
+    ],
+)
+def test_files_of_a_folder_that_are_in_no_split_are_named(opened, tmp_path, caplog, files, count, told):
+    """Which formats and names come first is for ``datasets`` to say."""
+    reader = opened(folder_of(tmp_path / "data", files))
+    assert reader.num_rows == count
+    named = [message.partition("splits ")[2] for message in caplog.messages if message.startswith("Not read of")]
+    assert named == ([f"{told} Name one, or move them."] if told else [])
+
+
+def test_what_a_card_names_is_its_owners_choice(opened, tmp_path, caplog):
+    folder = folder_of(tmp_path / "data", {"a.jsonl": 2, "b.jsonl": 1})
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+    assert opened(folder).num_rows == 2
+    assert not [message for message in caplog.messages if message.startswith("Not read of")]
