@@ -20,10 +20,8 @@ TAIL_FIELDS = (
     *("logit_scale", "logits_scaling", "lm_head_multiplier"),
 )
 LARGEST = 50.0  # of the logits that a tail is measured at: beyond the usual caps of 15 to 30
-CLOSE, CLOSE_16_BIT = (
-    1e-4,
-    1e-2,
-)  # of the largest logit: the head's output float32, or rounded to 16 bits and then again
+# Of the largest logit, where the head's output is float32, and where it is rounded to 16 bits, and then again.
+CLOSE, CLOSE_16_BIT = 1e-4, 1e-2
 
 
 @dataclass(frozen=True)
