@@ -23,8 +23,9 @@ def start_python(module: str, function: str, *arguments: object, **options: Any)
     Its standard input and output are pipes; ``options`` are more of ``subprocess.Popen``. Ctrl-C is this process's to
     act on.
     """
+    path = [folder for folder in sys.path if isinstance(folder, str)]  # Python passes over others, too
     code = BEGIN.format(module=module, function=function)
-    command = [*PYTHON, code, json.dumps(sys.path), *map(str, arguments)]
+    command = [*PYTHON, code, json.dumps(path), *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
 

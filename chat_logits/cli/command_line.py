@@ -1,8 +1,10 @@
 """How the commands begin and end: what they print on the way, exit status, errors in a line or two, signals."""
 
+import errno
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -23,9 +25,11 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.options import Config
 from chat_logits.stages import Stages
-from chat_logits.storage.disk import nearest_existing, write_text
+from chat_logits.storage.disk import nearest_existing, written_whole
 
 STDOUT = "-"  # as the name of a file to write
+# Where no other file can take a file's place: it is mounted alone, its folder is not to be written, its name is long.
+IN_PLACE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 ITS_FUTURE = re.compile("deprecated|will be removed|in (a|the) future|future (version|release)")
 Options = TypeVar("Options", bound=CommonOptions)
 
@@ -238,12 +242,26 @@ def check_places(**files: str | None) -> None:
 
 def write_result(file: str, text: str) -> None:
     """Write a finished file and say so; one that is there stays whole. Raises ToolkitError where the disk refuses."""
-    path = Path(file).resolve()  # a link stays one
     try:
-        if path.exists() and not path.is_file():  # a pipe or a terminal
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_text(path, text)
+        _write(Path(file), text)
     except OSError as error:
         raise ToolkitError(f"{file}: it cannot be written: {error.strerror}") from error
+    except RuntimeError as error:  # links in a circle
+        raise ToolkitError(f"{file}: it cannot be written: {error}") from error
     print(f"Wrote {file}", file=sys.stderr)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a pipe or a terminal
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()  # a link stays one
+    try:
+        with written_whole(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            if target.exists():
+                shutil.copymode(target, temporary)
+    except OSError as error:
+        if error.errno not in IN_PLACE:
+            raise
+        target.write_text(text, encoding="utf-8")

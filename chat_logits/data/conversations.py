@@ -77,10 +77,10 @@ def to_conversation(
 
 def _tell_of_thoughts(messages: list[dict], template_words: Collection[str], tell: Callable[[str], None]) -> None:
     """Say so where messages have thoughts and the template reads none."""
-    if template_words and set(REASONING).isdisjoint(template_words):
-        for name in REASONING:
-            if any(message.get(name) for message in messages):
-                tell(f"The chat template reads no {name!r}: the model sees the answers without these thoughts")
+    given = {"reasoning_content", "thinking"}  # whatever the message calls them, templates get them by these names too
+    for name in REASONING if template_words else ():
+        if {name, *given}.isdisjoint(template_words) and any(message.get(name) for message in messages):
+            tell(f"The chat template reads no {name!r}: the model sees the answers without these thoughts")
 
 
 def _with_system(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection
 
+from chat_logits.data.rendering import REASONING
 from chat_logits.data.templates import ChatTemplate, TemplateError
 
 ALIASES = {
@@ -31,8 +32,10 @@ def roles_named_in(template: str) -> frozenset[str]:
 
 
 def words_of(template: str) -> frozenset[str]:
-    """All words of a chat template, among them the keys of messages that it reads."""
-    return frozenset(re.findall(r"\w+", template))
+    """All words of a chat template, among them the keys of messages that it reads. Names of thoughts are so as keys
+    alone: some templates have a variable ``thinking``."""
+    words = set(re.findall(r"\w+", template))
+    return frozenset(word for word in words if word not in REASONING or re.search(rf"[.'\"]{word}\b", template))
 
 
 def to_role(speaker: object, template_roles: Collection[str] = ()) -> str | None:

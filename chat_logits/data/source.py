@@ -202,7 +202,7 @@ def _open_rows(
     if "saved" in arguments:
         return TableRows(_saved_table(arguments["saved"], split))
     builder = datasets.load_dataset_builder(**arguments)
-    if Path(arguments["path"]).is_dir():
+    if "data_files" not in arguments and Path(arguments["path"]).is_dir():
         _tell_of_files_left_out(Path(arguments["path"]), builder)
     if (rows := _text_rows(builder.config, split, streaming)) is not None:
         return rows

@@ -1,5 +1,6 @@
 """What a run is asked for. The same options, under the same names, are the command's and a config file's."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ def _check_repo(output_repo: str) -> None:
 
 
 def _check_bad_rows(limit: float) -> None:
-    if limit > 1 and limit % 1:
+    if 1 < limit < math.inf and limit % 1:
         raise UsageError(f"`max_bad_rows` {limit}: expected a share below 1, or a whole number")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from chat_logits.errors import ToolkitError
 from chat_logits.model.group import local
+from chat_logits.model.out_of_memory import is_out_of_memory
 
 SLICE_ROWS = 4096  # of the weight, converted at once where no product of 16-bit matrices gives float32
 
@@ -53,7 +54,9 @@ def has_float32_product(device: torch.device, dtype: torch.dtype) -> bool:
     small = torch.ones(16, 16, device=device, dtype=dtype)
     try:
         torch.mm(small, small, out_dtype=torch.float32)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         return False
     return True
 

@@ -9,8 +9,9 @@
         + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
 in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
-is more). ``copies`` is 2 on CUDA, where selection reads the logits as they are (with Triton), else 3. ``cached`` is 0
-without a shared prefix, else at most 8 * tokens: a batch's keys and values with the shared ones, and a copy on the way.
+is more). ``copies`` is 2 on CUDA, where Triton's kernel selects from the logits as they are (where it does not run,
+there is one more, not counted here), else 3. ``cached`` is 0 without a shared prefix, else at most 8 * tokens: a
+batch's keys and values with the shared ones, and a copy on the way.
 ``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
 For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
 """

@@ -64,10 +64,10 @@ def _what_is_wrong(check_place: Callable[[], None]) -> ToolkitError | None:
 
 def flush_and_rename(temporary: Path, path: Path, check_place: Callable[[], None] = lambda: None) -> None:
     """Give a finished file its name, so that after a crash of the machine it is whole or not there."""
-    with temporary.open("rb") as file:
+    with temporary.open("r+b") as file:
         os.fsync(file.fileno())
     check_place()
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def refuse_filled(folder: Path, option: str, otherwise: str = "") -> None:

@@ -62,7 +62,7 @@ def logit_tail(model) -> LogitTail:
         candidates += [LogitTail(number), LogitTail(1 / number), LogitTail(cap=number)]
     errors = [(tail(raw) - logits).abs().max().item() for tail in candidates]
     close = CLOSE if output.dtype == torch.float32 else CLOSE_16_BIT  # autocast rounds a float32 model's, too
-    if min(errors) <= close * logits.abs().max():
+    if logits.isfinite().all() and min(errors) <= close * logits.abs().max():  # an entry of -inf is no scale's work
         return candidates[errors.index(min(errors))]
     raise ToolkitError(
         f"{type(model).__name__} does something to its lm_head's output that is no scale and no soft cap of its "

@@ -79,7 +79,8 @@ def fused_sparse_kd_loss(
     (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing.
     ``scores`` are filled with what the chunks' logits say of each position. The gradients for ``hidden``, weight and
     bias are computed on the way forward: beyond them, a float32 copy of the weight's where it is 16-bit, and a bfloat16
-    copy of the weight under autocast, memory is that of one chunk's logits, or of two's with a soft cap.
+    copy of the weight under autocast, memory is that of one chunk's logits, or of two's with a soft cap, and of half a
+    chunk's where the gradient is rounded to bfloat16.
 
     Raises UsageError as ``sparse_kd_loss``, and for a head that is no plain matrix.
     """
@@ -225,6 +226,8 @@ def _add_gradients(
     of_hidden, of_weight, of_bias = gradients
     if of_bias is not None:
         of_bias += gradient.sum(dim=0)
+    if of_hidden is of_weight is None:
+        return
     gradient = gradient_factor(gradient, hidden, weight)
     if of_hidden is not None:
         of_hidden[rows] = hidden_gradient(gradient, weight)

@@ -42,8 +42,28 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
     write_result(str(link), "through a link")
     assert link.is_symlink() and page.read_text() == "through a link"
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     write_result(str(pipe), "through a pipe")
-    reader.join()
+    reader.join(60)
     assert read == ["through a pipe"] and pipe.is_fifo()
+    ending, beginning = os.pipe()
+    write_result(f"/dev/fd/{beginning}", "through one without a name")
+    os.close(beginning)
+    assert os.read(ending, 100) == b"through one without a name"
+    os.close(ending)
+
+
+def test_a_file_keeps_its_mode_and_may_be_where_no_other_can_be(tmp_path):
+    """A name as long as there may be leaves no room for the temporary file's."""
+    page, long = tmp_path / "page.html", tmp_path / f"{'x' * 250}.html"
+    page.write_text("before")
+    page.chmod(0o600)
+    for file in (page, long):
+        write_result(str(file), "after")
+        assert file.read_text() == "after"
+    assert page.stat().st_mode & 0o777 == 0o600 and len(list(tmp_path.iterdir())) == 2
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(ToolkitError, match="circle: it cannot be written"):
+        write_result(str(circle), "nothing")

@@ -55,6 +55,11 @@ def test_thoughts_that_the_template_does_not_read_are_told_once(opened, chat_fil
     told = "The chat template reads no 'reasoning_content': the model sees the answers without these thoughts"
     assert caplog.messages.count(told) == 1
     caplog.clear()
+    variable = "{% if thinking is defined %}{% endif %}" + TEMPLATE.read_text()  # as DeepSeek's
+    (tmp_path / "variable.jinja").write_text(variable)
+    opened(chat_file(rows), tmp_path / "variable.jinja")
+    assert caplog.messages.count(told) == 1
+    caplog.clear()
     showing = TEMPLATE.read_text().replace("message.content", "message.thinking | default('') + message.content")
     (tmp_path / "showing.jinja").write_text(showing)
     reader = opened(chat_file(rows), tmp_path / "showing.jinja")
@@ -91,6 +96,13 @@ def test_files_of_a_folder_that_are_in_no_split_are_named(opened, tmp_path, capl
     assert reader.num_rows == count
     named = [message.partition("splits ")[2] for message in caplog.messages if message.startswith("Not read of")]
     assert named == ([f"{told} Name one, or move them."] if told else [])
+
+
+def test_a_folder_with_a_formats_name_is_not_taken_for_the_dataset(opened, chat_file, tmp_path, caplog, monkeypatch):
+    folder_of(tmp_path, {"json/other.jsonl": 3})
+    monkeypatch.chdir(tmp_path)
+    assert opened(chat_file([{"question": "Is it?", "answer": "It is."}])).num_rows == 1
+    assert not [message for message in caplog.messages if message.startswith("Not read of")]
 
 
 def test_what_a_card_names_is_its_owners_choice(opened, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Losses and gradients against autograd over the dense target, what memory they take, and what is refused."""
 
+import math
 import multiprocessing
 from pathlib import Path
 
@@ -284,9 +285,10 @@ def test_a_tail_is_measured_in_16_bits(monkeypatch, family, options, expected, b
         assert logit_tail(model if by_autocast else model.bfloat16()) == expected
 
 
-def test_a_tail_that_is_not_known_is_refused_by_name():
+@pytest.mark.parametrize("entry, by", [(slice(None), 1), (0, -math.inf)])
+def test_a_tail_that_is_not_known_is_refused_by_name(entry, by):
     class Shifted(torch.nn.Module):
-        """A head whose output is shifted afterwards."""
+        """A head whose output, or an entry of it, is shifted afterwards; by -inf it is ruled out, as padding."""
 
         def __init__(self, model):
             super().__init__()
@@ -295,7 +297,7 @@ def test_a_tail_that_is_not_known_is_refused_by_name():
 
         def forward(self, **inputs):
             output = self.model(**inputs)
-            output.logits = output.logits + 1
+            output.logits[..., entry] += by
             return output
 
     model = random_model("llama")
