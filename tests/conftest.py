@@ -13,7 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are for CUDA; here Tri
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 MODEL = REPO / ".cache" / "smollm2-135m-instruct"
@@ -30,11 +30,19 @@ def run_command(script: str, *arguments, cwd=None, env=None) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
+# By which rich and others decide on colours and on what a terminal can do.
+SETTINGS_OF_TERMINALS = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM")
+SETTINGS_OF_TERMINALS += ("TTY_COMPATIBLE", "TTY_INTERACTIVE")
+
+
 @pytest.fixture(autouse=True)
 def _width_of_a_pipe(monkeypatch):
-    """Tables are as wide as in a pipe, whatever the terminal's width that the tests are started in."""
+    """Tables are as wide as in a pipe, and coloured as by default, whatever the terminal that the tests start in."""
     monkeypatch.delenv("COLUMNS", raising=False)
     os.unsetenv("COLUMNS")  # which readline sets behind os.environ, for processes started from here
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in SETTINGS_OF_TERMINALS:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -339,7 +347,8 @@ def pytest_configure():
 
     Files are compared byte for byte between processes, and another number of threads may change last bits.
     """
-    settings.register_profile("any machine", deadline=None)  # however busy it is
+    however_busy = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("any machine", **however_busy)
     settings.load_profile("any machine")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -8,6 +8,7 @@ from email.utils import formatdate
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import logging as hub_logging
 
 from chat_logits import hub, hub_errors
 from chat_logits.errors import ToolkitError, UsageError
@@ -192,9 +193,11 @@ def test_a_step_is_taken_until_it_goes_well_or_there_is_no_more_attempt(monkeypa
 
 def test_the_configured_client_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    verbosity = hub_logging.get_verbosity()
     try:
         hub.configure_client()
         timeout = huggingface_hub.get_session().timeout
         assert (timeout.connect, timeout.read, timeout.write, timeout.pool) == hub.PATIENCE
     finally:
         huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+        hub_logging.set_verbosity(verbosity)

@@ -93,7 +93,7 @@ def test_the_wheel_has_the_package_the_modules_the_templates_and_the_pages(wheel
     expected = {
         path.relative_to(REPO).as_posix()
         for path in (REPO / "chat_logits").rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if "__pycache__" not in path.parts and path.is_file()
     }
     expected |= {f"{name}.py" for name in FILES}
     expected |= {f"chat_logits/templates/{path.name}" for path in (REPO / "templates").iterdir()}

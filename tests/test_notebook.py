@@ -31,7 +31,8 @@ def cells(real_extraction, tmp_path_factory):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPO))
-        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(home)}}).execute()
+        place = {"metadata": {"path": str(home)}}
+        nbclient.NotebookClient(notebook, timeout=300, startup_timeout=300, resources=place).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 

@@ -31,7 +31,8 @@ def test_in_a_notebook_function_and_command_write_the_same_files(quick_model, ca
         f"import extract_logits\nprint('status', extract_logits.main({flags!r}))",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(REPO)}}).execute()
+    place = {"metadata": {"path": str(REPO)}}
+    NotebookClient(notebook, timeout=500, startup_timeout=300, resources=place).execute()
     printed = ["".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in notebook.cells]
     assert printed[0] == f"10 2 {tmp_path / 'function'}\n"
     assert "10 written, 2 skipped" in printed[1] and printed[1].endswith("status 0\n")

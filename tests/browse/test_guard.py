@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from many_rows import damaged
@@ -82,7 +82,7 @@ def test_another_sites_page_cannot_read(server, browser):
         def log_message(self, *_):
             pass
 
-    other = HTTPServer(("127.0.0.1", 0), Other)
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Other)
     threading.Thread(target=other.serve_forever, daemon=True).start()
     page = browser.new_page()
     try:

@@ -253,6 +253,7 @@ def clipboard(page) -> str:
 
 def copied(page, name: str) -> str:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate("document.getElementById('copied').textContent = ''")  # that of a copy before
     page.get_by_role("button", name=name).click()
     page.wait_for_function("() => document.getElementById('copied').textContent")
     return clipboard(page)

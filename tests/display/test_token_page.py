@@ -136,8 +136,7 @@ def test_keys_are_the_pages_own_until_a_token_is_open(opened, analysis):
     token(page, answer[0].position).hover()
     before = page.evaluate("scrollY")
     page.keyboard.press("Space")
-    page.wait_for_timeout(300)
-    assert page.evaluate("scrollY") > before
+    page.wait_for_function("before => scrollY > before", arg=before)
     assert "kept" not in page.locator("#panel").get_attribute("class")
     token(page, answer[3].position).click()
     page.keyboard.press("Shift+ArrowRight")  # selects, and moves nowhere

@@ -14,16 +14,22 @@ from chat_logits.extraction.processes import GroupLost, started_group
 @pytest.fixture
 def group(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(group_failures.__file__).parent))  # to the other process
-    monkeypatch.setattr(processes, "GRACE", 3.0)
     with started_group(2, "cpu") as started:
         yield started
 
 
-def test_after_what_fails_in_all_processes_they_go_on_and_what_fails_in_one_alone_ends_them(group):
+@pytest.fixture
+def hurry(monkeypatch):
+    """Have little patience from now on with what fails in one process alone."""
+    return lambda: monkeypatch.setattr(processes, "GRACE", 3.0)
+
+
+def test_after_what_fails_in_all_processes_they_go_on_and_what_fails_in_one_alone_ends_them(group, hurry):
     """As batches do that are too large for every device, and then for one of them."""
     with pytest.raises(RuntimeError, match=r"^both$"):
         fail_in(group, (0, 1), "both")
     assert fail_in(group, (), "") == "done"
+    hurry()
     assert fail_in(group, (1,), "CUDA out of memory. Tried to allocate 2 GiB") == "done"
     until = time.monotonic() + 60
     said = r"^process 2 of 2 is out of memory, the others are not; give less `batch_tokens` or `logit_memory`\n"
@@ -33,7 +39,7 @@ def test_after_what_fails_in_all_processes_they_go_on_and_what_fails_in_one_alon
             time.sleep(0.1)
 
 
-def test_a_process_that_has_failed_alone_makes_no_more_calls(group, tmp_path):
+def test_a_process_that_has_failed_alone_makes_no_more_calls(group, hurry, tmp_path):
     """Over NCCL the first one need not have noticed: its device would take the next call's tensors for the last's."""
     note_in(group, tmp_path)
     until = time.monotonic() + 60
@@ -41,6 +47,7 @@ def test_a_process_that_has_failed_alone_makes_no_more_calls(group, tmp_path):
         assert time.monotonic() < until
         time.sleep(0.01)
     (tmp_path / "1").unlink()
+    hurry()
     assert fail_in(group, (1,), "out of memory") == "done"
     with pytest.raises(GroupLost, match="process 2 of 2 is out of memory"):
         while time.monotonic() < until:

@@ -106,7 +106,7 @@ def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed_and
     flags, undisturbed, nodes, gate, tmp_path
 ):
     run = Command(flags("part", *on_nodes(nodes)), first=held(gate))
-    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "part")) > 8)
+    run.until(lambda: run.said.count("has its model") >= 2 and len(shards_in(tmp_path / "part")) > 8)
     nodes.remove(nodes.nodes[0])
     run.until(lambda: "To be computed again" in run.said)
     nodes.nodes.append(nodes.add())
@@ -117,7 +117,7 @@ def test_two_nodes_give_the_files_of_one_plain_process_though_one_is_removed_and
 
 
 def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait_for_one_without_room(
-    flags, undisturbed, nodes, tmp_path
+    flags, undisturbed, nodes, gate, tmp_path
 ):
     """A node that says it has five GPUs: two workers of two each find room, a third does not."""
     node = nodes.cluster.add_node(num_cpus=2, num_gpus=5)
@@ -125,7 +125,9 @@ def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait
         wanted = without(
             "--device", flags("spread", "--ray_address", nodes.address, "--num_workers", 3, "--gpus_per_worker", 2)
         )
-        run = Command([*wanted, "--device_map", "auto"])
+        run = Command([*wanted, "--device_map", "auto"], first=held(gate))
+        run.until(lambda: run.said.count("has its model") >= 2)
+        gate.touch()
         assert run.wait() == 0, run.said
     finally:
         nodes.cluster.remove_node(node, allow_graceful=False)
@@ -295,7 +297,7 @@ def head(tmp_path):
         options += ["--disable-usage-stats", f"--temp-dir={folders[-1]}"]
         with (tmp_path / "ray.log").open("w") as log:
             started.append(subprocess.Popen([*ray, "start", *options], env=env, stdout=log, stderr=log))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
             assert time.monotonic() < until
             time.sleep(0.1)
@@ -304,7 +306,11 @@ def head(tmp_path):
     yield start
     for process in started:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -384,7 +390,7 @@ def test_a_cluster_without_gpus_and_a_machine_without_room_are_refused_before_a_
     ):
         run = Command([*wanted, *more], env=env)
         assert run.wait() == 2 and f"has 2 CPUs and no GPU yet{advice}" in run.said.splitlines()[-1], run.said
-    crowd = flags("none", "--num_workers", 99, "--output_repo", "user/none")
+    crowd = flags("none", "--num_workers", 9999, "--output_repo", "user/none")
     run = Command(crowd, env=env)
     assert run.wait() == 2 and "room for" in run.said.splitlines()[-1], run.said
     assert not hub.has_repo("dataset", "user/none") and not (tmp_path / "none" / "extraction.json").exists()

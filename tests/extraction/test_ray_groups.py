@@ -69,7 +69,7 @@ def test_a_worker_that_loses_one_of_its_processes_is_replaced_as_a_whole(flags, 
     gate, out = tmp_path / "gate", tmp_path / "out"
     wanted = without("--device", flags("out", "--ray_address", address, "--num_workers", 2, "--tensor_parallel", 2))
     run = Command(wanted, first=held(gate, batches=4, seconds=2))
-    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(out)) > 4)
+    run.until(lambda: run.said.count("has its model") >= 2 and len(shards_in(out)) > 4)
     assert "Starting 2 workers on Ray, each with 2 processes on 2 GPUs …" in run.said
     one, other = workers()
     pids = {one, other, *followers_of(one), *followers_of(other)}
@@ -78,7 +78,7 @@ def test_a_worker_that_loses_one_of_its_processes_is_replaced_as_a_whole(flags, 
     assert [len(each) for each in gpus] == [2, 2] and not gpus[0] & gpus[1]
 
     os.kill(followers_of(one)[0], signal.SIGKILL)
-    run.until(lambda: run.said.count("has its model") == 3)
+    run.until(lambda: run.said.count("has its model") >= 3)
     lost = (
         "process 2 of 2 was ended by SIGKILL, as the system does where memory is short.\nTo be computed again: source"
     )
@@ -90,7 +90,7 @@ def test_a_worker_that_loses_one_of_its_processes_is_replaced_as_a_whole(flags, 
     left = set(followers_of(other))
     os.kill(other, signal.SIGKILL)
     wait_for_end(left)
-    run.until(lambda: run.said.count("has its model") == 4)
+    run.until(lambda: run.said.count("has its model") >= 4)
     (last,) = set(workers()) - {new}
     pids |= {last, *followers_of(last)}
     assert len(pids) == 8 and len(shards_in(out)) < SHARDS

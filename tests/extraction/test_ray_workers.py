@@ -31,17 +31,25 @@ def gate(tmp_path) -> Path:
     return tmp_path / "gate"
 
 
+def wait_for_end(workers: list[int]) -> None:
+    """Ray ends what it started, not at the driver's end but soon after; its own agents take a minute."""
+    until = time.monotonic() + 120
+    while any(map(is_running, workers)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_two_workers_give_the_files_of_one_plain_process_though_one_is_killed_in_mid_shard_and_one_hangs(
     flags, undisturbed, gate, tmp_path
 ):
-    hasty = "from chat_logits.extraction import workers; workers.LONG = 10.0"
-    slow = held(gate, batches=4, seconds=2)
+    hasty = "from chat_logits.extraction import workers; workers.LONG = 30.0"
+    slow = held(gate, batches=4, seconds=5)
     run = Command(flags("two", "--num_workers", 2), first=hasty + slow)
-    run.until(lambda: run.said.count("has its model") == 2 and len(shards_in(tmp_path / "two")) > 8)
+    run.until(lambda: run.said.count("has its model") >= 2 and len(shards_in(tmp_path / "two")) > 8)
     before = workers_of(run.process.pid)
     assert len(before) == 2
     os.kill(before[0], signal.SIGKILL)
-    run.until(lambda: run.said.count("has its model") == 3)
+    run.until(lambda: run.said.count("has its model") >= 3)
     assert len(set(workers_of(run.process.pid)) - set(before)) == 1
     os.kill(before[1], signal.SIGSTOP)
     gate.touch()
@@ -58,13 +66,14 @@ def test_stopped_and_then_killed_a_run_goes_on_with_workers_and_then_without(qui
     relative = [os.path.relpath(path, REPO) for path in (quick_model, calm_source)]
     out = tmp_path / "out"
     stopped = Command([*flags_for(*relative, out), "--num_workers", "2"], first=held(tmp_path / "never", batches=8))
-    stopped.until(lambda: stopped.said.count("has its model") == 2 and len(shards_in(out)) > 4)
+    stopped.until(lambda: stopped.said.count("has its model") >= 2 and len(shards_in(out)) > 4)
     workers = workers_of(stopped.process.pid)
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.wait() == 143, stopped.said
     finished = len(shards_in(out))
     assert "Traceback" not in stopped.said and f"Stopped. {finished} finished" in stopped.said
-    assert len(workers) == 2 and not any(map(is_running, workers))
+    assert len(workers) == 2
+    wait_for_end(workers)
     printed = shlex.split(stopped.said.splitlines()[-1])
     assert printed[-2:] == ["--num_workers", "2"]
 
@@ -72,10 +81,7 @@ def test_stopped_and_then_killed_a_run_goes_on_with_workers_and_then_without(qui
     killed.until(lambda: len(shards_in(out)) > finished + 4)
     workers = workers_of(killed.process.pid)
     killed.process.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 60
-    while any(map(is_running, workers)):  # Ray ends what it started; its own agents take a minute
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_for_end(workers)
     assert workers and len(shards_in(out)) < SHARDS
 
     with contextlib.chdir(REPO):
@@ -123,8 +129,8 @@ def stored(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--num_workers", "99"], r"--num_workers 99: this machine has \d+ CPUs and no GPU, room for \d+"),
-        (["--num_workers", "99", "--tensor_parallel", "2"], r"and no GPU, room for \d+, each with 2 processes$"),
+        (["--num_workers", "9999"], r"--num_workers 9999: this machine has \d+ CPUs and no GPU, room for \d+"),
+        (["--num_workers", "9999", "--tensor_parallel", "2"], r"and no GPU, room for \d+, each with 2 processes$"),
         (["--num_workers", "2", "--device", "cuda:0"], "each worker gets its own accelerator"),
         (["--gpus_per_worker", "2"], "it goes with --num_workers and --device_map"),
     ],

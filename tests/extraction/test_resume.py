@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, TEMPLATE, run_command
-from lives import Life
+from lives import Life, late, stopping
 from runs import ROWS, SHARDS, files_in, flags_for, shards_in
 
 import extract_logits
@@ -46,7 +46,7 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_files(flags, undi
     dice, out, moments = random.Random(4), tmp_path / "killed", []
     for life_number in range(10):
         before = len(shards_in(out))
-        life = Life(flags("killed"), tmp_path / f"life{life_number}.log")
+        life = Life(flags("killed"), tmp_path / f"life{life_number}.log", stopping(5))
         wanted = before + dice.randint(0, 3)
         wait_for(lambda wanted=wanted: len(shards_in(out)) >= wanted, life)
         time.sleep(dice.uniform(0, 0.3 if dice.random() < 0.3 else 0.05))
@@ -123,7 +123,7 @@ def test_stopped_in_any_window_of_writing_the_run_goes_on(flags, short_run, tmp_
 
 def test_two_processes_are_kept_apart_and_the_second_goes_on_when_the_first_is_dead(flags, undisturbed, tmp_path):
     out = tmp_path / "both"
-    first = Life(flags("both"), tmp_path / "first.log")
+    first = Life(flags("both"), tmp_path / "first.log", stopping(8))
     wait_for(lambda: len(shards_in(out)) > 3, first)
     first.kill(signal.SIGSTOP)
     before = files_in(out)
@@ -249,10 +249,10 @@ def small_memory() -> None:
 def test_a_run_that_goes_on_keeps_the_budgets_it_began_with(flags, undisturbed, tmp_path):
     """The machine has less memory the second time: other batches would give other last bits."""
     out = tmp_path / "tight"
-    life = Life(flags("tight"), tmp_path / "first.log")
+    life = Life(flags("tight"), tmp_path / "first.log", stopping(8))
     wait_for(lambda: len(shards_in(out)) > 5, life)
     life.kill()
-    life.wait()
+    assert life.wait() == -signal.SIGKILL and len(shards_in(out)) < SHARDS
     assert Life(flags("tight"), tmp_path / "second.log", small_memory).wait() == 0
     assert files_in(out) == undisturbed
 
@@ -287,10 +287,10 @@ def another_day() -> None:
 
 
 def test_a_run_that_is_not_finished_says_so_to_its_readers(flags, undisturbed, tmp_path, caplog):
-    out, life = tmp_path / "begun", Life(flags("begun"), tmp_path / "begun.log")
+    out, life = tmp_path / "begun", Life(flags("begun"), tmp_path / "begun.log", stopping(8))
     wait_for(lambda: len(shards_in(out)) >= 4, life)
     life.kill()
-    life.wait()
+    assert life.wait() == -signal.SIGKILL
     begun = open_dataset(str(out))
     told = f"{out}: its extraction is not finished, {begun.num_rows} conversations so far; the same command goes on"
     assert told in caplog.text
@@ -322,8 +322,10 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
 ):
     out, log = tmp_path / "signalled", tmp_path / "signalled.log"
     command = [sys.executable, "extract_logits.py", *flags("signalled", "--overwrite")]
+    (tmp_path / "sitecustomize.py").write_text(late(shards=6, seconds=1))  # which leaves the command as it is
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file)
+        process = subprocess.Popen(command, cwd=REPO, env=env, stdout=file, stderr=file)
     while len(shards_in(out)) < 4:
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)

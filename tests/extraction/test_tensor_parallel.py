@@ -49,6 +49,17 @@ def test_two_processes_store_what_one_stores(in_two, quick_run):
     assert {**recorded, "batch_logit_rows": 0} == {**alone, "batch_logit_rows": 0}
 
 
+def slow() -> None:
+    """In the first process: it is late in each batch, in which the other waits for it, so that a run lasts."""
+    from chat_logits.model import teacher
+
+    def late(*part, select=teacher.select_in_parts):
+        time.sleep(0.2)
+        return select(*part)
+
+    teacher.select_in_parts = late
+
+
 def test_whatever_ends_a_process_nothing_is_lost_and_nothing_is_left_running(flags, in_two, tmp_path):
     """A follower killed in mid-shard, the first process killed, Ctrl-C; and then the run goes on to its end.
 
@@ -58,7 +69,7 @@ def test_whatever_ends_a_process_nothing_is_lost_and_nothing_is_left_running(fla
 
     def start(name: str, *more) -> tuple[Life, int]:
         before = len(shards_in(out))
-        life = Life(flags("out", *more), tmp_path / f"{name}.log")
+        life = Life(flags("out", *more), tmp_path / f"{name}.log", slow)
         wait_until(lambda: len(shards_in(out)) > before + 1, life)
         (follower,) = followers_of(life.pid)
         followers.append(follower)

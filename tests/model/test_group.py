@@ -216,8 +216,8 @@ def test_a_call_that_fails_everywhere_fails_as_in_one_process_and_the_group_goes
 
 def test_a_call_that_fails_in_one_process_ends_the_group(group, saved, monkeypatch):
     """The last test with a group: it is of no use afterwards."""
-    monkeypatch.setattr(processes, "GRACE", 1.0)
     model = loading.load_part(group, saved("llama"))
+    monkeypatch.setattr(processes, "GRACE", 1.0)
     for _ in range(2):
         with pytest.raises(ToolkitError, match=f"process 2 of {group.size} is out of memory, the others are not"):
             in_group.run_out_of_memory_in_another(model)

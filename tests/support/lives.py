@@ -3,6 +3,7 @@
 A server has torch and the toolkit loaded, which takes seconds; each process is a fork of it, with files for its output.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -19,8 +20,28 @@ REPO = Path(__file__).resolve().parents[2]
 PRELOADED = ["torch", "datasets", "transformers.models.llama.modeling_llama", "extract_logits"]
 PRELOADED += [f"chat_logits.{name}" for name in ("extraction.run", "extraction.upload", "model.batching")]
 PRELOADED += ["chat_logits.cli.extract_report"]
+# A process that does this first is in mid-run, on any machine, until it is ended.
+LATE = """
+import itertools, time
+from chat_logits.extraction import shard_computer
+def write_shard(*shard, write=shard_computer.write_shard, numbers=itertools.count()):
+    if next(numbers) >= {shards}:
+        time.sleep({seconds})
+    return write(*shard)
+shard_computer.write_shard = write_shard
+"""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PRELOADED, "lives"])
+
+
+def late(shards: int, seconds: float) -> str:
+    """Python code for a process that writes this many shards at once, and each after them so many seconds late."""
+    return LATE.format(shards=shards, seconds=seconds)
+
+
+def stopping(shards: int) -> Callable[[], None]:
+    """What a ``Life`` that is to be killed calls before: it writes this many shards, and then no more."""
+    return functools.partial(exec, late(shards, 600), {})
 
 
 class Life:

@@ -362,7 +362,7 @@ def impatient_api(api):
     import httpx2
     from huggingface_hub import set_client_factory
 
-    set_client_factory(lambda: httpx2.Client(timeout=1, trust_env=False))
+    set_client_factory(lambda: httpx2.Client(timeout=3, trust_env=False))
     return api
 
 
@@ -486,7 +486,7 @@ def test_going_down_waits_for_no_answer(faulty, kind):
         threading.Timer(0.2, faulty.stop).start()
         began = time.monotonic()
         assert client.recv(1) == b""
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # and not 30
 
 
 def test_somebody_else_commits_first(faulty, api):
@@ -605,7 +605,8 @@ def test_facts_about_commits(faulty, api):
 def test_upload_addresses_are_signed(faulty, api, caplog):
     """They leak: the client itself warns of a failed upload with its whole address."""
     faulty.inject(Fault("refuse", "lfs_put"))
-    upload(api, {"a.bin": b"a"})
+    with caplog.at_level("WARNING", logger="huggingface_hub"):  # whatever the toolkit has set it to in this process
+        upload(api, {"a.bin": b"a"})
     assert [SIGNATURE in r.path for r in faulty.requests if r.method == "PUT"] == [True, True]
     assert SIGNATURE in caplog.text
 
