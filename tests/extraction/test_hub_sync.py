@@ -311,21 +311,43 @@ import extract_logits""",
 )
 
 
-def test_nothing_of_another_run_in_the_folders_place_is_pushed(hub, extract, quick_run, tmp_path):
+# The same, but it takes its place as the second commit begins, which has found the right folder there.
+REPLACED_MEANWHILE = COMMAND.replace(
+    "import extract_logits",
+    """
+from pathlib import Path
+from chat_logits.storage.repository import Repository
+*sys.argv, another = sys.argv
+commits, original = [], Repository.commit
+def commit(self, message, additions, *rest):
+    commits.append(message)
+    if len(commits) == 2:
+        out = next(path.parents[2] for path in additions.values() if isinstance(path, Path))
+        out.rename(out.with_name("away"))
+        Path(another).rename(out)
+    return original(self, message, additions, *rest)
+Repository.commit = commit
+import extract_logits""",
+)
+
+
+@pytest.mark.parametrize("code", [REPLACED, REPLACED_MEANWHILE], ids=["while written", "while committed"])
+def test_nothing_of_another_run_in_the_folders_place_is_pushed(hub, extract, quick_run, tmp_path, code):
+    repo = "replaced" if code == REPLACED else "replaced-meanwhile"
     another = shutil.copytree(quick_run, tmp_path / "another")
     for path in shards_in(another):
         path.write_bytes(path.read_bytes()[::-1])
     before = {path: path.read_bytes() for path in shards_in(another)}
-    status, said = extract("replaced", another, code=REPLACED)
+    status, said = extract(repo, another, code=code)
     assert status == 1 and "was removed, renamed or unmounted (another folder is in its place)" in said, said
-    expected, there = files_in(quick_run), hub.files("dataset", "user/replaced")
+    expected, there = files_in(quick_run), hub.files("dataset", f"user/{repo}")
     pushed = {name: data for name, data in there.items() if name.endswith(".parquet")}
     assert pushed and len(pushed) < SHARDS and pushed == {name: expected[name] for name in pushed}
     (tmp_path / "out").rename(another)
     assert {path: path.read_bytes() for path in shards_in(another)} == before
     (tmp_path / "away").rename(tmp_path / "out")
-    assert extract("replaced")[0] == 0
-    assert on_hub(hub, "replaced") == expected
+    assert extract(repo)[0] == 0
+    assert on_hub(hub, repo) == expected
 
 
 def test_an_answer_that_comes_a_byte_at_a_time_does_not_hold_the_end(hub, extract, quick_run):
