@@ -119,7 +119,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
     num_cpu_workers: int | None = option(
         None,
         help="for each model, processes that render and tokenize, and others that encode and write; 1: threads alone",
-        unset="1 on a CPU; beside an accelerator a quarter of the machine's cores for it, 4 at most",
+        unset="1 on a CPU; beside an accelerator a quarter of the cores that it may use, 4 at most",
         group=COMPUTED,
         metavar="N",
         least=1,
