@@ -154,7 +154,8 @@ def test_templates_cannot_leave_the_sandbox():
 
 def test_a_recorded_date_is_the_templates_date():
     text = "{{ strftime_now('%d %b %Y') }} {% generation %}x{% endgeneration %}"
-    assert choose(text, Tokenizer()).template.date == datetime.date.today().isoformat()
+    before = datetime.date.today()
+    assert choose(text, Tokenizer()).template.date in {day.isoformat() for day in (before, datetime.date.today())}
     assert choose(SHIPPED, Tokenizer()).template.date is None
     for date, shown in (("2024-07-26", "26 Jul 2024 x"), ("2025-01-02", "02 Jan 2025 x")):
         assert template(text, date=date).render([QUESTION])[0] == shown
@@ -163,7 +164,8 @@ def test_a_recorded_date_is_the_templates_date():
 def test_a_date_does_not_stay_behind():
     text = "{{ strftime_now('%Y') }}"
     assert template(text, date="1999-12-31").text_or_none([QUESTION]) == "1999"
-    assert template(text).text_or_none([QUESTION]) == str(datetime.date.today().year)
+    before = datetime.date.today()
+    assert template(text).text_or_none([QUESTION]) in {str(day.year) for day in (before, datetime.date.today())}
 
 
 def test_special_tokens_and_variables_reach_the_template():

@@ -84,7 +84,8 @@ def test_each_template_renders_as_in_transformers(family):
             for prompt in (False, True):
                 variables = {**tokens, **chat.kwargs, "add_generation_prompt": prompt}
                 expected = theirs(text, chat.messages, variables)
-                assert ours(text, chat.messages, variables) == expected
+                found = ours(text, chat.messages, variables)
+                assert found == expected or found == theirs(text, chat.messages, variables)  # after midnight
                 rendered += expected is not None
     assert rendered > len(CONVERSATIONS)
 

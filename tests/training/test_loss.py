@@ -376,6 +376,7 @@ def peak(is_fused: bool) -> float:
     process.start()
     sender.close()
     try:
+        assert receiver.poll(600)
         return receiver.recv()
     finally:
         process.join()

@@ -1,8 +1,5 @@
 """A student's steps by stored distributions: its forward pass with the loss in it, accumulated and on two processes."""
 
-import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -219,21 +216,12 @@ torch.save(found, f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
 
 
 def test_two_processes_are_one(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     paths = [str(REPO / part) for part in ("", "tests", "tests/support")]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(tmp_path), *paths],
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], json.dumps(said)
+    (tmp_path / "two.py").write_text(TWO)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launcher, tmp_path / "two.py", tmp_path, *paths], stderr=subprocess.PIPE, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
     for rank in range(2):
         assert_same_step(torch.load(tmp_path / f"{rank}.pt"), whole)
