@@ -379,6 +379,7 @@ def peak(is_fused: bool) -> float:
         assert receiver.poll(600)
         return receiver.recv()
     finally:
+        process.kill()
         process.join()
 
 
