@@ -375,11 +375,13 @@ class LoopbackHub:
         gated: bool = False,
     ) -> str:
         """Put a repository ("model" or "dataset") in place; gives the sha of its only commit."""
-        repo = self._repos[kind, name] = Repo(kind, name, private, gated)
+        repo = Repo(kind, name, private, gated)
         given = (files or {}).items()
         stored = {path: File(data, _is_lfs(path, len(data))) for path, data in given}
         self._objects |= {file.etag: file.data for file in stored.values() if file.lfs}
-        return repo.commit(stored, "initial commit", stored)
+        first = repo.commit(stored, "initial commit", stored)
+        self._repos[kind, name] = repo  # once it is whole: tests look at it meanwhile
+        return first
 
     def remove_repo(self, kind: str, name: str) -> None:
         del self._repos[kind, name]
