@@ -1,7 +1,7 @@
 """A student's lm_head and what the student does to its output, as the loss computes them a few positions at a time.
 
-Products are float32: of bfloat16 factors under autocast and of a bfloat16 student, else of float32 ones. On a GPU of
-NVIDIA 16-bit factors are multiplied as they are, elsewhere slices of them that are converted.
+Products are float32: of bfloat16 factors under autocast and of a bfloat16 student, else of float32 ones. Where
+the device has such products, 16-bit factors are multiplied as they are, elsewhere slices of them that are converted.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.model.head import has_float32_product
 
 # Of a chunk's float32 logits. On an accelerator 883 positions of 151,936 logits: its products then take as long as the
 # weight is read and its gradient added to. On a CPU 69 of them, and 327 of 32,000: four times as many are 10% faster.
@@ -143,8 +144,9 @@ def raw_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         raw = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
         raw = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+        hidden = hidden.float()
         for part, out in _slices(weight, raw):
-            torch.mm(hidden.float(), part.t().float(), out=out)
+            torch.mm(hidden, part.t().float(), out=out)
     return raw if bias is None else raw.add_(bias)
 
 
@@ -173,6 +175,6 @@ def _slices(rows: torch.Tensor, columns: torch.Tensor):
 
 
 def _multiplies_16_bit(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether torch has their product with float32 sums and results, which ROCm's has not."""
+    """Whether they are multiplied as they are, with float32 sums and results."""
     is_16_bit = left.dtype == right.dtype and left.dtype.itemsize == 2
-    return is_16_bit and left.is_cuda and torch.version.hip is None
+    return is_16_bit and has_float32_product(left.device, left.dtype)
