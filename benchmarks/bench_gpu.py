@@ -238,7 +238,7 @@ def bench_shape(bench: Bench, name: str, place: Path, conversations: int, flops:
     tell(name, "bare forward", f"{read / bare:,.0f} tokens/s", f"{work / bare / flops:.2f} of the card's products")
     ways: dict[str, dict] = {"extraction": {}}
     if CUDA:
-        ways["extraction, 1,024 rows a shard"] = {"rows_per_shard": 1024}
+        ways["extraction, 256 rows a shard"] = {"rows_per_shard": 256}
     else:  # beside an accelerator, where it takes more of them, so short a prefix is not cached
         ways |= {"extraction, no prefix cache": {"prefix_cache": False}, "two workers": {"num_cpu_workers": 2}}
     bench.extract(bench.open(min(conversations, 256)), place / f"{name}-warm")
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", default="0.5B,8B" if CUDA else "small", help="which (default: both; small on a CPU)"
     )
-    parser.add_argument("--conversations", type=int, default=6000 if CUDA else 24, help="of the first shape")
+    parser.add_argument("--conversations", type=int, default=10_000 if CUDA else 24, help="of the first shape")
     options = parser.parse_args()
     card = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"{card}, torch {torch.__version__}\n\n| s | what | | |\n| --- | --- | --- | --- |")

@@ -12,7 +12,7 @@ from typing import Any
 from chat_logits.data.columns import choose_columns
 from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.errors import UsageError
-from chat_logits.extraction.config import ExtractConfig
+from chat_logits.extraction.config import MANY_ROWS, USUAL_ROWS, ExtractConfig
 from chat_logits.hub import is_commit
 from chat_logits.model.quantization import option_of
 from chat_logits.storage.manifest import Manifest, RunInputs
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Options that are recorded as they are.
 SAME = (
-    *("top_k", "top_p", "num_sampled", "seed", "rows_per_shard", "max_samples"),
+    *("top_k", "top_p", "num_sampled", "seed", "max_samples"),
     *("system_prompt", "template_kwargs", "all_turns", "keep_end_of_turn"),
 )
 OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file", "quantization"]  # of the recorded one alone
@@ -38,10 +38,20 @@ def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
     taken = {name: _recorded_value(recorded, name) for name in names if name not in config.given}
     if config.chat_template is None and BY_OPTION in (recorded.mask_source or "") and recorded.tools_template is None:
         taken["chat_template"] = recorded.chat_template
-    if isinstance(recorded, Manifest) and recorded.tensor_parallel and not _forbids_parts(config):
-        taken["tensor_parallel"] = recorded.tensor_parallel
+    if isinstance(recorded, Manifest):
+        taken |= _of_the_run(config, recorded)
     config = _taking(config, taken)
-    return replace(config, **_revisions(config, recorded), **_formats(config, recorded))
+    return replace(config, **_revisions(config, recorded), **_chosen_with_the_model(config, recorded))
+
+
+def _of_the_run(config: ExtractConfig, recorded: Manifest) -> dict[str, Any]:
+    """What is known once a model is loaded. Rows a shard that no option chose are none that must be told."""
+    taken: dict[str, Any] = {}
+    if recorded.tensor_parallel and not _forbids_parts(config):
+        taken["tensor_parallel"] = recorded.tensor_parallel
+    if config.rows_per_shard is None and recorded.rows_per_shard not in (USUAL_ROWS, MANY_ROWS):
+        taken["rows_per_shard"] = recorded.rows_per_shard
+    return taken
 
 
 def _forbids_parts(config: ExtractConfig) -> bool:
@@ -66,13 +76,15 @@ def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
     return filled
 
 
-def _formats(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
+def _chosen_with_the_model(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
+    """What is chosen by model and device where no option says it."""
     if not isinstance(recorded, Manifest):
         return {}
     head = "float32" if recorded.head_dtype == "float32" else "model"
     return {
         "dtype": recorded.dtype if config.dtype == "auto" else config.dtype,
         "head_dtype": config.head_dtype or head,
+        "rows_per_shard": config.rows_per_shard or recorded.rows_per_shard,
         "attn_implementation": config.attn_implementation or recorded.attn_implementation,
     }
 

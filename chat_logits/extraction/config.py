@@ -11,6 +11,7 @@ from chat_logits.model.config import ModelConfig
 from chat_logits.options import COMPUTED, EXTRACTED, READ, SPREAD, WRITTEN, option
 
 DEFAULT_OUTPUTS = Path("outputs")
+USUAL_ROWS, MANY_ROWS = 256, 1024  # source rows a shard, by default
 
 
 def _check_repo(output_repo: str) -> None:
@@ -103,9 +104,10 @@ class ExtractConfig(SourceConfig, ModelConfig):
         group=WRITTEN,
         example="",
     )
-    rows_per_shard: int = option(
-        256,
+    rows_per_shard: int | None = option(
+        None,
         help="source rows a file; a stopped run resumes with the first one missing",
+        unset=f"{USUAL_ROWS}; beside an accelerator {MANY_ROWS:,}, if answers are short and there are enough for all",
         group=WRITTEN,
         metavar="N",
         least=1,

@@ -12,7 +12,7 @@ from chat_logits.data.source import file_format
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.as_recorded import as_recorded, opened_as_recorded, read_as_recorded, recorded_columns
-from chat_logits.extraction.config import ExtractConfig
+from chat_logits.extraction.config import MANY_ROWS, USUAL_ROWS, ExtractConfig
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
 from chat_logits.model.config import ModelConfig
@@ -21,6 +21,8 @@ from chat_logits.model.quantization import find_quantization
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 
+SHARDS_A_WORKER = 4  # at least, so that none waits long for the others at the end
+SHORT = 1024  # extracted tokens a source row in the mean; a shard of more rows may take 0.3 GB until it is written
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,6 @@ def _describe(
         top_p=config.top_p,
         num_sampled=config.num_sampled,
         seed=config.seed,
-        rows_per_shard=config.rows_per_shard,
         model_id=config.model_id,
         model_revision=commit or hash_files(config.model_id),
         base_revision=base_revision,
@@ -173,6 +174,10 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     config = opened.config
     return Manifest(
         **vars(opened.described),
+        rows_per_shard=config.rows_per_shard
+        or default_rows_per_shard(
+            model.device.type, opened.reader.tokens_a_row, opened.reader.num_rows, config.num_workers
+        ),
         licenses={
             "model": find_license(config.model_id, "model", opened.model_commit),
             "dataset": find_license(config.dataset_id, "dataset", opened.reader.source.revision),
@@ -186,8 +191,20 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     )
 
 
+def default_rows_per_shard(device_type: str, tokens_a_row: float, num_rows: int | None, workers: int) -> int:
+    """Source rows a shard: beside an accelerator more, as batches are formed within one, and more rows pad less.
+
+    ``tokens_a_row`` are extracted tokens in the mean, ``num_rows`` those of the source, None if unknown.
+
+    >>> [default_rows_per_shard("cuda", 239.0, 3000, workers) for workers in (1, 8)]
+    [1024, 256]
+    """
+    are_enough = workers == 1 or num_rows is None or num_rows >= SHARDS_A_WORKER * workers * MANY_ROWS
+    return MANY_ROWS if device_type != "cpu" and tokens_a_row <= SHORT and are_enough else USUAL_ROWS
+
+
 def differences(opened: OpenedRun, recorded: Manifest) -> list[str]:
     """How a recorded run differs from the one that was opened, a text for each key; empty where they are the same."""
-    asked = {name: getattr(opened.config, name) for name in ("dtype", "attn_implementation")}
+    asked = {name: getattr(opened.config, name) for name in ("rows_per_shard", "dtype", "attn_implementation")}
     head_dtype = recorded.dtype if opened.config.head_dtype == "model" else opened.config.head_dtype
     return recorded.differences(opened.described, **asked, head_dtype=head_dtype)

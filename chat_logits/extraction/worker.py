@@ -112,7 +112,7 @@ class ShardWorker:
     @once
     def begin(self, manifest: Manifest) -> None:
         """Work for this run from now on. Raises ToolkitError where the worker would make other rows."""
-        different = manifest.differences(self._described)
+        different = manifest.differences(replace(self._described, rows_per_shard=manifest.rows_per_shard))
         if different:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
         self._check_place()

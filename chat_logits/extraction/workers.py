@@ -289,7 +289,8 @@ class RayWorkers:
         )
 
     def _rows_of(self, shards: list[int]) -> str:
-        size, end = self.config.rows_per_shard, self._opened.reader.num_rows or 0
+        assert self._manifest is not None
+        size, end = self._manifest.rows_per_shard, self._opened.reader.num_rows or 0
         return "source rows " + ", ".join(f"{n * size} to {min((n + 1) * size, end) - 1}" for n in shards)
 
 

@@ -74,7 +74,6 @@ class RunInputs:
     top_p: float
     num_sampled: int
     seed: int
-    rows_per_shard: int
     model_id: str
     model_revision: str
     base_revision: str | None = None
@@ -110,6 +109,7 @@ class Manifest(RunInputs):
     are not the format's. ``from_json`` checks types and ranges.
     """
 
+    rows_per_shard: int
     licenses: dict | None = None
     vocab_size: int
     dtype: str

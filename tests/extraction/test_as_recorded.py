@@ -1,5 +1,6 @@
 """A run from its first line to its last: stages in their order, what a resumed run takes, and what to type next."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -14,6 +15,7 @@ from chat_logits.cli.explore_options import build_parser
 from chat_logits.cli.extract_report import duration_text, looking_commands
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run import Extraction
+from chat_logits.extraction.run_description import default_rows_per_shard
 
 CHOSEN = {"top_k": "8", "rows_per_shard": "4", "max_samples": "6", "seed": "5", "system_prompt": "Be brief."}
 STAGES = [
@@ -93,6 +95,41 @@ def test_what_is_left_out_is_taken_from_the_record_and_told(begun, start, capsys
     assert capsys.readouterr().out.splitlines()[-1].endswith("; nothing was left to compute")
 
 
+@pytest.mark.parametrize("rows", [256, 1024])
+def test_rows_a_shard_that_no_option_chose_are_kept_without_a_word(start, tmp_path, capsys, rows):
+    """1,024 are the default of a run on an accelerator, which may go on anywhere."""
+    assert extract_logits.main([*start, "--rows_per_shard", str(rows)]) == 0
+    whole = shards(tmp_path / "out")
+    (tmp_path / "out/data/00000/train-00000.parquet").unlink()
+    capsys.readouterr()
+    assert extract_logits.main(start) == 0
+    assert "Left out" not in capsys.readouterr().err
+    assert shards(tmp_path / "out") == whole
+    recorded = json.loads((tmp_path / "out/extraction.json").read_text())
+    assert recorded["rows_per_shard"] == rows
+
+
+def test_a_new_run_on_a_cpu_has_256_rows_a_shard(start, tmp_path):
+    assert extract_logits.main(start) == 0
+    assert json.loads((tmp_path / "out/extraction.json").read_text())["rows_per_shard"] == 256
+
+
+@pytest.mark.parametrize(
+    ("run", "rows"),
+    [
+        (("cuda", 239.0, 3000, 1), 1024),
+        (("mps", 239.0, 100, 1), 1024),
+        (("cpu", 239.0, 3_000_000, 1), 256),
+        (("cuda", 1025.0, 3_000_000, 1), 256),  # a gigabyte of stored rows would wait to be written
+        (("cuda", 239.0, 32_767, 8), 256),  # fewer than four shards for each worker
+        (("cuda", 239.0, 32_768, 8), 1024),
+        (("cuda", 239.0, None, 1), 1024),
+    ],
+)
+def test_rows_a_shard_by_default(run, rows):
+    assert default_rows_per_shard(*run) == rows
+
+
 @pytest.mark.parametrize(
     ("typed", "named"),
     [
@@ -133,7 +170,7 @@ def test_columns_template_and_tokens_are_taken_too(start, chat_file, tmp_path, c
 def test_a_config_knows_what_it_was_given():
     config = ExtractConfig(model_id="m", dataset_id="d", top_k=64, max_length=None)
     assert config.given == {"model_id", "dataset_id", "top_k"}
-    assert replace(config, seed=1).given >= {"top_k", "rows_per_shard"}  # of a copy, all are
+    assert replace(config, seed=1).given >= {"top_k", "num_sampled"}  # of a copy, all are
 
 
 def extraction(**options) -> Extraction:

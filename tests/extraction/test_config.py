@@ -21,12 +21,12 @@ DEFAULTS = {
     ),
     **dict.fromkeys(("prompt_column", "response_column", "system_prompt", "max_samples", "max_length")),
     **dict.fromkeys(("tools_column", "chat_template", "output_repo", "output_revision", "output_dir", "ray_address")),
-    **dict.fromkeys(("num_cpu_workers", "quantization")),
+    **dict.fromkeys(("num_cpu_workers", "quantization", "rows_per_shard")),
     **dict.fromkeys(("all_turns", "keep_end_of_turn", "trust_remote_code", "streaming", "private"), False),
     **dict.fromkeys(("overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},
     **{"keep_tokens": (), "top_k": 64, "top_p": 0.98, "num_sampled": 16, "seed": 0, "push_every": 300.0},
-    **{"max_bad_rows": 0.01, "rows_per_shard": 256, "tensor_parallel": 1, "num_workers": 1, "gpus_per_worker": 1},
+    **{"max_bad_rows": 0.01, "tensor_parallel": 1, "num_workers": 1, "gpus_per_worker": 1},
 }
 # An option, a value that is no longer in its range, the nearest that is, and the range in words.
 EDGES = [
