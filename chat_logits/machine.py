@@ -5,6 +5,7 @@ path may be the host's, and the container's own group then lies at the root.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def usable_cores() -> int:
     """Those that this process may run on, or as many as its share of computing time is worth; one at least."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([there, *core_limits()])))
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Those that ask a process to end: Ctrl-C, kill, and a terminal that is closed, unless nohup had that ignored."""
+    closed = getattr(signal, "SIGHUP", None)
+    heard = [] if closed is None or signal.getsignal(closed) == signal.SIG_IGN else [closed]
+    return [signal.SIGINT, signal.SIGTERM, *heard]
 
 
 def memory_limits(proc: Path = PROC, root: Path = ROOT) -> Iterator[int]:

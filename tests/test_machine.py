@@ -1,13 +1,14 @@
 """What a process may use of its machine, as its control groups say."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import REPO
 
-from chat_logits.machine import core_limits, memory_limits
+from chat_logits.machine import core_limits, memory_limits, stopping_signals
 
 
 def written(folder, groups: str, files: dict[str, str]):
@@ -60,3 +61,14 @@ def test_cores_are_those_that_the_process_may_run_on():
     code += "from chat_logits.machine import usable_cores; print(usable_cores())"
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "1\n"
+
+
+def test_a_closed_terminal_stops_a_process_unless_it_was_told_to_ignore_that():
+    """As nohup tells it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert signal.SIGHUP in stopping_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stopping_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)

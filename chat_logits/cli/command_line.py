@@ -23,6 +23,7 @@ from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_
 from chat_logits.cli.streams import named_failures, open_closed_streams, print_no_more, show_all_characters
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
+from chat_logits.machine import stopping_signals
 from chat_logits.options import Config
 from chat_logits.stages import Stages
 from chat_logits.storage.disk import nearest_existing, written_whole
@@ -35,7 +36,7 @@ Options = TypeVar("Options", bound=CommonOptions)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM; ``number`` says which."""
+    """By a signal, whose ``number`` this is."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -175,7 +176,7 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises Stopped, for an end in order; the second leaves at once."""
+    """Within, the first signal to stop raises Stopped, for an end in order; the second leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -187,7 +188,7 @@ def stop_on_signals() -> Iterator[None]:
         received.append(number)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in stopping_signals()}
     try:
         yield
     except KeyboardInterrupt as interrupt:  # of a library that waits in C, and does not say for which signal

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from chat_logits.errors import ToolkitError
+from chat_logits.machine import stopping_signals
 from chat_logits.model.out_of_memory import is_out_of_memory
 from chat_logits.storage.disk import FULL
 from chat_logits.training.config import TrainConfig
@@ -18,7 +19,7 @@ NO_ROOM = ("no space left", "file too large", "quota exceeded")  # of safetensor
 
 @contextmanager
 def stopping(trainer: Trainer) -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM ends the training after the step under way, with a checkpoint, in all
+    """Within, the first signal to stop ends the training after the step under way, with a checkpoint, in all
     processes, whichever of them it came to; then what would have handled the signal does."""
     received: list[int] = []
     stopped: list[bool] = []
@@ -36,7 +37,7 @@ def stopping(trainer: Trainer) -> Iterator[None]:
         signal.signal(number, before[number])  # the second one is not waited for
 
     trainer.add_callback(Stop())
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = stopping_signals() if threading.current_thread() is threading.main_thread() else ()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, receive)
