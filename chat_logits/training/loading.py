@@ -1,5 +1,6 @@
 """The student: its tokenizer and its weights, float32, whole and to be trained."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.model.loading import load_model
 from chat_logits.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 PROBE = range(1, 9)  # token ids that any vocabulary has
 NOISE = 1e-4  # of the largest logit, float32: sums in another order
@@ -34,6 +37,22 @@ def student_tokenizer(config: TrainConfig) -> Any:
     _refuse_quantized(name, found)
     _refuse_other_kinds(name, found)
     return load_tokenizer(name, revision)
+
+
+def compare_vocabularies(config: TrainConfig, tokenizer: Any, teacher_ids: int) -> None:
+    """Tell of ids that the student, whose ``tokenizer`` this is, does not have of the teacher's ``teacher_ids``.
+
+    Raises UsageError where a token is among them: conversations may have it.
+    """
+    size = load_config(config.student_id, config.student_revision).get_text_config().vocab_size
+    last = max(token_id for token_id in tokenizer.get_vocab().values() if token_id < teacher_ids)
+    if last >= size:
+        raise UsageError(
+            f"`student_id` {config.student_id}: it has {size:,} token ids, and its tokenizer tokens up to id {last:,}, "
+            "which conversations may have. Give it as many rows (resize_token_embeddings), save it, and give that."
+        )
+    if size < teacher_ids:
+        logger.info(f"The student has {size:,} of the teacher's {teacher_ids:,} token ids; no token has the others")
 
 
 def load_student(config: TrainConfig) -> torch.nn.Module:

@@ -15,7 +15,7 @@ from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.collator import PackingCollator, PaddingCollator, refuse_packing
 from chat_logits.training.config import CHECKPOINTS, TrainConfig
 from chat_logits.training.dataset import training_dataset
-from chat_logits.training.loading import load_student, student_tokenizer
+from chat_logits.training.loading import compare_vocabularies, load_student, student_tokenizer
 from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
 from chat_logits.training.record import Checkpoint, TrainingResult, go_on, last_checkpoint, locked_folder
@@ -153,6 +153,7 @@ def _packs(
     the cache. The result is told the teacher."""
     stored = open_dataset(config.logit_dataset_id, config.revision)
     result.teacher = stored.manifest.model_id
+    compare_vocabularies(config, tokenizer, stored.manifest.vocab_size)
     options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
     with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
         examples = training_dataset(config.logit_dataset_id, tokenizer, stored.revision, **options)

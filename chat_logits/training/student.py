@@ -1,5 +1,6 @@
 """A student's forward pass that ends in the loss in place of logits, and the trainer that takes its steps by it."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from transformers import Trainer, TrainingArguments
 from chat_logits.errors import UsageError
 from chat_logits.training.head import logit_tail
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
+
+logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the rest is the loss's
 TARGET_NAMES = (
@@ -34,6 +37,12 @@ class BatchTarget(NamedTuple):
     tail_entropy: torch.Tensor
     num_sampled: torch.Tensor
 
+    def within(self, vocab_size: int) -> "BatchTarget":
+        """The target without the weight of token ids from ``vocab_size`` on; what is left is not scaled up, and the
+        entropies stay."""
+        ids = self.ids.clamp(max=vocab_size - 1)
+        return self._replace(ids=ids, weights=self.weights.masked_fill(self.ids >= vocab_size, 0))
+
     def divergences(self, scores: PositionScores) -> torch.Tensor:
         """Of each position, (N, 4) float32: 1, forward KL and the tail's part of it, nats, and whether the most
         probable tokens agree."""
@@ -57,12 +66,14 @@ class StudentLoss:
     """The loss where the student's lm_head would give logits: within its forward pass, which is all that DDP, FSDP and
     mixed precision know of, and without the logits of a batch ever being there.
 
-    ``student`` is a causal language model of transformers, with or without an adapter around. Raises ToolkitError and
-    UsageError as ``logit_tail`` and ``fused_sparse_kd_loss``.
+    ``student`` is a causal language model of transformers, with or without an adapter around. What a target gives to
+    ids beyond the student's is left out, with a warning the first time: larger models of a family may have more rows
+    that no token has. Raises ToolkitError and UsageError as ``logit_tail`` and ``fused_sparse_kd_loss``.
     """
 
     def __init__(self, student: torch.nn.Module):
         self._head, self._tail = student.get_output_embeddings(), logit_tail(student)
+        self._is_told = False
 
     def __call__(
         self,
@@ -80,8 +91,8 @@ class StudentLoss:
         options = {"entropy": target.entropy, "tail": self._tail, "scores": scores, "reduction": "sum"}
 
         def compute(head: torch.nn.Module, args: tuple) -> tuple:
-            hidden = args[0].flatten(0, -2)[target.rows]
-            found.append(fused_sparse_kd_loss(hidden, head, target.ids, target.weights, **options))
+            hidden, known = args[0].flatten(0, -2)[target.rows], self._known(target, len(head.weight))
+            found.append(fused_sparse_kd_loss(hidden, head, known.ids, known.weights, **options))
             return (args[0][..., -1:, :], *args[1:])  # the rest of the forward pass has one position to do
 
         handle = self._head.register_forward_pre_hook(compute)
@@ -90,6 +101,20 @@ class StudentLoss:
         finally:
             handle.remove()
         return found[0]
+
+    def _known(self, target: BatchTarget, vocab_size: int) -> BatchTarget:
+        """The target's part that is of the student's token ids."""
+        if not target.ids.numel() or (most := int(target.ids.max())) < vocab_size:
+            return target
+        known = target.within(vocab_size)
+        if not self._is_told:
+            self._is_told = True
+            lost = 1 - float(known.weights.sum() / target.weights.sum())
+            logger.warning(
+                f"The student has {vocab_size:,} token ids, and the teacher's go up to {most:,}: those beyond are left "
+                f"out of what is taught and measured, here and further on. Of this batch's weight they have {lost:.2g}"
+            )
+        return known
 
     def divergences(self, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """``BatchTarget.divergences`` of a batch's positions, float64 (N, 4) on the CPU; the batch's tensors go to the

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK_VOCABULARY, make_tiny_model
+from runs import flags_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import extract_logits
 import train_student
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.alignment import RowAligner
@@ -100,6 +102,27 @@ def test_a_student_comes_closer_and_is_saved_as_it_was_measured(run, quick_run, 
     for folder, point in ((student, points[0]), (tmp_path / "out", points[-1])):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert point["kl"] == pytest.approx(written_out_kl(quick_run, model, held_out), rel=1e-4)
+
+
+def test_a_student_with_fewer_rows_than_its_teacher_learns_what_it_has_tokens_for(
+    run, quick_model, calm_source, tmp_path, capsys
+):
+    teacher, small = (
+        make_tiny_model(tmp_path / str(rows), vocab_size=rows, seed=2) for rows in (QUICK_VOCABULARY + 128, 4000)
+    )
+    for folder in (teacher, small):
+        shutil.copy(quick_model / "tokenizer.json", folder / "tokenizer.json")
+    flags = flags_for(teacher, calm_source, tmp_path / "rows")
+    assert extract_logits.main([*flags, "--max_samples", "60"]) == 0
+    options = {"logit_dataset_id": tmp_path / "rows", "max_steps": 3, "held_out": 6}
+    assert run(student_id=small, **options) == 2
+    assert "it has 4,000 token ids, and its tokenizer tokens up to id 4,095" in capsys.readouterr().err
+    assert run(**options) == 0
+    told = capsys.readouterr().err
+    assert "The student has 4,096 of the teacher's 4,224 token ids; no token has the others" in told
+    assert re.search(r"The student has 4,096 token ids, and the teacher's go up to 4,[12]\d\d: .* they have 0.0", told)
+    points = record(tmp_path / "out")
+    assert points[-1]["kl"] < points[0]["kl"]
 
 
 def test_the_page_shows_what_was_measured_and_fetches_nothing(run, student, tmp_path):
