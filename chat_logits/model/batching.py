@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Of all tokens, beside an accelerator: its attention is slower behind a cache, 0.78 of the speed at a share of 0.21.
 LEAST_PREFIX_SHARE = 0.5
 SHORTEST_PREFIX = 8  # tokens; below, copying the cache costs more than it saves
+TOGETHER = 256  # positions that are looked at together, while the conversations agree
 PIECES = 16  # times fewer logit rows, from one attempt with a single conversation to the next
 NO_PREFIX = np.zeros(0, np.int64)
 BATCH_COST = 1 / 16  # of the budget's tokens: what a batch more costs beside its tokens
@@ -120,18 +121,20 @@ def shared_prefix(sequences: list[np.ndarray], limits: list[int]) -> np.ndarray:
     >>> shared_prefix([np.arange(20), np.arange(30), np.ones(9, int)], [19, 29, 8]).size
     19
     """
-    alive, best, saved, leader = list(range(len(sequences))), 0, 0, 0
-    for position in range(max(limits, default=0)):
-        alive = [i for i in alive if limits[i] > position]
-        if len(alive) < 2:
-            break
-        common = Counter(int(sequences[i][position]) for i in alive).most_common(1)[0][0]
-        alive = [i for i in alive if sequences[i][position] == common]
-        if (len(alive) - 1) * (position + 1) > saved:
-            saved, best, leader = (len(alive) - 1) * (position + 1), position + 1, alive[0]
-    if best < SHORTEST_PREFIX:
-        return np.zeros(0, np.int64)
-    return sequences[leader][:best]
+    most, alive, position = np.array(limits, np.int64), np.arange(len(sequences)), 0
+    best, saved, leader = 0, 0, 0
+    while len(alive := alive[most[alive] > position]) > 1:
+        end = min(position + TOGETHER, int(most[alive].min()))
+        tokens = np.stack([sequences[i][position:end] for i in alive])
+        agrees = (tokens == tokens[0]).all(axis=0)
+        if agrees[0]:
+            position += len(agrees) if agrees.all() else int(agrees.argmin())
+        else:
+            alive = alive[tokens[:, 0] == Counter(tokens[:, 0].tolist()).most_common(1)[0][0]]
+            position += 1
+        if (len(alive) - 1) * position > saved:
+            saved, best, leader = (len(alive) - 1) * position, position, int(alive[0])
+    return sequences[leader][:best] if best >= SHORTEST_PREFIX else NO_PREFIX
 
 
 class Batches:

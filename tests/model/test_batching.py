@@ -1,6 +1,7 @@
 """Batches keep their budgets, and the shared prefix is the one that saves most, against brute force."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -73,6 +74,27 @@ def saving(arrays, limits, prefix) -> int:
         if limit >= len(prefix) and array[: len(prefix)].tolist() == prefix.tolist()
     ]
     return (len(sharing) - 1) * len(prefix)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_shared_prefix_is_the_best_of_those_tried_token_by_token(seed):
+    """Conversations of up to 900 tokens that leave a common way one after another."""
+    rng = np.random.default_rng(seed)
+    way = rng.integers(0, 3, 900)
+    arrays, limits = [], []
+    for _ in range(12):
+        leaves, length = (int(number) for number in rng.integers(1, 900, 2))
+        arrays.append(np.concatenate([way[:leaves], rng.integers(0, 3, 900 - leaves)])[: max(length, 300)])
+        limits.append(len(arrays[-1]) - 1)
+    path: list[int] = []
+    while True:
+        along = [i for i in range(12) if limits[i] > len(path) and arrays[i][: len(path)].tolist() == path]
+        if len(along) < 2:
+            break
+        path.append(Counter(int(arrays[i][len(path)]) for i in along).most_common(1)[0][0])
+    tried = [saving(arrays, limits, np.array(path[:length])) for length in range(1, len(path) + 1)]
+    prefix = shared_prefix(arrays, limits)
+    assert prefix.tolist() == path[: tried.index(max(tried)) + 1] and len(prefix) >= 100
 
 
 def test_one_odd_conversation_does_not_spoil_a_shared_prefix():
