@@ -66,7 +66,7 @@ def _record(run: RunRecord) -> list[tuple[str, str]]:
     nucleus = f"top-k {run.top_k:,}, top-p {run.top_p:g}, {run.num_sampled} draws from the tail, seed {run.seed}"
     weights = f", weights {run.quantization}" if run.quantization else ""
     precision = f"{run.dtype}{weights}, head {run.head_dtype}, attention {run.attn_implementation or 'not recorded'}"
-    turns = "all turns" if run.all_turns else "last turn"
+    turns = "turns marked not to be trained on, too" if run.all_turns else "turns marked not to be trained on left out"
     most = "all rows" if run.max_samples is None else f"the first {run.max_samples:,} rows"
     lines = [
         ("Model", f"{run.model_id} at {short_hash(run.model_revision)}"),

@@ -56,7 +56,8 @@ def test_a_summary_says_where_its_rows_come_from(opened, summary, real_extractio
     told = dict(zip(texts(page, ".record dt"), texts(page, ".record dd"), strict=True))
     assert told["Model"] == f"{run['model_id']} at {run['model_revision'][:12]}…"
     assert told["Source"] == (
-        f"{run['dataset_id']} · split train at {run['dataset_revision'][:12]}…, the first 32 rows, last turn"
+        f"{run['dataset_id']} · split train at {run['dataset_revision'][:12]}…, the first 32 rows, "
+        "turns marked not to be trained on left out"
     )
     assert told["Stored"] == "top-k 64, top-p 0.98, 16 draws from the tail, seed 0"
     assert told["Computed in"] == f"{run['dtype']}, head {run['head_dtype']}, attention {run['attn_implementation']}"
