@@ -1,9 +1,13 @@
-"""The lm_head's output in float32 where a model is 16-bit: its hidden states and weights as they are, its sums not.
+"""The lm_head: which hidden states it gets, and its output in float32 where a model is 16-bit.
+
+Its hidden states and weights are then as they are, its sums not.
 
 Rounding logits to bfloat16 costs more than the whole storage format: 4.3e-4 nats of KL on SmolLM2-135M. What the model
 does to its logits afterwards (soft caps, scaling) is then done in float32 as well.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
@@ -13,6 +17,18 @@ from chat_logits.model.group import local
 from chat_logits.model.out_of_memory import is_out_of_memory
 
 SLICE_ROWS = 4096  # of the weight, converted at once where no product of 16-bit matrices gives float32
+
+
+@contextmanager
+def head_inputs(model, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, the model's lm_head gets what ``change`` makes of its hidden states (B, T, H), and the logits are of
+    that: of a few rows, or of others."""
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def use_head_dtype(model, head_dtype: str | None) -> None:

@@ -8,7 +8,7 @@ process has all: each process puts a layer's weights together just when it needs
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from chat_logits.model.group import group_of, in_step, whole
+from chat_logits.model.head import head_inputs
 from chat_logits.model.loading import input_device
 from chat_logits.model.parts import join_logits
 
@@ -37,7 +38,7 @@ class Outputs:
         if len(input_ids) <= most:
             self._logits = model(ids, use_cache=False).logits[0].float().cpu()
             return
-        with self._head_inputs(self._keep):
+        with head_inputs(model, self._keep):
             model(ids, use_cache=False)
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -50,19 +51,9 @@ class Outputs:
         if self._hidden is None:
             return self._logits[torch.from_numpy(at)]
         hidden = self._hidden[torch.from_numpy(at).to(self._hidden.device)]
-        with self._head_inputs(lambda _dummy: hidden[None]):
+        with head_inputs(self._model, lambda _dummy: hidden[None]):
             dummy = torch.zeros(1, 1, dtype=torch.long, device=self._device)
             return self._model(dummy, use_cache=False).logits[0].float().cpu()
-
-    @contextmanager
-    def _head_inputs(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Within, the output embedding gets what ``change`` makes of its hidden states (1, T, H)."""
-        head = self._model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @in_step

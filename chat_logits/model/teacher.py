@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chat_logits.model.group import group_of, in_step
+from chat_logits.model.head import head_inputs
 from chat_logits.model.loading import input_device
 from chat_logits.model.parts import HeadPart, join_logits
 from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
@@ -196,14 +197,9 @@ class Teacher:
 
     @contextmanager
     def _head_inputs(self, pick) -> Iterator[None]:
-        """Within, the output embedding gets what ``pick`` makes of its hidden states (B, T, H)."""
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _module, args: (pick(args[0]), *args[1:]))
-        try:
-            with sdpa_kernel(ATTENTION) if self.device.type == "cuda" else nullcontext():
-                yield
-        finally:
-            handle.remove()
+        """As ``head_inputs``, with the kernels of attention that are chosen for CUDA."""
+        with head_inputs(self.model, pick), sdpa_kernel(ATTENTION) if self.device.type == "cuda" else nullcontext():
+            yield
 
 
 def _upload(tensor: torch.Tensor, device) -> torch.Tensor:
