@@ -66,8 +66,8 @@ class Sharing:
         """What conversations may not share, in lines; ``prefix_cache`` is whether it is wanted."""
         lines = []
         if self.batch != "padded":
-            together = "those of one length in a batch" if self.batch == "equal" else "each alone"
-            lines.append(f"Conversations are read whole, {together}: logits of this model depend on what stands behind")
+            together = "only those of one length in a batch" if self.batch == "equal" else "one in a batch"
+            lines.append(f"Conversations are read to their ends, {together}: later tokens change this model's logits")
         if prefix_cache and not self.prefix:
             lines.append("Shared prefixes are not cached: this model's cache does not give the plain logits")
         if self.up_to is not None:

@@ -263,7 +263,7 @@ def _refuse_foresight(model, early: Request, tolerance: float) -> None:
     expected, found = (_row_logits(teacher, [early.with_ids(ids)]) for ids in (early.input_ids, others))
     if not (row_differences(found, expected) <= row_limits(expected, tolerance, model.dtype)).all():
         raise ToolkitError(
-            "model check: the logits change with the tokens behind, so the model has seen what it is to predict. "
+            "model check: the logits change when later tokens change, so the model is not causal. "
             "Expected a causal model; a BERT or its like is one only with is_decoder in its config.json."
         )
 

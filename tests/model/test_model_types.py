@@ -19,7 +19,7 @@ from chat_logits.data.alignment import RowAligner
 
 REFUSED = {
     "bart": "an encoder reads its prompts",
-    **dict.fromkeys(("bert", "electra", "xlm"), "model has seen what it is to predict"),
+    **dict.fromkeys(("bert", "electra", "xlm"), "so the model is not causal"),
     "xmod": "the forward pass over token ids alone fails",  # it needs a language
 }
 KNOWN = {name for name in TYPES if name in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES}

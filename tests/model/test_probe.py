@@ -225,7 +225,7 @@ def test_smollm2_in_16_bits_shares_batches_and_prefixes_and_its_shift_does_not_p
 
 def test_a_model_that_sees_ahead_is_refused():
     config = AutoConfig.for_model("bert", **TINY, is_decoder=False)
-    with pytest.raises(ToolkitError, match="model has seen what it is to predict"):
+    with pytest.raises(ToolkitError, match="so the model is not causal"):
         probe_model(AutoModelForCausalLM.from_config(config).eval())
 
 
