@@ -13,6 +13,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -156,7 +157,8 @@ class _Process:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with suppress(OSError), self.process:  # waits, and closes its pipes; what was not yet sent has nowhere to go
+            pass
 
 
 # --- in the process ---

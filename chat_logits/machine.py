@@ -9,11 +9,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from chat_logits.errors import ToolkitError
+
 PROC, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def usable_memory() -> int:
-    """Bytes, whoever uses them now."""
+    """Bytes, whoever uses them now. Raises ToolkitError on Windows, which does not tell."""
+    if not hasattr(os, "sysconf"):
+        raise ToolkitError("this runs on Linux and macOS; on Windows, install it within WSL (Ubuntu, say)")
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *memory_limits()])
 
 

@@ -28,6 +28,7 @@ def helpers(request, monkeypatch):
     yield started
     started.close()
     assert all(one.process.poll() is not None for one in started.processes)
+    assert all(pipe.closed for one in started.processes for pipe in (one.process.stdin, one.process.stdout))
 
 
 def used(helpers):

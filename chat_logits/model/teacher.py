@@ -105,7 +105,8 @@ class Teacher:
         if len(ids):
             inputs = torch.from_numpy(ids)[None].to(self.device)
             with self._head_inputs(lambda hidden: hidden[:, -1:]):
-                self._prefix_cache = self.model(input_ids=inputs, use_cache=True).past_key_values
+                outputs = self.model(input_ids=inputs, use_cache=True)
+            self._prefix_cache = outputs["cache" if "cache" in outputs else "past_key_values"]
 
     def holds_plain_cache(self, kinds: tuple[type, ...]) -> bool:
         """Whether every layer of the prefix's cache is of one of these kinds."""
