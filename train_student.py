@@ -14,6 +14,7 @@ from pathlib import Path
 from chat_logits.cli.command_line import leave, run_command, write_result
 from chat_logits.cli.parser import read_options, refuse_missing
 from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
+from chat_logits.errors import refuse_without
 from chat_logits.stages import stage
 from chat_logits.training.config import TrainConfig
 
@@ -26,9 +27,12 @@ def _run(_options: TrainOptions, given: dict) -> None:
     values = read_options(TrainConfig, given)
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
+    refuse_without("accelerate", "1.15", "training")
+    config.check_output_dir()  # as ``train`` does, which comes after the imports
     if os.environ.get("RANK", "0") != "0":  # torchrun's: of several processes, the first says how it goes
         logging.getLogger("chat_logits").setLevel(logging.ERROR)
     with stage("Importing torch and transformers"):  # help and wrong options don't wait for them
+        from chat_logits.display.tables import default_console
         from chat_logits.display.training_page import training_page
         from chat_logits.display.training_tables import print_training
         from chat_logits.training.run import train
@@ -39,10 +43,11 @@ def _run(_options: TrainOptions, given: dict) -> None:
         logger.info("Stopped. The same command goes on with --resume.")
         raise
     if result.rank == 0:  # of several processes, one speaks
+        print_training(result, default_console())
         write_result(str(Path(config.output_dir) / PAGE), training_page(result))
-        print_training(result.points)
     logger.info(
-        "The student is in %s; its `checkpoints` is for `resume` with more of `max_steps`, and can be removed.",
+        "The student is in %s. Keep its folder `checkpoints` only to train further (`resume` with a larger "
+        "`max_steps`).",
         config.output_dir,
     )
 

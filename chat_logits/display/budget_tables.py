@@ -24,11 +24,12 @@ def print_budget(budget: Budget, console: Console) -> None:
     if drawn:
         best = [drawn[0], *sorted((line for line in drawn[1:] if line.is_best), key=lambda one: -one.bytes_per_token)]
         print_line(f"With draws, as stored and where none of the {len(drawn)} takes less and deviates less:", console)
-        print_table(Table("With draws", [*_settings(best), *_deviations(best)], ("In nucleus",)), console)
+        print_table(Table("With draws", [*_settings(best), *_deviations(best)], ("In nucleus", "Added")), console)
         print_line(DEVIATING, console)
     alone = [line for line in budget.lines if not line.num_sampled]
     print_line("Without draws:", console)
-    print_table(Table("Without draws", [*_settings(alone), *_biases(alone)], ("In nucleus",)), console)
+    spare = ("In nucleus", "KL to the model", "S")  # which is 0
+    print_table(Table("Without draws", [*_settings(alone), *_biases(alone)], spare), console)
     print_line(BIASED, console)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chat_logits.analysis.comparison import DatasetComparison
+from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.runs import RunRecord
 from chat_logits.analysis.summary import DatasetSummary, Histogram
 from chat_logits.display.comparison_page import comparison_tiles, difference_rows, names_of, short_hash

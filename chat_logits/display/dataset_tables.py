@@ -8,9 +8,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from chat_logits.analysis.comparison import DatasetComparison
+from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.divergence import DivergentConversation, DivergentToken
-from chat_logits.analysis.row_check import SHIFTS
+from chat_logits.analysis.reference_output import SHIFTS
 from chat_logits.analysis.summary import ConversationSummary, DatasetSummary, Histogram, TokenLoss, VocabularyLoss
 from chat_logits.analysis.tokens import Prediction
 from chat_logits.analysis.verification import Verification

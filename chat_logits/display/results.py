@@ -11,9 +11,10 @@ from functools import singledispatch
 from rich.console import Console
 
 from chat_logits.analysis.budget import Budget
-from chat_logits.analysis.comparison import Comparison, DatasetComparison
+from chat_logits.analysis.comparison import Comparison
 from chat_logits.analysis.conversation import Analysis
 from chat_logits.analysis.cross_records import CrossComparison, SpanComparison
+from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.filtering import Filtering
 from chat_logits.analysis.summary import DatasetSummary
 from chat_logits.analysis.thinning import Thinning
@@ -94,7 +95,7 @@ class ShownPage(Shown):
 
     def to_html(self, frame: dict | None = None) -> str:
         """The page: one file that needs nothing else. ``frame`` is as in ``token_page``, for one of several pages."""
-        return page_of(self) if frame is None else page_of(self, frame)
+        return page_of(self, frame)
 
     def _repr_html_(self) -> str:
         return framed(self.to_html())

@@ -1,18 +1,21 @@
 """A student over stored rows as a page: figures of each breakdown; the tables are the terminal's."""
 
+from chat_logits.display.dataset_page import STYLES
 from chat_logits.display.page import render_page
 from chat_logits.display.student_tables import breakdowns, group_columns, left_out_text, looked_at, worst_table
 from chat_logits.training.student_report import StudentGroup, StudentReport
 from chat_logits.words import with_error
 
 
-def student_page(report: StudentReport) -> str:
-    """The page of a student's distance from its teacher."""
+def student_page(report: StudentReport, frame: dict | None = None) -> str:
+    """The page of a student's distance from its teacher. ``frame`` is as in ``token_page``, for one of several."""
     whole, worst = report.whole, worst_table(report.worst)
     row, source, *numbers, question = worst.columns  # the question stands in front, where a phone shows it
     columns = [row, question, *numbers, source]
     return render_page(
         "student.html.jinja",
+        styles=STYLES,
+        frame=frame,
         title=f"{report.student_id} on {report.dataset_id}",
         subtitle=f"Forward KL from {report.teacher_id}, by its stored distributions; student in {report.dtype} on "
         f"{report.device}",

@@ -4,9 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from chat_logits.display.dataset_page import table_figure
 from chat_logits.display.page import render_page
+from chat_logits.display.tables import Table, labels
+from chat_logits.display.training_tables import measurements_table
 from chat_logits.training.record import TrainingResult
-from chat_logits.words import count_text, error_text, with_error
+from chat_logits.words import count_text, with_error
 
 WIDTH, HEIGHT = 420, 270  # units of a figure
 LEFT, TOP, RIGHT, BOTTOM = 46, 12, 16, 40  # units around its curves: room for labels
@@ -23,16 +26,26 @@ def training_page(result: TrainingResult) -> str:
         curves.append(("trained_on", result.losses))
     return render_page(
         "training.html.jinja",
-        title=f"A student of {result.teacher}",
+        title=f"A student of {result.rows.teacher}",
         subtitle=f"{result.config.student_id}, trained on {result.config.logit_dataset_id}",
         tiles=_tiles(result),
         figures=[
-            _curve("Forward KL to the teacher, nats a token", kl, curves, "{:.4f}"),
+            _curve(f"Forward KL to {result.rows.measured_to}, nats a token", kl, curves, "{:.4f}", _note(result)),
             _curve("Most probable token is the teacher's", agreement, [("held_out", _pairs(agreement))], "{:.1%}"),
-            _settings(result),
-            _measurements(result),
+            table_figure(_settings(result), span=6),
+            table_figure(measurements_table(result), span=6),
         ],
     )
+
+
+def _note(result: TrainingResult) -> str:
+    """By what the two curves differ, where they do."""
+    config = result.config
+    of_text = ["ends of turns that were not extracted"] * (config.end_of_turn == "hard")
+    of_text += ["the text's share (hard_weight)"] * (config.hard_weight > 0)
+    if not result.losses or not of_text:
+        return ""
+    return f"Held out: at extracted tokens alone. Trained on: the loss, with {' and '.join(of_text)}."
 
 
 def _pairs(points: Sequence[tuple[int, float, float]]) -> list[tuple[int, float]]:
@@ -60,10 +73,14 @@ def _curve(
     marks: Sequence[tuple[int, float, float]],
     curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
     number: str,
+    note: str = "",
 ) -> dict:
-    """A figure of curves over steps, each a kind and its points, with marks (step, value, standard error or nan)."""
+    """A figure of curves over steps, each a kind and its points, with marks (step, value, standard error or nan).
+
+    Values below 0, as the estimate of a KL near 0 may be, are drawn at 0.
+    """
     highest = max(value + (0 if math.isnan(error) else error) for _, value, error in marks)
-    highest = max([highest, *(value for _, points in curves for _, value in points)]) or 1.0
+    highest = max([0.0, highest, *(value for _, points in curves for _, value in points)]) or 1.0
     steps = max([step for _, points in curves for step, _ in points]) or 1
     y_ticks, x_ticks = _ticks(highest), [tick for tick in _ticks(steps) if tick <= steps and tick == int(tick)]
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -72,14 +89,14 @@ def _curve(
         return round(LEFT + (right - LEFT) * step / steps, 1)
 
     def y(value: float) -> float:
-        return round(bottom - (bottom - TOP) * value / y_ticks[-1], 1)
+        return round(bottom - (bottom - TOP) * max(0.0, value) / y_ticks[-1], 1)
 
     shown = number.replace(".4f", "g").replace(".1%", ".0%")
     return {
         "kind": "curve",
         "span": 6,
         "title": title,
-        "note": "",
+        "note": note,
         "summary": "; ".join(f"step {step:,}: {number.format(value)}" for step, value, _ in marks),
         **{"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": right, "bottom": bottom},
         "x_ticks": [(x(tick), f"{int(tick):,}") for tick in x_ticks],
@@ -113,19 +130,7 @@ def _ticks(most: float) -> list[float]:
 # --- tables ---
 
 
-def _settings(result: TrainingResult) -> dict:
-    rows = [("teacher", result.teacher), *((name, str(value)) for name, value in result.settings().items())]
-    return _table("Settings that were chosen", [("Option", False), ("Value", False)], rows, 6)
-
-
-def _measurements(result: TrainingResult) -> dict:
-    columns = [(name, True) for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement")]
-    rows = [
-        (f"{step:,}", f"{point.kl:.4f}", error_text(point.error), f"{point.kl_tail:.4f}", f"{point.agreement:.1%}")
-        for step, point in result.points
-    ]
-    return _table("Measured on held-out conversations", columns, rows, 6)
-
-
-def _table(title: str, columns: list[tuple[str, bool]], rows: Sequence[tuple[str, ...]], span: int) -> dict:
-    return {"kind": "table", "span": span, "title": title, "note": "", "columns": columns, "rows": rows}
+def _settings(result: TrainingResult) -> Table:
+    settings = {"teacher": result.rows.teacher, **result.settings()}
+    columns = [labels("Option", list(settings)), labels("Value", [str(value) for value in settings.values()])]
+    return Table("Settings that were chosen", columns)

@@ -1,25 +1,36 @@
 """How a student came closer to its teacher, as a table with a bar for each measurement."""
 
-from collections.abc import Sequence
-
 from rich.console import Console
-from rich.table import Table
 
-from chat_logits.training.distance import Distance
+from chat_logits.display.tables import LEAST_BAR, Column, Table, bar, numbers, print_table, print_title
+from chat_logits.training.record import TrainingResult
 from chat_logits.words import error_text
 
-BAR = 18  # characters of the largest KL: a line has 80
+BAR = 18  # cells of the largest KL
+SPARE = ("", "Of the tail", "Agreement")
 
 
-def print_training(points: Sequence[tuple[int, Distance]], console: Console | None = None) -> None:
-    """Print steps and what ``Distance`` says after them."""
-    largest = max(point.kl for _, point in points) or 1.0
-    table = Table(title=f"Forward KL to the teacher on {points[0][1].positions:,} held-out tokens")
-    for name in ("Step", "KL, nats", "±", "Of the tail", "Agreement"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for step, point in points:
-        bar = "█" * max(1, round(BAR * point.kl / largest))
-        nats = f"{point.kl:.4f}", error_text(point.error), f"{point.kl_tail:.4f}"
-        table.add_row(f"{step:,}", *nats, f"{point.agreement:.1%}", bar)
-    (console or Console()).print(table)
+def print_training(result: TrainingResult, console: Console) -> None:
+    """Print what was measured on held-out conversations, in lines that fit."""
+    positions = result.points[0][1].positions
+    print_title(f"Forward KL to {result.rows.measured_to} on {positions:,} held-out tokens", console)
+    table = measurements_table(result)
+    largest = max(point.kl for _, point in result.points)
+
+    def bars(width: int) -> list[str]:
+        return [bar(max(0.0, point.kl) / largest, width) if largest > 0 else "" for _, point in result.points]
+
+    print_table(Table(table.title, [*table.columns, Column("", bars, LEAST_BAR, BAR)], SPARE), console)
+
+
+def measurements_table(result: TrainingResult) -> Table:
+    """The measurements, a row each."""
+    points = [point for _, point in result.points]
+    columns = [
+        numbers("Step", [f"{step:,}" for step, _ in result.points]),
+        numbers("KL, nats", [f"{point.kl:.4f}" for point in points]),
+        numbers("±", [error_text(point.error) for point in points]),
+        numbers("Of the tail", [f"{point.kl_tail:.4f}" for point in points]),
+        numbers("Agreement", [f"{point.agreement:.1%}" for point in points]),
+    ]
+    return Table("Measured on held-out conversations", columns)

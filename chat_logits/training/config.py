@@ -160,8 +160,9 @@ class TrainConfig(TaughtOptions):
     )
     seed: int = option(0, help="of the held-out choice and of the order", group=COMPUTED, metavar="N", least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_output_dir(self) -> None:
+        """Raise UsageError where ``output_dir`` is the student's own folder, a file, or, for a new training, a folder
+        that holds something."""
         folder = Path(self.output_dir)
         if Path(self.student_id).is_dir() and folder.resolve() == Path(self.student_id).resolve():
             raise UsageError(
@@ -169,11 +170,6 @@ class TrainConfig(TaughtOptions):
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
-        self.refuse_used()
-
-    def refuse_used(self) -> None:
-        """Raise UsageError where a new training is to go into a folder that holds something."""
-        folder = Path(self.output_dir)
         if not self.resume and not _has_learnt_nothing(folder):
             refuse_filled(folder, "output_dir", ", or `resume` to go on there")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.data.templates import portable_template
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import ToolkitError, UsageError
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+
+# Of the rows in the cache. Raise it with every change by which ``RowAligner`` or ``AlignedRows`` makes something else
+# of the same stored row: other tokens, positions or ends of turns. Rows that were cached before are then aligned anew.
+ALIGNING_VERSION = 1
 
 
 def training_dataset(
@@ -99,9 +103,10 @@ def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: i
 
 
 def _identity(stored: StoredDataset, chat_template: str | None) -> str:
-    """Of the aligned rows, hex: what was extracted, which shards there are, and how they are aligned."""
+    """Of the aligned rows, hex: what was extracted, which shards there are, and how and by which code they are
+    aligned."""
     shards = [shard.as_json() for shard in stored.shards]
-    content = [stored.manifest.as_json(), shards, chat_template, INTEGERS, TOKENS, STORED]
+    content = [ALIGNING_VERSION, stored.manifest.as_json(), shards, chat_template, INTEGERS, TOKENS, STORED]
     return hashlib.sha256(canonical(content)).hexdigest()[:32]
 
 

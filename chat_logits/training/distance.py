@@ -1,4 +1,4 @@
-"""How far a student is from its teacher over some positions, from the sums of each conversation."""
+"""How far a student is from its targets over some positions, from the sums of each conversation."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ class Distance:
     """Over ``positions`` of ``conversations``: mean forward KL, nats, unbiased over the draws, and its standard error,
     from the conversations' sums, since positions of one are alike (nan for a single one); ``kl_tail`` is the part of
     the mean that the draws from the tail add, Σ w·(log p − log q) over them; ``agreement`` is the share of positions
-    where the student's most probable token is the teacher's."""
+    where the student's most probable token is the target's.
+
+    KL is to the targets of the batches. At extracted tokens these are the teacher's distribution, or of rows without
+    draws its nucleus, renormalised. Since the draws estimate it, a KL near 0 may come out below 0."""
 
     conversations: int
     positions: int

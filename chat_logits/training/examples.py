@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import AlignmentError, RowAligner
+from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.shard_list import ShardEntry
 from chat_logits.training.targets import END_OF_TURN, Targets, weighted_ids, with_ends
@@ -45,25 +46,17 @@ class AlignedRows:
     def batches(self, shards: Sequence[ShardEntry]) -> Iterator[list[dict]]:
         """The same, a row group's rows at a time."""
         for first, rows in self.dataset.row_groups(shards):
-            alignments = self._align(rows, first)
+            alignments = self._align(rows, range(first, first + len(rows)))
             yield [
                 _aligned_row(number, row, alignment)
                 for number, (row, alignment) in enumerate(zip(rows, alignments, strict=True), first)
             ]
 
-    def _align(self, rows: list[dict], first: int) -> list[Alignment]:
+    def _align(self, rows: list[dict], numbers: Sequence[int]) -> list[Alignment]:
         try:
-            return self.aligner.align_all(rows)
-        except ToolkitError:
-            for number, row in enumerate(rows, first):
-                self._align_alone(row, number)
-            raise
-
-    def _align_alone(self, row: dict, number: int) -> None:
-        try:
-            self.aligner.align(row)
-        except ToolkitError as error:
-            raise AlignmentError(f"{self.dataset.dataset_id}: row {number}: {error}") from error
+            return self.aligner.align_all(rows, numbers)
+        except AlignmentError as error:
+            raise AlignmentError(f"{self.dataset.dataset_id}: {error}") from error
 
 
 def _aligned_row(number: int, row: dict, alignment: Alignment) -> dict:

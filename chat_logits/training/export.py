@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from chat_logits.data.alignment import Alignment, RowAligner
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import folder_written_whole, refuse_filled
@@ -167,7 +168,7 @@ class _Examples:
             dynamic_ncols=True,
             leave=False,
         )
-        return ((row, self._aligner.align(row)) for row in rows)
+        return ((row, self._aligner.align(row, number)) for number, row in enumerate(rows))
 
     def _within_vocabulary(self, targets: Targets) -> Targets:
         """The targets without ids that the student does not have; what is left of a position is not scaled up."""

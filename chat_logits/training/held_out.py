@@ -1,4 +1,4 @@
-"""How far a student is from the teacher, by stored distributions alone."""
+"""How far a student is from what its batches teach; of held-out ones, that is the teacher's stored distributions."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,10 +15,12 @@ def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
     loss, was_training = StudentLoss(student), student.training
     student.eval()
     sums = DistanceSums()
-    for batch in batches:
-        for of_conversation in _sums(loss, student, batch).numpy():
-            sums.add(of_conversation)
-    student.train(was_training)
+    try:
+        for batch in batches:
+            for of_conversation in _sums(loss, student, batch).numpy():
+                sums.add(of_conversation)
+    finally:
+        student.train(was_training)
     return sums.distance()
 
 

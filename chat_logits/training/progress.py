@@ -87,8 +87,8 @@ class MeasuringTrainer(StudentTrainer):
         if self.state.global_step == 0 and not self.result.points:
             raise ToolkitError(f"{found} before any step: the student's weights are damaged")
         raise ToolkitError(
-            f"{found}, and steps from there on would teach nothing. Begin anew with a smaller `learning_rate`, or go "
-            "on with it by `resume` from the last checkpoint, if there is one."
+            f"{found}: training has diverged. Start again with a smaller `learning_rate`, or `resume` the last "
+            "checkpoint with one."
         )
 
 
@@ -113,7 +113,7 @@ def _follow(schedule: LambdaLR, rate: float) -> None:
 
 
 class Progress(TrainerCallback):
-    """A progress bar over steps, with the last KL that was trained on, and the seconds that the steps took."""
+    """A progress bar over steps, with the last loss that was trained on, and the seconds that the steps took."""
 
     def __init__(self, trainer: MeasuringTrainer):
         self._trainer, self._bar = trainer, tqdm(disable=True)
@@ -133,7 +133,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, _args, _state, _control, logs=None, **_):
         if logs and "loss" in logs:
-            self._bar.set_postfix_str(f"KL {float(logs['loss']):.4f}")
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.4f}")
 
     def close(self) -> None:
         """Leave the bar as it is, and what is told next below it."""

@@ -6,32 +6,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import write_text
 from chat_logits.training.config import CHECKPOINTS, LOCK, RECORD, TrainConfig, checkpoint_states
 from chat_logits.training.distance import Distance
+from chat_logits.words import count_text
 
 # Options by which the same conversations come in the same order, with the same targets, to the same weights.
 SAME = (
     *("held_out", "max_length", "hard_weight", "end_of_turn", "allow_biased"),
     *("batch_tokens", "accumulate", "lora_rank", "freeze_embeddings", "seed"),
 )
+SHORT = 10  # characters of a hash in a message
+
+
+@dataclass(frozen=True)
+class TaughtRows:
+    """Which rows a training learns from: ``num_rows`` of the extraction with this ``fingerprint``, at the Hub's commit
+    ``revision`` (None of a folder), each position with ``num_sampled`` draws of the model ``teacher``."""
+
+    teacher: str
+    fingerprint: str
+    num_rows: int
+    revision: str | None
+    num_sampled: int
+
+    @classmethod
+    def of(cls, stored: StoredDataset) -> "TaughtRows":
+        run = stored.manifest
+        return cls(run.model_id, run.fingerprint, stored.num_rows, stored.revision, run.num_sampled)
+
+    @property
+    def measured_to(self) -> str:
+        """What the held-out KL is to, in words."""
+        return "the teacher" if self.num_sampled else "the teacher's nucleus, renormalised"
 
 
 @dataclass
 class TrainingResult:
-    """``points`` are steps and the student's distance from the teacher after them, the first before any; ``losses``
-    steps and the mean forward KL, nats, of what was trained on since the one before.
+    """``points`` are steps and the student's distance from the teacher after them, the first before any: on held-out
+    conversations, at extracted tokens alone; ``losses`` are steps and the mean loss, nats, since the one before: of the
+    training target, in which ends of turns may be taught and the text have a share.
 
-    ``teacher`` is the model that the rows are of; ``tokens_per_second`` counts all tokens of this start's steps,
-    prompts among them, in all processes, of which ``rank`` is this one; ``is_finished`` says that the student is saved.
+    ``tokens_per_second`` counts all tokens of this start's steps, prompts among them, in all processes, of which
+    ``rank`` is this one; ``is_finished`` says that the student is saved.
     """
 
     config: TrainConfig
-    teacher: str = ""
+    rows: TaughtRows
     rank: int = 0
     points: list[tuple[int, Distance]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -45,11 +72,11 @@ class TrainingResult:
     def as_json(self) -> dict:
         return {
             "config": self.settings(),
-            "teacher": self.teacher,
+            "rows": asdict(self.rows),
             "tokens_per_second": self.tokens_per_second,
             "is_finished": self.is_finished,
             "held_out": [{"step": step, **_point_as_json(point)} for step, point in self.points],
-            "trained_on": [{"step": step, "kl": loss} for step, loss in self.losses],
+            "trained_on": [{"step": step, "loss": loss} for step, loss in self.losses],
         }
 
     def write(self) -> None:
@@ -117,20 +144,54 @@ def last_checkpoint(folder: Path) -> Checkpoint:
 
 
 def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
-    """Add what was measured up to the checkpoint. Raises UsageError where options are others than were trained by."""
-    file = Path(result.config.output_dir) / RECORD
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        measured = [(entry.pop("step"), _point_of(entry)) for entry in record["held_out"]]
-        before = record["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error
+    """Add what was measured up to the checkpoint. Raises UsageError where options or rows are others than those that
+    were trained on."""
+    before = _read_record(Path(result.config.output_dir) / RECORD)
     now = result.config.chosen()
     for name in SAME:
-        if now.get(name) != before.get(name):
-            raise UsageError(f"`{name}`: {_chosen(now, name)}, and the training has {_chosen(before, name)}; "
+        if now.get(name) != before.options.get(name):
+            raise UsageError(f"`{name}`: {_chosen(now, name)}, and the training has {_chosen(before.options, name)}; "
                              "go on with the same, or begin anew in another folder")  # fmt: skip
-    result.points = [point for point in measured if point[0] <= checkpoint.step]
+    _refuse_other_rows(result, before)
+    result.points = [point for point in before.points if point[0] <= checkpoint.step]
+
+
+class _Record(NamedTuple):
+    """What ``TrainingResult.write`` has written: ``options`` are those that were chosen."""
+
+    options: dict
+    dataset_id: str
+    rows: TaughtRows
+    points: list[tuple[int, Distance]]
+
+
+def _read_record(file: Path) -> _Record:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        points = [(entry.pop("step"), _point_of(entry)) for entry in record["held_out"]]
+        options = record["config"]
+        return _Record(options, options["logit_dataset_id"], TaughtRows(**record["rows"]), points)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error
+
+
+def _refuse_other_rows(result: TrainingResult, record: _Record) -> None:
+    """Raise UsageError unless the rows are the record's, wherever they are now."""
+    before, now, place = record.rows, result.rows, result.config.logit_dataset_id
+    found, again = [], "Resume with those"
+    if before.fingerprint != now.fingerprint:
+        one, other = (f"extraction {rows.fingerprint[:SHORT]} of {rows.teacher}" for rows in (before, now))
+        found.append(f"{one} before, {other} now")
+    if before.num_rows != now.num_rows:
+        found.append(f"{count_text(before.num_rows, 'row')} before, {now.num_rows:,} now")
+    if record.dataset_id == place and before.revision and now.revision and before.revision != now.revision:
+        found.append(f"revision {before.revision[:SHORT]} before, {now.revision[:SHORT]} now")
+        again = f"Resume with `revision` {before.revision}"
+    if found:
+        raise UsageError(
+            f"`logit_dataset_id` {place}: not the rows that this training began with: {'; '.join(found)}. {again}, or "
+            "begin anew in another folder."
+        )
 
 
 def _chosen(options: dict, name: str) -> str:

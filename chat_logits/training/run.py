@@ -11,14 +11,22 @@ from transformers import TrainingArguments, set_seed
 
 from chat_logits.errors import UsageError
 from chat_logits.stages import stage
-from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.dataset import StoredDataset, open_dataset
 from chat_logits.training.collator import PackingCollator, PaddingCollator, refuse_packing
 from chat_logits.training.config import CHECKPOINTS, TrainConfig
 from chat_logits.training.dataset import training_dataset
+from chat_logits.training.examples import ExampleMaker
 from chat_logits.training.loading import compare_vocabularies, load_student, student_tokenizer
 from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
-from chat_logits.training.record import Checkpoint, TrainingResult, go_on, last_checkpoint, locked_folder
+from chat_logits.training.record import (
+    Checkpoint,
+    TaughtRows,
+    TrainingResult,
+    go_on,
+    last_checkpoint,
+    locked_folder,
+)
 from chat_logits.training.stopping import explained_failures, stopping
 from chat_logits.training.student import refuse_several_gpus
 from chat_logits.words import count_text
@@ -44,19 +52,21 @@ def train(config: TrainConfig) -> TrainingResult:
     if arguments.process_index:
         return _train(config, arguments)
     with locked_folder(Path(config.output_dir)):
-        config.refuse_used()  # which another one may have filled since the config was made
+        config.check_output_dir()
         return _train(config, arguments)
 
 
 def _train(config: TrainConfig, arguments: TrainingArguments) -> TrainingResult:
-    folder, result = Path(config.output_dir), TrainingResult(config, rank=arguments.process_index)
+    folder = Path(config.output_dir)
     checkpoint = last_checkpoint(folder) if config.resume else None
+    stored = open_dataset(config.logit_dataset_id, config.revision)
+    result = TrainingResult(config, TaughtRows.of(stored), rank=arguments.process_index)
     if checkpoint:
         go_on(result, checkpoint)
     set_seed(config.seed)
     with stage("Reading the student's configuration and tokenizer"):
         tokenizer = student_tokenizer(config)
-    taught, kept = _packs(config, tokenizer, arguments, result)
+    taught, kept = _packs(config, tokenizer, arguments, stored)
     _count_steps(arguments, config, taught, checkpoint)
     with explained_failures(config):
         with stage("Loading the student %s", config.student_id):
@@ -147,12 +157,10 @@ def _leave_words_to_the_first(arguments: TrainingArguments) -> None:
 
 
 def _packs(
-    config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, result: TrainingResult
+    config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, stored: StoredDataset
 ) -> tuple[Packs, Packs]:
     """The packs to train on, and the held-out ones, of rows that the first process aligns; the others take them from
-    the cache. The result is told the teacher."""
-    stored = open_dataset(config.logit_dataset_id, config.revision)
-    result.teacher = stored.manifest.model_id
+    the cache."""
     compare_vocabularies(config, tokenizer, stored.manifest.vocab_size)
     options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
     with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
@@ -161,18 +169,21 @@ def _packs(
 
 
 def _split(examples: Any, config: TrainConfig) -> tuple[Packs, Packs]:
-    """The packs to train on, and the held-out ones. Raises UsageError where nothing is left to train on."""
+    """The packs to train on, and the held-out ones, whose targets are the teacher's distributions alone: neither ends
+    of turns nor a share of the text. Raises UsageError where nothing is left to train on."""
     number = config.held_out or max(1, min(256, len(examples) // 20))
     if number >= len(examples):
         count = count_text(len(examples), "conversation")
         raise UsageError(f"`held_out` {number}: the dataset has {count}; expected fewer")
     order = np.random.default_rng(config.seed).permutation(len(examples))
-    packs = []
-    for part in (np.sort(order[number:]), np.sort(order[:number])):
-        chosen = examples.select(part)
-        lengths = chosen.with_format("arrow")["length"].to_pylist()
-        packs.append(Packs(chosen, plan_packs(lengths, config.batch_tokens, config.seed)))
-    return packs[0], packs[1]
+    taught, kept = (examples.select(np.sort(part)) for part in (order[number:], order[:number]))
+    measured = kept.with_transform(ExampleMaker(end_of_turn="skip", allow_biased=config.allow_biased))
+    return _packed(taught, config), _packed(measured, config)
+
+
+def _packed(examples: Any, config: TrainConfig) -> Packs:
+    lengths = examples.with_format("arrow")["length"].to_pylist()
+    return Packs(examples, plan_packs(lengths, config.batch_tokens, config.seed))
 
 
 def _collator(student: torch.nn.Module, tokenizer: Any) -> OfOnePack:

@@ -144,8 +144,10 @@ class StudentTrainer(Trainer):
 
     Beside ``loss``, logs have the means over all positions trained on since the last log, by all processes: ``kl``,
     forward KL, nats; ``kl_tail``, the part of it that the draws from the tail add, Σ w·(log p − log q) over them; and
-    ``agreement``, the share of positions where the student's most probable token is the teacher's. Where the target
-    mixes in the text by ``hard_weight`` h, these are of that target: (1 − h)·KL + h·NLL in the place of KL.
+    ``agreement``, the share of positions where the student's most probable token is the target's. All are of the
+    training target, not of the teacher's distribution alone: ends of turns that are taught as certain are counted,
+    with KL = NLL, and where ``hard_weight`` h mixes in the text, (1 − h)·KL + h·NLL is in the place of KL. Of a
+    student that is the teacher they are not 0. The held-out figures of ``run.train`` are of the teacher alone.
     Raises UsageError where one process has several GPUs.
     """
 

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from chat_logits.analysis.verification import spread
-from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.training.collator import PaddingCollator
@@ -75,10 +76,7 @@ def _read(dataset: StoredDataset, aligner: RowAligner, count: int | None) -> Ite
     indices = spread(dataset.num_rows, dataset.num_rows if count is None else count)
     rows = dataset.rows() if len(indices) == dataset.num_rows else map(dataset.read_row, indices)
     for index, row in zip(tqdm(indices, dynamic_ncols=True, unit=" conversations"), rows, strict=True):
-        try:
-            yield _Row(index, row, aligner.align(row))
-        except AlignmentError as error:
-            raise AlignmentError(f"row {index}: {error}") from error
+        yield _Row(index, row, aligner.align(row, index))
 
 
 def _measured(rows: Iterable[_Row], student: torch.nn.Module, loss: StudentLoss) -> Iterator[tuple[_Row, np.ndarray]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from chat_logits.analysis.token_classes import TOKEN_CLASSES, TokenClasses
 from chat_logits.data.alignment import PROMPT, Alignment
-from chat_logits.data.conversations import question_of
+from chat_logits.data.stored_messages import question_of
 from chat_logits.training.distance import Distance, DistanceSums
 from chat_logits.words import count_text
 from logit_codec import CODE_LOG_PROBS, CODE_PROBS, row_entries

@@ -7,7 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from chat_logits.analysis.comparison import Comparison, DatasetComparison
+from chat_logits.analysis.comparison import Comparison
+from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.divergence import (
     ComparisonTotals,
     DivergentConversation,

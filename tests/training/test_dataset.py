@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, TrainingArguments
 
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import AlignmentError, align_row
+from chat_logits.data.row_alignment import AlignmentError, align_row
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, DamagedShard
+from chat_logits.training import dataset
 from chat_logits.training.collator import PackingCollator
 from chat_logits.training.dataset import check_student_tokenizer, training_dataset
 from chat_logits.training.examples import ExampleMaker
@@ -372,3 +373,14 @@ def test_settings_that_cannot_be_taught_from_are_refused():
     with pytest.raises(UsageError, match="the dataset has no draws from the tail"):
         ExampleMaker().refuse(64, 0)
     ExampleMaker(allow_biased=True).refuse(64, 0)
+
+
+def test_rows_that_an_older_aligning_code_has_cached_are_aligned_anew(quick_run, tmp_path, monkeypatch):
+    def files() -> set[str]:
+        examples = training_dataset(quick_run, cache_dir=str(tmp_path))
+        return {file["filename"] for file in examples.cache_files}
+
+    before = files()
+    assert files() == before
+    monkeypatch.setattr(dataset, "ALIGNING_VERSION", dataset.ALIGNING_VERSION + 1)
+    assert not files() & before

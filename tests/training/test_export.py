@@ -15,7 +15,7 @@ from datasets import load_dataset
 import export_targets
 import extract_logits
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.training import export_files
 from chat_logits.training.export_formats import FORMATS, merged

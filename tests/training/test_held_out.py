@@ -7,6 +7,7 @@ import torch
 from random_models import random_model
 from training.test_student import collate, divergences_one_at_a_time, examples
 
+from chat_logits.errors import UsageError
 from chat_logits.training.held_out import held_out
 
 
@@ -44,6 +45,13 @@ def test_the_mean_is_over_positions_and_its_error_over_conversations(batch_size,
     assert found.agreement == pytest.approx(sum(agreeing for *_, agreeing in rows) / found.positions, rel=1e-12)
     variance = sum((kl - mean * count) ** 2 for count, kl, _, _ in rows) * 8 / 7
     assert found.error == pytest.approx(math.sqrt(variance) / found.positions, rel=1e-4)
+
+
+def test_a_student_that_fails_on_a_batch_is_left_as_it_was():
+    model = random_model("llama").train()
+    with pytest.raises(UsageError, match="a batch without"):
+        held_out(model, [collate(examples()[:1]), {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])
+    assert model.training
 
 
 def test_one_conversation_has_no_error():

@@ -15,7 +15,8 @@ import explore_logits
 import extract_logits
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.analysis.token_classes import TokenClasses
-from chat_logits.data.alignment import PROMPT, Alignment, RowAligner
+from chat_logits.data.alignment import PROMPT, Alignment
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.errors import UsageError
 from chat_logits.training import student_pass
 from chat_logits.training.student_pass import measure_student

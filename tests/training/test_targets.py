@@ -7,7 +7,8 @@ import torch
 from conftest import TEMPLATE
 
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import Aligner, Alignment, RowAligner
+from chat_logits.data.alignment import Aligner, Alignment
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.errors import ToolkitError, UsageError

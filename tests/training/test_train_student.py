@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import signal
+import sys
+import tomllib
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK_VOCABULARY, make_tiny_model
+from conftest import QUICK_VOCABULARY, REPO, make_tiny_model
 from runs import flags_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,16 +24,19 @@ from transformers import AutoModelForCausalLM
 import extract_logits
 import train_student
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.errors import UsageError
+from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.shard_list import read_shard_list, shards_text
 from chat_logits.training import run as training_run
 from chat_logits.training.config import TrainConfig
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
-from chat_logits.training.record import locked_folder
+from chat_logits.training.record import Checkpoint, TaughtRows, TrainingResult, go_on, locked_folder
 from chat_logits.training.run import train
 from chat_logits.training.student import StudentTrainer
 from chat_logits.training.targets import row_targets
+from logit_codec import decode_row
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def written_out_kl(dataset_id: Path, model, source_rows: set[int]) -> float:
         if row["source_index"] not in source_rows:
             continue
         aligned = aligner.align(row)
-        target = row_targets(row, aligned)
+        target = row_targets(row, aligned, end_of_turn="skip")
         with torch.no_grad():
             logits = model(torch.from_numpy(aligned.input_ids)[None]).logits[0, target.positions - 1]
         parts = (torch.from_numpy(part) for part in (target.token_ids, target.weights, target.entropy))
@@ -94,6 +100,7 @@ def test_a_student_comes_closer_and_is_saved_as_it_was_measured(run, quick_run, 
     assert [point["step"] for point in points] == list(range(9))
     assert points[-1]["kl"] < 0.8 * points[0]["kl"]
     told = capsys.readouterr()
+    assert "only to train further (--resume with a larger --max_steps)." in told.err
     assert f"{points[-1]['kl']:.4f}" in told.out and f"on {points[0]['positions']:,} held-out tokens" in told.out
     dataset, _ = open_with_tokenizer(str(quick_run))
     sources = [row["source_index"] for row in dataset.rows()]
@@ -102,6 +109,37 @@ def test_a_student_comes_closer_and_is_saved_as_it_was_measured(run, quick_run, 
     for folder, point in ((student, points[0]), (tmp_path / "out", points[-1])):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert point["kl"] == pytest.approx(written_out_kl(quick_run, model, held_out), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"hard_weight": 0.5}, {"end_of_turn": "skip"}])
+def test_a_student_that_is_the_teacher_is_not_away_from_it(run, quick_model, tmp_path, options):
+    """Whatever it is trained on: held-out figures are of the teacher's distributions, so a step of nothing leaves the
+    draws' chance and the codes' rounding. With ends of turns as certain, KL was 0.056 and agreement 99.5%."""
+    assert run(student_id=quick_model, max_steps=1, learning_rate=1e-30, **options) == 0
+    for point in record(tmp_path / "out"):
+        assert abs(point["kl"]) < 1e-3 and point["agreement"] == 1.0
+
+
+def test_without_draws_the_distance_is_to_the_renormalised_nucleus_and_is_called_so(
+    run, quick_model, calm_source, tmp_path, capsys
+):
+    """KL(p/P‖p) = −log P of a student that is the teacher, whose nucleus has the probability P."""
+    flags = flags_for(quick_model, calm_source, tmp_path / "rows")
+    assert extract_logits.main([*flags, "--max_samples", "20", "--top_k", "8", "--num_sampled", "0"]) == 0
+    options = {"logit_dataset_id": tmp_path / "rows", "student_id": quick_model, "learning_rate": 1e-30}
+    capsys.readouterr()
+    assert run("out", "--allow_biased", max_steps=1, held_out=16, **options) == 0
+    dataset, _ = open_with_tokenizer(str(tmp_path / "rows"))
+    assert dataset.num_rows == 17
+    left = np.random.default_rng(0).permutation(17)[16]
+    surprise = [
+        -np.log(np.exp(decode_row(row).top_log_probs).sum(axis=1)) for i, row in enumerate(dataset.rows()) if i != left
+    ]
+    before = record(tmp_path / "out")[0]
+    assert before["kl"] == pytest.approx(np.concatenate(surprise).mean(), rel=0.01)
+    assert "Forward KL to the teacher's nucleus, renormalised on " in capsys.readouterr().out
+    page = (tmp_path / "out" / "training.html").read_text(encoding="utf-8")
+    assert "<h2>Forward KL to the teacher&#39;s nucleus, renormalised, nats a token</h2>" in page
 
 
 def test_a_student_with_fewer_rows_than_its_teacher_learns_what_it_has_tokens_for(
@@ -123,6 +161,17 @@ def test_a_student_with_fewer_rows_than_its_teacher_learns_what_it_has_tokens_fo
     assert re.search(r"The student has 4,096 token ids, and the teacher's go up to 4,[12]\d\d: .* they have 0.0", told)
     points = record(tmp_path / "out")
     assert points[-1]["kl"] < points[0]["kl"]
+
+
+def test_without_accelerate_the_command_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (needed,) = extras["train"]
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert run() == 1
+    assert capsys.readouterr().err == (
+        f"error: training needs accelerate, which is not installed: pip install '{needed.split(',')[0]}'\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_shows_what_was_measured_and_fetches_nothing(run, student, tmp_path):
@@ -154,6 +203,42 @@ def test_a_finished_student_goes_on_for_more_steps(run, tmp_path, capsys):
     assert [entry["step"] for entry in whole["trained_on"]] == [1, 2, 3, 4, 5, 6]
     assert run("out", "--resume", max_steps=4) == 2
     assert "--max_steps 4: the checkpoint has taken 6; expected as many or more" in capsys.readouterr().err
+
+
+def test_other_rows_than_before_are_not_gone_on_with(run, quick_run, other_run, tmp_path, capsys):
+    """Neither another extraction's nor more of the same; the same in another place are."""
+    begun = shutil.copytree(quick_run, tmp_path / "begun")
+    listed = read_shard_list(begun / "shards.json", "begun").entries
+    (begun / "shards.json").write_text(shards_text(listed[:-1], is_finished=False), encoding="utf-8")
+    assert run(logit_dataset_id=begun, max_steps=1) == 0
+    before = (tmp_path / "out" / "training.json").read_text()
+    assert run("out", "--resume", logit_dataset_id=other_run, max_steps=2) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: --logit_dataset_id {other_run}: not the rows that this training began with: ")
+    prints = [open_dataset(str(folder)).manifest.fingerprint[:10] for folder in (begun, other_run)]
+    assert all(f"extraction {one} of " in told for one in prints) and "157 rows before, 53 now" in told
+    assert run("out", "--resume", logit_dataset_id=quick_run, max_steps=2) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "began with: 157 rows before, 160 now. Resume with those, or begin anew in another folder." in told
+    assert (tmp_path / "out" / "training.json").read_text() == before
+    shutil.move(begun, tmp_path / "moved")
+    assert run("out", "--resume", logit_dataset_id=tmp_path / "moved", max_steps=2) == 0
+    assert [point["step"] for point in record(tmp_path / "out")] == [0, 1, 2]
+
+
+def test_another_commit_of_the_same_repository_is_told_with_the_one_to_give(tmp_path):
+    options = {"student_id": "any", "output_dir": str(tmp_path)}
+    first = TaughtRows(teacher="user/teacher", fingerprint="a" * 64, num_rows=5, revision="b" * 40, num_sampled=16)
+    TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), first).write()
+    checkpoint, later = Checkpoint(tmp_path, 1), replace(first, revision="c" * 40)
+    with pytest.raises(
+        UsageError, match=r"revision bbbbbbbbbb before, cccccccccc now. Resume with `revision` b{40}, or"
+    ):
+        go_on(TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), later), checkpoint)
+    go_on(TrainingResult(TrainConfig(logit_dataset_id="user/copy", **options), later), checkpoint)
+    go_on(
+        TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), replace(first, revision=None)), checkpoint
+    )
 
 
 def test_a_student_that_was_trained_and_not_saved_is_saved_by_resuming(run, tmp_path):
@@ -325,7 +410,8 @@ def test_a_loss_that_is_not_finite_ends_the_training_without_a_checkpoint(run, t
 
     monkeypatch.setattr(StudentTrainer, "training_step", damaged)
     assert run(save_every=1) == 1
-    assert "error: step 3: the loss is nan" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: step 3: the loss is nan: training has diverged. Start again with a smaller --learning_rate" in told
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
@@ -457,7 +543,18 @@ def test_a_folder_with_something_in_it_is_not_trained_into(run, tmp_path, capsys
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
     assert run() == 2
-    assert "expected a new or an empty folder, or --resume to go on there" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "expected a new or an empty folder, or --resume to go on there" in told
+    assert "Importing torch" not in told  # it is refused before anything that takes time
+
+
+def test_a_config_is_made_without_a_look_at_the_disk(student, tmp_path):
+    """The folder may be filled, or emptied, before it is trained with; ``train`` is who looks."""
+    (tmp_path / "mine.txt").write_text("")
+    for place in (student, tmp_path, tmp_path / "mine.txt"):
+        config = TrainConfig(logit_dataset_id="any", student_id=str(student), output_dir=str(place), device="cpu")
+        with pytest.raises(UsageError, match=f"`output_dir` {place}: "):
+            train(config)
 
 
 def test_packs_have_each_conversation_once_and_no_more_tokens_than_allowed():

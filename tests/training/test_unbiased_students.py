@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from chat_logits.analysis.thinning import Setting, thin_row
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.loss import fused_sparse_kd_loss
 from chat_logits.training.targets import row_targets
