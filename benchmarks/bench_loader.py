@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 import extract_logits  # noqa: E402
 from chat_logits.analysis.opening import open_with_tokenizer  # noqa: E402
-from chat_logits.data.alignment import RowAligner  # noqa: E402
 from chat_logits.data.render_process import render_process  # noqa: E402
+from chat_logits.data.row_alignment import RowAligner  # noqa: E402
 from chat_logits.storage.shard import SCHEMA  # noqa: E402
 from chat_logits.training.collator import PackingCollator  # noqa: E402
 from chat_logits.training.dataset import training_dataset  # noqa: E402

@@ -78,7 +78,9 @@ def write_shards(place: Path, rows: int, count: int) -> dict:
 def stored_rows(folder, entry):
     from chat_logits.storage.shard_reading import read_shard_rows
 
-    return read_shard_rows(folder.path / entry.path, entry.path, folder.manifest.fingerprint, entry.num_rows)
+    return read_shard_rows(
+        folder.path / entry.path, entry.path, folder.manifest.fingerprint, ROWS_PER_SHARD, entry.num_rows
+    )
 
 
 def plan(place: Path, rows: int, *more: str) -> dict:

@@ -1,7 +1,10 @@
 """The Hub's repositories by name and commit, and its client: what every room may ask of it."""
 
+import functools
+import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError
@@ -11,20 +14,36 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHORT_WAIT = re.compile(r"[0-9]")  # seconds that the client may sleep within a request
 PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
 
+logger = logging.getLogger(__name__)
+
 _last_sign = [time.monotonic()]  # of the Hub, or to it
 
 
-def configure_client() -> None:
+def configure_client() -> Callable[[], None]:
     """Give the Hub's client limits to its patience, for this process: its own would wait for a dead line for ever.
 
-    For processes that push. Its warnings, which name signed addresses and break progress bars, are not shown.
+    For processes that push. Its warnings, which name signed addresses and break progress bars, are not shown. What is
+    returned puts all of it back, and the client's bars too, which commits take away. Call that once no other thread
+    is in a request: its connection is closed.
     """
     import huggingface_hub
+    from huggingface_hub.utils import _http
     from huggingface_hub.utils import logging as hub_logging
 
+    constants, factory = huggingface_hub.constants, _http._GLOBAL_CLIENT_FACTORY
+    xet, verbosity, has_bars = constants.HF_HUB_DISABLE_XET, hub_logging.get_verbosity(), shows_downloads()
+
+    def put_back() -> None:
+        huggingface_hub.set_client_factory(factory)
+        constants.HF_HUB_DISABLE_XET = xet
+        hub_logging.set_verbosity(verbosity)
+        if has_bars:
+            show_downloads()
+
     huggingface_hub.set_client_factory(_patient_client)
-    huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
+    constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
     hub_logging.set_verbosity_error()
+    return put_back
 
 
 def shows_downloads() -> bool:
@@ -134,4 +153,10 @@ def _cached_commit(repo_id: str, repo_type: str, revision: str | None, explained
         )
     except Exception as error:
         raise HubUnreachable(f"{explained}, and nothing in the cache here serves in its place") from error
+    _tell_cached(str(explained), Path(folder).name)
     return Path(folder).name
+
+
+@functools.cache  # once in a process
+def _tell_cached(explained: str, commit: str) -> None:
+    logger.warning("%s. The commit that is in the cache here is used: %s", explained, commit)

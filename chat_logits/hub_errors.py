@@ -150,8 +150,9 @@ class Retries:
 
     ``passing``, ``unknown`` and ``refused`` are how many failures in a row of each kind (``failure_kind``) are followed
     by another attempt. A pause is twice as long as the one before, with jitter, ``longest`` seconds at most; or what
-    the Hub asks for, up to ``longest_asked`` seconds. ``huggingface_hub`` by itself repeats single requests for half a
-    minute, most uploads' among them; these are for what is left then, and for what has to look at the Hub anew.
+    the Hub asks for, where that is more, up to ``longest_asked`` seconds. ``huggingface_hub`` by itself repeats single
+    requests for half a minute, most uploads' among them; these are for what is left then, and for what has to look at
+    the Hub anew.
     """
 
     passing: float
@@ -167,9 +168,8 @@ class Retries:
         asked = retry_after(error)
         if kind == "final" or failures[kind] > getattr(self, kind) or (asked or 0) > self.longest_asked:
             return None
-        if asked is not None:
-            return asked + random.uniform(0, 1)
-        return min(self.longest, FIRST_PAUSE * 2 ** min(20, failures.total() - 1)) * random.uniform(0.5, 1)
+        own = min(self.longest, FIRST_PAUSE * 2 ** min(20, failures.total() - 1)) * random.uniform(0.5, 1)
+        return own if asked is None else max(own, asked + random.uniform(0, 1))
 
     def call(self, step: Callable[[], Answer], name: str) -> Answer:
         """What ``step()`` gives in the end. Raises ToolkitError, about ``name``; HubRefused where it is refused."""
@@ -186,11 +186,13 @@ class Retries:
                 time.sleep(wait)
 
 
-# A shard that is nowhere else, about half an hour; a run that cannot begin without the Hub; a commit beside a run, and
-# one that a finished run waits for.
+# A shard that is stored nowhere else: about half an hour.
 UPLOAD = Retries(passing=45, unknown=3, longest_asked=1800.0)
+# A run that cannot begin without the Hub.
 START = Retries(passing=6, unknown=3, longest_asked=60.0)
+# A commit beside a run.
 BESIDE = Retries(passing=math.inf, unknown=math.inf, refused=5, longest=300.0, longest_asked=math.inf)
+# A commit that a finished run waits for.
 LAST = Retries(passing=5, unknown=5, refused=5)
 
 
@@ -272,9 +274,9 @@ def _advice(failure: Failure) -> str:
     if status in (401, 403, 404):
         return _refusal(failure)
     if status in (409, 412):
-        return f"somebody else's commit came first ({status})"
+        return f"another commit was made in the meantime ({status})"
     if status == 429:
-        return "too many requests, says the Hub (429)"
+        return "the Hub limits the request rate (429)"
     return f"the Hub answered {status}: {str(first).partition(chr(10))[0]}"
 
 
@@ -291,7 +293,7 @@ def _refusal(failure: Failure) -> str:
             "repository that is private, or to be written to, log in with hf auth login, or set HF_TOKEN to a token."
         )
     if status == 401 and not failure.has(RepositoryNotFoundError):
-        return f"the Hub does not take the token ({status}{said}). Log in anew with hf auth login, or set HF_TOKEN."
+        return f"the Hub rejected the token ({status}{said}). Log in anew with hf auth login, or set HF_TOKEN."
     if status == 403 and said:
         return f"the Hub refuses ({status}{said}). Put that right there, or set HF_TOKEN to a token that has the right."
     return (

@@ -1,14 +1,18 @@
 """What the Hub's clients raise, in words, and whether to try again; with the types of the HTTP client at hand."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from email.utils import formatdate
 
 import huggingface_hub
 import pytest
+from conftest import REPO
 from huggingface_hub import errors
 from huggingface_hub.utils import logging as hub_logging
+from loopback_hub import LoopbackHub
 
 from chat_logits import hub, hub_errors
 from chat_logits.errors import ToolkitError, UsageError
@@ -57,15 +61,15 @@ def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, 
         (answered(errors.RevisionNotFoundError, 404), "no such revision on the Hub (404)", False),
         (answered(errors.RemoteEntryNotFoundError, 404), "a file is missing on the Hub (404)", False),
         (answered(errors.RepositoryNotFoundError, 401), "not found on the Hub, or not yours to see (401)", False),
-        (answered(errors.HfHubHTTPError, 401), "the Hub does not take the token (401). Log in anew", False),
+        (answered(errors.HfHubHTTPError, 401), "the Hub rejected the token (401). Log in anew", False),
         (
             answered(errors.HfHubHTTPError, 403, **{"x-error-message": "You have exceeded your\tstorage limit."}),
             "the Hub refuses (403: You have exceeded your storage limit.)",
             False,
         ),
         (answered(errors.RemoteEntryNotFoundError, 503), "the Hub fails (503)", True),
-        (answered(errors.HfHubHTTPError, 412), "somebody else's commit came first (412)", True),
-        (answered(errors.HfHubHTTPError, 429), "too many requests", True),
+        (answered(errors.HfHubHTTPError, 412), "another commit was made in the meantime (412)", True),
+        (answered(errors.HfHubHTTPError, 429), "the Hub limits the request rate (429)", True),
         (answered(errors.HfHubHTTPError, 503), "the Hub fails (503)", True),
         (answered(errors.HfHubHTTPError, 418), "the Hub answered 418", False),
     ],
@@ -151,6 +155,16 @@ def test_what_the_hub_asks_for_is_waited_for_unless_it_is_too_long():
     assert RETRIES.pause(asked(101), Counter()) is None
 
 
+@pytest.mark.parametrize("asked", ["0", "2", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_hub_that_asks_for_no_or_a_short_wait_gets_pauses_that_grow_all_the_same(asked):
+    """By hand: half to all of 1, 2, 4, 8 and then 10 seconds, or what is asked for with a second of jitter."""
+    failures, error = Counter(), answered(errors.HfHubHTTPError, 429, **{"retry-after": asked})
+    least = 2 if asked == "2" else 0
+    for own in (1, 2, 4, 8, 10, 10):
+        assert max(own / 2, least) <= RETRIES.pause(error, failures) <= max(own, least + 1)
+    assert RETRIES.pause(error, failures) is None
+
+
 def test_each_kind_of_failure_has_attempts_of_its_own():
     """A refusal, or an error that nobody knows, in the middle of an outage is no more than the first of its kind."""
     failures = Counter()
@@ -191,13 +205,56 @@ def test_a_step_is_taken_until_it_goes_well_or_there_is_no_more_attempt(monkeypa
     assert type(raised.value) is kind and len(taken) == attempts
 
 
-def test_the_configured_client_does_not_wait_for_ever(monkeypatch):
+def test_the_configured_client_does_not_wait_for_ever_and_all_is_put_back(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
-    verbosity = hub_logging.get_verbosity()
+    verbosity, session = hub_logging.get_verbosity(), huggingface_hub.get_session()
+    shown, timeout = hub.shows_downloads(), session.timeout
+    put_back = hub.configure_client()
     try:
-        hub.configure_client()
-        timeout = huggingface_hub.get_session().timeout
-        assert (timeout.connect, timeout.read, timeout.write, timeout.pool) == hub.PATIENCE
+        patient = huggingface_hub.get_session().timeout
+        assert (patient.connect, patient.read, patient.write, patient.pool) == hub.PATIENCE
+        assert huggingface_hub.constants.HF_HUB_DISABLE_XET and hub_logging.get_verbosity() == hub_logging.ERROR
+        huggingface_hub.utils.disable_progress_bars()  # as a commit does
+    finally:
+        put_back()
+    assert huggingface_hub.get_session().timeout == timeout and timeout.connect != hub.PATIENCE[0]
+    assert hub_logging.get_verbosity() == verbosity and not huggingface_hub.constants.HF_HUB_DISABLE_XET
+    assert hub.shows_downloads() == shown
+
+
+def test_a_client_factory_of_ones_own_is_put_back():
+    own = huggingface_hub.utils._http.default_client_factory()
+    huggingface_hub.set_client_factory(lambda: own)
+    try:
+        put_back = hub.configure_client()
+        assert huggingface_hub.get_session() is not own
+        put_back()
+        assert huggingface_hub.get_session() is own
     finally:
         huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
-        hub_logging.set_verbosity(verbosity)
+
+
+CACHED = """
+import logging, sys
+logging.basicConfig(format="%(message)s")
+from chat_logits.hub import resolve_commit
+for _ in range(2):
+    print(resolve_commit("user/questions", "dataset", None))
+"""
+
+
+def test_a_commit_from_the_cache_in_place_of_the_hubs_newest_is_told(tmp_path):
+    """Cached, then the repository moves on, then the Hub cannot be reached, or is not to be asked."""
+    with LoopbackHub() as loopback:
+        cached = loopback.add_repo("dataset", "user/questions", files={"train.jsonl": b"{}"})
+        env = {**loopback.environment(tmp_path / "home"), "PYTHONPATH": str(REPO)}
+        fetch = "import huggingface_hub; huggingface_hub.snapshot_download('user/questions', repo_type='dataset')"
+        subprocess.run([sys.executable, "-c", fetch], env=env, check=True, capture_output=True)
+        run = {"capture_output": True, "text": True, "check": True}
+        online = subprocess.run([sys.executable, "-c", CACHED], env=env, **run)
+        assert online.stdout.split() == [cached] * 2 and online.stderr == ""
+    for away in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        offline = subprocess.run([sys.executable, "-c", CACHED], env={**env, **away}, **run)
+        assert offline.stdout.split() == [cached] * 2
+        told = "dataset user/questions: the Hub cannot be reached. The commit that is in the cache here is used: "
+        assert offline.stderr == f"{told}{cached}\n"

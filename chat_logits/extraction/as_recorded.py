@@ -139,7 +139,7 @@ def _taking(config: ExtractConfig, taken: dict[str, Any]) -> ExtractConfig:
     changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
     if changed:
         texts = (f"`{name}` {_short(value)}" for name, value in changed.items())
-        logger.info("Left out, and taken from the run that is resumed: %s", ", ".join(texts))
+        logger.info("Options not given, taken from the resumed run: %s", ", ".join(texts))
     return replace(config, **taken)
 
 

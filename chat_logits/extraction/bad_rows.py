@@ -7,7 +7,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.storage.shard_list import ShardEntry
 
 NOT_FINITE = "logits that are not finite"
-NO_ROOM = "too large for the memory, though alone in its batch"
+NO_ROOM = "out of memory, even as a batch of one"
 LEAST_ROWS = 1000  # that a share is of
 ADVICE = {
     NOT_FINITE: "Try `dtype` float32.",

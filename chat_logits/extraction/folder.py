@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,12 +22,20 @@ from chat_logits.storage.disk import nearest_existing, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.record import RECORD, ShardRecord
 from chat_logits.storage.shard import DamagedShard
-from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shard_list, shards_text
+from chat_logits.storage.shard_list import (
+    SHARDS_FILE,
+    ShardEntry,
+    read_shard_list,
+    shard_number,
+    shard_path,
+    shards_text,
+)
 from chat_logits.storage.shard_reading import check_shard
 
 logger = logging.getLogger(__name__)
 
 REPLACED, DAMAGED = ".replaced", ".damaged-"
+PUSHED = ".old"  # behind the name of a damaged shard once the Hub has the one that was computed in its place
 WORKERS = ".workers"  # by its content, workers of the process that holds the lock know that they may write here
 REPLACED_REPO, DONE = ".output_repo", " done"  # in .replaced: whose run is to be replaced too, and whose has been
 CHECKING = 4  # shards at once: most of it is decompression, outside the interpreter's lock
@@ -36,8 +45,8 @@ PARTS = (EXTRACTION_FILE, "data", RECORD, SHARDS_FILE, CARD_FILE)
 
 class RunFolder:
     """A run's folder. ``entries`` are the finished shards by number, ``recorded`` the manifest that was in it,
-    ``recomputed`` the shards that were found damaged, now or earlier; ``manifest`` is the run's, once it has begun, and
-    ``is_finished`` whether all of its shards are here.
+    ``recomputed`` the shards that were found damaged, now or earlier, and not pushed since; ``manifest`` is the run's,
+    once it has begun, and ``is_finished`` whether all of its shards are here.
 
     ``place`` is how the card's snippets name the dataset (``place_in_code``).
     Raises UsageError where the folder cannot be written, holds other files, or is in another process's hands.
@@ -127,7 +136,8 @@ class RunFolder:
 
     def count_shards(self) -> int:
         """Shards that are in the folder, checked or not."""
-        return sum(not path.name.startswith(".") for path in self.path.glob("data/*/*.parquet"))
+        paths = (path.relative_to(self.path).as_posix() for path in self.path.glob("data/*/[!.]*.parquet"))
+        return sum(shard_number(path) is not None for path in paths)
 
     def begin(self, manifest: Manifest, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to ``.replaced`` within, out of sight.
@@ -165,9 +175,22 @@ class RunFolder:
             self.is_finished = self._is_listed_whole()
             for entry in self.entries.values():
                 self._record.note(entry)
-            aside = self.path.glob(f"data/*/{DAMAGED}*.parquet")
-            self.recomputed = {int(path.stem.rpartition("-")[2]) for path in aside}
+            self.recomputed = set(self._set_aside_shards())
             self.describe_shards()
+
+    def _set_aside_shards(self) -> dict[int, Path]:
+        """Damaged shards by number, under the names that they were set aside with."""
+        found = {path: path.with_name(path.name.removeprefix(DAMAGED)) for path in self.path.glob("data/*/.*.parquet")}
+        numbers = {path: self._number_of(shard) for path, shard in found.items() if shard.name != path.name}
+        return {number: path for path, number in numbers.items() if number is not None}
+
+    def forget_recomputed(self, shards: Collection[int]) -> None:
+        """These have been pushed. What was damaged stays, under a name that no later start takes for news."""
+        aside = self._set_aside_shards() if self.recomputed & set(shards) else {}
+        for number in aside.keys() & set(shards):
+            self.check_place()
+            aside[number].rename(aside[number].with_name(aside[number].name + PUSHED))
+        self.recomputed -= set(shards)
 
     def _is_listed_whole(self) -> bool:
         """Whether the run had come to its end, and all of its shards are still there."""
@@ -272,10 +295,29 @@ class RunFolder:
                 here.unlink(missing_ok=True)
 
     def _check_shards(self) -> list[ShardEntry | None]:
-        paths = sorted(self.path.glob(f"data/*/{self.manifest.split}-*.parquet"))
+        paths = self._shard_files()
         with ThreadPoolExecutor(CHECKING) as pool:
             checked = pool.map(self._checked, paths)
             return list(tqdm(checked, "Checking shards", len(paths), unit=" shards", leave=False, delay=1))
+
+    def _shard_files(self) -> list[Path]:
+        """The files that have a shard's name, in order. Others in their folders are told once, and left alone."""
+        there = sorted(self.path.glob("data/*/[!.]*.parquet"))
+        shards = [path for path in there if self._number_of(path) is not None]
+        if others := [path.relative_to(self.path).as_posix() for path in there if self._number_of(path) is None]:
+            logger.warning(
+                "%s: no shards of this run by their names, so they are left alone: %s. Move them away: `datasets` may "
+                "load them with the rows.",
+                self.path,
+                first_names(others),
+            )
+        return shards
+
+    def _number_of(self, path: Path) -> int | None:
+        """The number of the shard that is at this path, None where none of the run's has it."""
+        relative = path.relative_to(self.path).as_posix()
+        number = shard_number(relative)
+        return number if number is not None and relative == shard_path(self.manifest.split, number) else None
 
     def _checked(self, path: Path) -> ShardEntry | None:
         relative = path.relative_to(self.path).as_posix()

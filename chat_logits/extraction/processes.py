@@ -241,9 +241,21 @@ def _how(status: int, errors: Path) -> str:
     """How a process ended, with the last that it said."""
     if status < 0:
         by_system = ", as the system does where memory is short" if -status == signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-status).name}{by_system}."
+        return f"was ended by {_signal_name(-status)}{by_system}."
     said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.exists() else []
     return f"ended with status {status}: {said[-1] if said else 'without a word'}"
+
+
+def _signal_name(number: int) -> str:
+    """Its name, or its number where Python has none for it: most of the real-time signals, 34 to 64 on Linux.
+
+    >>> _signal_name(9), _signal_name(40)
+    ('SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _failure(error: Exception) -> Failure:

@@ -11,7 +11,8 @@ class RemoteRun:
     """The run in the repository: which of its shards are there and which are missing, and the commits that add these.
 
     ``state`` is the repository as it was seen last, None if it never was. With ``overwrite``, whatever run is in it is
-    replaced by the first commit. ``is_all`` is true once the run has no shards to come.
+    replaced by the first commit, which waits for a shard with a row. ``is_all`` is true once the run has no shards to
+    come.
     """
 
     def __init__(self, repository: Repository, folder: RunFolder):
@@ -55,8 +56,15 @@ class RemoteRun:
         there = {shard: entry for shard, entry in self._listed(self.state, []).items() if shard not in ours}
         return {**there, **uploaded}
 
+    @property
+    def is_held_back(self) -> bool:
+        """Whether the first commit would put shards without a single row in the place of the run that it replaces."""
+        return self.overwrite and not any(entry.num_rows for entry in list(self.entries.values()))
+
     def missing(self) -> list[ShardEntry]:
-        """The finished shards that the repository, as it was seen last, lacks, in order."""
+        """The finished shards to send, in order: that the repository, as it was seen last, lacks."""
+        if self.is_held_back:
+            return []
         there = self._listed(self.state, []) if self.state else {}
         ours = sorted(self.entries.items())
         return [entry for shard, entry in ours if shard not in there or shard in self._resend]
@@ -109,6 +117,7 @@ class RemoteRun:
         self.state = RemoteState(head, manifest=manifest, entries=listed, card=card, is_finished=is_finished)
         self._resend -= {entry.shard for entry in chosen}
         self.overwrite = self._is_stale = False
+        self.folder.forget_recomputed([entry.shard for entry in chosen])
 
     def _is_ours(self, remote: RemoteState) -> bool:
         """Whether the run on the Hub is this one, and not to be replaced by it."""

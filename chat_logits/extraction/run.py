@@ -28,7 +28,7 @@ from chat_logits.storage.card import place_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
 from chat_logits.storage.repository import Repository
-from chat_logits.storage.shard_list import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry, mean_nll
 from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ class Extraction:
 
     ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` are of all shards and
     ``bytes_in_folder`` of those that are in the folder, ``turns_left_out`` those of the written conversations that are
-    marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood
-    in nats, None without tokens. ``config`` repeats the run: with the commits that were read of Hub repositories.
-    Of this start alone are ``seconds``, in all, and those ``computing`` the ``new_tokens``.
+    marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood in nats, None where the
+    model gives one of them no probability at all. ``config`` repeats the run: with the commits that were read of Hub
+    repositories. Of this start alone are ``seconds``, in all, and those ``computing`` the ``new_tokens``.
     """
 
     config: ExtractConfig
@@ -89,14 +89,13 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
     started = time.monotonic()
     if not config.num_sampled:
         logger.warning(
-            "Without draws from the tail (`num_sampled` 0) estimates from the rows are biased: a student is taught by "
-            "them only with `allow_biased`, and not measured."
+            "`num_sampled` 0: no tail tokens are sampled, so estimates are biased. Training then needs `allow_biased`, "
+            "and a student cannot be measured on the dataset."
         )
     with stage("Looking for the model %s and the dataset %s", config.model_id, config.dataset_id):
         located = locate(config, _to_resume(config, folder))  # before anything heavy is imported
     workers_of = choose_workers(located)
-    sync = _connect(config, folder) if config.output_repo else None
-    try:
+    with _connected(config, folder) as sync:
         opened, recorded = open_or_resume(config, folder, sync, located)
         with workers_of(opened, folder) as workers:
             if sync:
@@ -104,14 +103,12 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows), started)
             run.begin_or_resume(recorded)
             run.compute_missing()
+        run.refuse_nothing()  # before anything takes the place of what is there
         folder.check_finished(run.finished.keys() == folder.entries.keys())
         if sync:
             sync.finish(is_all=True)
         folder.finish()
         return run.summarize()
-    finally:
-        if sync:
-            sync.close()
 
 
 def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
@@ -132,14 +129,22 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
     return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
 
 
-def _connect(config: ExtractConfig, folder: RunFolder) -> HubSync:
-    assert config.output_repo is not None
-    configure_client()
+@contextmanager
+def _connected(config: ExtractConfig, folder: RunFolder) -> Iterator[HubSync | None]:
+    """Within, what pushes the run, and the Hub's client as that needs it; None where the run is not pushed."""
+    if config.output_repo is None:
+        yield None
+        return
+    put_back = configure_client()
     repository = Repository(config.output_repo, config.output_revision, config.private)
     sync = HubSync(repository, folder, config.push_every, config.uploads_without_folder)
-    with stage("Looking at the Hub dataset %s", repository.name):
-        sync.connect()
-    return sync
+    try:
+        with stage("Looking at the Hub dataset %s", repository.name):
+            sync.connect()
+        yield sync
+    finally:
+        if sync.close():
+            put_back()
 
 
 def _replaces(config: ExtractConfig, folder: RunFolder, recorded: Manifest | None, repo: str) -> bool:
@@ -277,7 +282,7 @@ class Run:
         assert self.sync is not None
         try:
             self.sync.finish()
-            if self.opened.config.uploads_without_folder:
+            if self.opened.config.uploads_without_folder and not self.sync.remote.is_held_back:
                 logger.info("%d finished shards are in %s.", len(self.finished), self.sync.repository.repo_id)
         except ToolkitError as error:
             logger.error(str(error))
@@ -304,14 +309,22 @@ class Run:
         logger.info("Resuming: %s, in %s%s", done, count_text(len(finished), "shard"), where)
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
-    def summarize(self) -> Extraction:
-        """The run in numbers. Raises ToolkitError where there are none."""
+    def refuse_nothing(self) -> None:
+        """Raise ToolkitError, with the reasons, where all source rows were skipped."""
         entries = self.finished.values()
-        tokens = sum(entry.num_tokens for entry in entries)
+        if any(entry.num_rows for entry in entries):
+            return
         skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
-        if not tokens:
-            reasons = explain_reasons(skipped)
-            raise ToolkitError(f"nothing was extracted from {skipped.total():,} source rows: {reasons}")
+        old = self.folder.replaced_run
+        raise ToolkitError(
+            f"nothing was extracted from {skipped.total():,} source rows: {explain_reasons(skipped)}"
+            + (f"\nThe run that it was to replace is kept in {old}." if old else "")
+        )
+
+    def summarize(self) -> Extraction:
+        """The run in numbers."""
+        entries = self.finished.values()
+        skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
         return Extraction(
             config=self.opened.config,
             folder=self.folder.path,
@@ -319,10 +332,10 @@ class Run:
             conversations=sum(entry.num_rows for entry in entries),
             skipped=dict(skipped.most_common()),
             turns_left_out=sum(entry.turns_left_out for entry in entries),
-            tokens=tokens,
+            tokens=sum(entry.num_tokens for entry in entries),
             num_bytes=sum(entry.num_bytes for entry in entries),
             bytes_in_folder=sum(entry.num_bytes for entry in self.folder.entries.values()),
-            mean_nll=sum(entry.nll for entry in entries) / tokens if tokens else None,
+            mean_nll=mean_nll(entries),
             seconds=time.monotonic() - self.started,
             computing=self.computing,
             new_tokens=self.new_tokens,

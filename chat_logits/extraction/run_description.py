@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.reader import Reader, open_reader
-from chat_logits.data.source import file_format
+from chat_logits.data.source_files import file_format
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.as_recorded import as_recorded, opened_as_recorded, read_as_recorded, recorded_columns
@@ -18,6 +18,7 @@ from chat_logits.model.adapters import find_base
 from chat_logits.model.config import ModelConfig
 from chat_logits.model.limits import InputLimits, input_limits, load_config
 from chat_logits.model.quantization import find_quantization
+from chat_logits.paths import is_there
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 
@@ -123,7 +124,7 @@ def with_commits(config: Located, kinds: tuple[str, ...]) -> Located:
     for kind in kinds:
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
         is_file = kind == "dataset" and file_format(Path(name)) is not None
-        if Path(name).exists():
+        if is_there(Path(name)):
             if revision:
                 raise UsageError(f"`{kind}_revision` {revision}: {name} is local, which has no revisions")
         elif is_file or not is_hub_id(name):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from chat_logits.data.aligning import Aligning, start_aligning
 from chat_logits.data.reader import Aligned, Reader
+from chat_logits.errors import ToolkitError
 from chat_logits.extraction.bad_rows import NO_ROOM, NOT_FINITE
 from chat_logits.extraction.encoding import Encoded, Encoding, start_encoding
 from chat_logits.extraction.processes import started_group
@@ -33,7 +34,7 @@ from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import Rows, write_shard
+from chat_logits.storage.shard import Rows, refuse_overfull, write_shard
 from chat_logits.storage.shard_list import ShardEntry
 
 BACKLOG = 2  # batches, for each writing thread, whose results wait to be encoded and written
@@ -214,6 +215,7 @@ def run_shards(
     """
     batches, started, fits = Batches(model, settings, sharing), time.monotonic(), fits_alone(model)
     for shard in shards:
+        _refuse_overfull(settings, shard, threads)
         fitting: dict[bool, list[Aligned]] = {True: [], False: []}
         for aligned in shard.ready:
             fitting[fits(len(aligned.input_ids), len(aligned.positions))].append(aligned)
@@ -228,6 +230,15 @@ def run_shards(
             bar.update(len(members))
         threads.write(partial(_finish, finish, encoding, shard, too_large, encoded), encoded)
     threads.wait_for_writing()
+
+
+def _refuse_overfull(settings: Manifest, shard: SourceShard, threads: "ReadWriteThreads") -> None:
+    """Raise ToolkitError where no file can hold the shard: before it is computed, and once those before are written."""
+    try:
+        refuse_overfull(settings, shard.number, sum(len(aligned.positions) for aligned in shard.ready))
+    except ToolkitError:
+        threads.wait_for_writing()
+        raise
 
 
 def encode(encoding: Encoding, members: list[Aligned], pending: PendingDistributions) -> Encoded:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
 SILENCE = 900.0  # seconds without a request or an answer until the end of a run stops waiting, ...
 SLOWEST = 20_000  # ... and bytes a second at which the largest shard may go up meanwhile
+CLOSING = 1.0  # seconds for the thread to end, once nothing more is to be pushed
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
 
 
@@ -91,7 +92,9 @@ class HubSync:
                 self.remote.uploads[entry.shard] = upload
             self._changed.notify()
         if upload is not None and self._fatal:
-            raise ToolkitError("The run ends, as its shards have no place any more.") from self._fatal
+            raise ToolkitError(
+                "Stopping: the Hub refused the commit, and these shards are stored nowhere else."
+            ) from self._fatal
 
     def finish(self, is_all: bool = False) -> None:
         """Push what is left, ``is_all`` where the run then has all of its shards there.
@@ -131,11 +134,14 @@ class HubSync:
         place = f"all are in {self.folder.path}"
         return f"{rest}{place}. The same command pushes what is missing, and computes nothing again."
 
-    def close(self) -> None:
-        """Push no more, whatever is left."""
+    def close(self) -> bool:
+        """Push no more, whatever is left. Returns whether no request is under way any more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(CLOSING)
+        return not self._thread.is_alive()
 
     def _unless_transient(self, step) -> None:
         name = self.repository.name
@@ -219,10 +225,10 @@ class HubSync:
         self._warn(f"{explain_hub_error(error, self.repository.name)}\n{next_step}{when}.")
         if closing:
             self._sleep(seconds)
-        elif asked is None:
-            self._sleep(seconds, until=lambda: self._is_closing)
-        elif not self._sleep(seconds, until=lambda: self._is_closing and self._left_of_wait > LAST.longest_asked):
+        elif not self._sleep(asked or 0, until=lambda: self._is_closing and self._left_of_wait > LAST.longest_asked):
             raise error  # the end waits no longer for what was asked in the middle than for what is asked then
+        else:
+            self._sleep(seconds - (asked or 0), until=lambda: self._is_closing)
 
     @property
     def _left_of_wait(self) -> float:

@@ -251,7 +251,7 @@ class RayWorkers:
         rows = "; ".join(f"{kind}: {self._rows_of(these)}" for kind, these in kinds.items() if these)
         logger.warning(f"Worker {worker.number} ({worker.place}): {reason}\n{rows}")
         if self._plan.goes_nowhere:
-            raise ToolkitError(f"nothing succeeds any more, with any worker. The last failure: {reason}")
+            raise ToolkitError(f"all workers have failed repeatedly. The last failure: {reason}")
 
     def _raise_if_fatal(self, error: Exception) -> None:
         """Raise what is no worker's own trouble: a full disk that all share, a Hub that refuses, a dead cluster.
@@ -267,7 +267,10 @@ class RayWorkers:
         if isinstance(error, UsageError) and self._misused > 1 and not self._described:
             raise error
         if self._refused > 1:
-            raise ToolkitError(f"{error}\nNo shard has a place any more. Put that right, and the same command goes on.")
+            raise ToolkitError(
+                f"{error}\nFinished shards cannot be stored anywhere. Fix access to the Hub and run the same command "
+                "to resume."
+            )
 
     def _refuse_dead_cluster(self) -> None:
         """Raise ToolkitError where the cluster's head is gone: a minute later Ray would just end this process."""

@@ -4,7 +4,7 @@ from huggingface_hub import DatasetCardData
 
 from chat_logits.hub import is_commit
 from chat_logits.storage.manifest import Manifest, quantization_text
-from chat_logits.storage.shard_list import ShardEntry
+from chat_logits.storage.shard_list import ShardEntry, mean_nll
 
 THIS_FOLDER = "path/to/this/folder"  # what the snippets of a card name that is in no repository
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -82,8 +82,8 @@ One row is one conversation; n is `num_tokens`, its extracted tokens.
 Computed in {dtype}{weights}, logits in {head_dtype}, with {attn_implementation} attention, seed {seed}.
 """
 
-NUMBERS = """{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk; the target \
-tokens' mean negative log-likelihood is {mean_nll:.4f} nats."""
+NUMBERS = "{rows:,} conversations, {tokens:,} tokens, {bytes_per_token:.1f} bytes per token on disk{mean_nll}."
+MEAN_NLL = "; the target tokens' mean negative log-likelihood is {:.4f} nats"
 ORIGIN = """
 Made without the model from a dataset with up to {top_k} tokens, a total of {top_p} and {num_sampled} sampled ones (run
 {fingerprint:.16}), by keeping fewer of them: FORMAT.md, "Thinned datasets".
@@ -186,9 +186,10 @@ def _numbers(entries: list[ShardEntry]) -> str:
     tokens = sum(entry.num_tokens for entry in entries)
     if not tokens:
         return NO_NUMBERS
+    mean = mean_nll(entries)
     return NUMBERS.format(
         rows=sum(entry.num_rows for entry in entries),
         tokens=tokens,
         bytes_per_token=sum(entry.num_bytes for entry in entries) / tokens,
-        mean_nll=sum(entry.nll for entry in entries) / tokens,
+        mean_nll="" if mean is None else MEAN_NLL.format(mean),
     )

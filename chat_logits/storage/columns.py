@@ -5,6 +5,8 @@ Of a shard on the Hub come the footer and the bytes of these columns, nothing be
 
 import io
 import itertools
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow as pa
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_sizes
-from chat_logits.storage.shard_reading import named_damage, opened_shard, refuse_bomb, row_ranges
+from chat_logits.storage.shard_reading import named_damage, opened_shard, refuse_bomb, row_ranges, source_range
 
 AT_ONCE = 8  # requests for the pieces of a shard
 FIRST_TAIL, MORE = 2**14, 1024  # bytes of a footer that are asked for first: of the first shard, beyond the last one's
@@ -26,8 +28,9 @@ class ColumnReader:
 
     def __init__(self, dataset: StoredDataset):
         self._dataset = dataset
-        self._footers: dict[int, tuple[bytes, list[RowGroupSizes]]] = {}
+        self._footers: OrderedDict[int, tuple[bytes, list[RowGroupSizes]]] = OrderedDict()
         self._tail = FIRST_TAIL
+        self._lock = threading.Lock()  # around both; nothing is read within
         self.firsts = list(itertools.accumulate((shard.num_rows for shard in dataset.shards), initial=0))
 
     def shard(self, number: int, names: Sequence[str], only: Sequence[int] | None = None) -> pa.Table:
@@ -43,6 +46,7 @@ class ColumnReader:
             remote = None if _is_path(source) else _Pieces(source)
             arguments = (remote if remote is not None else source, shard.path, fingerprint, footer)
             with opened_shard(*arguments, pre_buffer=remote is None) as (file, described, _):
+                source_range(described, shard.path, self._dataset.manifest.rows_per_shard)
                 ranges = row_ranges(file, described, shard.num_rows, shard.path)
                 groups = [group for group, rows in enumerate(ranges) if only is None or any(i in rows for i in only)]
                 for group in groups:
@@ -77,13 +81,18 @@ class ColumnReader:
         return [entry for offset in offsets for entry in self._apart(number, [offset], names)]
 
     def _footer(self, number: int, source) -> tuple[bytes, list[RowGroupSizes]]:
-        if number not in self._footers:
-            footer = read_footer(source, self._tail)
-            self._tail = len(footer) + MORE
-            self._footers[number] = footer, row_group_sizes(footer)
+        with self._lock:
+            if number in self._footers:
+                self._footers.move_to_end(number)
+                return self._footers[number]
+            tail = self._tail
+        footer = read_footer(source, tail)
+        found = footer, row_group_sizes(footer)
+        with self._lock:
+            self._tail, self._footers[number] = len(footer) + MORE, found
             while len(self._footers) > FOOTERS:
-                self._footers.pop(next(iter(self._footers)), None)
-        return self._footers[number]
+                self._footers.popitem(last=False)
+        return found
 
 
 def _is_path(source) -> bool:

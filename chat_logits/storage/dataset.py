@@ -74,7 +74,7 @@ class StoredDataset:
         number = bisect.bisect_right(self._firsts, row_number) - 1
         shard, offset = self.shards[number], row_number - self._firsts[number]
         with self.opened(shard.path) as source:
-            (row,) = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows, offset)
+            (row,) = read_shard_rows(source, *self._named(shard), offset)
         self._validate(row, row_number)
         return row
 
@@ -105,7 +105,7 @@ class StoredDataset:
         """The stored rows of ``shards[number]``, as ``rows`` gives them."""
         shard, first = self.shards[number], self._firsts[number]
         with self.opened(shard.path) as source:
-            rows = read_shard_rows(source, shard.path, self.manifest.fingerprint, shard.num_rows)
+            rows = read_shard_rows(source, *self._named(shard))
             for row_number, row in enumerate(rows, first):
                 self._validate(row, row_number)
                 yield row
@@ -123,7 +123,7 @@ class StoredDataset:
         for shard in shards:
             first = self._first_by_path[shard.path]
             with self.opened(shard.path, cache_type="readahead", block_size=READ_AHEAD) as source:
-                for rows in read_row_groups(source, shard.path, self.manifest.fingerprint, shard.num_rows):
+                for rows in read_row_groups(source, *self._named(shard)):
                     self._validate_all(rows, first)
                     yield first, rows
                     first += len(rows)
@@ -142,14 +142,17 @@ class StoredDataset:
             whole: dict[str, Any] = {"cache_type": "readahead", "block_size": READ_AHEAD}
             whole = whole if len(offsets) == shard.num_rows else {}
             with self.opened(shard.path, **whole) as source:
-                arguments = (source, shard.path, self.manifest.fingerprint, shard.num_rows, offsets)
-                for row in itertools.chain.from_iterable(read_row_groups(*arguments)):
+                for row in itertools.chain.from_iterable(read_row_groups(source, *self._named(shard), offsets)):
                     number = next(numbers)
                     self._validate(row, number)
                     yield number, row
 
+    def _named(self, shard: ShardEntry) -> tuple[str, str, int, int]:
+        """What ``read_row_groups`` holds a shard's file against."""
+        return shard.path, self.manifest.fingerprint, self.manifest.rows_per_shard, shard.num_rows
+
     def sizes(self) -> dict[str, int]:
-        """Bytes of the shards by column, compressed, and of what is in no column (``shard_files.FOOTER``).
+        """Bytes of the shards by column, compressed, and of what is in no column (``shard_reading.FOOTER``).
 
         From the shards' footers; nothing else of them is read.
         """
@@ -160,9 +163,10 @@ class StoredDataset:
         return dict(total)
 
     def refuse_empty(self) -> None:
-        """Raise ToolkitError where there is no row yet."""
+        """Raise ToolkitError where there is no row."""
         if not self.num_rows:
-            raise ToolkitError(f"{self.dataset_id}: no rows yet; its extraction is not finished")
+            why = "nothing was extracted from its source" if self.is_finished else "its extraction is not finished"
+            raise ToolkitError(f"{self.dataset_id}: it has no rows{'' if self.is_finished else ' yet'}; {why}")
 
     def _validate(self, row: dict, row_number: int) -> None:
         manifest = self.manifest
@@ -241,7 +245,9 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
 
 @functools.cache  # once in a process
 def _tell_unfinished(dataset_id: str, rows: str) -> None:
-    logger.warning("%s: its extraction is not finished, %s so far; the same command goes on with it", dataset_id, rows)
+    logger.warning(
+        "%s: its extraction is not finished (%s so far); run the same extract command to resume it", dataset_id, rows
+    )
 
 
 def _commit_of(dataset_id: str, revision: str | None) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from chat_logits.data.conversations import from_stored
 from chat_logits.data.marks import is_left_out
+from chat_logits.data.stored_messages import from_stored
 from chat_logits.storage.card import render_card
 from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import Rows, StoredDataset

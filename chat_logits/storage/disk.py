@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def written_whole(
         flush_and_rename(temporary, path, check_place)
     except BaseException as error:
         lost = _what_is_wrong(check_place)
-        if is_shared or not lost:  # in another folder, a name that is not its own may be another's
+        # After the folder was replaced, this file name may belong to another run: it is not deleted.
+        if is_shared or not lost:
             temporary.unlink(missing_ok=True)
         if lost and isinstance(error, OSError):
             raise lost from error
@@ -143,6 +144,12 @@ def write_text(path: Path, content: str, check_place: Callable[[], None] = lambd
     """Write a file so that a reader sees the old content or the new, never half."""
     with written_whole(path, check_place=check_place) as temporary:
         temporary.write_text(content, encoding="utf-8")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """As ``write_text``, from texts that are made one after another and never all in memory."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 # --- room ---

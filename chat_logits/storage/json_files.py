@@ -1,6 +1,7 @@
 """JSON as the files of a logit dataset have it."""
 
 import json
+import math
 from pathlib import Path
 
 from chat_logits.errors import ToolkitError
@@ -9,21 +10,31 @@ SHOWN = 40  # characters of a value in a message
 
 
 def canonical(value: object) -> bytes:
-    """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
+    """Canonical JSON as FORMAT.md has it: sorted keys, no spaces, UTF-8. Raises ValueError for a number that JSON has
+    not: NaN, or an infinite one."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="surrogatepass")
 
 
 def json_text(content: dict) -> str:
-    """JSON for people to read."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    """JSON for people to read. Raises ValueError as ``canonical``."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, name: str) -> dict:
     """The JSON object in a file that messages call ``name``. Raises ToolkitError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ToolkitError(f"{name} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ToolkitError(f"{name} holds no JSON object")
     return content
+
+
+def _finite(number: str) -> float:
+    """The value of a number with a fraction or an exponent, or of the NaN or Infinity that Python would take."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number:.{SHOWN}} is no finite number")
+    return value

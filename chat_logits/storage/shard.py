@@ -4,6 +4,7 @@ FORMAT.md, "Files", is the specification; ``shard_reading`` reads it.
 """
 
 import itertools
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from chat_logits.storage.shard_list import ShardEntry, shard_path
 from logit_codec import ROW_NUMBERS
 
 ROWS_PER_GROUP = 16
+MOST_ENTRIES = 2**31 - 1  # of a column in a file: Arrow's offsets are int32
 LEVEL = 6  # of Zstandard: 1.7 times as fast as 9 for 0.2% more bytes; 3 takes 2.2% more, twice as fast again
 METADATA_KEY = "logit_extraction"
 
@@ -125,6 +127,18 @@ def write_shard(
         return given.write(temporary, around)
 
 
+def refuse_overfull(manifest: Manifest, shard: int, tokens: int) -> None:
+    """Raise ToolkitError where a shard of so many extracted ``tokens`` would have longer columns than a file can."""
+    entries = tokens * max(manifest.top_k, manifest.num_sampled)
+    if entries > MOST_ENTRIES:
+        rows = manifest.rows_per_shard
+        fewer = max(1, rows * MOST_ENTRIES // entries)
+        raise ToolkitError(
+            f"`rows_per_shard` {rows}: shard {shard} has {tokens:,} tokens to extract, so {entries:,} entries in a "
+            f"column, expected {MOST_ENTRIES:,} at most. Begin another run with {fewer} or fewer."
+        )
+
+
 def table_from(rows: list[dict]) -> pa.Table:
     """The rows as a table. NumPy joins the numbers, which ``from_pylist`` takes one by one: thirty times as slow."""
     columns = [_column([row[column.name] for row in rows], column.type) for column in SCHEMA]
@@ -220,12 +234,12 @@ def _row_bytes(column: pa.Array, kind: pa.DataType) -> list:
 def entry_of(path: str, table: pa.Table, described: dict, size: int) -> ShardEntry:
     """The entry of a shard; ``described`` is its own metadata."""
     skipped = described["skipped"]
-    log_probs = table["token_log_probs"].combine_chunks().values.to_numpy()
+    nll = -float(table["token_log_probs"].combine_chunks().values.to_numpy().sum(dtype=float))
     return ShardEntry(
         path=path,
         num_rows=len(table),
         num_tokens=sum(table["num_tokens"].to_pylist()),
-        nll=-float(log_probs.sum(dtype=float)),
+        nll=nll if math.isfinite(nll) else None,
         num_bytes=size,
         skipped=dict(Counter(entry["reason"] for entry in skipped)),
         bad=dict(Counter(entry["reason"] for entry in skipped if "place" in entry)),

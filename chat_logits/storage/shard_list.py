@@ -3,7 +3,7 @@
 import itertools
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats.
+    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats, None
+    where that is infinite, as JSON has no such number, or not told.
 
     ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` of the
     stored conversations are marked not to be trained on.
@@ -28,7 +29,7 @@ class ShardEntry:
     path: str
     num_rows: int
     num_tokens: int = 0
-    nll: float = 0.0
+    nll: float | None = None
     num_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
@@ -46,7 +47,8 @@ class ShardEntry:
         return self.num_rows + sum(self.skipped.values())
 
     def as_json(self) -> dict:
-        return asdict(self)
+        content = asdict(self)
+        return {key: value for key, value in content.items() if key != "nll" or value is not None}
 
 
 def shard_path(split: str, shard: int) -> str:
@@ -65,6 +67,13 @@ class ShardList(NamedTuple):
 
     entries: list[ShardEntry]
     is_finished: bool
+
+
+def mean_nll(entries: Collection[ShardEntry]) -> float | None:
+    """Of all target tokens in these shards, nats; None without tokens, and where a shard's ``nll`` is None."""
+    totals = [entry.nll for entry in entries if entry.num_tokens]
+    known = [total for total in totals if total is not None]
+    return sum(known) / sum(entry.num_tokens for entry in entries) if known and len(known) == len(totals) else None
 
 
 def shards_text(entries: Iterable[ShardEntry], is_finished: bool = True) -> str:

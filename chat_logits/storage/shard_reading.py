@@ -43,18 +43,23 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
         return entry_of(path, table, described, file.stat().st_size)
 
 
-def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: int | None = None) -> Iterator[dict]:
+def read_shard_rows(
+    source, path: str, fingerprint: str, rows_per_shard: int, num_rows: int, only: int | None = None
+) -> Iterator[dict]:
     """The rows of a shard of ``num_rows`` rows in order, or row ``only`` alone, by single row groups.
 
-    ``source`` is a path or an open file, ``path`` its name in messages. Raises DamagedShard.
+    Of ``rows_per_shard`` source rows it has those that its number says. ``source`` is a path or an open file, ``path``
+    its name in messages. Raises DamagedShard.
     """
     with opened_shard(source, path, fingerprint) as (file, described, sizes):
+        covered = source_range(described, path, rows_per_shard)
         for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
             wanted = rows if only is None else [only] if only in rows else []
             if not wanted:
                 continue
             refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
+            check_order(table["source_index"], covered, path)
             for offset in wanted:
                 row = table.slice(offset - rows.start, 1)
                 _check_rows(row, offset, described, path)
@@ -62,7 +67,7 @@ def read_shard_rows(source, path: str, fingerprint: str, num_rows: int, only: in
 
 
 def read_row_groups(
-    source, path: str, fingerprint: str, num_rows: int, only: Collection[int] | None = None
+    source, path: str, fingerprint: str, rows_per_shard: int, num_rows: int, only: Collection[int] | None = None
 ) -> Iterator[list[dict]]:
     """The rows of a shard in order, a row group at a time, their lists of numbers as arrays over Arrow's buffers.
 
@@ -70,12 +75,14 @@ def read_row_groups(
     takes. A row group without any of them is not read. Raises DamagedShard.
     """
     with opened_shard(source, path, fingerprint) as (file, described, sizes):
+        covered = source_range(described, path, rows_per_shard)
         for group, rows in enumerate(row_ranges(file, described, num_rows, path)):
             wanted = [row - rows.start for row in rows if only is None or row in only]
             if not wanted:
                 continue
             refuse_bomb(sizes[group], group, path)
             table = file.read_row_group(group)
+            check_order(table["source_index"], covered, path)
             _check_rows(table, rows.start, described, path)
             table = table if len(wanted) == len(rows) else table.take(wanted)
             columns = [_row_values(table[name].combine_chunks()) for name in SCHEMA.names]
@@ -151,6 +158,29 @@ def row_ranges(file: pq.ParquetFile, described: dict, num_rows: int, path: str) 
     if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
         raise DamagedShard(f"{path}: {sum(sizes)} rows, expected {num_rows} (shards.json)")
     return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def source_range(described: dict, path: str, rows_per_shard: int) -> range:
+    """The source rows that a shard may have, by its number. Raises DamagedShard where it says that it has others: it
+    was copied or renamed."""
+    first = ShardEntry(path, 0).shard * rows_per_shard
+    if described.get("first_row", first) != first:
+        raise DamagedShard(f"{path}: it has source rows from {described['first_row']} on, expected those from {first}")
+    return range(first, first + rows_per_shard)
+
+
+def check_order(source_rows: pa.ChunkedArray, covered: range, path: str) -> None:
+    """Raise DamagedShard where the column source_index of a row group has nulls, is not ascending, or leaves what the
+    shard may cover."""
+    if source_rows.null_count:
+        raise DamagedShard(f"{path}: column source_index has a null, expected the number of a source row")
+    numbers = source_rows.to_numpy()
+    is_within = len(numbers) == 0 or (covered.start <= numbers[0] and numbers[-1] < covered.stop)
+    if not is_within or not (np.diff(numbers) > 0).all():
+        raise DamagedShard(
+            f"{path}: column source_index has {numbers[0]} to {numbers[-1]}, expected ascending numbers of "
+            f"{covered.start} to {covered.stop - 1}"
+        )
 
 
 def _check_rows(rows: pa.Table, first: int, described: dict, path: str) -> None:

@@ -82,7 +82,7 @@ def test_what_is_left_out_is_taken_from_the_record_and_told(begun, start, capsys
     assert extract_logits.main(start) == 0
     printed = capsys.readouterr()
     assert shards(folder) == whole
-    told = "Left out, and taken from the run that is resumed: "
+    told = "Options not given, taken from the resumed run: "
     (line,) = [line for line in printed.err.splitlines() if line.startswith(told)]
     assert set(line.removeprefix(told).split(", ")) == {f"--{name} {value}" for name, value in CHOSEN.items()}
     assert "--top_k 8" in printed.err.split("To repeat:\n")[1]

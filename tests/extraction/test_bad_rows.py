@@ -141,8 +141,8 @@ def test_a_conversation_that_alone_is_too_large_is_skipped(extract, tmp_path, mo
     monkeypatch.setattr(Teacher, "_forward", small)
     assert extract(path, "--no_prefix_cache", "--batch_tokens", 120) == 0
     told = capsys.readouterr()
-    assert "1 × too large for the memory, though alone in its batch" in told.out
-    assert "chats.jsonl, line 6: too large for the memory" in told.err and "going on with batches" not in told.err
+    assert "1 × out of memory, even as a batch of one" in told.out
+    assert "chats.jsonl, line 6: out of memory, even as" in told.err and "going on with batches" not in told.err
     assert [row["source_index"] for row in open_dataset(str(tmp_path / "out")).rows()] == [0, 1, 2, 3, 4, 6, 7]
     assert max(batches) > 1
 
@@ -165,4 +165,4 @@ def test_a_conversation_that_cannot_fit_is_not_tried(extract, tmp_path, monkeypa
     monkeypatch.setattr(shard_computer.Batches, "compute", noted)
     assert extract(path, "--batch_tokens", 256, "--logit_memory", 16) == 0
     assert sorted(tried) == [0, 1, 2, 3, 4, 6, 7]
-    assert "1 × too large for the memory, though alone in its batch" in capsys.readouterr().out
+    assert "1 × out of memory, even as a batch of one" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Calls that fail in processes that compute one model together: in all of them, or in one alone."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,3 +64,14 @@ def test_processes_that_failed_in_different_places_do_not_go_on(group):
         fail_a_sum_apart(group)
     with pytest.raises(GroupLost, match=said):
         fail_in(group, (), "")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(15, "SIGTERM."), (40, "signal 40."), (9, "SIGKILL, as the system does where memory is short.")],
+)
+def test_whatever_signal_has_ended_a_process_is_told(number, name, tmp_path):
+    """Python has no name for most of the real-time signals."""
+    status = subprocess.run([sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]).returncode
+    assert status == -number
+    assert processes._how(status, tmp_path / "said") == f"was ended by {name}"

@@ -76,6 +76,33 @@ def pushed(hub, workplace):
     return folder / "outputs" / "logits", done.stdout, [request.path for request in hub[0].requests[before:]]
 
 
+IN_PYTHON = """
+import sys
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import are_progress_bars_disabled, logging
+from chat_logits import ExtractConfig, extract
+def state():
+    return constants.HF_HUB_DISABLE_XET, logging.get_verbosity(), get_session().timeout, are_progress_bars_disabled()
+constants.HF_HUB_DISABLE_XET = False
+before = state()
+config = dict(dataset_id="user/questions", chat_template=sys.argv[1], device="cpu", output_repo="user/in-python")
+print(extract(ExtractConfig(model_id="user/tiny-chat", **config)).url)
+assert state() == before, (state(), before)
+try:
+    extract(ExtractConfig(model_id="user/tiny-chat", top_k=3, **config))
+except Exception as error:
+    print(error)
+assert state() == before, (state(), before)
+"""
+
+
+def test_an_extraction_from_python_leaves_the_hubs_client_as_it_was(workplace, tmp_path):
+    done = workplace[1].run(IN_PYTHON, TEMPLATE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    url, refused = done.stdout.splitlines()
+    assert url.endswith("/datasets/user/in-python/tree/main") and "top_k: 64 there, 3 here" in refused
+
+
 def test_the_repository_holds_the_folders_files(hub, pushed):
     folder, (hub, _) = pushed[0], hub
     local = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -284,7 +284,7 @@ def test_a_long_wait_that_was_asked_for_in_the_middle_does_not_hold_the_end(hub,
         assert status == 0, said
     else:
         assert status == 1, said
-        assert f"error: --output_repo user/{repo}: too many requests, says the Hub (429)\n" in said
+        assert f"error: --output_repo user/{repo}: the Hub limits the request rate (429)\n" in said
         assert "shards are not on the Hub yet; all are in" in said and "Traceback" not in said
         assert extract(repo)[0] == 0
     assert on_hub(hub, repo) == files_in(quick_run)
@@ -415,6 +415,30 @@ def test_a_whole_repository_stays_so_where_a_damaged_shard_is_not_computed_again
     assert on_hub(hub, "stays-whole") == files_in(quick_run)
     assert extract("stays-whole")[0] == 0
     assert files_in(tmp_path / "out") == on_hub(hub, "stays-whole") == files_in(quick_run)
+
+
+def test_a_shard_that_was_computed_again_is_sent_once(hub, extract, quick_run, tmp_path):
+    """Found damaged, computed and committed; later starts ask for no upload, and keep what was damaged."""
+    shutil.copytree(quick_run, tmp_path / "out")
+    assert extract("again")[0] == 0
+    shard = shards_in(tmp_path / "out")[7]
+    damaged = shard.read_bytes()[:-100]
+    shard.write_bytes(damaged)
+    assert extract("again")[0] == 0
+    assert [path.name for path in (tmp_path / "out/data/00000").glob(".damaged-*")] == [f".damaged-{shard.name}.old"]
+    commits, begun = len(our_commits(hub, "again")), len(hub.requests)
+    for _ in range(2):
+        status, said = extract("again")
+        assert status == 0, said
+    asked = [request.path for request in hub.requests[begun:]]
+    assert asked and not [path for path in asked if "/preupload/" in path or "/objects/batch" in path]
+    assert len(our_commits(hub, "again")) == commits
+    assert (tmp_path / f"out/data/00000/.damaged-{shard.name}.old").read_bytes() == damaged
+    shard.write_bytes(damaged)  # a second time: it is offered again, and the Hub has such a file
+    begun = len(hub.requests)
+    assert extract("again")[0] == 0
+    assert [request.path for request in hub.requests[begun:] if "/preupload/" in request.path]
+    assert on_hub(hub, "again") == files_in(quick_run)
 
 
 def test_a_repository_with_another_run_is_kept_unless_it_is_to_be_replaced(hub, extract, quick_run, tmp_path):

@@ -203,7 +203,9 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
     assert "Given up" not in stopped.said and "all others are done" not in stopped.said
     told = stopped.said.splitlines()[-2:]
     assert re.match(r"error: --output_repo user/revoked: the Hub refuses \(403: .+\)\. Put that right there", told[0])
-    assert told[1] == "No shard has a place any more. Put that right, and the same command goes on."
+    assert told[1] == (
+        "Finished shards cannot be stored anywhere. Fix access to the Hub and run the same command to resume."
+    )
     again = straight("revoked", *ONE)
     assert again.wait() == 0, again.said
     assert on_hub(hub, "revoked") == undisturbed
@@ -221,7 +223,8 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
         hub.clear_faults()
     assert re.search(r"the Hub refuses \(403: .+\)\. Put that right there", refused.said)
     assert re.search(r"\d+ of them are nowhere else", refused.said) and "all are in" not in refused.said
-    assert refused.said.splitlines()[-1] == "error: The run ends, as its shards have no place any more."
+    last = "error: Stopping: the Hub refused the commit, and these shards are stored nowhere else."
+    assert refused.said.splitlines()[-1] == last
     hub.inject(Fault("refuse", "info", status=503, times=math.inf))
     try:
         away = straight("away", first=HASTY)

@@ -273,14 +273,14 @@ def test_a_template_that_asks_for_the_date_gets_the_first_days(flags, tmp_path):
 def another_day() -> None:
     import datetime
 
-    from chat_logits.data import templates
+    from chat_logits.data import template_choice
 
     class Later(datetime.date):
         @classmethod
         def today(cls):
             return cls(2031, 5, 4)
 
-    templates.datetime = type("module", (), {"date": Later})
+    template_choice.datetime = type("module", (), {"date": Later})
 
 
 # --- not finished yet ---
@@ -292,7 +292,9 @@ def test_a_run_that_is_not_finished_says_so_to_its_readers(flags, undisturbed, t
     life.kill()
     assert life.wait() == -signal.SIGKILL
     begun = open_dataset(str(out))
-    told = f"{out}: its extraction is not finished, {begun.num_rows} conversations so far; the same command goes on"
+    told = (
+        f"{out}: its extraction is not finished ({begun.num_rows} conversations so far); run the same extract command"
+    )
     assert told in caplog.text
     open_dataset(str(out))
     assert caplog.text.count("not finished") == 1  # once in a process

@@ -84,7 +84,7 @@ def test_whatever_ends_a_process_nothing_is_lost_and_nothing_is_left_running(fla
     assert "the same command resumes" in life.said and "Traceback" not in life.said
 
     life, follower = start("first")
-    assert "taken from the run that is resumed: --tensor_parallel 2" in life.said
+    assert "taken from the resumed run: --tensor_parallel 2" in life.said
     life.kill()
     assert life.wait() == -signal.SIGKILL
     wait_until(lambda: not is_running(follower))

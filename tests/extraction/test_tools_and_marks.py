@@ -7,7 +7,7 @@ from conftest import REPO
 
 import explore_logits
 import extract_logits
-from chat_logits.analysis.comparison import compare_datasets
+from chat_logits.analysis.dataset_comparison import compare_datasets
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.analysis.summary import summarize
 from chat_logits.analysis.verification import verify
@@ -68,7 +68,7 @@ def test_tools_are_stored_and_used_again(marked):
 
 
 def test_changed_tools_do_not_match_the_checksum(marked):
-    from chat_logits.data.alignment import AlignmentError, RowAligner
+    from chat_logits.data.row_alignment import AlignmentError, RowAligner
 
     dataset, tokenizer = open_with_tokenizer(str(marked))
     aligner, stored = RowAligner(tokenizer, dataset.manifest), dataset.read_row(1)

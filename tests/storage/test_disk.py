@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 
 from chat_logits.errors import ToolkitError
-from chat_logits.storage.disk import folder_written_whole
+from chat_logits.storage.disk import folder_written_whole, write_lines
 
 BUILDER = """
 import sys
@@ -98,3 +98,20 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ToolkitError, match="file/out: it cannot be written: "):
         write(tmp_path / "file" / "out")
+
+
+def test_lines_are_written_as_they_are_made(tmp_path):
+    """What was made before is on the disk, but for a buffer; the file has its name once all are."""
+    seen = []
+
+    def lines():
+        for number in range(1000):
+            yield f"{number:099d}\n"
+            seen.append([path.stat().st_size for path in tmp_path.glob(".*.tmp")])
+
+    write_lines(tmp_path / "rows.jsonl", lines())
+    sizes = [size for (size,) in seen]
+    assert all(100 * number - size <= 2**17 for number, size in enumerate(sizes)) and sizes[-1] > 0
+    content = (tmp_path / "rows.jsonl").read_text()
+    assert content == "".join(f"{number:099d}\n" for number in range(1000)) and len(content) == 100_000
+    assert names_in(tmp_path) == ["rows.jsonl"]

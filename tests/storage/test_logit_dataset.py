@@ -11,6 +11,7 @@ import pytest
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage import dataset as dataset_module
+from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import StoredDataset, open_dataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard import METADATA_KEY, SCHEMA, write_shard
@@ -95,7 +96,8 @@ def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
         ("shards.json", {}, "lists no shards"),
         ("shards.json", {"shards": [{"path": "../x", "num_rows": 32}]}, "lists no shards"),
         ("shards.json", {"shards": [{"path": "data/x", "num_rows": "32"}]}, "lists no shards"),
-        ("shards.json", {"shards": []}, "no rows yet; its extraction is not finished"),
+        ("shards.json", {"shards": []}, "it has no rows; nothing was extracted from its source"),
+        ("shards.json", {"shards": [], "unfinished": True}, "it has no rows yet; its extraction is not finished"),
     ],
 )
 def test_damaged_files_around_are_named(copy, name, content, message):
@@ -234,6 +236,56 @@ def test_a_write_that_fails_leaves_no_shard(real_extraction, tmp_path):
     with pytest.raises(pa.ArrowException):
         write_shard(tmp_path, manifest_of(real_extraction), 0, [{**row, "num_tokens": "three"}], [])
     assert not list(tmp_path.rglob("*.parquet*"))
+
+
+def read_in_every_way(folder) -> list[str]:
+    """What each way of reading a dataset says of it, "" where nothing."""
+    dataset, told = open_dataset(str(folder)), []
+    for read in (
+        lambda: list(dataset.rows()),
+        lambda: [rows for _, rows in dataset.row_groups(dataset.shards)],
+        lambda: list(dataset.chosen_rows(range(dataset.num_rows))),
+        lambda: [dataset.read_row(number) for number in range(dataset.num_rows)],
+        lambda: [ColumnReader(dataset).shard(number, ["num_tokens"]) for number in range(len(dataset.shards))],
+    ):
+        try:
+            read()
+            told.append("")
+        except ToolkitError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("change", ["swapped", "copied"])
+def test_a_shard_in_anothers_place_is_refused(quick_run, tmp_path, change):
+    """Of as many rows, so that no count tells."""
+    folder = shutil.copytree(quick_run, tmp_path / "run")
+    by_size: dict[int, list] = {}
+    for shard in open_dataset(str(folder)).shards:
+        by_size.setdefault(shard.num_rows, []).append(folder / shard.path)
+    first, other = max(by_size.values(), key=len)[:2]
+    assert read_in_every_way(folder) == [""] * 5
+    content = first.read_bytes()
+    if change == "swapped":
+        first.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    for told in read_in_every_way(folder):
+        assert "it has source rows from" in told and ", expected those from " in told
+
+
+@pytest.mark.parametrize("rows", [[1, 0, *range(2, 32)], [0, 0, *range(2, 32)], [*range(31), 256]])
+def test_source_rows_that_do_not_ascend_within_the_shard_are_refused(copy, rows):
+    table = pq.read_table(shard_of(copy))
+    at = table.schema.get_field_index("source_index")
+    write_plainly(table.set_column(at, SCHEMA.field(at), pa.array(rows, SCHEMA.field(at).type)), copy)
+    for told in read_in_every_way(copy)[:4]:
+        assert "column source_index has" in told and "expected ascending numbers of 0 to 255" in told
+
+
+def test_a_source_row_that_is_null_is_named(copy):
+    rewrite(copy, source_index=None)
+    for told in read_in_every_way(copy)[:4]:
+        assert "column source_index has a null" in told
 
 
 def test_an_empty_shard_can_be_read_with_the_others(copy):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -9,8 +10,13 @@ import pytest
 from conftest import REPO
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.storage.card import render_card
+from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.json_files import canonical, json_text
 from chat_logits.storage.manifest import FINGERPRINT_KEYS, KEYS, Manifest, RunInputs, another_run
-from chat_logits.storage.shard_list import ShardEntry, read_shard_list, shards_text
+from chat_logits.storage.shard import write_shard
+from chat_logits.storage.shard_list import ShardEntry, mean_nll, read_shard_list, shards_text
+from chat_logits.storage.shard_reading import check_shard
 
 FORMAT = (REPO / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -186,6 +192,46 @@ def test_a_changed_listing_is_refused(quick_run, tmp_path):
     (tmp_path / "shards.json").write_text(json.dumps(listing))
     with pytest.raises(ToolkitError, match=rf"here: shards.json is damaged \(checksum {listing['crc32']}, expected"):
         read_shard_list(tmp_path / "shards.json", "here")
+
+
+def as_json_has_it(text: str):
+    """As a reader in another language takes it: NaN and Infinity are no JSON."""
+
+    def refuse(number: str):
+        raise ValueError(number)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_token_without_any_probability_leaves_the_listing_json(quick_run, tmp_path):
+    """FORMAT.md has token_log_probs of -inf, and JSON no number for their sum: ``nll`` may be left out."""
+    manifest, stored = Manifest.read(quick_run / "extraction.json", "here"), open_dataset(str(quick_run))
+    rows = list(stored.shard_rows(0))
+    whole = write_shard(tmp_path, manifest, 0, rows, [])
+    assert whole.nll == pytest.approx(-sum(math.fsum(row["token_log_probs"]) for row in rows))
+    rows[1]["token_log_probs"][0], rows[1]["mean_nll"], rows[1]["max_surprisal"] = -math.inf, math.inf, math.inf
+    entry = write_shard(tmp_path, manifest, 0, rows, [{"row": 0, "reason": "no answer"}])
+    assert check_shard(tmp_path, entry.path, manifest.fingerprint, manifest.rows_per_shard) == entry
+    (tmp_path / "shards.json").write_text(shards_text([entry]))
+    (listed,) = as_json_has_it((tmp_path / "shards.json").read_text())["shards"]
+    assert "nll" not in listed and listed["num_tokens"] == sum(row["num_tokens"] for row in rows)
+    assert read_shard_list(tmp_path / "shards.json", "here").entries == [entry]
+    other = replace(whole, path="data/00000/train-00001.parquet")
+    assert mean_nll([whole, other]) == pytest.approx(whole.nll / whole.num_tokens)
+    assert mean_nll([entry, other]) is None and mean_nll([]) is None
+    card = render_card(manifest, [entry, other])
+    assert "bytes per token on disk." in card and "log-likelihood is" not in card
+    assert f"log-likelihood is {whole.nll / whole.num_tokens:.4f} nats." in render_card(manifest, [whole, other])
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_a_number_that_json_has_not_is_neither_read_nor_written(tmp_path, number):
+    (tmp_path / "shards.json").write_text(f'{{"shards": [{{"path": "data/00000/a-00000.parquet", "nll": {number}}}]}}')
+    with pytest.raises(ToolkitError, match=f"here: shards.json is no JSON: {number} is no finite number"):
+        read_shard_list(tmp_path / "shards.json", "here")
+    for written in (canonical, json_text):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            written({"nll": float(number)})
 
 
 QUANTIZATION = {"weights": "as stored", "config": {"quant_method": "awq", "bits": 4, "modules_to_not_convert": None}}
