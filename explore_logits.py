@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
+import chat_logits.cli  # noqa: F401 - first, so that Ctrl-C during the other imports ends in a line
 from chat_logits.analysis.budget import BUDGET_ROWS, measure_budget
 from chat_logits.analysis.conversation import Selection, analyze_token_probabilities
 from chat_logits.analysis.filtering import filter_rows
@@ -39,6 +40,7 @@ from chat_logits.display.results import (
     shown,
 )
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.paths import expanded
 from chat_logits.stages import stage
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.training.dataset import open_for_student
@@ -81,6 +83,7 @@ def execute_analysis(
     ``top_n``, ``show_prompt`` and ``only`` are as in ``Analysis``. Raises ToolkitError, with what to do about it.
     """
     _check_counts(top_n=top_n, **({} if only is None or callable(only) else {"only": only}))
+    _check_row(sample_index)
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     conversation = Conversation(logits, logits.dataset.row_number(sample_index))
     return _printed(conversation.analyze(top_n, show_prompt=show_prompt, only=only), quiet)
@@ -122,6 +125,8 @@ def execute_comparison(
     """
     given = {"top_n": top_n, "only": only}
     _check_counts(**{name: count for name, count in given.items() if count is not None})
+    if sample_index is not None:
+        _check_row(sample_index)
     logits = open_logits(logit_dataset_id, revision, chat_template, tokenizer_id, trust_remote_code)
     if sample_index is None:
         return _printed(logits.compare(compare, compare_revision, compare_tokenizer_id), quiet)
@@ -139,10 +144,12 @@ def execute_verification(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> ShownVerification:
-    """Hold ``verify`` conversations against the model; print the verification, unless ``quiet``, and return it.
+    """Recompute ``verify`` conversations with the model and compare; print the verification, unless ``quiet``, and
+    return it.
 
     ``model_id`` says where the recorded model lies now, its tokenizer with it unless ``tokenizer_id`` says otherwise.
     """
+    _check_counts(verify=verify)
     from chat_logits.analysis.verification import verify as verify_rows  # loads torch
 
     with stage("Opening %s and its tokenizer", logit_dataset_id):
@@ -167,6 +174,8 @@ def execute_student(
     ``student`` is a folder or a Hub id (at ``student_revision``), with the extraction's tokenizer; ``student_rows`` are
     spread over the dataset, None for all. Raises UsageError for another tokenizer, naming the first token that differs.
     """
+    if student_rows is not None:
+        _check_counts(student_rows=student_rows)
     with stage("Importing torch and transformers"):
         from chat_logits.model.loading import choose_device, load_model
         from chat_logits.training.student_pass import measure_student
@@ -184,6 +193,7 @@ def execute_budget(
     logit_dataset_id: str, budget_rows: int = BUDGET_ROWS, revision: str | None = None, quiet: bool = False
 ) -> ShownBudget:
     """Print what fewer stored entries would take and cost, on ``budget_rows`` rows, unless ``quiet``, and return it."""
+    _check_counts(budget_rows=budget_rows)
     return _printed(measure_budget(open_dataset(str(logit_dataset_id), revision), budget_rows), quiet)
 
 
@@ -195,7 +205,11 @@ def execute_thinning(
     ``thin`` is (K, S, P, folder): the most probable tokens, the draws and the nucleus' total to keep, none of them more
     than is stored, and a new or an empty folder.
     """
-    setting, folder = read_setting(thin)
+    setting, _ = read_setting(thin)
+    for name, count in zip("KS", thin, strict=False):
+        if not isinstance(count, str) and not _is_whole(count):
+            raise UsageError(f"`thin`: {name} {count!r}: expected a whole number")
+    folder = expanded(thin[-1], "thin")
     return _printed(thin_dataset(open_dataset(str(logit_dataset_id), revision), setting, folder), quiet)
 
 
@@ -207,7 +221,8 @@ def execute_filtering(
     ``where`` is as for ``Logits.where``. ``save`` is where they go: FILE.jsonl gets their messages, FILE.txt their
     source indices, and a new or an empty folder is made a logit dataset of these rows.
     """
-    return _printed(filter_rows(open_dataset(str(logit_dataset_id), revision), where, save), quiet)
+    place = None if save is None else expanded(save, "save")
+    return _printed(filter_rows(open_dataset(str(logit_dataset_id), revision), where, place), quiet)
 
 
 def browse_dataset(
@@ -241,8 +256,17 @@ def browse_dataset(
 def _check_counts(**counts: object) -> None:
     """Raise UsageError for one that is no whole number of 1 or more."""
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        if not _is_whole(count) or count < 1:  # type: ignore[operator]
             raise UsageError(f"`{name}` {count!r}: expected a whole number, 1 or more")
+
+
+def _check_row(sample_index: object) -> None:
+    if not _is_whole(sample_index):
+        raise UsageError(f"`sample_index` {sample_index!r}: expected a whole number, negative from the end")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _printed(result, quiet: bool):

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+import chat_logits.cli  # noqa: F401 - first, so that Ctrl-C during the other imports ends in a line
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.cli.command_line import leave, run_command
 from chat_logits.cli.export_options import KINDS, ExportOptions, build_parser, report_of

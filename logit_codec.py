@@ -151,25 +151,39 @@ def unpack_indices(low, high) -> np.ndarray:
     """Token ids, int32 (n,): ``low | high_bits << 16``.
 
     ``low`` holds n 16-bit numbers (list, array, or little-endian bytes), ``high`` ceil(n/4) bytes with four
-    2-bit entries each, the first in bits 0-1 (bytes, list or array). Beside an array, as rows have after
-    ``with_format("numpy")`` or ``"torch"``, bytes have lost the zeros at their end, which are put back. Raises
-    ValueError where they don't fit.
+    2-bit entries each, the first in bits 0-1 (bytes, list or array). Bytes that ``with_format("numpy")`` or
+    ``"torch"`` has cut the zeros off are whole again. Raises ValueError where lengths or numbers don't fit.
 
     >>> unpack_indices([65535, 0, 0, 1], b"\\x1b").tolist()
     [262143, 131072, 65536, 1]
     """
-    if isinstance(high, bytes) and not isinstance(low, (list, bytes, bytearray, memoryview)):
-        high = bytes(high).ljust(-(-len(low) // 4), b"\0")
-    low, high = _as_numbers(low, "<u2"), _as_numbers(high, np.uint8)
+    high = _whole(high, low, -(-len(low) // 4))
+    low, high = _as_numbers(low, "<u2", "indices_low"), _as_numbers(high, np.uint8, "indices_high")
     if len(high) != -(-len(low) // 4):
         raise ValueError(f"{len(high)} bytes of high bits for {len(low)} ids, expected {-(-len(low) // 4)}")
     return low.astype(np.int32) | _high_bits(high)[: len(low)] << 16
 
 
-def _as_numbers(values, dtype) -> np.ndarray:
+def _as_numbers(values, dtype, column: str) -> np.ndarray:
+    """A column's values as ``dtype``. Raises RowError where that is of whole numbers and a value is none of them."""
     if isinstance(values, (bytes, bytearray, memoryview)):
         return np.frombuffer(values, dtype)
-    return np.asarray(values).astype(dtype)
+    array, dtype = np.asarray(values), np.dtype(dtype)
+    if array.dtype == dtype or dtype.kind == "f":
+        return array.astype(dtype)
+    with np.errstate(invalid="ignore"):
+        numbers = array.astype(dtype)
+    if (numbers != array).any():
+        raise RowError(column, f"{array[numbers != array][0]}", f"whole numbers from 0 to {np.iinfo(dtype).max}")
+    return numbers
+
+
+def _whole(packed, low, length: int):
+    """Bytes as they were stored beside the ids ``low``. The formats "numpy", whose bytes are ``numpy.bytes_``, and
+    "torch", whose bytes are plain and ids a tensor, cut off the zeros at their end."""
+    if isinstance(packed, np.bytes_) or (isinstance(packed, bytes) and type(low).__module__ == "torch"):
+        return bytes(packed).ljust(length, b"\0")
+    return packed
 
 
 def _high_bits(packed: np.ndarray) -> np.ndarray:
@@ -292,7 +306,8 @@ def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
     """The stored distribution, nucleus and sampled tail, at one position of a row; others are not decoded.
 
     ``sample`` is a stored row as any reader returns it; ``index`` counts its extracted tokens, negative ones
-    from the end. Raises IndexError outside the row and RowError where the columns' lengths disagree.
+    from the end. Raises IndexError outside the row and RowError where the columns' lengths disagree, or a number at
+    the position is outside its column's type.
     """
     n = int(sample["num_tokens"])
     if not -n <= index < n:
@@ -319,24 +334,28 @@ def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
 
 def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and codes uint8, both (width,), of one position."""
-    low, high, codes = _entry_values(sample, kind)
+    low, high, codes = _entry_values(sample, kind, n)
     if len(low) % n or len(codes) != len(low) or len(high) != -(-len(low) // 4):
         finding = f"{len(codes)} codes, {len(low)} low and {len(high)} high entries"
         raise RowError(f"{kind}_*", finding, f"a multiple of {n}, as many low entries, a quarter of high bytes")
     width = len(low) // n
     start, end = index * width, (index + 1) * width
-    high_bits = _high_bits(_as_numbers(high[start // 4 : -(-end // 4)], np.uint8))[start % 4 :][:width]
-    ids = _as_numbers(low[start:end], "<u2").astype(np.int32) | high_bits << 16
-    return ids, _as_numbers(codes[start:end], np.uint8)
+    packed = _as_numbers(high[start // 4 : -(-end // 4)], np.uint8, f"{kind}_indices_high")
+    low = _as_numbers(low[start:end], "<u2", f"{kind}_indices_low")
+    ids = low.astype(np.int32) | _high_bits(packed)[start % 4 :][:width] << 16
+    return ids, _as_numbers(codes[start:end], np.uint8, f"{kind}_logits_quantized")
 
 
-def _entry_values(row: dict, kind: str) -> tuple:
-    """The low, high and code columns. Formatted as arrays (``with_format("numpy")``, ``"torch"``), bytes have lost
-    the zeros at their end, which are put back."""
+def _entry_values(row: dict, kind: str, n: int) -> tuple:
+    """The low, high and code columns of a row with ``n`` positions, with the zeros that a format has cut off.
+
+    Codes of a nucleus reach into the last position at least, where one is not 0. Raises RowError where they don't.
+    """
     low, high, codes = (row[f"{kind}_{name}"] for name in ("indices_low", "indices_high", "logits_quantized"))
-    if not isinstance(low, list):
-        codes, high = bytes(codes).ljust(len(low), b"\0"), bytes(high).ljust(-(-len(low) // 4), b"\0")
-    return low, high, codes
+    whole, least = _whole(codes, low, len(low)), len(low) // n * (n - 1) + 1
+    if kind == "top" and len(codes) < min(least, len(whole)):
+        raise RowError("top_logits_quantized", f"length {len(codes)}", f"at least {least}, zeros at the end cut off")
+    return low, _whole(high, low, -(-len(low) // 4)), whole
 
 
 def row_entries(row: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -344,8 +363,9 @@ def row_entries(row: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError where the columns' lengths disagree.
     """
-    low, high, codes = _entry_values(row, kind)
-    codes = _as_numbers(codes, np.uint8).reshape(int(row["num_tokens"]), -1)
+    n = int(row["num_tokens"])
+    low, high, codes = _entry_values(row, kind, n)
+    codes = _as_numbers(codes, np.uint8, f"{kind}_logits_quantized").reshape(n, -1)
     return unpack_indices(low, high).reshape(codes.shape), codes
 
 
@@ -398,9 +418,9 @@ def _check_numbers(row: dict, column: str, expected: int, dtype, row_number: int
         finding = "nothing" if value is None else f"length {len(value)}"
         raise RowError(column, finding, f"length {expected}", row_number)
     try:
-        return _as_numbers(value, dtype)
+        return _as_numbers(value, dtype, column)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RowError(column, "null, or no number", f"{expected} numbers", row_number) from error
+        raise RowError(column, f"null, or no {np.dtype(dtype)}", f"{expected} numbers", row_number) from error
 
 
 def _check_entries(row: dict, kind: str, count: int, vocab_size: int, row_number: int | None) -> None:

@@ -14,7 +14,7 @@ from conftest import MODEL, REPO, TEMPLATE, make_tiny_model, run_command
 
 import explore_logits
 from chat_logits.analysis.tokens import EXTRACTED, PROMPT, SKIPPED
-from chat_logits.data.alignment import AlignmentError
+from chat_logits.data.row_alignment import AlignmentError
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
 from explore_logits import analyze_token_probabilities, execute_analysis, execute_comparison, unpack_indices
@@ -165,6 +165,46 @@ def test_numbers_from_python_are_checked_as_those_of_the_command(real_extraction
             execute_analysis(str(real_extraction), only=wrong)
     found = execute_analysis(str(real_extraction), top_n=np.int64(2), quiet=True)
     assert max(len(token.predictions) for token in found) == 2
+
+
+@pytest.mark.parametrize("wrong", ["0", 1.5, True, None, "x"])
+def test_rows_from_python_are_whole_numbers(real_extraction, wrong):
+    message = re.escape(f"`sample_index` {wrong!r}: expected a whole number, negative from the end")
+    with pytest.raises(UsageError, match=message):
+        execute_analysis(str(real_extraction), wrong)
+    if wrong is not None:
+        with pytest.raises(UsageError, match=message):
+            execute_comparison(str(real_extraction), str(real_extraction), wrong)
+    assert execute_analysis(str(real_extraction), np.int64(-1), quiet=True).sample_index == 31
+
+
+@pytest.mark.parametrize("wrong", ["3", 0, -1, 2.0, True])
+def test_counts_from_python_are_checked_before_a_model_is_loaded(real_extraction, wrong):
+    """The student is not there, which would be told next."""
+    place = str(real_extraction)
+    for name, call in {
+        "budget_rows": lambda: explore_logits.execute_budget(place, wrong),
+        "student_rows": lambda: explore_logits.execute_student(place, "/no/such", student_rows=wrong),
+        "verify": lambda: explore_logits.execute_verification(place, wrong, model_id="/no/such"),
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(f"`{name}` {wrong!r}: expected a whole number, 1 or more")):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("thin", "message"),
+    [
+        ((8.5, 8, 0.9, "thin"), "`thin`: K 8.5: expected a whole number"),
+        ((True, 8, 0.9, "thin"), "`thin`: K True: expected a whole number"),
+        ((8, 2.5, 0.9, "thin"), "`thin`: S 2.5: expected a whole number"),
+        ((8, 8, 0.9, None), "`thin` None: no name; expected"),
+    ],
+)
+def test_settings_from_python_are_whole_numbers(real_extraction, tmp_path, monkeypatch, thin, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        explore_logits.execute_thinning(str(real_extraction), thin)
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback(real_extraction, capsys):

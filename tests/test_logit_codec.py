@@ -174,6 +174,63 @@ def test_high_bits_whose_zeros_a_format_has_cut_off_are_whole_again(kind):
     assert found == all_ids
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "column", "found"),
+    [
+        ([70_000, -1], b"\0", "low", "70000"),
+        (np.array([3, -1]), b"\0", "low", "-1"),
+        ([1.5, 2.0], b"\0", "low", "1.5"),
+        ([1.0, math.nan], b"\0", "low", "nan"),
+        ([1, 2], [256], "high", "256"),
+        ([1, 2], [-1], "high", "-1"),
+    ],
+)
+def test_numbers_beyond_16_and_8_bits_are_refused(low, high, column, found):
+    with pytest.raises(ValueError, match=f"column indices_{column}: found {found}, expected whole numbers from 0 to "):
+        codec.unpack_indices(low, high)
+    lists = {"top_indices_low": [*low, *[0] * 7], "top_indices_high": [*high, 0, 0]}
+    with pytest.raises(codec.RowError, match=f"column top_indices_{column}: found {found}, expected"):
+        codec.dequantize_all_logits({**ROW, **lists}, 0)
+    with pytest.raises(codec.RowError, match="column top_indices_"):
+        codec.validate_row({**ROW, **lists}, **SIZES)
+
+
+def formatted(kind: str, rows: list[dict]) -> list[dict]:
+    """The rows as ``datasets`` gives them in this format, one at a time."""
+    features = datasets.Dataset.from_list(rows).features
+    for name in ("top_indices_low", "sampled_indices_low"):
+        features[name] = datasets.List(datasets.Value("uint16"))
+    read = datasets.Dataset.from_list(rows, features=features).with_format(kind)
+    found = [read[i] for i in range(len(rows))]
+    if kind == "pandas":
+        return [row.iloc[0].to_dict() for row in found]
+    return [{name: row[name][0] for name in row.columns} for row in found] if kind == "polars" else found
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch", "pandas", "polars"])
+def test_rows_of_every_format_decode_and_short_columns_are_refused(kind):
+    """Seven positions of K = 3, S = 2, each with a nucleus of one entry, so that codes and high bits end in zeros."""
+    codes = [200, 0, 0] * 7
+    low, high = codec.pack_indices([9, 0, 0] * 7)
+    row = {
+        **{"top_logits_quantized": bytes(codes), "top_indices_low": low.tolist(), "top_indices_high": high},
+        **{"sampled_logits_quantized": bytes(14), "sampled_indices_low": [0] * 14, "sampled_indices_high": bytes(4)},
+        **{"logsumexp": [1.0] * 7, "num_tokens": 7},
+    }
+    cut = {**row, "top_logits_quantized": bytes(codes[:-4])}  # with them the last position's one entry
+    without_ids = {**row, "top_indices_high": b""}
+    (whole, short, bare) = formatted(kind, [row, cut, without_ids])
+    for index in range(7):
+        assert codec.dequantize_all_logits(whole, index).token_ids.tolist() == [9]
+    assert codec.decode_row(whole).top_ids.tolist() == [[9, 0, 0]] * 7
+    for read in (lambda row: codec.dequantize_all_logits(row, 0), codec.decode_row):
+        with pytest.raises(ValueError, match=r"17 codes|size 17|found length 1[67], expected at least 19"):
+            read(short)
+        if kind in (None, "pandas", "polars"):  # the others cut off zeros themselves
+            with pytest.raises(ValueError, match=r"0 high|0 bytes of high bits"):
+                read(bare)
+
+
 @given(token_ids, st.integers(1, 3))
 def test_high_bits_of_another_length_are_refused(ids, extra):
     low, high = codec.pack_indices(ids)

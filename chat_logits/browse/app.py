@@ -19,17 +19,19 @@ from chat_logits.browse.browsed import Browsed
 from chat_logits.browse.front import losses, parts
 from chat_logits.browse.index import Clock
 from chat_logits.browse.jobs import DONE, FAILED, IDLE, Job
-from chat_logits.browse.marks import Mark
+from chat_logits.browse.marks import Mark, is_whole
 from chat_logits.browse.render import in_frame, policy, render, script, whole
 from chat_logits.browse.security import Guard
 from chat_logits.browse.view import Range, View, view_of
 from chat_logits.display.results import shown
 from chat_logits.display.text import line_of, plain, quoted, visible
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.paths import expanded
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.words import count_text
 
 LINES_MOST = 64  # rows in a request
+DIGITS_MOST = 18  # of a number in an address
 BODY_MOST = 64 * 2**10  # bytes of a request's body
 AT_ONCE = 0.7  # seconds that a comparison of all rows is waited for before the page says how far it is
 FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
@@ -57,8 +59,8 @@ class Site:
             "/lines": self.lines,
             "/summary": self.summary,
             "/compare": self.compared,
-            "/row/{row:int}": self.row,
-            "/compare/{row:int}": self.pair,
+            "/row/{row}": self.row,
+            "/compare/{row}": self.pair,
             "/indices": self.indices,
             "/messages": self.messages,
         }
@@ -121,11 +123,11 @@ class Site:
 
     def lines(self, request: Request, _clock: Clock) -> Response:
         text = request.query_params.get("rows", "")
-        rows = [int(part) for part in text.split(",") if part.isascii() and part.isdecimal()]
-        total = self.browsed.dataset.num_rows
-        if not 0 < len(rows) <= LINES_MOST or any(row >= total for row in rows):
+        rows, total = [_number(part) for part in text.split(",")[: LINES_MOST + 1]], self.browsed.dataset.num_rows
+        known = [row for row in rows if row is not None and row < total]
+        if not 0 < len(rows) <= LINES_MOST or len(known) < len(rows):
             raise BadRequest(f"rows={text[:40]}: expected 1 to {LINES_MOST} numbers of rows below {total:,}")
-        return JSONResponse([_line(line) for line in self.browsed.lines(rows)])
+        return JSONResponse([_line(line) for line in self.browsed.lines(known)])
 
     def begin_summary(self, _content: dict) -> Response:
         self.browsed.summary.start()
@@ -155,11 +157,11 @@ class Site:
         return compare_any(*sides, row, browsed.chat_template, **watched)
 
     def _framed(self, request: Request, clock: Clock, analyse: Callable) -> Response:
-        row, base = request.path_params["row"], request.url.path.split("/")[1]
-        view = view_of(request.query_params)
-        if row >= self.browsed.dataset.num_rows:
+        text, base = request.path_params["row"], request.url.path.split("/")[1]
+        view, row = view_of(request.query_params), _number(text)
+        if row is None or row >= self.browsed.dataset.num_rows:
             count = count_text(self.browsed.dataset.num_rows, "row")
-            raise UsageError(f"row {row}: {self.browsed.dataset.dataset_id} has {count}")
+            raise UsageError(f"row {text:.40}: {self.browsed.dataset.dataset_id} has {count}")
         frame = self._frame(view, row, base, clock)
         try:
             page = shown(analyse(row)).to_html(frame)
@@ -238,11 +240,11 @@ class Site:
     def save(self, content: dict) -> Response:
         """Write the rows of a view as a logit dataset into a new folder."""
         folder, query = content.get("folder"), content.get("query")
-        if not isinstance(folder, str) or not folder.strip() or not isinstance(query, str):
+        if not isinstance(folder, str) or not folder.strip() or not isinstance(query, str) or not is_whole(query):
             raise BadRequest("expected the folder to write to")
+        place = expanded(folder.strip(), "folder")
         view = View.read(parse_qsl(query))
         rows = sorted(row for row, _ in self.browsed.index.chosen(view, Clock()))
-        place = str(Path(folder.strip()).expanduser())
         write_dataset(self.browsed.dataset, rows, place, view.where if view.is_where_alone else None)
         return JSONResponse({"told": f"{count_text(len(rows), 'conversation')} written to {Path(place).resolve()}"})
 
@@ -250,11 +252,16 @@ class Site:
 
     def put_mark(self, content: dict) -> Response:
         source_index = content.get("source_index")
-        if not isinstance(source_index, int) or isinstance(source_index, bool):
+        if not isinstance(source_index, int) or isinstance(source_index, bool) or not 0 <= source_index < 2**63:
             raise BadRequest("expected the number of a source row")
         mark = Mark.read(content.get("note"), content.get("tags"))
         self.browsed.mark(source_index, mark)
         return JSONResponse({"note": mark.note, "tags": mark.tags})
+
+
+def _number(text: str) -> int | None:
+    """A number in an address, from 0 and below 10**18, None for all else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= DIGITS_MOST else None
 
 
 def _view_or_error(request: Request) -> tuple[View, str | None]:
@@ -265,6 +272,7 @@ def _view_or_error(request: Request) -> tuple[View, str | None]:
 
 
 def _line(line) -> dict:
+    """As JSON, with null for what is infinite."""
     content = {"row": line.row, "question": line_of(line.question), "bars": line.bars, "at": line.at}
     told = {"fault": line.fault and visible(line.fault), "surprisal": line.surprisal}
     return plain({**content, **told, "token": quoted(line.token)[1:-1], "before": line_of(line.before)})
@@ -304,7 +312,7 @@ def _posted(answer: Callable) -> Callable:
                 return PlainTextResponse(f"expected {BODY_MOST:,} bytes at most\n", 413)
         try:
             content = json.loads(body or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             return PlainTextResponse("expected a JSON object\n", 400)

@@ -11,18 +11,20 @@ import numpy as np
 from chat_logits.analysis.conversation import Analysis, analyze_row
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import text_and_before
-from chat_logits.browse.index import NUMBERS, Index
+from chat_logits.browse.index import NUMBERS, Clock, Index
 from chat_logits.browse.jobs import Job
 from chat_logits.browse.marks import Mark, Marks, marks_file
-from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
-from chat_logits.data.conversations import question_of
-from chat_logits.errors import ToolkitError
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import RowAligner
+from chat_logits.data.stored_messages import question_of
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import StoredDataset
 
 READERS = 4  # shards at once
 SPARK = 48  # bars of a sparkline
 OF_LINES = ("messages", "tools", "token_log_probs", "alignment_checksum", "num_tokens")
+DAMAGE = (ToolkitError, TypeError, ValueError, KeyError, AttributeError)  # what a column that is null, say, may raise
 AT_ONCE_BYTES = 256 * 2**20  # of a dataset's shards: its summary is begun by itself up to here, if they are local
 
 
@@ -38,7 +40,7 @@ class Line:
     token: str = ""
     before: str = ""
     at: int | None = None
-    surprisal: float | None = None
+    surprisal: float | None = None  # of that token, infinite where the model gives it no probability
     fault: str | None = None
 
 
@@ -117,7 +119,8 @@ class Browsed:
     def lines(self, rows: Sequence[int]) -> list[Line]:
         """What the list shows of these rows, those that cannot be read with their reason."""
         found = self.reader.rows(rows, OF_LINES)
-        alignments = self._aligned([row for row in found if isinstance(row, dict)])
+        readable = [(number, row) for number, row in zip(rows, found, strict=True) if isinstance(row, dict)]
+        alignments = self._aligned([row for _, row in readable], [number for number, _ in readable])
         return [
             self._line(number, row, next(alignments)) if isinstance(row, dict) else Line(number, fault=str(row))
             for number, row in zip(rows, found, strict=True)
@@ -128,29 +131,34 @@ class Browsed:
         with self._aligning:
             return analyze_row(self.dataset, self.dataset.read_row(row), row, self._aligner, self.tokenizer)
 
-    def _aligned(self, rows: list[dict]):
+    def _aligned(self, rows: list[dict], numbers: list[int]):
         """Each row's alignment, or the error."""
         with self._aligning:
             try:
-                return iter(self._aligner.align_all(rows))
-            except AlignmentError:
-                return iter([self._aligned_alone(row) for row in rows])
+                return iter(self._aligner.align_all(rows, numbers))
+            except DAMAGE:
+                return iter([self._aligned_alone(row, number) for row, number in zip(rows, numbers, strict=True)])
 
-    def _aligned_alone(self, row: dict) -> Alignment | AlignmentError:
+    def _aligned_alone(self, row: dict, number: int) -> Alignment | ToolkitError:
         try:
-            return self._aligner.align(row)
-        except AlignmentError as error:
+            return self._aligner.align(row, number)
+        except ToolkitError as error:
             return error
+        except DAMAGE as error:
+            return ToolkitError(f"row {number}: its conversation is not what the format asks for ({error})")
 
-    def _line(self, number: int, row: dict, alignment: Alignment | AlignmentError) -> Line:
-        surprisals = -np.asarray(row["token_log_probs"], np.float64)
-        question = question_of(row["messages"], 200)
-        fault = str(alignment) if isinstance(alignment, AlignmentError) else None
-        if fault is None and (len(surprisals) != row["num_tokens"] or not np.isfinite(surprisals).all()):
-            fault = "column token_log_probs is not what the format asks for"
-        if fault is not None or not len(surprisals):
-            return Line(number, question, fault=fault or "no tokens")
-        assert isinstance(alignment, Alignment)
+    def _line(self, number: int, row: dict, alignment: Alignment | ToolkitError) -> Line:
+        surprisals = -np.array(row["token_log_probs"], np.float64, ndmin=1)
+        try:
+            question = question_of(row["messages"], 200)
+        except DAMAGE:
+            question = ""
+        if isinstance(alignment, ToolkitError):
+            return Line(number, question, fault=str(alignment))
+        if len(surprisals) != row["num_tokens"] or not (surprisals > -np.inf).all():  # NaN is not either
+            return Line(number, question, fault="column token_log_probs is not what the format asks for")
+        if not len(surprisals):
+            return Line(number, question, fault="no tokens")
         worst = int(surprisals.argmax())
         text, before = text_and_before(alignment.input_ids, int(alignment.positions[worst]), self.tokenizer)
         parts = np.array_split(surprisals, min(SPARK, len(surprisals)))
@@ -160,7 +168,9 @@ class Browsed:
     # --- marks ---
 
     def mark(self, source_index: int, mark: Mark) -> None:
-        """Put a mark on a source row of the dataset."""
+        """Put a mark on a source row of the dataset. Raises UsageError where it has no such row."""
+        if not self.index.has_source(source_index, Clock()):
+            raise UsageError(f"source row {source_index}: it is not in the dataset, expected one that is")
         self.marks.put(source_index, mark)
         self.index.set_marks([(source_index, mark.note, mark.tags)])
 

@@ -25,7 +25,6 @@ COLUMNS = (  # name, title, kind, whether the largest come first
     *((None, "Surprisal", "spark", False), ("max_surprisal", "Least expected", "worst", True)),
     ("note", "Marks", "marks", True),
 )
-REST = 1.03  # of the axis: how far a bar of nothing is from its ground
 
 
 def parts(browsed: Browsed, view: View, clock: Clock, error: str | None = None, other: str | None = None) -> dict:

@@ -157,6 +157,10 @@ class Index:
         found = self._rows("SELECT source_index FROM numbers WHERE row = ?", [row], clock)
         return found[0][0] if found else None
 
+    def has_source(self, source_index: int, clock: Clock) -> bool:
+        """Whether a stored row is of this source row, a number of 64 bits."""
+        return bool(self._rows("SELECT 1 FROM numbers WHERE source_index = ? LIMIT 1", [source_index], clock))
+
     def neighbours(self, view: View, row: int, clock: Clock) -> dict:
         """A row's place in the view: ``previous`` and ``next`` row or None, its ``place`` from 1, or None where it is
         not chosen, ``of`` how many rows."""
@@ -197,8 +201,8 @@ class Index:
         return [role for (role,) in self._rows(sql, [], clock, True)]
 
     def tags(self, clock: Clock) -> list[str]:
-        """All tags."""
-        sql = "SELECT DISTINCT unnest(tags) AS tag FROM marks ORDER BY tag"
+        """All tags of the dataset's rows."""
+        sql = "SELECT DISTINCT unnest(tags) AS tag FROM marks SEMI JOIN numbers USING (source_index) ORDER BY tag"
         return [tag for (tag,) in self._rows(sql, [], clock, True)]
 
     def _edges_of(self, name: str, clock: Clock) -> list[float]:

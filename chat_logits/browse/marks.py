@@ -4,6 +4,7 @@ A mark is a source row's of a run, by the run's fingerprint, so that it holds in
 """
 
 import json
+import operator
 import os
 import sqlite3
 import sys
@@ -17,8 +18,10 @@ from chat_logits.storage.dataset import StoredDataset
 
 FILE = "marks.sqlite"
 LONGEST, TAG_LONGEST, TAGS_MOST = 4000, 60, 20  # characters of a note and a tag; tags of a conversation
-TABLE = """CREATE TABLE IF NOT EXISTS marks (fingerprint TEXT, source_index INTEGER, note TEXT, tags TEXT,
-    PRIMARY KEY (fingerprint, source_index))"""
+TABLE = (
+    "CREATE TABLE marks (fingerprint TEXT, source_index INTEGER, note TEXT, tags TEXT, "
+    "PRIMARY KEY (fingerprint, source_index))"
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,18 @@ class Mark:
         if not isinstance(note, str) or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise UsageError("expected a text as the note, and a list of texts as tags")
         names = sorted({" ".join(tag.split()) for tag in tags} - {""})
+        if not all(map(is_whole, [note, *names])):
+            raise UsageError("a note or a tag has half a character, a surrogate alone; expected text")
         if len(note) > LONGEST or len(names) > TAGS_MOST or any(len(name) > TAG_LONGEST for name in names):
             raise UsageError(
                 f"a note has {LONGEST:,} characters at most, a tag {TAG_LONGEST}, and a conversation {TAGS_MOST} tags"
             )
         return cls(note.strip(), names)
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has a place in UTF-8: no surrogate is alone in it."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def marks_file(dataset: StoredDataset) -> Path:
@@ -51,6 +61,13 @@ def marks_file(dataset: StoredDataset) -> Path:
 
 
 def _user_data() -> Path:
+    try:
+        return _in_home()
+    except RuntimeError:  # nobody knows this user's home: marks are refused when one is written
+        return Path(os.devnull)
+
+
+def _in_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     if sys.platform == "darwin":
@@ -75,8 +92,8 @@ class Marks:
             sql = "SELECT source_index, note, tags FROM marks WHERE fingerprint = ?"
             rows = connection.execute(sql, [self._fingerprint]).fetchall()
         try:
-            return {int(source_index): Mark.read(note, json.loads(tags)) for source_index, note, tags in rows}
-        except (ValueError, TypeError, UsageError) as error:
+            return {operator.index(number): Mark.read(note, json.loads(tags)) for number, note, tags in rows}
+        except (ValueError, TypeError, RecursionError, UsageError) as error:
             raise ToolkitError(f"{self.file}: its marks are not what was written ({error}); move it away") from error
 
     def put(self, source_index: int, mark: Mark) -> None:
@@ -90,6 +107,16 @@ class Marks:
                     [*key, mark.note, json.dumps(mark.tags, ensure_ascii=False)],
                 )
 
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Make the table, or find that it is all there is. The dataset may be somebody else's: a view, a trigger or a
+        column that is computed may go on for ever."""
+        connection.execute("PRAGMA trusted_schema = OFF")
+        found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 2").fetchall()
+        if not found:
+            connection.execute(TABLE)
+        elif [" ".join(sql.split()) for (sql,) in found] != [TABLE]:
+            raise ToolkitError(f"{self.file}: more or other than a table of marks is in it; move it away")
+
     @contextmanager
     def _opened(self):
         if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
@@ -97,8 +124,7 @@ class Marks:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self._lock, closing(sqlite3.connect(self.file, timeout=10)) as connection, connection:
-                connection.execute("PRAGMA trusted_schema = OFF")  # the dataset may be somebody else's
-                connection.execute(TABLE)
+                self._prepare(connection)
                 yield connection
         except (sqlite3.Error, OSError) as error:
             raise ToolkitError(f"{self.file}: marks cannot be read or written there: {error}") from error

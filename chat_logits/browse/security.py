@@ -7,7 +7,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
-HOST = "127.0.0.1"
+from chat_logits.browse import HOST
+
 TOKEN_HEADER = "x-browse-token"
 OPEN = ("same-origin", "none")  # values of Sec-Fetch-Site: this server's own pages, and what the user has typed
 READING = ("GET", "HEAD")
@@ -62,7 +63,7 @@ class Guard:
     def _refusal(self, method: str, headers: Headers) -> str | None:
         """Why a request is refused, None where it is not."""
         if headers.get("host") not in self._hosts:
-            return "This server answers to its own address alone."
+            return "This server answers to its own address alone: a forwarded port must have the same number."
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and origin not in {f"http://{host}" for host in self._hosts}:
             return "This server answers its own pages alone."

@@ -1,5 +1,6 @@
 """The server of the pages of a dataset, from its start to Ctrl-C."""
 
+import asyncio
 import logging
 import os
 import socket
@@ -9,14 +10,14 @@ import webbrowser
 
 from tqdm import tqdm
 
-from chat_logits.browse.security import HOST
+from chat_logits.browse import HOST
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.scratch import scratch_folder
 from chat_logits.storage.dataset import StoredDataset
 
 logger = logging.getLogger(__name__)
 PORT, TRIED = 8765, 20  # the port where none is given, and how many after it, should it be taken
-INSTALL = 'pip install "chat-logits[browse]"'
+INSTALL = "pip install 'duckdb>=1.4' 'starlette>=1' 'uvicorn>=0.40'"
 
 
 def browse(
@@ -50,11 +51,26 @@ def browse(
         try:
             site.prepare()  # while the browser starts
             browsed.begin()
-            server_of(site.app(port)).run(sockets=[listener])
+            _serve(server_of(site.app(port)), listener)
         except KeyboardInterrupt:
             print("\nEnded.")
         finally:
             browsed.index.close()
+
+
+def _serve(server, listener: socket.socket) -> None:
+    """Until SIGINT; where this thread has an event loop already, as in a notebook, in a thread with one of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return server.run(sockets=[listener])
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def refuse_missing() -> None:

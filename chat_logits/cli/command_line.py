@@ -25,6 +25,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.machine import stopping_signals
 from chat_logits.options import Config
+from chat_logits.paths import refuse_unfit
 from chat_logits.stages import Stages
 from chat_logits.storage.disk import nearest_existing, written_whole
 
@@ -230,12 +231,13 @@ def check_places(**files: str | None) -> None:
     ``STDOUT`` in the place of JSON is standard output.
     """
     named = {option: file for option, file in files.items() if file is not None}
-    if len(set(named.values())) < len(named):
+    written = {option: file for option, file in named.items() if (option, file) != ("json", STDOUT)}
+    for option, file in written.items():
+        refuse_unfit(Path(file), option)
+    if len({os.path.realpath(file) for file in written.values()}) < len(written):
         raise UsageError(f"`{'` and `'.join(named)}`: both name {next(iter(named.values()))}, expected two files")
-    for option, file in named.items():
+    for option, file in written.items():
         path = Path(file)
-        if option == "json" and file == STDOUT:
-            continue
         if not file or file == STDOUT or path.is_dir() or not path.parent.is_dir():
             fault = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
             raise UsageError(f"`{option}` {file}: {fault}, expected a file to write")

@@ -82,8 +82,7 @@ class ExploreOptions(RebuildOptions):
     )
     verify: int | None = option(
         None,
-        help="load the model and hold N conversations against its reference forward pass; exit status 1 if they do "
-        "not hold up",
+        help="recompute N conversations with the model and compare; exit status 1 if they differ",
         unset="load none",
         metavar="N",
         least=1,

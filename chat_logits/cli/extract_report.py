@@ -52,11 +52,10 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
         turns = count_text(done.turns_left_out, "turn")
         print(f"Left out       {turns} marked not to be trained on (weight, train, loss)")
     print(f"Tokens         {done.tokens:,} extracted")
-    if done.mean_nll is not None:
-        here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
-        where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"
-        print(f"Disk           {done.num_bytes / done.tokens:.1f} bytes a token, {where}")
-        print(f"Target tokens  mean NLL {done.mean_nll:.4f} nats, perplexity {perplexity_of(done.mean_nll):.2f}")
+    here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
+    where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"
+    print(f"Disk           {done.num_bytes / done.tokens:.1f} bytes a token, {where}")
+    print(f"Target tokens  {_likelihood_text(done.mean_nll)}")
     if done.url:
         print(f"Pushed         {done.url}")
     if done.config.max_samples is not None and "max_samples" not in asked.given:
@@ -64,6 +63,12 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
         print(f"Ends           at {recorded}. For all rows give another --output_dir,")
         print("               or --overwrite to replace this run")
     print(f"Time           {_time_text(done)}")
+
+
+def _likelihood_text(mean_nll: float | None) -> str:
+    if mean_nll is None:
+        return "mean NLL infinite: the model gives one of them no probability at all"
+    return f"mean NLL {mean_nll:.4f} nats, perplexity {perplexity_of(mean_nll):.2f}"
 
 
 def _time_text(done: Extraction) -> str:

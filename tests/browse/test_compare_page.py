@@ -9,7 +9,7 @@ import pytest
 from conftest import PHONE, WIDE
 from served import ask, pages, served
 
-from chat_logits.analysis.comparison import compare_datasets
+from chat_logits.analysis.dataset_comparison import compare_datasets
 from chat_logits.storage.dataset import StoredDataset, open_dataset
 
 

@@ -11,7 +11,7 @@ from conftest import REPO
 from loopback_hub import LoopbackHub
 
 from chat_logits.analysis.row import perplexity_of
-from chat_logits.data.conversations import question_of
+from chat_logits.data.stored_messages import question_of
 from chat_logits.display.formats import short_perplexity
 from chat_logits.storage.dataset import open_dataset
 

@@ -1,11 +1,13 @@
 """The command from its start to Ctrl-C, and what it says where it cannot start."""
 
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import REPO
@@ -52,9 +54,31 @@ def test_without_a_port_the_next_free_one_is_taken():
 @pytest.mark.parametrize("package", ["duckdb", "starlette", "uvicorn"])
 def test_a_missing_package_is_told_with_what_installs_it(quick_run, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that it is not there
+    for module in [name for name in sys.modules if name.startswith("chat_logits.browse.")]:
+        monkeypatch.delitem(sys.modules, module)
     assert explore_logits.main([str(quick_run), "--browse"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert package in line and 'pip install "chat-logits[browse]"' in line
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    packages = " ".join(f"'{needed.split(',')[0]}'" for needed in extras["browse"])
+    assert package in line and line.endswith(f"pip install {packages}")
+
+
+def test_beside_an_event_loop_it_serves_until_it_is_interrupted(quick_run, tmp_path):
+    """As in a notebook."""
+    program = f"""
+import asyncio, explore_logits
+async def cell(): explore_logits.browse_dataset({str(quick_run)!r}, port=0, no_open=True)
+asyncio.new_event_loop().run_until_complete(cell())
+"""
+    (tmp_path / "cell.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "cell.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPO)}, **pipes) as process:
+        found = re.search(r" is at http://127\.0\.0\.1:(\d+)/ ", process.stdout.readline())
+        assert ask(int(found[1]), "/")[0] == 200
+        process.send_signal(signal.SIGINT)
+        rest, told = process.communicate(timeout=60)
+        assert rest.strip() == "Ended." and "RuntimeError" not in told
 
 
 @pytest.mark.parametrize("others", [["--summary"], ["--html", "x.html"], ["--sample_index", "1"], ["--verify", "1"]])

@@ -87,6 +87,9 @@ def test_a_home_that_is_no_folder_is_named(flags, quick_run, tmp_path, monkeypat
     ("script", "moment", "times", "words"),
     [
         ("explore_logits.py", "chat_logits.cli.parser", 1, "Stopped.\n"),
+        ("explore_logits.py", "chat_logits.analysis", 1, "Stopped.\n"),
+        ("export_targets.py", "chat_logits.analysis", 1, "Stopped.\n"),
+        ("train_student.py", "chat_logits.cli.command_line", 1, "Stopped.\n"),
         ("explore_logits.py", "rich", 2, "Stopped.\n"),
         ("extract_logits.py", "chat_logits.options", 2, "Stopped.\n"),
         ("extract_logits.py", "chat_logits.extraction.run", 1, "To resume:\n"),

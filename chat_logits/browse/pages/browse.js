@@ -90,20 +90,25 @@ function fillLine(row, line) {
     worst.classList.add("fault");
     return;
   }
-  spark.replaceChildren(sparkline(line.bars));
+  const surprisal = line.surprisal ?? Infinity;  // null in JSON
+  spark.replaceChildren(sparkline(line.bars.map(nats => nats ?? Infinity)));
   const place = document.createElement("a"), text = document.createElement("b"), before = document.createElement("bdi");
   const address = new URL(link.href);
   address.hash = `t=${line.at}`;
   place.href = address;
-  place.title = `${line.before}${line.token}: ${line.surprisal.toFixed(2)} nats`;
+  place.title = `${line.before}${line.token}: ${natsText(surprisal, 2)} nats`;
   before.textContent = line.before;
   before.className = "context";
   text.textContent = line.token;
   const number = document.createElement("span");
   number.className = "number";
-  number.textContent = line.surprisal < 999.5 ? line.surprisal.toFixed(1) : "∞";
+  number.textContent = natsText(surprisal, 1);
   place.append(before, text, number);
   worst.replaceChildren(place);
+}
+
+function natsText(nats, digits) {
+  return nats < 999.5 ? nats.toFixed(digits) : "∞";
 }
 
 // Bars of surprisal in nats, shaded as the tokens of a conversation are.
@@ -117,7 +122,7 @@ function sparkline(bars) {
   svg.setAttribute("viewBox", `0 0 ${bars.length} 100`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `surprisal over the answer, up to ${Math.max(...bars).toFixed(1)} nats`);
+  svg.setAttribute("aria-label", `surprisal over the answer, up to ${natsText(Math.max(...bars), 1)} nats`);
   for (const [shade, path] of paths) {
     const drawn = document.createElementNS(space, "path");
     drawn.setAttribute("d", path);
