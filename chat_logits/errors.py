@@ -1,10 +1,12 @@
 """What the toolkit raises when it can say what was wrong and what to do about it.
 
-Both commands print such an error as its message alone and leave with its ``exit_status``; anything else is a
+All commands print such an error as its message alone and leave with its ``exit_status``; anything else is a
 bug, and keeps its traceback under ``debug``.
 """
 
-NAMED = 3  # names that a message lists, of many
+import importlib.util
+
+MAX_LISTED = 3  # names listed in a message at most
 
 
 class ToolkitError(Exception):
@@ -25,5 +27,11 @@ def first_names(names: list[str]) -> str:
     >>> first_names(["seed", "split"]), first_names(["seed", "split", "dtype", "top_k", "top_p"])
     ('seed, split', 'seed, split, dtype and 2 others')
     """
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
+
+
+def refuse_without(package: str, least: str, what: str) -> None:
+    """Raise ToolkitError where a package that only ``what`` needs is not installed; ``least`` is its lowest version."""
+    if importlib.util.find_spec(package) is None:
+        raise ToolkitError(f"{what} needs {package}, which is not installed: pip install '{package}>={least}'")

@@ -10,7 +10,7 @@ from runs import assert_alike, rows_in
 
 import extract_logits
 from chat_logits.analysis.tokens import EXTRACTED, SKIPPED
-from chat_logits.data.alignment import align_row
+from chat_logits.data.row_alignment import align_row
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.storage.dataset import open_dataset
 from demo.fetch import package_files
@@ -144,7 +144,7 @@ def test_a_dated_template_is_rebuilt_with_the_recorded_date(extract, chat_file, 
     row = open_dataset(str(tmp_path / "out")).read_row(0)
     tokenizer = load_tokenizer(str(MODEL))
     assert align_row(row, tokenizer, extraction).input_ids.size
-    from chat_logits.data.alignment import AlignmentError
+    from chat_logits.data.row_alignment import AlignmentError
 
     with pytest.raises(AlignmentError, match="alignment_checksum"):
         align_row(row, tokenizer, {**extraction, "template_date": "1999-12-31"})
@@ -188,7 +188,9 @@ def test_a_template_whose_prefixes_do_not_nest_stops_before_the_model_loads(extr
     counting = "{{ messages | length }}" + load_tokenizer(str(MODEL)).chat_template
     assert extract(chat_file([{"messages": CHAT}]), chat_template=counting) == 2
     message = capsys.readouterr().err
-    assert "renders otherwise alone: after '' it has '1" in message and "Three ways out" in message
+    assert (
+        "renders differently alone than inside the whole: after '' it has '1" in message and "Three ways out" in message
+    )
     assert "Loading" not in message and not (tmp_path / "out").exists()
 
 
@@ -198,7 +200,7 @@ def test_later_rows_that_do_not_nest_are_skipped_and_counted(extract, chat_file,
     rows = [{"messages": CHAT}] * 32 + [{"messages": [{"role": "user", "content": "odd"}, CHAT[1]]}]
     assert extract(chat_file(rows), chat_template=odd) == 0
     summary = capsys.readouterr().out
-    assert "32 written, 1 skipped" in summary and "1 × the chat template marks no answers" in summary
+    assert "32 written, 1 skipped" in summary and "1 × the chat template has no {% generation %} blocks" in summary
 
 
 CONFIG_CODE = """

@@ -20,6 +20,7 @@ BASE = (
     "chat_logits.hub_errors",
     "chat_logits.machine",
     "chat_logits.options",
+    "chat_logits.paths",
     "chat_logits.pipes",
     "chat_logits.scratch",
     "chat_logits.stages",
@@ -30,7 +31,8 @@ FLAG = re.compile(r"--[a-z]")
 FLAGS_ELSEWHERE = {
     # Datasets and their shards have these texts in them, which stay as they are.
     "chat_logits.data.alignment": {"--skip_tokens"},
-    "chat_logits.data.templates": {"generation blocks of --chat_template", templates.THREE_WAYS},
+    "chat_logits.data.template_choice": {"generation blocks of --chat_template"},
+    "chat_logits.data.templates": {templates.THREE_WAYS},
     # Commands of Ray and torch have these.
     "chat_logits.extraction.cluster": {"--address", cluster.START},
     "chat_logits.training.student": {"torchrun --nproc_per_node"},

@@ -62,7 +62,7 @@ def test_a_run_without_draws_is_told_at_once_what_its_rows_are_not_for(extract, 
     assert extract(chat_file([GOOD])) == 0 and "biased" not in capsys.readouterr().err
     assert extract(chat_file([GOOD]), num_sampled=0, output_dir=tmp_path / "without") == 0
     told = capsys.readouterr().err
-    assert told.index("Without draws from the tail (--num_sampled 0)") < told.index("Looking for the model")
+    assert told.index("--num_sampled 0: no tail tokens are sampled") < told.index("Looking for the model")
 
 
 def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
@@ -73,7 +73,7 @@ def test_ids_beyond_17_bits_survive(extract, tiny_model, chat_file, tmp_path):
     assert extract(chat_file([GOOD]), model_id=tiny_model, top_k=8, num_sampled=8) == 0
     dataset = open_dataset(str(tmp_path / "out"))
     row = dataset.read_row(0)
-    from chat_logits.data.alignment import align_row
+    from chat_logits.data.row_alignment import align_row
     from chat_logits.data.tokenizer import load_tokenizer
 
     aligned = align_row(row, load_tokenizer(str(tiny_model)), dataset.manifest)
@@ -166,7 +166,7 @@ def refused(capsys) -> str:
         ({"logit_memory": -5}, 2, "--logit_memory -5: expected 1 or more"),
         ({"device": "cuda:9"}, 2, "--device cuda:9"),
         ({"output_dir": None}, 2, "nowhere to write: give --output_repo USER/NAME, --output_dir FOLDER"),
-        ({"chat_template": "{{ messages[-1].content }}"}, 2, "renders otherwise alone"),
+        ({"chat_template": "{{ messages[-1].content }}"}, 2, "renders differently alone"),
         ({"chat_template": "{{ messages | length }}"}, 2, "Three ways out"),
         ({"chat_template": "no/such.jinja"}, 2, "--chat_template no/such.jinja: no such file"),
         ({"chat_template": "{% for %}"}, 2, "chat template, line 1"),
@@ -303,7 +303,7 @@ def test_a_model_with_more_ids_than_can_be_stored_says_which_are_not(extract, ch
     """None of them is a token: what stands there is padding, or special tokens of other kinds of input."""
     model = make_tiny_model(tmp_path / "padded", vocab_size=2**18 + 64)
     assert extract(chat_file([GOOD]), model_id=model) == 0
-    told = "Of the model's 262,208 token ids those from 262,144 on are not stored"
+    told = "Token ids from 262,144 on (of 262,208) cannot be stored"
     assert told in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import TEMPLATE
 
 import logit_codec
-from chat_logits.data.alignment import align_row
+from chat_logits.data.row_alignment import align_row
 from chat_logits.storage import dataset as logit_dataset
 from chat_logits.storage import shard as shard_files
 

@@ -82,8 +82,8 @@ def test_a_dataset_whose_template_takes_too_much_is_told_from_a_slow_one(dataset
     assert done.returncode == 1, done.stderr
     assert seconds - exploring < SECONDS
     assert re.fullmatch(
-        r"error: the conversation cannot be rebuilt: the chat template goes beyond what a template is given: it took "
-        r"more than (5 s of computing, or too much memory|1,024 MiB of memory)\n",
+        r"error: row 0: the conversation cannot be rebuilt: the chat template goes beyond what a template is given: it "
+        r"took more than (5 s of computing, or too much memory|1,024 MiB of memory)\n",
         done.stderr,
     )
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from chat_logits.data.conversations import question_of
+from chat_logits.data.stored_messages import question_of
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.numbers import NUMBER_COLUMNS, read_columns, with_perplexity

@@ -14,7 +14,8 @@ from chat_logits.analysis.tokens import (
     total,
     with_predictions,
 )
-from chat_logits.data.alignment import Alignment, RowAligner, align_row
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import RowAligner, align_row
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
@@ -138,7 +139,7 @@ def analyze_row(
     ``aligner`` is of the dataset and of ``tokenizer``; ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``.
     """
     return Analysis(
-        tokens=_analyzed(row, aligner.align(row), tokenizer, top_n),
+        tokens=_analyzed(row, aligner.align(row, sample_index), tokenizer, top_n),
         messages=row["messages"],
         dataset_id=dataset.dataset_id,
         model_id=dataset.manifest.model_id,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from chat_logits.analysis.spans import Piece, Tokenization
-from chat_logits.data.alignment import RowAligner
 from chat_logits.data.places import Place, PlacedRow, Unit, place_row
+from chat_logits.data.row_alignment import AlignmentError, RowAligner
 from chat_logits.data.tokenizer import unknown_token_id
 from chat_logits.storage.dataset import StoredDataset
 
@@ -73,10 +73,14 @@ class Side:
         self._aligner = RowAligner(tokenizer, dataset.manifest, chat_template)
         self._unknown_id = unknown_token_id(tokenizer)
 
-    def place(self, rows: Sequence[dict]) -> list[SideRow]:
-        """The rows with their tokens' places. Raises AlignmentError as ``RowAligner.align`` does."""
-        placed = zip(rows, self._aligner.placed(rows), strict=True)
-        return [self._side_row(row, *rest) for row, rest in placed]
+    def place(self, rows: Sequence[dict], numbers: Sequence[int]) -> list[SideRow]:
+        """The rows of these ``numbers`` with their tokens' places. Raises AlignmentError as ``RowAligner.align`` does,
+        with the dataset."""
+        try:
+            placed = list(self._aligner.placed(rows, numbers))
+        except AlignmentError as error:
+            raise AlignmentError(f"{self.dataset.dataset_id}: {error}") from error
+        return [self._side_row(row, *rest) for row, rest in zip(rows, placed, strict=True)]
 
     def _side_row(self, row: dict, rendered, alignment, extents) -> SideRow:
         to_pieces = self.tokenizer.convert_ids_to_tokens

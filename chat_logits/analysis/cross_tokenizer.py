@@ -11,19 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chat_logits.analysis.comparison import (
-    Comparison,
-    DatasetComparison,
-    Watch,
-    compare_analyses,
-    compare_datasets,
-    keep,
-    largest_first,
-    paired_rows,
-    row_of,
-    show_progress,
-    source_of,
-)
+from chat_logits.analysis.comparison import Comparison, compare_analyses
 from chat_logits.analysis.cross_pairs import (
     NATS,
     Answer,
@@ -48,10 +36,12 @@ from chat_logits.analysis.cross_records import (
     difference_of,
 )
 from chat_logits.analysis.cross_sides import Side, SideRow
+from chat_logits.analysis.dataset_comparison import DatasetComparison, compare_datasets
+from chat_logits.analysis.pairing import Watch, keep, largest_first, paired_rows, row_of, show_progress, source_of
 from chat_logits.analysis.runs import run_differences
 from chat_logits.analysis.spans import Span
 from chat_logits.data.alignment import AT_ONCE
-from chat_logits.data.conversations import question_of
+from chat_logits.data.stored_messages import question_of
 from chat_logits.data.tokenizer import token_text
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import Rows, StoredDataset
@@ -109,7 +99,7 @@ def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | N
             f"{other.dataset.dataset_id}: source row {row['source_index']} has other messages there than in "
             f"{first.dataset.dataset_id}; expected the same conversation"
         )
-    pair = pair_of(*first.place([row]), *other.place([other_row]))
+    pair = pair_of(*first.place([row], [sample_index]), *other.place([other_row], [other_index]))
     return SpanComparison(
         spans=_text_spans(pair, first.tokenizer, other.tokenizer),
         totals=pair.totals,
@@ -214,14 +204,12 @@ class _BitTally:
         self.num_paired += len(pairs)
         alike = [pair for pair in pairs if has_same_messages(pair[1], pair[3])]
         self.num_different += len(pairs) - len(alike)
-        placed = zip(
-            alike,
-            self.first.place([row for _, row, _, _ in alike]),
-            self.other.place([row for *_, row in alike]),
-            strict=True,
-        )
-        for (sample_index, _, other_index, _), *rows in placed:
-            self.add(sample_index, other_index, pair_of(*rows))
+        if not alike:
+            return
+        numbers, rows, other_numbers, other_rows = zip(*alike, strict=True)
+        placed = self.first.place(rows, numbers), self.other.place(other_rows, other_numbers)
+        for sample_index, other_index, *pair in zip(numbers, other_numbers, *placed, strict=True):
+            self.add(sample_index, other_index, pair_of(*pair))
 
     def add(self, sample_index: int, other_index: int, pair: Pair) -> None:
         """Count a conversation in."""

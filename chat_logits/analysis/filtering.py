@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from chat_logits.analysis.condition import Condition
-from chat_logits.data.conversations import from_stored, question_of
+from chat_logits.data.stored_messages import from_stored, question_of
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import Rows, StoredDataset
-from chat_logits.storage.disk import refuse_filled, write_text
+from chat_logits.storage.disk import refuse_filled, write_lines
 from chat_logits.storage.numbers import number_table, read_columns
 from chat_logits.words import count_text
 
@@ -130,7 +130,7 @@ def save_rows(dataset: StoredDataset, rows: Rows, save: str, condition: str | No
         return
     lines = messages_of(dataset, numbers) if Path(save).suffix == MESSAGES else source_indices(dataset, numbers)
     try:
-        write_text(Path(save), "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+        write_lines(Path(save), (f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
     except OSError as error:
         raise ToolkitError(f"{save}: it cannot be written: {error.strerror}") from error
 

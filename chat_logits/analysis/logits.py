@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from chat_logits.analysis.comparison import Comparison, DatasetComparison
+from chat_logits.analysis.comparison import Comparison
 from chat_logits.analysis.condition import Condition
 from chat_logits.analysis.conversation import Analysis, analyze_row
 from chat_logits.analysis.cross_records import CrossComparison, SpanComparison
 from chat_logits.analysis.cross_tokenizer import compare_any
+from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
 from chat_logits.analysis.opening import open_beside, tokenizer_of
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import Totals
-from chat_logits.data.alignment import RowAligner
-from chat_logits.data.conversations import from_stored
+from chat_logits.data.row_alignment import RowAligner
+from chat_logits.data.stored_messages import from_stored
 from chat_logits.errors import UsageError
+from chat_logits.paths import expanded
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.words import count_text
@@ -196,8 +198,10 @@ class Logits(Sequence):
 
     def save(self, place: str | Path) -> None:
         """Write the conversations out: to FILE.jsonl their messages, to FILE.txt their source indices, or to a new
-        folder a filtered logit dataset, with the stored rows as they are."""
-        save_rows(self.dataset, self.stored_rows, str(place), self.condition)
+        folder a filtered logit dataset, with the stored rows as they are. ``~`` is the user's own folder."""
+        if not isinstance(place, str | Path):
+            raise WrongKind(f"save({place!r:.40}): expected FILE.jsonl, FILE.txt or a folder")
+        save_rows(self.dataset, self.stored_rows, expanded(place, "save"), self.condition)
 
     def messages(self) -> Iterator[dict]:
         """``source_index`` and ``messages`` of each, in the order of the stored rows."""
@@ -228,7 +232,8 @@ class Logits(Sequence):
 class Conversation(Sequence):
     """Stored row number ``row`` of a dataset: a sequence of its tokens. What an ``Analysis`` has, it has too.
 
-    The row is read and analysed when it is first asked for something of it.
+    The row is read and analysed when it is first asked for something of it. Two are equal where they are the same row
+    of the same dataset.
     """
 
     def __init__(self, logits: Logits, row: int):
@@ -293,9 +298,21 @@ class Conversation(Sequence):
     def __repr__(self) -> str:
         return f"<Conversation: row {self.row} of {self.logits.dataset.dataset_id}>"
 
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Conversation) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, str | None, int]:
+        return self.logits.dataset.dataset_id, self.logits.dataset.revision, self.row
+
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        if hasattr(type(self), name):  # a property of its own has raised AttributeError: again, for what it says
+            return object.__getattribute__(self, name)
         return getattr(self.analysis, name)
 
 

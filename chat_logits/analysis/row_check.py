@@ -1,17 +1,16 @@
 """One stored conversation against a reference forward pass: differences, column by column, and the cause to name."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from chat_logits.analysis.reference_output import IN_PLACE, SHIFTS, Asked, Output, dtype_name, ranked_ids
 from chat_logits.analysis.row import row_numbers
 from chat_logits.data.alignment import Alignment
 from chat_logits.storage.manifest import Manifest
 from logit_codec import (
     ABSENT,
     CODE_PROBS,
-    MAX_TOKEN_ID,
     NUMBERS_TOLERANCE,
     DecodedRow,
     decode_row,
@@ -20,20 +19,12 @@ from logit_codec import (
     nucleus_cut,
 )
 
-SHIFTS = (-1, 0, 1)  # the model's output one position earlier, in place, one position later
-IN_PLACE = SHIFTS.index(0)
 # Largest mean KL of a row, nats. Codes cost 3e-4, and rounded logits half the variance of their errors: SmolLM2's 2e-5
 # in float16 and 2e-3 in bfloat16. Another position's distribution costs nats.
 KL_LIMITS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
 POSITION_FACTOR = 10  # a single position's KL may be larger by so much
 NO_TAIL = 1e-30  # of the probability: below, float32 may find nothing to draw
-PIECE_BYTES = 2**28  # of float32 logits at once, on the model's device and again on the host
 LEAST_REST = 1e-9  # of the probability, for the rest where the codes leave nothing
-
-
-def dtype_name(model) -> str:
-    """As ``extraction.json`` records it."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -94,92 +85,11 @@ class RowCheck:
         )
 
 
-class _Output:
-    """A conversation's reference forward pass, a piece of its outputs at hand.
-
-    ``logits`` float32 (m, V) on the host are those of the outputs ``at`` (m,), at first as many of the last as a piece
-    has. Of all outputs are ``logsumexp`` float64 (T,) and ``tolerance``, what a logit may differ by, in nats.
-    """
-
-    def __init__(self, model, input_ids: np.ndarray, asked: "_Asked | None" = None):
-        from chat_logits.model.probe import NOTHING, TOLERANCE
-        from chat_logits.model.reference import Outputs
-
-        row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
-        self._most = max(1, PIECE_BYTES // row_bytes)
-        self._outputs = Outputs(model, input_ids, self._most)
-        self.logsumexp, largest = np.empty(len(input_ids)), np.empty(len(input_ids))
-        for part in self._pieces(np.arange(len(input_ids))):
-            self.logsumexp[part], largest[part] = _sums_and_largest(self.logits, NOTHING)
-            if asked:
-                asked.look_at(self)
-        self.tolerance = TOLERANCE[model.dtype] * max(1.0, largest.max().item())
-
-    def _pieces(self, at: np.ndarray) -> Iterator[slice]:
-        """Take the outputs ``at`` (n,) at hand, a piece after another: which they are of these."""
-        for start in range(0, len(at), self._most):
-            part = slice(start, start + self._most)
-            self.at, self.logits = at[part], self._outputs.rows(at[part]).numpy()
-            yield part
-
-    def storable(self, row: int) -> np.ndarray:
-        """Log-probabilities of all storable ids at the ``row``-th output at hand, float64."""
-        return self.logits[row, :MAX_TOKEN_ID].astype(np.float64) - self.logsumexp[self.at[row]]
-
-    def each_storable(self, at: np.ndarray) -> Iterator[np.ndarray]:
-        """The same at the outputs ``at`` (n,), one after another."""
-        for _ in self._pieces(at):
-            yield from map(self.storable, range(len(self.at)))
-
-
-def _sums_and_largest(logits: np.ndarray, nothing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of logits (m, V) each row's logsumexp, and its largest size but for masks, both float64 (m,)."""
-    import torch
-
-    sums, largest = [], []
-    for part in torch.from_numpy(logits).split(64):  # rows in float64 at once
-        is_mask = part < part.amax(dim=-1, keepdim=True) - nothing
-        sums.append(part.double().logsumexp(-1))
-        largest.append(part.abs().masked_fill(is_mask, 0).amax(dim=-1).double())
-    return torch.cat(sums).numpy(), torch.cat(largest).numpy()
-
-
-class _Asked:
-    """What a row needs of its conversation's outputs, looked up while they pass by; log-probabilities are float64.
-
-    Those of the ``tokens`` (3, n) and of the stored nucleus, ``top`` (3, n, K), at each of SHIFTS from the outputs
-    ``before`` (n,) of ``length`` in all. In place, those of the stored draws, ``sampled`` (n, S), and ``best`` (n, K),
-    the largest, whose ids are ``ranked``.
-    """
-
-    def __init__(self, stored: DecodedRow, tokens: np.ndarray, before: np.ndarray, length: int):
-        self.at = np.clip(before + np.array(SHIFTS)[:, None], 0, length - 1)
-        self._ids = np.column_stack([tokens, stored.top_ids, stored.sampled_ids])
-        self._log_probs: np.ndarray = np.empty((len(SHIFTS), *self._ids.shape))
-        self.tokens = self._log_probs[:, :, 0]
-        _, self.top, sampled = np.split(self._log_probs, [1, 1 + stored.top_ids.shape[1]], axis=2)  # all are views
-        self.sampled = sampled[IN_PLACE]
-        self.best: np.ndarray = np.empty(stored.top_ids.shape)
-        self.ranked: np.ndarray = np.empty(stored.top_ids.shape, int)
-
-    def look_at(self, output: _Output) -> None:
-        """At the outputs at hand, which are one behind another."""
-        rows = self.at - output.at[0]
-        is_here = (rows >= 0) & (rows < len(output.at))
-        for shift, here in enumerate(map(np.flatnonzero, is_here)):
-            logits = output.logits[rows[shift, here, None], self._ids[here]].astype(np.float64)
-            self._log_probs[shift, here] = logits - output.logsumexp[self.at[shift, here], None]
-        for i in np.flatnonzero(is_here[IN_PLACE]):
-            log_probs = output.storable(rows[IN_PLACE, i])
-            self.ranked[i] = _ranked(log_probs, self.ranked.shape[1])
-            self.best[i] = log_probs[self.ranked[i]]
-
-
 def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Manifest) -> RowCheck:
     """Hold stored row ``index``, aligned, against the reference forward pass of its conversation alone."""
     stored, tokens = decode_row(row), alignment.input_ids[alignment.positions]
-    asked = _Asked(stored, tokens, alignment.positions - 1, len(alignment.input_ids))
-    output = _Output(model, alignment.input_ids, asked)
+    asked = Asked(stored, tokens, alignment.positions - 1, len(alignment.input_ids))
+    output = Output(model, alignment.input_ids, asked)
     numbers = {"logsumexp": output.logsumexp[asked.at], "token_log_probs": asked.tokens}
     errors = {"kl": np.stack([_divergences(true, stored.top_log_probs) for true in asked.top])}
     errors |= {name: _distance(np.array(row[name]), true) for name, true in numbers.items()}
@@ -250,7 +160,7 @@ class _Nucleus:
     At each rank the two ids need only be as probable as each other: ties have no order.
     """
 
-    def __init__(self, row: dict, stored: DecodedRow, asked: _Asked, tolerance: float, manifest: Manifest):
+    def __init__(self, row: dict, stored: DecodedRow, asked: Asked, tolerance: float, manifest: Manifest):
         self.codes, self.ids, self.ranked = _codes(row, "top"), stored.top_ids, asked.ranked
         best, true = asked.best, asked.top[IN_PLACE]
         self.is_other = (self.codes > 0) & ~(_distance(true, best) <= tolerance)
@@ -297,19 +207,13 @@ def _is_cut_by_codes(codes: np.ndarray, sizes: np.ndarray, top_p: float) -> np.n
     return (before < top_p) & ((after >= top_p) | (sizes == codes.shape[1]))
 
 
-def _ranked(log_probs: np.ndarray, top_k: int) -> np.ndarray:
-    """The ids of the ``top_k`` largest, in order."""
-    ids = np.argpartition(-log_probs, top_k - 1)[:top_k]
-    return ids[np.argsort(-log_probs[ids])]
-
-
 def _size(log_probs: np.ndarray, top_p: float) -> np.ndarray:
     """How many of the most probable storable entries (n, K) the nucleus has, (n,)."""
     return (nucleus_cut(np.exp(log_probs), top_p) & np.isfinite(log_probs)).sum(axis=1)
 
 
 def _draw_faults(
-    row: dict, stored: DecodedRow, output: _Output, asked: _Asked, manifest: Manifest, kept: list[np.ndarray]
+    row: dict, stored: DecodedRow, output: Output, asked: Asked, manifest: Manifest, kept: list[np.ndarray]
 ) -> list[Fault]:
     """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
     codes, ids, before = _codes(row, "sampled"), stored.sampled_ids, asked.at[IN_PLACE]
@@ -357,7 +261,7 @@ def _thinned_draws(
     extracted = manifest.extracted
     if not len(stored):
         return stored, np.zeros(0, bool)
-    ranked = _ranked(log_probs, min(extracted["top_k"], len(log_probs)))
+    ranked = ranked_ids(log_probs, min(extracted["top_k"], len(log_probs)))
     fewest, size, most = (
         int(_size((log_probs[ranked] + error)[None], extracted["top_p"])[0]) for error in (tolerance, 0, -tolerance)
     )

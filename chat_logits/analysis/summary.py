@@ -16,8 +16,9 @@ from tqdm import tqdm
 from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
 from chat_logits.analysis.runs import RunRecord, run_record
 from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
-from chat_logits.data.alignment import Alignment, AlignmentError, RowAligner
-from chat_logits.data.conversations import question_of
+from chat_logits.data.alignment import Alignment
+from chat_logits.data.row_alignment import RowAligner
+from chat_logits.data.stored_messages import question_of
 from chat_logits.data.tokenizer import token_text
 from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.words import count_text
@@ -194,11 +195,7 @@ def summarize(
     aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
     total = dataset.count(rows)
     for sample_index, row in watch(dataset.numbered_rows(rows), total):
-        try:
-            alignment = aligner.align(row)
-        except AlignmentError as error:
-            raise AlignmentError(f"row {sample_index}: {error}") from error
-        tally.add(sample_index, row, alignment)
+        tally.add(sample_index, row, aligner.align(row, sample_index))
     return tally.summary(dataset, total, rows is not None)
 
 

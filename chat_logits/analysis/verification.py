@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from chat_logits.analysis.opening import recorded_place
-from chat_logits.analysis.row_check import IN_PLACE, KL_LIMITS, POSITION_FACTOR, SHIFTS, RowCheck, check_row, dtype_name
-from chat_logits.data.alignment import AlignmentError, RowAligner
+from chat_logits.analysis.reference_output import IN_PLACE, SHIFTS, dtype_name
+from chat_logits.analysis.row_check import KL_LIMITS, POSITION_FACTOR, RowCheck, check_row
 from chat_logits.data.hashing import hash_files
+from chat_logits.data.row_alignment import AlignmentError, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
 from chat_logits.stages import stage
@@ -164,10 +165,10 @@ def _check_each(
     for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
         try:
             row = dataset.read_row(index)
-            alignment = aligner.align(row)
-        except DamagedRow as error:  # which names the row
+            alignment = aligner.align(row, index)
+        except (DamagedRow, AlignmentError) as error:  # which name the row
             causes.append(str(error))
-        except (DamagedShard, AlignmentError) as error:
+        except DamagedShard as error:
             causes.append(f"row {index}: {error}")
         else:
             checks.append(check_row(index, row, alignment, model, dataset.manifest))

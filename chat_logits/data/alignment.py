@@ -1,6 +1,6 @@
-"""Conversations to token ids, assistant mask and skipped tokens. Both commands align through this one place.
+"""Conversations to token ids, assistant mask and skipped tokens. All commands align here.
 
-    text and spans of the assistant's turns (chat_templates.py)
+    text and spans of the assistant's turns (templates.py)
         -> token ids with offsets -> which tokens are the assistant's -> which of those are skipped
 
 What is left are the *extracted positions*: the tokens whose predicting distributions are stored.
@@ -8,22 +8,18 @@ What is left are the *extracted positions*: the tokens whose predicting distribu
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from chat_logits.data.conversations import ConversationError, from_stored
 from chat_logits.data.marks import left_out_spans
 from chat_logits.data.probes import TWO_ANSWERS
-from chat_logits.data.templates import ChatTemplate, TemplateError, choose_template
+from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import THINK_TAGS, special_token_ids
-from chat_logits.data.tools import from_stored_tools
 from chat_logits.data.turn_ends import TurnEnds
-from chat_logits.errors import ToolkitError
 
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
@@ -38,10 +34,6 @@ CHOSEN_REASON = "--skip_tokens"
 AFTER_END_REASON = "after the end of the turn"
 LEFT_OUT_REASON = "marked not to be trained on"
 FIRST_TOKEN_REASON = "first token: nothing predicts it"
-
-
-class AlignmentError(ToolkitError):
-    """A stored row that the rebuilt tokens do not fit."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +223,9 @@ def token_extents(
 ) -> np.ndarray:
     """Characters each token stands for, int64 (T, 2): its offsets, begun where the token before it ended.
 
-    Offsets may leave out a token's spaces (``trim_offsets``). Those at its end, which only the tokens as the vocabulary
-    spells them, ``to_pieces`` of ``ids``, tell from the next one's, are given back; a token of spaces alone has its end
-    right. Tokens that share a character keep its start.
+    Tokenizers that trim offsets (``trim_offsets``) drop spaces. Trailing spaces are restored from the token's spelling
+    in the vocabulary, ``to_pieces`` of ``ids``; leading ones by starting each token where the previous one ends. Tokens
+    that share a character keep its start.
     """
     extents = np.array(offsets, np.int64).reshape(-1, 2)
     before_gaps = np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])).tolist()
@@ -241,99 +233,3 @@ def token_extents(
         extents[i, 1] += len(piece) - len(piece.rstrip(SPACE_SIGNS))
     extents[1:, 0] = np.minimum(extents[1:, 0], extents[:-1, 1])
     return extents
-
-
-# --- stored rows ---
-
-
-class RowAligner:
-    """Aligns stored rows of one dataset.
-
-    ``recorded`` is the dataset's manifest; ``chat_template`` (a path or text) replaces the recorded one.
-    """
-
-    def __init__(self, tokenizer, recorded: RecordedAlignment, chat_template: str | None = None):
-        self._recorded = Aligner.from_recorded(tokenizer, recorded)
-        self._aligner = self._recorded if chat_template is None else None
-        self._chat_template = chat_template
-
-    def align(self, row: dict) -> Alignment:
-        """A row's input ids and extracted positions, proven by its checksum.
-
-        Raises AlignmentError where the rebuilt tokens are not those that were extracted from.
-        """
-        return self.align_all([row])[0]
-
-    def align_all(self, rows: Sequence[dict]) -> list[Alignment]:
-        """The alignments of several rows, tokenized together. Raises as ``align`` for the first that is at fault."""
-        return [alignment for _, alignment, _ in self.placed(rows)]
-
-    def placed(self, rows: Sequence[dict]) -> Iterator[tuple[Rendered, Alignment, np.ndarray]]:
-        """As ``align_all``, with each row's text, and the characters in it that its tokens stand for, int64 (T, 2)."""
-        rendered = [
-            one for start in range(0, len(rows), AT_ONCE) for one in self._render(rows[start : start + AT_ONCE])
-        ]
-        if self._aligner is None:
-            return
-        for row, one, (alignment, extents) in zip(rows, rendered, self._aligner.placed(rendered), strict=True):
-            if alignment.checksum != row["alignment_checksum"] or len(alignment.positions) != row["num_tokens"]:
-                raise AlignmentError(_explain_mismatch(row, alignment, self._recorded))
-            yield one, alignment, extents
-
-    def _render(self, rows: Sequence[dict]) -> list[Rendered]:
-        talks = [(from_stored(row["messages"]), from_stored_tools(row["tools"])) for row in rows]
-        if self._aligner is None:
-            self._aligner = self._choose(*talks[0])
-        aligner = self._aligner
-        try:
-            rendered = aligner.template.render_all(talks)
-            return [aligner.marked(talk, *one) for (talk, _), one in zip(talks, rendered, strict=True)]
-        except (TemplateError, ConversationError) as error:
-            raise AlignmentError(f"the conversation cannot be rebuilt: {error}") from error
-
-    def _choose(self, conversation: list[dict], tools: list[dict] | None) -> Aligner:
-        tokenizer, recorded = self._recorded.tokenizer, self._recorded.template
-        choice = choose_template(
-            self._chat_template, tokenizer, recorded.kwargs, recorded.date, [conversation], [tools]
-        )
-        known = self._recorded
-        return Aligner(tokenizer, choice.template, known.skipped_ids, known.all_turns, known.keep_end_of_turn)
-
-
-def align_row(
-    row: dict, tokenizer, extraction: RecordedAlignment | Mapping, chat_template: str | None = None
-) -> Alignment:
-    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time.
-
-    ``extraction`` is a dataset's manifest, or the content of its ``extraction.json``.
-    """
-    if isinstance(extraction, Mapping):
-        extraction = SimpleNamespace(**{"keep_end_of_turn": None, **extraction})
-    return RowAligner(tokenizer, extraction, chat_template).align(row)
-
-
-def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner) -> str:
-    """Where the rebuilt conversation first differs, known if the recorded template still gives the tokens."""
-    original = recorded.align(from_stored(row["messages"]), from_stored_tools(row["tools"]))
-    if original.checksum != row["alignment_checksum"]:
-        return (
-            f"column alignment_checksum: the rebuilt conversation ({len(rebuilt.input_ids)} tokens) is not the "
-            "one extracted. The messages, the template or the tokenizer have changed since."
-        )
-    if len(original.positions) != row["num_tokens"]:
-        return f"column num_tokens: found {row['num_tokens']}, expected {len(original.positions)} extracted tokens"
-    return "this chat template does not fit the extraction: " + _first_difference(original, rebuilt, recorded.tokenizer)
-
-
-def _first_difference(original: Alignment, rebuilt: Alignment, tokenizer) -> str:
-    for i, (token, expected) in enumerate(zip(rebuilt.input_ids, original.input_ids, strict=False)):
-        if token != expected:
-            texts = [repr(tokenizer.decode([int(token_id)])) for token_id in (token, expected)]
-            return f"token {i} is {texts[0]} ({token}), expected {texts[1]} ({expected})"
-    if len(rebuilt.input_ids) != len(original.input_ids):
-        return f"it gives {len(rebuilt.input_ids)} tokens, expected {len(original.input_ids)}"
-    for i, (reason, expected) in enumerate(zip(rebuilt.reasons, original.reasons, strict=True)):
-        if (reason is None) != (expected is None):
-            verb = ("extracts", "skipped") if reason is None else ("skips", "extracted")
-            return f"it {verb[0]} token {i}, which was {verb[1]}"
-    return "the extracted positions differ"

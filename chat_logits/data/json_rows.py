@@ -13,6 +13,17 @@ from typing import BinaryIO
 from chat_logits.data.text_rows import BadRow, Entry, TextRows
 
 
+def _list_in(name: str, content: bytes) -> list:
+    """The list that is all of a file. Raises ValueError for one that goes on behind it, or is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{name} begins with '[', so it is read as one JSON list of rows, but: {error}. Expected such a list, or "
+            'one object a line: {"messages": […]}'
+        ) from error
+
+
 class JsonRows(TextRows):
     """The rows of JSON files: objects, one a line.
 
@@ -30,7 +41,7 @@ class JsonRows(TextRows):
                 if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                     yield from self._lines(head, opened, place, line)
                     return
-                self._lists[file] = json.loads((head + opened.read()).decode("utf-8-sig"))
+                self._lists[file] = _list_in(self._names[file], head + opened.read())
         yield from (Entry(i, i + 1, self._lists[file][i]) for i in range(place, len(self._lists[file])))
 
     def _lines(self, head: bytes, opened: BinaryIO, place: int, line: int) -> Iterator[Entry]:

@@ -47,10 +47,10 @@ class ParquetRows:
         self._columns, self._reader = columns, None
 
     def place(self, row: int) -> str:
-        """A row's file and its number in it, from 1, in words."""
+        """A row's file and its number in it, in words, its number alone where that is not known; both from 1."""
         found = self._find(row)
         if found is None:
-            return f"row {row}"
+            return f"row {row + 1}"
         file, group = self._groups[found]
         before = found - group  # row groups, in other files
         return f"{name_in_dataset(file)}, row {row - (self._ends[before - 1] if before else 0) + 1}"

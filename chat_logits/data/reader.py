@@ -11,25 +11,13 @@ import numpy as np
 from chat_logits.data.alignment import Aligner, Alignment
 from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
-from chat_logits.data.conversations import (
-    NO_ANSWER,
-    ConversationError,
-    NothingToExtract,
-    TellOnce,
-    to_conversation,
-    to_stored,
-)
+from chat_logits.data.conversations import NO_ANSWER, ConversationError, NothingToExtract, TellOnce, to_conversation
 from chat_logits.data.marks import ALL_LEFT_OUT
 from chat_logits.data.roles import refuse_vanished, roles_named_in, words_of
 from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
-from chat_logits.data.templates import (
-    THREE_WAYS,
-    PrefixError,
-    TemplateChoice,
-    TemplateError,
-    choose_template,
-    template_text,
-)
+from chat_logits.data.stored_messages import to_stored
+from chat_logits.data.template_choice import TemplateChoice, choose_template
+from chat_logits.data.templates import THREE_WAYS, PrefixError, TemplateError, template_text
 from chat_logits.data.text_rows import BadRow
 from chat_logits.data.tokenizer import refuse_wide_vocabulary, skipped_token_ids
 from chat_logits.data.tools import refuse_vanished_tools, to_stored_tools, to_tools
@@ -179,6 +167,32 @@ def open_reader(
     ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
     ``footers`` are those of another process's source.
     """
+    source, columns = _open_source(config, footers)
+    _refuse_two_sets_of_tools(config, columns)
+    refuse_wide_vocabulary(tokenizer)
+    _tell_unstored_ids(limits.vocab_size)
+    with stage("Choosing the chat template on the first conversations"):
+        convert = _converter(source, columns, config, tokenizer)
+        talks = _first_conversations(source, convert)
+        choice = choose_template(config.chat_template, tokenizer, config.template_kwargs, template_date, *talks)
+    skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
+    reader = Reader(
+        source=source,
+        columns=columns,
+        system_prompt=config.system_prompt,
+        convert=convert,
+        choice=choice,
+        aligner=Aligner(tokenizer, choice.template, skipped, config.all_turns, config.keep_end_of_turn),
+        max_length=_least(config.max_length or None, limits.positions or None),
+        vocab_size=limits.vocab_size,
+        num_rows=_least(source.num_rows, config.max_samples),
+    )
+    with stage("Aligning the first conversations"):
+        return _proven(reader, limits.positions)
+
+
+def _open_source(config: SourceConfig, footers: dict | None) -> tuple[SourceDataset, dict[str, str]]:
+    """The source, and its columns by their roles; those that are not read are logged."""
     choose = partial(
         choose_columns,
         messages=config.messages_column,
@@ -199,39 +213,32 @@ def open_reader(
     columns = choose(source.column_names)
     if unread := [name for name in source.column_names if name not in columns.values()]:
         logger.info("Columns: %s; not read: %s", ", ".join(columns.values()), ", ".join(unread))
+    return source, columns
+
+
+def _refuse_two_sets_of_tools(config: SourceConfig, columns: dict[str, str]) -> None:
+    """Raise UsageError where both the option and a column have tools."""
     if "tools" in columns and "tools" in config.template_kwargs:
         raise UsageError(
             f"`template_kwargs`: it has tools, and so has the column {columns['tools']!r}; for those of the option "
             "alone, leave the column out: `tools_column` ''"
         )
-    refuse_wide_vocabulary(tokenizer)
-    if limits.vocab_size > MAX_TOKEN_ID:
+
+
+def _tell_unstored_ids(vocab_size: int) -> None:
+    """Log which ids of a large vocabulary have no place in a row."""
+    if vocab_size > MAX_TOKEN_ID:
         logger.info(
-            "Of the model's %s token ids those from %s on are not stored: the tokenizer has special tokens there, if "
-            "any. What probability they have counts as the tail's.",
-            f"{limits.vocab_size:,}",
+            "Token ids from %s on (of %s) cannot be stored; only special tokens, if any, have such ids. Their "
+            "probability is counted in the tail.",
             f"{MAX_TOKEN_ID:,}",
+            f"{vocab_size:,}",
         )
-    with stage("Choosing the chat template on the first conversations"):
-        convert = _converter(source, columns, config, tokenizer)
-        conversations, tools = _first_conversations(source, convert)
-        choice = choose_template(
-            config.chat_template, tokenizer, config.template_kwargs, template_date, conversations, tools
-        )
-    skipped = skipped_token_ids(tokenizer, config.skip_tokens, config.keep_tokens)
-    reader = Reader(
-        source=source,
-        columns=columns,
-        system_prompt=config.system_prompt,
-        convert=convert,
-        choice=choice,
-        aligner=Aligner(tokenizer, choice.template, skipped, config.all_turns, config.keep_end_of_turn),
-        max_length=min(filter(None, (config.max_length, limits.positions)), default=None),
-        vocab_size=limits.vocab_size,
-        num_rows=min((n for n in (source.num_rows, config.max_samples) if n is not None), default=None),
-    )
-    with stage("Aligning the first conversations"):
-        return _proven(reader, limits.positions)
+
+
+def _least(*limits: int | None) -> int | None:
+    """The least of the limits that there are, None without any."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _converter(

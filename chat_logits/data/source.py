@@ -1,39 +1,34 @@
 """The chat dataset to extract from: a Hub id, a folder, or one file, opened at a revision that can be recorded."""
 
 import dataclasses
-import logging
-import os
 import re
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate, islice
 from pathlib import Path
 
 from chat_logits.data.csv_rows import CsvRows
 from chat_logits.data.hashing import hash_files
 from chat_logits.data.json_rows import JsonRows
-from chat_logits.data.parquet_rows import ParquetRows, name_in_dataset
+from chat_logits.data.parquet_rows import ParquetRows
+from chat_logits.data.source_files import (
+    file_format,
+    local_arguments,
+    refuse_another_file,
+    saved_table,
+    tell_of_files_left_out,
+)
+from chat_logits.data.table_rows import StreamRows, TableRows
 from chat_logits.data.text_rows import BadRow, TextRows
-from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import explain_hub_error
+from chat_logits.paths import is_there
 from chat_logits.words import count_text, first_line
 
 FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-FILE_FORMATS = {
-    **{kind + packed: "json" for kind in (".json", ".jsonl") for packed in ("", ".gz", ".zst")},
-    **{".csv" + packed: "csv" for packed in ("", ".gz", ".zst")},
-    ".parquet": "parquet",
-}
-SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
-CARD, DATASETS_OWN = "README.md", "dataset_infos.json"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,7 +40,7 @@ class SourceDataset:
     ``column_names`` are all there are, whichever are read, in JSON those of all first rows.
     """
 
-    rows: "TableRows | ParquetRows | TextRows | StreamRows"
+    rows: TableRows | ParquetRows | TextRows | StreamRows
     revision: str
     num_rows: int | None
     first_rows: list[dict | BadRow]
@@ -77,66 +72,6 @@ class SourceDataset:
         """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
         with explained(self.name):
             return self.rows.footers() if isinstance(self.rows, ParquetRows) else {}
-
-
-class TableRows:
-    """Rows of a memory-mapped ``datasets.Dataset``, made of ``files``, where these are Parquet."""
-
-    def __init__(self, table, files: Sequence[str] = ()):
-        self._table, self._files = table, files
-        self.num_rows, self.features = len(table), table.features
-
-    def keep(self, columns: list[str]) -> None:
-        """Decode these columns alone from now on."""
-        self._table = self._table.select_columns(columns)
-        self.features = self._table.features
-
-    def place(self, row: int) -> str:
-        """A row's file and its number in it, from 1, in words; its number alone where the files are not here."""
-        file = bisect_right(self._firsts, row) - 1
-        if file in range(len(self._firsts) - 1):
-            return f"{name_in_dataset(self._files[file])}, row {row - self._firsts[file] + 1}"
-        return f"row {row + 1}"
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        """Each file's first row, and the end of the last one's; nothing unless all are on this machine."""
-        import pyarrow.parquet as pq
-
-        is_here = all(map(os.path.isfile, self._files))
-        return list(accumulate((pq.read_metadata(file).num_rows for file in self._files), initial=0)) if is_here else []
-
-    def read(self, first: int, end: int) -> list[dict]:
-        end = min(end, self.num_rows)
-        return list(self._table.select(range(first, end))) if first < end else []
-
-
-class StreamRows:
-    """Rows of a ``datasets.IterableDataset``: those before are read too, and going back starts over."""
-
-    def __init__(self, stream, num_rows: int | None):
-        self._stream, self.num_rows, self.features = stream, num_rows, stream.features
-        self._open: Iterator[dict] | None = None
-        self._next_row = 0
-
-    def keep(self, columns: list[str]) -> None:
-        """Decode these columns alone from now on."""
-        self._stream = self._stream.select_columns(columns)
-        self.features, self._open = self._stream.features, None
-
-    def place(self, row: int) -> str:
-        """A row's number, from 1, in words."""
-        return f"row {row + 1}"
-
-    def read(self, first: int, end: int) -> list[dict]:
-        if first >= end:
-            return []
-        if self._open is None or first < self._next_row:
-            self._open, self._next_row = iter(self._stream.skip(first)), first
-        stream, self._open = self._open, None  # one that failed is not used again: it would seem to be at its end
-        rows = list(islice(stream, first - self._next_row, end - self._next_row))
-        self._open, self._next_row = stream, first + len(rows)
-        return rows
 
 
 def open_source(
@@ -181,13 +116,13 @@ def open_source(
 def _locate(dataset_id: str, config: str | None, revision: str | None) -> tuple[str, dict]:
     """The revision to record, and ``load_dataset``'s arguments."""
     path = Path(dataset_id)
-    if path.exists():
+    if is_there(path):
         if revision or (config and path.is_file()):
             raise UsageError(f"`dataset_id` {dataset_id}: local, so it has no `dataset_revision` or `dataset_config`")
         if not path.is_file() and not path.is_dir():
             raise UsageError(f"`dataset_id` {dataset_id}: expected a file or a folder, found a pipe or a device")
         content = hash_files(path)
-        return content, _local_arguments(path, config, content)
+        return content, local_arguments(path, config, content)
     if file_format(path):
         raise UsageError(f"`dataset_id` {dataset_id}: no such file")
     commit = resolve_commit(dataset_id, "dataset", revision)
@@ -200,10 +135,12 @@ def _open_rows(
     import datasets
 
     if "saved" in arguments:
-        return TableRows(_saved_table(arguments["saved"], split))
+        return TableRows(saved_table(arguments["saved"], split))
     builder = datasets.load_dataset_builder(**arguments)
-    if "data_files" not in arguments and Path(arguments["path"]).is_dir():
-        _tell_of_files_left_out(Path(arguments["path"]), builder)
+    if "data_files" in arguments:
+        refuse_another_file(arguments["data_files"]["train"], builder)
+    elif Path(arguments["path"]).is_dir():
+        tell_of_files_left_out(Path(arguments["path"]), builder)
     if (rows := _text_rows(builder.config, split, streaming)) is not None:
         return rows
     files = _parquet_files(builder.config, split)
@@ -214,19 +151,6 @@ def _open_rows(
     splits = builder.info.splits
     recorded = splits[split].num_examples or None if splits and split in splits else None
     return ParquetRows(files, stream.features, recorded, footers) if files else StreamRows(stream, recorded)
-
-
-def _saved_table(folder: Path, split: str):
-    """One split of what ``save_to_disk`` has written. Raises UsageError, with those there are, for one that is not."""
-    import datasets
-
-    saved = datasets.load_from_disk(str(folder))
-    tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    if split not in tables:
-        raise UsageError(
-            f"`split` {split}: the saved dataset {folder} has none of that name, but: {', '.join(map(str, tables))}"
-        )
-    return tables[split]
 
 
 def _text_rows(config, split: str, streaming: bool) -> TextRows | None:
@@ -281,64 +205,12 @@ def _number_columns(features) -> frozenset[str]:
     return frozenset(name for name, kind in kinds.items() if kind == "bool" or kind.startswith(("int", "uint")))
 
 
-def file_format(path: Path) -> str | None:
-    """What ``datasets`` calls the format of a file with this name, None for one that is not read."""
-    endings = [ending for ending in FILE_FORMATS if path.name.endswith(ending)]
-    return FILE_FORMATS[max(endings, key=len)] if endings else None
-
-
 def _parquet_files(config, split: str) -> list[str]:
     """The files of a split, if all are Parquet (and not archives of such)."""
     from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
     files = config.data_files[split] if isinstance(config, ParquetConfig) and split in config.data_files else []
     return list(files) if all(file.endswith(".parquet") for file in files) else []
-
-
-def _local_arguments(path: Path, config: str | None, content: str) -> dict:
-    """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
-    or another of the same name, for the one it has cached. A file is the split train."""
-    import datasets
-
-    cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
-    if path.is_dir():
-        if _is_saved(path):
-            return {"saved": path}
-        if within := [folder.name for folder in sorted(path.iterdir()) if _is_saved(folder)]:
-            raise UsageError(
-                f"`dataset_id` {path}: it holds datasets of save_to_disk, which are not read together: "
-                f"{first_names(within)}. Give one of these folders."
-            )
-        return {"path": str(path), "name": config, **cache}
-    kind = file_format(path)
-    if kind is None:
-        raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
-    return {"path": kind, "data_files": {"train": str(path)}, **cache}
-
-
-def _tell_of_files_left_out(folder: Path, builder) -> None:
-    """Name data files that ``datasets`` puts into no split: those of the rarer formats, and where some files are named
-    as splits are, all others. Where a card says which files are read, that is its owner's choice."""
-    card = folder / CARD
-    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
-        return
-    read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
-    visible = (path for path in sorted(folder.rglob("*")) if not any(map(_is_hidden, path.relative_to(folder).parts)))
-    data = (path for path in visible if path.is_file() and file_format(path) and path.name != DATASETS_OWN)
-    if left_out := [str(path.relative_to(folder)) for path in data if path.resolve() not in read]:
-        splits = ", ".join(map(str, builder.config.data_files))
-        told = "Not read of %s, as `datasets` puts them into none of its splits (%s): %s. Name one, or move them."
-        logger.warning(told, folder, splits, first_names(left_out))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether ``datasets`` passes over what has this name."""
-    return name.startswith((".", "_"))
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote this folder."""
-    return any((folder / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
 
 
 @contextmanager

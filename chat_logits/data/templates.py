@@ -1,12 +1,10 @@
-"""Chat templates: which one is used, and a conversation's text with the character spans of the assistant's turns.
+"""Chat templates: their texts, and a conversation's text with the character spans of the assistant's turns.
 
 A template tells the spans itself where it has generation blocks, ``{% generation %} … {% endgeneration %}``. The
-stock templates of most models have none; then a template of ``templates/`` that renders the same takes its place, or
-the spans come from rendering the conversation's prefixes.
+stock templates of most models have none; then a template of ``templates/`` that renders the same takes its place
+(template_choice.py), or the spans come from rendering the conversation's prefixes.
 """
 
-import datetime
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +12,10 @@ from pathlib import Path
 
 import jinja2
 
-from chat_logits.data.probes import PROBES, TOOL_PROBE
 from chat_logits.data.render_process import OverLimit, render_process
 from chat_logits.data.rendering import compile_text, render, text_by_transformers
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.paths import is_there
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -80,7 +78,7 @@ class ChatTemplate:
         Raises TemplateError where the template refuses the conversation, and PrefixError where it has no
         generation blocks and its prefixes do not nest.
         """
-        text, spans = self._render(conversation)
+        text, spans = self.rendered(conversation)
         return (text, spans) if self.has_generation_blocks else (text, self._prefix_spans(conversation, text))
 
     def render_all(self, talks: Sequence[tuple[list[dict], list[dict] | None]]) -> list[tuple[str, list]]:
@@ -102,7 +100,7 @@ class ChatTemplate:
     def text_or_none(self, conversation: list[dict], **options) -> str | None:
         """The text alone, None where the template refuses the conversation."""
         try:
-            return self._render(conversation, **options)[0]
+            return self.rendered(conversation, **options)[0]
         except TemplateError:
             return None
 
@@ -113,7 +111,8 @@ class ChatTemplate:
         except Exception:  # a template is a program: it may raise anything
             return None
 
-    def _render(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+    def rendered(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
+        """As ``render``, with further variables for the template; without generation blocks there are no spans."""
         renders = render_process().render if self.apart else render
         try:
             return renders(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
@@ -128,13 +127,13 @@ class ChatTemplate:
         for i, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            prompt, _ = self._render(conversation[:i], add_generation_prompt=True)
-            turn = whole if i + 1 == len(conversation) else self._render(conversation[: i + 1])[0]
+            prompt, _ = self.rendered(conversation[:i], add_generation_prompt=True)
+            turn = whole if i + 1 == len(conversation) else self.rendered(conversation[: i + 1])[0]
             _check_nesting(before, prompt)
             _check_nesting(prompt, turn)
             answer, content = turn[len(prompt) :], (message.get("content") or "").strip()
             # Only without a generation prompt must the answer itself tell that the turn has no header in front.
-            if not _begins_with(answer, content) and prompt == self._render(conversation[:i])[0]:
+            if not _begins_with(answer, content) and prompt == self.rendered(conversation[:i])[0]:
                 _refuse_header(answer, content)
             spans.append((len(prompt), len(turn)))
             before = turn
@@ -148,8 +147,9 @@ def _check_nesting(shorter: str, longer: str) -> None:
     at = next(i for i, (a, b) in enumerate(zip(shorter + "\0", longer + "\0", strict=False)) if a != b)
     inside, alone = longer[at : at + 20], shorter[at : at + 20]
     raise PrefixError(
-        "the chat template marks no answers, and a conversation's prefix renders otherwise alone: after "
-        f"{longer[max(0, at - 20) : at]!r} it has {alone!r} alone and {inside!r} in the whole.\n{THREE_WAYS}"
+        "the chat template has no {% generation %} blocks, and a prefix of the conversation renders differently alone "
+        f"than inside the whole: after {longer[max(0, at - 20) : at]!r} it has {alone!r} alone and {inside!r} inside "
+        f"the whole.\n{THREE_WAYS}"
     )
 
 
@@ -164,97 +164,12 @@ def _refuse_header(answer: str, content: str) -> None:
             "an empty answer, and a chat template without generation prompt: no telling where it begins"
         )
     raise PrefixError(
-        f"the chat template marks no answers and has no generation prompt, so the header of {answer[:30]!r} cannot "
-        f"be told from the answer.\n{THREE_WAYS}"
+        "the chat template has no {% generation %} blocks and no generation prompt, so the header of "
+        f"{answer[:30]!r} cannot be told from the answer.\n{THREE_WAYS}"
     )
 
 
-# --- choosing ---
-
-
-@dataclass(frozen=True)
-class TemplateChoice:
-    """The template that renders, in words where its spans come from, and the one it stands in for, if any."""
-
-    template: ChatTemplate
-    mask_source: str
-    own: ChatTemplate | None = None
-
-    def render(self, conversation: list[dict], tools: list[dict] | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """As ``ChatTemplate.render``, proven by transformers' rendering: of the model's own, where a shipped one stands
-        for it. ``tools`` are the conversation's.
-
-        Raises TemplateError, also where the two texts differ.
-        """
-        text, spans = self.template.with_tools(tools).render(conversation)
-        if (self.own or self.template).with_tools(tools).text_by_transformers(conversation) != text:
-            other = "the model's own template" if self.own else "transformers does"
-            raise TemplateError(f"the {self.mask_source} renders it otherwise than {other}")
-        return text, spans
-
-
-def choose_template(
-    argument: str | None,
-    tokenizer,
-    kwargs: dict,
-    date: str | None,
-    conversations: list[list[dict]],
-    tools: Sequence[list[dict] | None] = (),
-) -> TemplateChoice:
-    """The template to use: ``argument`` (a path, the template's text, or the name of one of the tokenizer's), or None
-    for the tokenizer's own, and for conversations with tools that for tools, if there is one.
-
-    ``tools`` are those of each of the ``conversations``, or nothing. One without generation blocks is replaced by the
-    shipped template that renders the same, over ``PROBES`` and over ``conversations``; else its spans are derived from
-    prefixes. So is a model's own that has them, as some (SmolLM3's) take the header in.
-    Raises UsageError for a template that is missing or does not parse.
-    """
-    text = template_text(argument, tokenizer, kwargs.get("tools") is not None)
-    for_tools = template_text(argument, tokenizer, has_tools=True)
-    date = date or (datetime.date.today().isoformat() if "strftime_now" in text + for_tools else None)
-    template = ChatTemplate(text, tokenizer.special_tokens_map, kwargs, date)
-    pairs = list(itertools.zip_longest(conversations, tools))
-    if for_tools == text:
-        return _choose_text(template, argument, pairs)
-    plain = _choose_text(template, argument, [pair for pair in pairs if not pair[1]])
-    calling = _choose_text(replace(template, text=for_tools), argument, [pair for pair in pairs if pair[1]])
-    sources = f"{plain.mask_source}; with tools, {calling.mask_source}"
-    return TemplateChoice(
-        template=replace(plain.template, tools_text=calling.template.text),
-        mask_source=plain.mask_source if plain.mask_source == calling.mask_source else sources,
-        own=replace(template, tools_text=for_tools),
-    )
-
-
-def _choose_text(template: ChatTemplate, argument: str | None, conversations: list[tuple]) -> TemplateChoice:
-    """The choice for one text; ``conversations`` are pairs of messages and tools."""
-    _refuse_bomb(template, conversations)
-    compile_template(template.text)
-    if argument is not None and template.has_generation_blocks:
-        return TemplateChoice(template, "generation blocks of --chat_template")
-    own_texts: dict[tuple[int, bool], str | None] = {}
-    for path in sorted(SHIPPED.glob("*.jinja")):
-        shipped = replace(template, text=path.read_text(encoding="utf-8"))
-        if _render_alike(template, shipped, conversations, own_texts):
-            return TemplateChoice(shipped, f"shipped template {path.name}", own=template)
-    if template.has_generation_blocks:
-        return TemplateChoice(template, "generation blocks of the model's own template")
-    return TemplateChoice(template, "prefixes of each conversation")
-
-
-def _refuse_bomb(template: ChatTemplate, conversations: list[tuple]) -> None:
-    """Render the first conversations where time and memory are limited, before the template is trusted here.
-
-    Raises UsageError where it takes more; what else it raises is for the run to see.
-    """
-    limited, probes = replace(template, apart=True), [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
-    for conversation, tools in (*probes, *conversations):
-        try:
-            limited.with_tools(tools)._render(conversation)
-        except TemplateLimit as error:
-            raise UsageError(str(error)) from error
-        except TemplateError:
-            continue
+# --- a template's text ---
 
 
 def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> str:
@@ -283,51 +198,12 @@ def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> s
     return template[wanted[0]]
 
 
-def _render_alike(
-    template: ChatTemplate,
-    shipped: ChatTemplate,
-    conversations: list[tuple[list[dict], list[dict] | None]],
-    own_texts: dict[tuple[int, bool], str | None],
-) -> bool:
-    """Whether both give the same texts. ``own_texts`` keeps the first one's, for the next that it is compared with.
-
-    A shipped template may refuse tools, though the family's own renders or drops them.
-    """
-    is_shown = False
-    for i, (conversation, tools) in enumerate(_compared(template, conversations)):
-        own_one, our_one = (_with_tools_alone(one, tools) for one in (template, shipped))
-        for prompt in (False, True):
-            if (i, prompt) not in own_texts:
-                own_texts[i, prompt] = own_one.text_or_none(conversation, add_generation_prompt=prompt)
-            own, ours = own_texts[i, prompt], our_one.text_or_none(conversation, add_generation_prompt=prompt)
-            if own != ours and not (ours is None and _has_tools(conversation, tools)):
-                return False
-            is_shown |= ours is not None
-    return is_shown
-
-
-def _compared(template: ChatTemplate, conversations: list[tuple]) -> list[tuple[list[dict], list[dict] | None]]:
-    """What tells templates apart, with tools: the probes without any, and whatever is there of those that have some."""
-    tools_of_all = template.kwargs.get("tools")
-    probes = [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
-    given = [(conversation, tools or tools_of_all) for conversation, tools in conversations]
-    return [*probes, (PROBES[0], tools_of_all), *given]
-
-
-def _with_tools_alone(template: ChatTemplate, tools: list[dict] | None) -> ChatTemplate:
-    """The template with these tools in the place of those that all conversations have."""
-    kwargs = {name: value for name, value in template.kwargs.items() if name != "tools"}
-    return replace(template, kwargs=kwargs).with_tools(tools)
-
-
-def _has_tools(conversation: list[dict], tools: list[dict] | None) -> bool:
-    return bool(tools) or any(message.get("tool_calls") or message["role"] == "tool" for message in conversation)
-
-
 def portable_template(argument: str | None) -> str | None:
     """``argument`` as it holds on other machines: in the place of a path, the file's text."""
-    is_path = argument is not None and not _is_template(argument) and Path(argument).expanduser().is_file()
-    return read_template(argument) if argument is not None and is_path else argument
+    if argument is None or _is_template(argument):
+        return argument
+    path = Path(argument).expanduser()
+    return read_template(argument) if is_there(path) and path.is_file() else argument
 
 
 def _is_template(argument: str) -> bool:
@@ -339,8 +215,8 @@ def read_template(argument: str) -> str:
     if _is_template(argument):
         return argument
     path = Path(argument).expanduser()
-    if not path.is_file():
-        raise UsageError(f"`chat_template` {argument}: no such file, and no template text ({{% … %}}) either")
+    if not is_there(path) or not path.is_file():
+        raise UsageError(f"`chat_template` {argument:.255}: no such file, and no template text ({{% … %}}) either")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

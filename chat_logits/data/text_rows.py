@@ -129,9 +129,9 @@ class TextRows:
         return rows
 
     def place(self, row: int) -> str:
-        """File and line of a row, in words; they are known of the rows that were read last."""
+        """File and line of a row, in words, its number alone where they are not known; both from 1."""
         found = self._recent.find(row) or self._search(row)
-        return f"{self._names[found[0]]}, {self._unit(found[0])} {found[1]}" if found else f"row {row}"
+        return f"{self._names[found[0]]}, {self._unit(found[0])} {found[1]}" if found else f"row {row + 1}"
 
     def _search(self, row: int) -> tuple[int, int] | None:
         """File and line of a row."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from chat_logits.data.parquet_rows import ParquetRows
 from chat_logits.data.reader import Aligned, Reader
-from chat_logits.data.source import StreamRows
+from chat_logits.data.table_rows import StreamRows
 
 SAMPLED = 1000  # rows, at most
 STREAMED_RUN = 64  # rows in a row of streamed Parquet, of which each run fetches a row group

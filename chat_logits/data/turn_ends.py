@@ -42,8 +42,8 @@ class TurnEnds:
         return tuple(position for position in found if position > 0)
 
     def _end_of(self, row: list[int], input_ids: np.ndarray) -> list[int]:
-        """Of special tokens in a row, the one that ends earlier answers, too, as the last may end the conversation;
-        else the last, as others close a tool call or open an empty answer."""
+        """If several special tokens follow each other, the one that also ends earlier answers, as the last may end the
+        conversation; otherwise the last one, as others close a tool call or open an empty answer."""
         if len(row) < 2:
             return row
         earlier = self.earlier_end()

@@ -60,7 +60,7 @@ def from_pretrained(auto_class, model_id: str, revision: str | None, gguf_file: 
     try:
         return auto_class.from_pretrained(model_id, revision=revision, **options)
     except ImportError as error:
-        needs = "requirements-dev.txt has gguf and accelerate, which GGUF files need" if gguf_file else str(error)
+        needs = "GGUF files need pip install 'gguf>=0.19' 'accelerate>=1.15'" if gguf_file else str(error)
         raise ToolkitError(f"model {model_id}: {needs}") from error
     except Exception as error:
         raise explain_loading(error, f"model {model_id}") from error

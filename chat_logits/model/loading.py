@@ -4,7 +4,6 @@ What does not fit on the accelerators stays in memory or on disk, and is brought
 memory) for as long as its layer works. Meanwhile its parameters are on "meta", so ``model.device`` says nothing.
 """
 
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from chat_logits.errors import ToolkitError, UsageError, first_names
+from chat_logits.errors import ToolkitError, UsageError, first_names, refuse_without
 from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
 from chat_logits.model.group import Group, in_step, refuse_too_many
@@ -24,6 +23,7 @@ from chat_logits.model.quantization import find_quantization, finish_quantized, 
 
 logger = logging.getLogger(__name__)
 
+ACCELERATE = ("accelerate", "1.15")  # which a single device does without
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 
@@ -72,6 +72,7 @@ def load_model(
     ``quantization``, one of ``quantization.CHOICES``, loads another in fewer bits, or dequantises one.
     Raises ToolkitError where a checkpoint is not whole, and before weights are read where it does not run here.
     """
+    refuse_autocast()
     base = find_base(model_id, revision, gguf_file)
     if base and device_map:
         raise UsageError(f"`device_map`: model {model_id} is an adapter; merge it, save the model, and give that")
@@ -270,26 +271,27 @@ def loading_options(
             raise UsageError("`max_memory` says how far to fill devices; give `device_map` auto as well")
         on_cpu, placement = torch.device(device).type == "cpu", {}
     else:
-        refuse_without_accelerate("device_map")
+        refuse_without(*ACCELERATE, "`device_map`")
         limits = read_max_memory(max_memory)
         on_cpu = all(place in HOST for place in limits or _places())
         placement = {"device_map": device_map, "max_memory": limits, "offload_folder": offload_folder}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
 
 
+def refuse_autocast() -> None:
+    """Raise UsageError within ``torch.autocast``: a model would compute in another dtype than is recorded of it."""
+    for device_type in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
+        if torch.is_autocast_enabled(device_type):
+            raise UsageError(
+                f"called within torch.autocast({device_type!r}), which changes what a model computes: call it outside, "
+                "and say `dtype`"
+            )
+
+
 def refuse_parts_here(size: int, device: torch.device) -> None:
     """Raise UsageError or ToolkitError where so many processes cannot compute a model on this machine."""
     refuse_too_many(size, device)
-    refuse_without_accelerate("tensor_parallel")
-
-
-def refuse_without_accelerate(option: str) -> None:
-    """Raise ToolkitError where accelerate is missing: a single device does without it."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise ToolkitError(
-            f"`{option}` needs the package accelerate, which is not installed.\n"
-            "Install it at the version in requirements-dev.txt."
-        )
+    refuse_without(*ACCELERATE, "`tensor_parallel`")
 
 
 def read_max_memory(max_memory: dict | None) -> dict[int | str, int] | None:

@@ -12,10 +12,11 @@ from plain_decoder import decode_position
 
 import explore_logits
 import extract_logits
-from chat_logits.analysis.comparison import compare_analyses, compare_datasets
+from chat_logits.analysis.comparison import compare_analyses
+from chat_logits.analysis.dataset_comparison import compare_datasets
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
 from chat_logits.analysis.row import RowNumbers
-from chat_logits.data.alignment import align_row
+from chat_logits.data.row_alignment import AlignmentError, align_row
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
@@ -204,6 +205,21 @@ def test_rows_of_one_dataset_alone_are_counted_and_left_out(partial, rows, compa
     assert {token.source_index for token in found.tokens} <= set(shared)
     numbers = {row["source_index"]: i for i, row in enumerate(partial[0].rows())}
     assert all(token.sample_index == numbers[token.source_index] for token in found.tokens)
+
+
+def test_a_row_whose_tokens_are_others_is_named_by_its_number(
+    real_extraction, other_extraction, rows, tmp_path, smollm2
+):
+    """Row 4 of the first, of source row 6: the first row that is compared, so its tokens are among those listed."""
+    changed = [[{**row, "alignment_checksum": row["alignment_checksum"] ^ 1} for row in pair] for pair in rows]
+    first = copied(real_extraction, tmp_path / "first", [rows[i][0] for i in range(2, 6)] + [changed[6][0]])
+    other = copied(other_extraction, tmp_path / "second", [changed[6][1]])
+    message = "^row 4: column alignment_checksum: the rebuilt conversation"
+    with pytest.raises(AlignmentError, match=message):
+        compare_datasets(first, other, smollm2[1])
+    for sample_index in (4, -1):
+        with pytest.raises(AlignmentError, match=message):
+            compare_analyses(first, other, smollm2[1], sample_index)
 
 
 def test_the_other_way_round_the_counts_change_sides(partial, smollm2):

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import astuple
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from chat_logits.analysis.cross_tokenizer import compare_bits, compare_spans
 from chat_logits.analysis.spans import NOT_THERE
 from chat_logits.data.alignment import SPECIAL_REASON
 from chat_logits.data.places import CHANGED, OTHER_TURNS, REPEATED
+from chat_logits.data.row_alignment import AlignmentError
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
@@ -421,6 +422,16 @@ def make_pair(tokenizers, conversations, others, **recorded):
     first = HeldDataset("a", tokenizers["smollm2"], PLAIN, conversations, drawn(5))
     other = HeldDataset("b", tokenizers["byte-level"], TRIMMED, others, drawn(6), **recorded)
     return first, other
+
+
+def test_a_row_whose_tokens_are_others_is_named_with_its_dataset(tokenizers):
+    talks = [talk(f"The answer to {i} is {i * 7}.") for i in range(4)]
+    first, other = make_pair(tokenizers, talks, [None, *talks[1:]])
+    other.held[2]["alignment_checksum"] ^= 1  # source row 3
+    sides = [Side(each, each.tokenizer) for each in (first, other)]
+    for compare in (partial(compare_bits, *sides), partial(compare_spans, *sides, 3)):
+        with pytest.raises(AlignmentError, match=r"^b: row 2: column alignment_checksum: "):
+            compare()
 
 
 def test_which_conversations_are_matched_and_which_are_not(tokenizers):

@@ -209,6 +209,35 @@ def test_it_prints_when_it_is_asked_to(logits, capsys):
     assert capsys.readouterr().out.startswith("Detailed Token Analysis:")
 
 
+def test_a_conversation_is_found_in_its_dataset(logits, quick_run, other_run):
+    again = open_logits(quick_run)
+    assert logits[4] in again and again.index(logits[4]) == 4 and again.count(logits[-1]) == 1
+    assert logits[4] == again[4] and logits[4] != again[5] and logits[4] != open_logits(other_run)[4]
+    assert logits[4] != 4 and len({logits[4], again[4], logits[5]}) == 2
+    assert logits[:3].count(logits[7]) == 0
+
+
+def test_an_error_below_a_property_is_not_hidden(logits):
+    """An AttributeError, which Python takes for a missing attribute and asks ``__getattr__``."""
+    conversation = copy.copy(logits[0])
+    conversation.logits = None
+    for ask in (lambda: conversation.stored, lambda: conversation.analysis, lambda: len(conversation)):
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+            ask()
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = logits[0].nothing
+
+
+def test_the_users_own_folder_is_written_as_a_tilde(logits, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    logits[:2].save("~/two.txt")
+    logits[:2].save("~/two")
+    explore_logits.execute_filtering(str(logits.dataset.dataset_id), "row < 2", "~/found.txt", quiet=True)
+    explore_logits.execute_thinning(str(logits.dataset.dataset_id), (8, 4, 0.9, "~/thin"), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.txt", "thin", "two", "two.txt"]
+
+
 def test_reprs_are_a_line(logits, quick_run):
     assert repr(logits) == f"<Logits {quick_run}: {len(logits)} conversations>"
     assert repr(logits.where("num_tokens\n> 100")).endswith(" conversations with num_tokens > 100>")
@@ -236,6 +265,10 @@ def test_reprs_are_a_line(logits, quick_run):
         (lambda logits: logits.rows("csv"), TypeError, "expected one of pandas, polars, duckdb, arrow"),
         (lambda logits: logits.compare(3), TypeError, "3: expected a logit dataset"),
         (lambda logits: logits.where(3), UsageError, "expected a condition as text"),
+        (lambda logits: logits[:2].save(None), TypeError, r"save\(None\): expected FILE.jsonl, FILE.txt or a folder"),
+        (lambda logits: logits[:2].save("~nouser/x"), UsageError, "`save` ~nouser/x: no such user; expected"),
+        (lambda logits: logits[:2].save("a\0b"), UsageError, "no name that a file can have"),
+        (lambda logits: logits[:2].save("x" * 300), UsageError, "`save` x{80}: File name too long"),
         (lambda logits: logits[:0].summary(), UsageError, "nothing to make a summary of"),
         (lambda logits: logits[:0].compare(logits), UsageError, "nothing to make a comparison of"),
         (lambda logits: logits.compare(logits[:0]), UsageError, "nothing to make a comparison of"),

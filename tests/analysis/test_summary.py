@@ -22,7 +22,7 @@ from runs import rows_in, shards_in
 
 import extract_logits
 from chat_logits.analysis.summary import summarize
-from chat_logits.data.alignment import AlignmentError
+from chat_logits.data.row_alignment import AlignmentError
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
@@ -449,9 +449,16 @@ def test_certain_tokens_and_an_empty_nucleus(copy, smollm2):
     shown(summary).print()
 
 
-def test_an_unfinished_extraction_is_refused(copy, smollm2):
-    (copy / "shards.json").write_text('{"shards": []}')
-    with pytest.raises(ToolkitError, match="no rows yet; its extraction is not finished"):
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        ('{"shards": [], "unfinished": true}', "it has no rows yet; its extraction is not finished"),
+        ('{"shards": []}', "it has no rows; nothing was extracted from its source"),
+    ],
+)
+def test_a_dataset_without_rows_is_refused(copy, smollm2, listing, message):
+    (copy / "shards.json").write_text(listing)
+    with pytest.raises(ToolkitError, match=message):
         summarize(open_dataset(str(copy)), smollm2[1])
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import explore_logits
 import extract_logits
 from chat_logits.analysis.verification import check_rows, load_recorded_model, spread, verify
-from chat_logits.data.alignment import align_row
 from chat_logits.data.hashing import hash_files
+from chat_logits.data.row_alignment import align_row
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError

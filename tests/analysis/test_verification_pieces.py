@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import extract_logits
-from chat_logits.analysis import row_check
+from chat_logits.analysis import reference_output
 from chat_logits.analysis.row_check import check_row
 from chat_logits.analysis.verification import check_rows, load_recorded_model
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.model.loading import load_model
 from chat_logits.model.reference import Outputs
@@ -40,7 +40,7 @@ def in_pieces(monkeypatch):
     """Have ``verify`` take so many rows of logits at once."""
 
     def of(rows: int, vocabulary: int = 4096) -> None:
-        monkeypatch.setattr(row_check, "PIECE_BYTES", rows * vocabulary * 4)
+        monkeypatch.setattr(reference_output, "PIECE_BYTES", rows * vocabulary * 4)
 
     return of
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import TEMPLATE
 
 from chat_logits.data import alignment as chat_alignment
-from chat_logits.data.alignment import Aligner, AlignmentError
-from chat_logits.data.conversations import to_stored
+from chat_logits.data.alignment import Aligner
+from chat_logits.data.row_alignment import AlignmentError, RowAligner, align_row
+from chat_logits.data.stored_messages import to_stored
 from chat_logits.data.templates import ChatTemplate
 from chat_logits.data.tokenizer import skipped_token_ids, token_text
 from chat_logits.errors import UsageError
@@ -175,7 +176,7 @@ def stored(smollm2):
 
 def test_align_row_gives_ids_and_positions(smollm2, stored):
     row, extraction, aligned = stored
-    rebuilt = chat_alignment.align_row(row, smollm2[1], extraction)
+    rebuilt = align_row(row, smollm2[1], extraction)
     np.testing.assert_array_equal(rebuilt.input_ids, aligned.input_ids)
     assert smollm2[1].decode(rebuilt.input_ids[rebuilt.positions]) == "Paris, France"
 
@@ -198,11 +199,48 @@ def test_another_template_is_told_where_it_differs(smollm2, stored, before, afte
     other = extraction["chat_template"].replace(before, after)
     assert other != extraction["chat_template"]
     with pytest.raises(AlignmentError, match=f"this chat template does not fit the extraction: ({message})"):
-        chat_alignment.align_row(row, smollm2[1], extraction, other)
+        align_row(row, smollm2[1], extraction, other)
 
 
 def test_changed_messages_do_not_match_the_checksum(smollm2, stored):
     row, extraction, _ = stored
     changed = {**row, "messages": to_stored(assistant("Paris, Texas"))}
     with pytest.raises(AlignmentError, match=r"column alignment_checksum: .* is not the one extracted"):
-        chat_alignment.align_row(changed, smollm2[1], extraction)
+        align_row(changed, smollm2[1], extraction)
+
+
+REFUSING = "{% if 'Rome' in messages[1].content %}{{ raise_exception('not that one') }}{% endif %}"
+FAULTS = {
+    "other words": ({"messages": to_stored(assistant("Paris, Texas"))}, "column alignment_checksum: the rebuilt"),
+    "fewer tokens": ({"num_tokens": 2}, "column num_tokens: found 2, expected 3 extracted tokens"),
+    "a message of another form": ({"messages": [{"content": "Q"}]}, "column messages: found {'content': 'Q'}"),
+    "tools that are no JSON": ({"tools": "["}, "column tools: no JSON"),
+    "refused": (
+        {"messages": to_stored(assistant("Rome"))},
+        "the conversation cannot be rebuilt: the chat template refuses it: not that one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
+def test_of_many_rows_the_one_at_fault_is_named(smollm2, stored, changes, message):
+    """By its number in the dataset where the caller knows it, else by its source row, and it says which."""
+    row, extraction, _ = stored
+    recorded = {**extraction, "chat_template": REFUSING + extraction["chat_template"], "keep_end_of_turn": None}
+    rows = [{**row, "source_index": 3 * i} for i in range(70)]  # more than are rendered together
+    rows[66] = {**rows[66], **changes}
+    aligner = RowAligner(smollm2[1], SimpleNamespace(**recorded))
+    assert len(aligner.align_all(rows[:66], range(66))) == 66
+    for numbers, name in ((range(100, 170), "row 166"), (None, "source row 198")):
+        with pytest.raises(AlignmentError) as error:
+            aligner.align_all(rows, numbers)
+        assert str(error.value).startswith(f"{name}: {message}")
+    with pytest.raises(AlignmentError, match=r"^row 5: "):
+        aligner.align(rows[66], 5)
+
+
+def test_a_template_that_does_not_parse_is_no_fault_of_a_row(smollm2, stored):
+    row, extraction, _ = stored
+    with pytest.raises(UsageError, match=r"^chat template, line 1: ") as error:
+        align_row(row, smollm2[1], extraction, "{% if %}")
+    assert "row" not in str(error.value)

@@ -5,7 +5,8 @@ import datetime
 import pytest
 from conftest import TEMPLATE
 
-from chat_logits.data.templates import ChatTemplate, PrefixError, TemplateError, choose_template
+from chat_logits.data.template_choice import choose_template
+from chat_logits.data.templates import ChatTemplate, PrefixError, TemplateError, portable_template
 from chat_logits.errors import UsageError
 
 SHIPPED = TEMPLATE.read_text(encoding="utf-8")
@@ -14,6 +15,9 @@ PLAIN = """{% for m in messages %}[{{ m.role }}]
 {{ m.content }}<end>
 {% endfor %}{% if add_generation_prompt %}[assistant]
 {% endif %}"""
+
+
+LONG = "You are a helpful assistant. " * 200  # longer than the name of a file or a path may be
 
 
 class Tokenizer:
@@ -39,6 +43,7 @@ def choose(argument, tokenizer, conversations=()):
     ("argument", "message"),
     [
         ("no/such/file.jinja", "no such file"),
+        (LONG, f"^`chat_template` {LONG[:255]}: no such file, and no template text"),
         ("{% for m in messages %}", "chat template, line 1"),
         (None, "no chat template: is this a base model"),
     ],
@@ -46,6 +51,10 @@ def choose(argument, tokenizer, conversations=()):
 def test_templates_that_cannot_work_are_refused(argument, message):
     with pytest.raises(UsageError, match=message):
         choose(argument, Tokenizer())
+
+
+def test_what_holds_on_other_machines_is_the_text_of_a_file():
+    assert [portable_template(each) for each in (str(TEMPLATE), SHIPPED, LONG, None)] == [SHIPPED, SHIPPED, LONG, None]
 
 
 def test_a_template_is_a_path_or_its_text():
@@ -124,7 +133,7 @@ def test_prefixes_of_a_template_without_header_or_generation_prompt():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{{ messages | length }}" + PLAIN, "renders otherwise alone: after '' it has '1"),
+        ("{{ messages | length }}" + PLAIN, "renders differently alone than inside the whole: after '' it has '1"),
         (PLAIN.replace("<end>", "{{ '!' if loop.last }}"), r"after '\[user\]\\nQ' it has '!\\n"),
         (PLAIN.replace("[assistant]", "[model]"), r"it has 'model\]\\n' alone and 'assistant\]"),
         (PLAIN.split("{% if add")[0], r"no generation prompt, so the header of '\[assistant\]"),

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat_logits.data.columns import choose_columns
-from chat_logits.data.conversations import ConversationError, from_stored, to_conversation, to_stored
+from chat_logits.data.conversations import ConversationError, to_conversation
+from chat_logits.data.stored_messages import from_stored, to_stored
 from chat_logits.errors import ToolkitError, UsageError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

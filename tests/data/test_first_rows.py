@@ -150,7 +150,7 @@ def test_the_search_has_an_end(opened, monkeypatch, caplog):
 
 def test_prefixes_that_do_not_nest_behind_them_are_told_as_in_the_first_rows(opened, tokenizer):
     counting = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(PrefixError, match="renders otherwise alone: after '' it has '1"):
+    with pytest.raises(PrefixError, match="renders differently alone than inside the whole: after '' it has '1"):
         opened([OPEN] * 40 + [WHOLE], chat_template=counting)
 
 

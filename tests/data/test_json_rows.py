@@ -98,6 +98,21 @@ def test_a_source_of_bad_lines_is_refused_and_one_of_some_is_not(tmp_path):
     assert source.column_names == ["prompt", "completion"] and not source.has_arrow_nulls
 
 
+def test_a_line_that_is_a_list_is_told_from_a_file_that_is_one(tmp_path):
+    """One conversation a line, but without an object around it; and a list that is cut short."""
+    line = json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    for content, problem in (
+        (f"{line}\n{line}\n", f"Extra data: line 2 column 1 (char {len(line) + 1})"),
+        ("[" + lines(ROWS[:1]), "Expecting ',' delimiter"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(UsageError) as error:
+            open_source(str(tmp_path / "rows.jsonl"))
+        said = f"rows.jsonl begins with '[', so it is read as one JSON list of rows, but: {problem}"
+        assert said in str(error.value)
+        assert str(error.value).endswith('or one object a line: {"messages": […]}')
+
+
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(lines(ROWS[:2]))

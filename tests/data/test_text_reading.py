@@ -301,7 +301,7 @@ def test_lines_are_counted_in_the_file(tmp_path):
     """Against lines counted by hand: of records of several lines, behind empty ones, in the second file."""
     (tmp_path / "0.csv").write_text('question,answer\n\na,"b\nc"\n\nd,e\n')
     (tmp_path / "1.csv").write_text("question,answer\nf,g\n")
-    expected = ["0.csv, line 3", "0.csv, line 6", "1.csv, line 2", "row 3"]
+    expected = ["0.csv, line 3", "0.csv, line 6", "1.csv, line 2", "row 4"]  # of which there are three
     rows = CsvRows([str(tmp_path / "0.csv"), str(tmp_path / "1.csv")])
     assert [rows.place(row) for row in range(4)] == expected
     assert len(rows.read(1, 9)) == 2 and [rows.place(row) for row in range(4)] == expected

@@ -10,7 +10,7 @@ from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import ConversationError
 from chat_logits.data.reader import open_reader
-from chat_logits.data.templates import choose_template
+from chat_logits.data.template_choice import choose_template
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.data.tools import from_stored_tools, to_stored_tools, to_tools
 from chat_logits.errors import ToolkitError, UsageError

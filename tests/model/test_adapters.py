@@ -81,7 +81,7 @@ def test_an_adapter_is_merged_into_its_base(adapter, base, chat_file, tmp_path):
     assert dataset.manifest.base_revision == hash_files(base)
     row = dataset.read_row(0)
     from chat_logits.analysis.opening import open_with_tokenizer
-    from chat_logits.data.alignment import RowAligner
+    from chat_logits.data.row_alignment import RowAligner
 
     found = RowAligner(open_with_tokenizer(str(tmp_path / "out"))[1], dataset.manifest).align(row)
     whole = loading.load_model(str(make_tiny_model(tmp_path / "again", vocab_size=49_152)))

@@ -13,7 +13,7 @@ from random_models import random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config, ViTConfig
 
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.model import loading
 from chat_logits.model.limits import input_limits
 from chat_logits.model.probe import probe_model
@@ -35,6 +35,14 @@ def changed(tmp_path):
         return str(folder)
 
     return of
+
+
+def test_within_autocast_no_model_is_loaded(tmp_path):
+    """It would compute in bfloat16 what is recorded as float32."""
+    folder = make_tiny_model(tmp_path, vocab_size=1000)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match=r"called within torch\.autocast"):
+        loading.load_model(str(folder))
+    loading.load_model(str(folder))
 
 
 def test_missing_tensors_are_named(changed):

@@ -101,8 +101,8 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
     message = capsys.readouterr().err
     assert f"{len(ROWS)} of {len(ROWS)} source rows are bad" in message
-    assert f"{len(ROWS)} × too large for the memory, though alone in its batch. Such are left out" in message
-    assert "--max_length" in message and "chats.jsonl, line 1: too large for the memory" in message
+    assert f"{len(ROWS)} × out of memory, even as a batch of one. Such are left out" in message
+    assert "--max_length" in message and "chats.jsonl, line 1: out of memory" in message
 
 
 @pytest.mark.parametrize(("place", "name"), [("reader", "read"), ("shard_computer", "write_shard")])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import extract_logits
 from chat_logits.analysis.opening import open_with_tokenizer
-from chat_logits.data.alignment import RowAligner
+from chat_logits.data.row_alignment import RowAligner
 
 REFUSED = {
     "bart": "an encoder reads its prompts",

@@ -9,7 +9,7 @@ from conftest import MODEL
 from test_teacher_model import plain_logits, request
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chat_logits.analysis.row_check import _Output
+from chat_logits.analysis.reference_output import Output
 from chat_logits.data.alignment import Alignment
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError
@@ -101,8 +101,8 @@ def test_a_mask_that_is_missing_in_one_of_two_rows_is_a_difference():
 def test_what_stored_numbers_may_differ_by_does_not_grow_with_a_mask(dtype, mask):
     """The tolerance of ``--verify``, for a model and for the same model with half of its entries masked."""
     ids = np.random.default_rng(0).integers(0, 1000, 30)
-    plain = _Output(tiny("llama", dtype), ids)
-    masked = _Output(with_mask(tiny("llama", dtype), mask), ids)
+    plain = Output(tiny("llama", dtype), ids)
+    masked = Output(with_mask(tiny("llama", dtype), mask), ids)
     is_mask = np.arange(1000) % 2 == 1
     assert np.array_equal(masked.logits[:, ~is_mask], plain.logits[:, ~is_mask])
     assert plain.tolerance / 2 < masked.tolerance <= plain.tolerance

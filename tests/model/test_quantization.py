@@ -454,7 +454,7 @@ def test_a_run_resumes_with_its_own_quantization_alone(int8_run, flags, tmp_path
     assert not shards[5].exists()
     assert extract_logits.main(wanted) == 0
     told = capsys.readouterr().err
-    assert "taken from the run that is resumed: `max_samples`" not in told
+    assert "taken from the resumed run: `max_samples`" not in told
     assert "--quantization bitsandbytes-8bit" in told and "Weights: bitsandbytes, 8 bit, quantized on loading" in told
     assert shards[5].read_bytes() == rows
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from chat_logits.data.alignment import Aligner, RowAligner
-from chat_logits.data.conversations import to_stored
+from chat_logits.data.alignment import Aligner
+from chat_logits.data.row_alignment import RowAligner
+from chat_logits.data.stored_messages import to_stored
 from chat_logits.data.tokenizer import skipped_token_ids
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import Manifest

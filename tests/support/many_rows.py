@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from conftest import CONVERSATIONS, TEMPLATE, make_tiny_model
 
 from chat_logits.data.alignment import Aligner
-from chat_logits.data.conversations import from_stored
+from chat_logits.data.stored_messages import from_stored
 from chat_logits.data.tokenizer_files import read_tokenizer
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import EXTRACTION_FILE

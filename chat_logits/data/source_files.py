@@ -1,0 +1,95 @@
+"""Files and folders as datasets: their formats, what ``load_dataset`` is given of them, what it passes over."""
+
+import glob
+import logging
+import os
+from pathlib import Path
+
+from chat_logits.errors import UsageError, first_names
+
+FILE_FORMATS = {
+    **{kind + packed: "json" for kind in (".json", ".jsonl") for packed in ("", ".gz", ".zst")},
+    **{".csv" + packed: "csv" for packed in ("", ".gz", ".zst")},
+    ".parquet": "parquet",
+}
+SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
+CARD, DATASETS_OWN = "README.md", "dataset_infos.json"
+
+logger = logging.getLogger(__name__)
+
+
+def saved_table(folder: Path, split: str):
+    """One split of what ``save_to_disk`` has written. Raises UsageError, with those there are, for one that is not."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if split not in tables:
+        raise UsageError(
+            f"`split` {split}: the saved dataset {folder} has none of that name, but: {', '.join(map(str, tables))}"
+        )
+    return tables[split]
+
+
+def file_format(path: Path) -> str | None:
+    """What ``datasets`` calls the format of a file with this name, None for one that is not read."""
+    endings = [ending for ending in FILE_FORMATS if path.name.endswith(ending)]
+    return FILE_FORMATS[max(endings, key=len)] if endings else None
+
+
+def local_arguments(path: Path, config: str | None, content: str) -> dict:
+    """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
+    or another of the same name, for the one it has cached. A file is the split train."""
+    import datasets
+
+    cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
+    if path.is_dir():
+        if _is_saved(path):
+            return {"saved": path}
+        if within := [folder.name for folder in sorted(path.iterdir()) if _is_saved(folder)]:
+            raise UsageError(
+                f"`dataset_id` {path}: it holds datasets of save_to_disk, which are not read together: "
+                f"{first_names(within)}. Give one of these folders."
+            )
+        if glob.has_magic(folder := os.path.normpath(path.absolute())) or "::" in folder:
+            raise UsageError(
+                f"`dataset_id` {path}: a folder with one of * ? [ :: in its path, by which `datasets` would look for "
+                "others; give one of its files, or rename it"
+            )
+        return {"path": folder, "name": config, **cache}
+    kind = file_format(path)
+    if kind is None:
+        raise UsageError(f"`dataset_id` {path}: expected a file ending in {', '.join(FILE_FORMATS)}, or a folder")
+    return {"path": kind, "data_files": {"train": glob.escape(os.path.normpath(path.absolute()))}, **cache}
+
+
+def refuse_another_file(path: str, builder) -> None:
+    """Raise UsageError where ``datasets`` has found something else than the file whose escaped path this is."""
+    found = [str(file) for files in builder.config.data_files.values() for file in files]
+    if [glob.escape(file) for file in found] != [path]:
+        raise UsageError(f"`datasets` takes the name of this file for {first_names(found)}; rename it")
+
+
+def tell_of_files_left_out(folder: Path, builder) -> None:
+    """Name data files that ``datasets`` puts into no split: those of the rarer formats, and where some files are named
+    as splits are, all others. Where a card says which files are read, that is its owner's choice."""
+    card = folder / CARD
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
+    visible = (path for path in sorted(folder.rglob("*")) if not any(map(_is_hidden, path.relative_to(folder).parts)))
+    data = (path for path in visible if path.is_file() and file_format(path) and path.name != DATASETS_OWN)
+    if left_out := [str(path.relative_to(folder)) for path in data if path.resolve() not in read]:
+        splits = ", ".join(map(str, builder.config.data_files))
+        told = "Not read of %s, as `datasets` puts them into none of its splits (%s): %s. Name one, or move them."
+        logger.warning(told, folder, splits, first_names(left_out))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether ``datasets`` passes over what has this name."""
+    return name.startswith((".", "_"))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote this folder."""
+    return any((folder / name).is_file() for name in (SAVED_SPLITS, SAVED_TABLE))
