@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from chat_logits.errors import UsageError
+from chat_logits.paths import expanded
 
+PLACES = ("ID", "FOLDER")  # metavars of options that may be a folder
 READ, EXTRACTED, WRITTEN = "what is read", "what is extracted", "what is written"
 SPREAD, COMPUTED = "more than one accelerator", "how it is computed"
 KINDS = {
@@ -87,7 +89,9 @@ class Option:
             raise UsageError(f"`{self.name}` {value}: expected {self.range}")
         if self.check_value:
             self.check_value(value)
-        return value
+        # A shell leaves ~ as it is in --output_dir=~/out, and so does YAML.
+        is_in_home = self.metavar in PLACES and isinstance(value, str) and value.startswith("~")
+        return expanded(value, self.name) if is_in_home else value
 
     def _as_kind(self, value: Any) -> Any:
         if self.kind is str and isinstance(value, os.PathLike):

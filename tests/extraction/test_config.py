@@ -12,6 +12,7 @@ from chat_logits.cli.extract_options import ExtractOptions
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.options import options_of
+from chat_logits.training.config import TrainConfig
 
 PLACES = {"model_id": "user/model", "dataset_id": "chats.jsonl"}
 DEFAULTS = {
@@ -229,3 +230,15 @@ def test_a_file_that_is_missing_or_no_text_is_told(tmp_path):
     with pytest.raises(UsageError, match="expected UTF-8 text"):
         read_config_file(str(tmp_path / "latin.yaml"), ExtractConfig)
     assert read_config_file(write(tmp_path, "# nothing\n"), ExtractConfig) == {}
+
+
+def test_a_home_folder_that_no_shell_has_put_in_is_put_in(tmp_path, monkeypatch):
+    """As in a config file, or after an equals sign: else some libraries would write there, and others to "./~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ExtractConfig(model_id="~/model", dataset_id="~/chats.jsonl", output_dir="~", system_prompt="~/no place")
+    assert config.model_id == f"{tmp_path}/model" and config.dataset_id == f"{tmp_path}/chats.jsonl"
+    assert config.folder == tmp_path and config.system_prompt == "~/no place"
+    training = TrainConfig(logit_dataset_id="~/rows", student_id="a/b", output_dir="~/student")
+    assert training.logit_dataset_id == f"{tmp_path}/rows" and training.output_dir == f"{tmp_path}/student"
+    with pytest.raises(UsageError, match="`output_dir` ~nobody-has-this-name/x: no such user"):
+        ExtractConfig(model_id="m", dataset_id="d", output_dir="~nobody-has-this-name/x")
