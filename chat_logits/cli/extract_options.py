@@ -82,6 +82,7 @@ def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
     """As ``read_config``, but the model's options alone where no dataset is named."""
     values = _read_values(options, given)
     if "dataset_id" in values:
+        refuse_missing(ExtractConfig, values)
         return ExtractConfig(**values)
     refuse_missing(ModelConfig, values)
     of_model = {name: value for name, value in values.items() if name in options_of(ModelConfig)}

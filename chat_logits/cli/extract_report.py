@@ -8,6 +8,7 @@ from chat_logits.analysis.row import perplexity_of
 from chat_logits.analysis.tokens import label_tokens
 from chat_logits.cli.extract_options import KINDS
 from chat_logits.cli.parser import as_typed
+from chat_logits.display.measures import short_number
 from chat_logits.display.tables import default_console
 from chat_logits.display.text import visible
 from chat_logits.display.token_tables import print_preview
@@ -76,8 +77,8 @@ def _time_text(done: Extraction) -> str:
     whole = duration_text(done.seconds)
     if not done.new_tokens:
         return f"{whole}; nothing was left to compute"
-    rate = done.new_tokens / max(done.computing, 0.01)
-    return f"{whole}, {duration_text(done.computing)} of it computing: {rate:,.3g} tokens extracted a second"
+    rate = short_number(done.new_tokens / max(done.computing, 0.01))
+    return f"{whole}, {duration_text(done.computing)} of it computing: {rate} tokens extracted a second"
 
 
 def duration_text(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The lock on a run's folder: no second process writes there, and the run knows its folder from all others."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import filelock
 from chat_logits.errors import ToolkitError, UsageError
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without them
 
 
 class FolderLost(ToolkitError):
@@ -37,6 +39,13 @@ class FolderLock:
             raise UsageError(
                 f"`output_dir` {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
                 "choose another folder."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            raise ToolkitError(
+                f"`output_dir` {self.path}: its file system does not lock files ({error}), so two runs could write "
+                "here at once. Mount it with locks (flock), or choose another folder."
             ) from error
         self._locked = self._seen()
 

@@ -21,6 +21,7 @@ from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
+from chat_logits.extraction.source_checks import refuse_changed_source, refuse_within_source
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
 from chat_logits.stages import every, stage
@@ -68,6 +69,7 @@ def extract(config: ExtractConfig) -> Extraction:
     The same call resumes what an earlier one left unfinished. Raises UsageError where the folder or the repository
     holds another run, and for models, datasets and devices that are not there; ToolkitError where a run fails.
     """
+    refuse_within_source(config)
     place = place_in_code(config.output_repo, config.output_revision)
     with RunFolder(config.folder, config.overwrite, place) as folder:
         try:
@@ -103,6 +105,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows), started)
             run.begin_or_resume(recorded)
             run.compute_missing()
+        refuse_changed_source(opened)
         run.refuse_nothing()  # before anything takes the place of what is there
         folder.check_finished(run.finished.keys() == folder.entries.keys())
         if sync:

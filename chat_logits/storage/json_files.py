@@ -7,6 +7,7 @@ from pathlib import Path
 from chat_logits.errors import ToolkitError
 
 SHOWN = 40  # characters of a value in a message
+LARGEST = 2**29  # bytes of a file that is read: the list of 100,000 shards has 20 million
 
 
 def canonical(value: object) -> bytes:
@@ -24,9 +25,13 @@ def json_text(content: dict) -> str:
 def read_json(path: Path, name: str) -> dict:
     """The JSON object in a file that messages call ``name``. Raises ToolkitError for anything else."""
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise ToolkitError(f"{name} has {size:,} bytes, expected {LARGEST:,} at most")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ToolkitError(f"{name} is no JSON: {error}") from error
+    except OSError as error:
+        raise ToolkitError(f"{name} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ToolkitError(f"{name} holds no JSON object")
     return content

@@ -12,7 +12,7 @@ from conftest import REPO
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.card import render_card
 from chat_logits.storage.dataset import open_dataset
-from chat_logits.storage.json_files import canonical, json_text
+from chat_logits.storage.json_files import canonical, json_text, read_json
 from chat_logits.storage.manifest import FINGERPRINT_KEYS, KEYS, Manifest, RunInputs, another_run
 from chat_logits.storage.shard import write_shard
 from chat_logits.storage.shard_list import ShardEntry, mean_nll, read_shard_list, shards_text
@@ -249,3 +249,14 @@ def test_keys_that_decide_the_rows_where_they_are_there(content, key, value):
     assert other.fingerprint == hashlib.sha256(text.encode()).hexdigest()
     (difference,) = other.differences(plain)
     assert difference.startswith(f"{key}: ")
+
+
+def test_a_file_that_is_too_large_or_none_is_told(tmp_path):
+    """Before any of it is read: 3 GB that take no place on the disk, and a folder."""
+    large = tmp_path / "shards.json"
+    with large.open("wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(ToolkitError, match=r"list has 3,221,225,472 bytes, expected 536,870,912 at most"):
+        read_json(large, "list")
+    with pytest.raises(ToolkitError, match="list cannot be read: Is a directory"):
+        read_json(tmp_path, "list")
