@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,14 @@ def real_alignments(smollm2, source_rows):
     template = ChatTemplate(TEMPLATE.read_text(encoding="utf-8"), tokenizer.special_tokens_map, {})
     aligner = Aligner(tokenizer, template, skipped_token_ids(tokenizer))
     return [aligner.align(to_conversation(row, {"messages": "conversations"})) for row in source_rows[:32]]
+
+
+@pytest.fixture
+def terminal_closes():
+    """A closed terminal is heard, in processes begun here too, though the tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def make_tiny_model(folder: Path, vocab_size: int = WIDE_VOCABULARY, seed: int = 0, **changes) -> Path:

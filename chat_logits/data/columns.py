@@ -19,6 +19,7 @@ FORMATS = (
 )
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOLS_COLUMNS = ("tools", "functions", "tool_defs")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 OVERRIDES = "Name the ones that are meant: `messages_column`, or `prompt_column` and `response_column`."
 
 
@@ -78,8 +79,20 @@ def _detect_columns(names: list[str]) -> dict[str, str]:
     listed = ", ".join(names)
     if not fitting:
         known = "; ".join(" + ".join(columns.values()) for columns in FORMATS)
-        raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{OVERRIDES}")
+        raise UsageError(f"no chat columns among: {listed}; expected one of: {known}.\n{_hint(names) or OVERRIDES}")
     if len(fitting) > 1:
         fits = " and ".join(" + ".join(columns.values()) for columns in fitting)
-        raise UsageError(f"ambiguous columns: {fits} both hold conversations (all columns: {listed}).\n{OVERRIDES}")
+        raise UsageError(f"ambiguous columns: {fits} all hold conversations (all columns: {listed}).\n{OVERRIDES}")
     return dict(fitting[0])
+
+
+def _hint(names: list[str]) -> str | None:
+    """What else may be wrong with a table that has no chat columns: separators, an encoding, spaces and capitals."""
+    if "\0" in "".join(names):
+        return "The file seems to be UTF-16: save it as UTF-8."
+    if len(names) == 1 and (found := next((each for each in SEPARATORS if each in names[0]), None)):
+        return f"Its fields seem to be separated by {SEPARATORS[found]}: save it with commas."
+    known = {name for columns in FORMATS for name in columns.values()}
+    if nearly := [name for name in names if name not in known and name.strip().lower() in known]:
+        return f"{nearly[0]!r} is taken as it stands, with its spaces and capitals. {OVERRIDES}"
+    return None

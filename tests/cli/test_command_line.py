@@ -12,6 +12,7 @@ from chat_logits.errors import ToolkitError, UsageError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("terminal_closes")
 def test_a_signal_is_known_though_a_library_has_made_an_interrupt_of_its_own(number):
     """As Ray does, which waits in C."""
     with pytest.raises(Stopped) as stopped, stop_on_signals():

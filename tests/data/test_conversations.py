@@ -245,6 +245,23 @@ def test_unknown_columns_are_listed():
 
 
 @pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["question;answer"], "separated by semicolons: save it with commas"),
+        (["question\tanswer"], "separated by tabs"),
+        (["\xff\xfeq\0u\0e\0"], "UTF-16: save it as UTF-8"),
+        (["Question", "Answer"], "'Question' is taken as it stands"),
+        (["question", "  answer"], "'  answer' is taken as it stands"),
+        (["question", "label"], "Name the ones that are meant"),
+    ],
+)
+def test_tables_without_chat_columns_get_a_hint(names, hint):
+    with pytest.raises(UsageError, match="no chat columns among") as refused:
+        choose_columns(names)
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "columns",
     [
         ["question", "answer", "prompt", "completion"],

@@ -319,6 +319,7 @@ def test_a_finished_run_stays_finished_where_the_command_is_given_again_and_stop
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.usefixtures("terminal_closes")
 def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
     flags, undisturbed, tmp_path, number, status
 ):
