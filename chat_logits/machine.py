@@ -34,6 +34,12 @@ def stopping_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *heard]
 
 
+def ignore_if_repeated(number: int) -> None:
+    """From its first on, where a shell and the system each send one: as of a terminal that is closed."""
+    if number == getattr(signal, "SIGHUP", None):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def memory_limits(proc: Path = PROC, root: Path = ROOT) -> Iterator[int]:
     """Bytes that the groups allow, none where there is no limit."""
     for folder in _groups("memory", proc, root):

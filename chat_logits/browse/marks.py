@@ -113,7 +113,7 @@ class Marks:
         connection.execute("PRAGMA trusted_schema = OFF")
         found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 2").fetchall()
         if not found:
-            connection.execute(TABLE)
+            connection.execute(TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))  # another browser may be as quick
         elif [" ".join(sql.split()) for (sql,) in found] != [TABLE]:
             raise ToolkitError(f"{self.file}: more or other than a table of marks is in it; move it away")
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 COMMANDS = ("extract_logits", "explore_logits", "export_targets", "train_student")
@@ -11,7 +12,8 @@ SIGNALLED = 128  # and the signal's number: what shells give
 
 def leave_at_once(number: int, _frame: object = None) -> None:
     """End the process, whatever it is doing."""
-    os.write(2, b"Stopped.\n")
+    with suppress(OSError):  # a terminal that is closed
+        os.write(2, b"Stopped.\n")
     os._exit(SIGNALLED + number)
 
 

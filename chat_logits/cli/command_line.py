@@ -23,7 +23,7 @@ from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_
 from chat_logits.cli.streams import named_failures, open_closed_streams, print_no_more, show_all_characters
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
-from chat_logits.machine import stopping_signals
+from chat_logits.machine import ignore_if_repeated, stopping_signals
 from chat_logits.options import Config
 from chat_logits.paths import refuse_unfit
 from chat_logits.stages import Stages
@@ -187,6 +187,7 @@ def stop_on_signals() -> Iterator[None]:
         if received:
             leave_at_once(number)
         received.append(number)
+        ignore_if_repeated(number)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in stopping_signals()}

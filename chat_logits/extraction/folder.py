@@ -189,7 +189,8 @@ class RunFolder:
         aside = self._set_aside_shards() if self.recomputed & set(shards) else {}
         for number in aside.keys() & set(shards):
             self.check_place()
-            aside[number].rename(aside[number].with_name(aside[number].name + PUSHED))
+            with suppress(OSError):  # it stays as it is: what has been pushed has been
+                aside[number].rename(aside[number].with_name(aside[number].name + PUSHED))
         self.recomputed -= set(shards)
 
     def _is_listed_whole(self) -> bool:

@@ -23,7 +23,7 @@ from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 
 SHARDS_A_WORKER = 4  # at least, so that none waits long for the others at the end
-SHORT = 1024  # extracted tokens a source row in the mean; a shard of more rows may take 0.3 GB until it is written
+FEW = 1024 * 80  # entries of a source row in the mean: a shard of 1,024 rows takes 0.3 GB until it is written
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
 logger = logging.getLogger(__name__)
@@ -170,14 +170,17 @@ def _describe(
 
 def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
-    from chat_logits.model.loading import logits_dtype  # torch is there once a model is
+    from chat_logits.model.loading import input_device, logits_dtype  # torch is there once a model is
 
     config = opened.config
     return Manifest(
         **vars(opened.described),
         rows_per_shard=config.rows_per_shard
         or default_rows_per_shard(
-            model.device.type, opened.reader.tokens_a_row, opened.reader.num_rows, config.num_workers
+            input_device(model).type,
+            opened.reader.tokens_a_row * (config.top_k + config.num_sampled),
+            opened.reader.num_rows,
+            config.num_workers,
         ),
         licenses={
             "model": find_license(config.model_id, "model", opened.model_commit),
@@ -192,16 +195,17 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
     )
 
 
-def default_rows_per_shard(device_type: str, tokens_a_row: float, num_rows: int | None, workers: int) -> int:
+def default_rows_per_shard(device_type: str, entries_a_row: float, num_rows: int | None, workers: int) -> int:
     """Source rows a shard: beside an accelerator more, as batches are formed within one, and more rows pad less.
 
-    ``tokens_a_row`` are extracted tokens in the mean, ``num_rows`` those of the source, None if unknown.
+    ``entries_a_row`` are extracted tokens in the mean, times entries of each; ``num_rows`` those of the source, None if
+    unknown.
 
-    >>> [default_rows_per_shard("cuda", 239.0, 3000, workers) for workers in (1, 8)]
+    >>> [default_rows_per_shard("cuda", 239.0 * 80, 3000, workers) for workers in (1, 8)]
     [1024, 256]
     """
     are_enough = workers == 1 or num_rows is None or num_rows >= SHARDS_A_WORKER * workers * MANY_ROWS
-    return MANY_ROWS if device_type != "cpu" and tokens_a_row <= SHORT and are_enough else USUAL_ROWS
+    return MANY_ROWS if device_type != "cpu" and entries_a_row <= FEW and are_enough else USUAL_ROWS
 
 
 def differences(opened: OpenedRun, recorded: Manifest) -> list[str]:

@@ -174,7 +174,7 @@ def check_order(source_rows: pa.ChunkedArray, covered: range, path: str) -> None
     shard may cover."""
     if source_rows.null_count:
         raise DamagedShard(f"{path}: column source_index has a null, expected the number of a source row")
-    numbers = source_rows.to_numpy()
+    numbers = np.from_dlpack(source_rows.combine_chunks())  # to_numpy would import pandas
     is_within = len(numbers) == 0 or (covered.start <= numbers[0] and numbers[-1] < covered.stop)
     if not is_within or not (np.diff(numbers) > 0).all():
         raise DamagedShard(

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from chat_logits.data.tokenizer import load_tokenizer
@@ -14,6 +15,7 @@ from chat_logits.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+READ_TOGETHER = 1000  # conversations
 PROBE = range(1, 9)  # token ids that any vocabulary has
 NOISE = 1e-4  # of the largest logit, float32: sums in another order
 
@@ -39,20 +41,22 @@ def student_tokenizer(config: TrainConfig) -> Any:
     return load_tokenizer(name, revision)
 
 
-def compare_vocabularies(config: TrainConfig, tokenizer: Any, teacher_ids: int) -> None:
-    """Tell of ids that the student, whose ``tokenizer`` this is, does not have of the teacher's ``teacher_ids``.
+def compare_vocabularies(config: TrainConfig, examples: Any, teacher_ids: int) -> None:
+    """Tell of ids that the student does not have of the teacher's ``teacher_ids``.
 
-    Raises UsageError where a token is among them: conversations may have it.
+    ``examples`` are ``training_dataset``'s. Raises UsageError where a conversation has a token that is among them.
     """
     size = load_config(config.student_id, config.student_revision).get_text_config().vocab_size
-    last = max(token_id for token_id in tokenizer.get_vocab().values() if token_id < teacher_ids)
+    if size >= teacher_ids:
+        return
+    aligned = examples.with_format("arrow").select_columns(["input_ids"]).iter(READ_TOGETHER)
+    last = max(int(np.frombuffer(b"".join(rows["input_ids"].to_pylist()), "<i4").max()) for rows in aligned)
     if last >= size:
         raise UsageError(
-            f"`student_id` {config.student_id}: it has {size:,} token ids, and its tokenizer tokens up to id {last:,}, "
-            "which conversations may have. Give it as many rows (resize_token_embeddings), save it, and give that."
+            f"`student_id` {config.student_id}: it has {size:,} token ids, and a conversation has the token {last:,}. "
+            "Give it as many rows (resize_token_embeddings), save it, and give that."
         )
-    if size < teacher_ids:
-        logger.info(f"The student has {size:,} of the teacher's {teacher_ids:,} token ids; no token has the others")
+    logger.info(f"The student has {size:,} of the teacher's {teacher_ids:,} token ids; no conversation has the others")
 
 
 def load_student(config: TrainConfig) -> torch.nn.Module:

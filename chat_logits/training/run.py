@@ -161,10 +161,10 @@ def _packs(
 ) -> tuple[Packs, Packs]:
     """The packs to train on, and the held-out ones, of rows that the first process aligns; the others take them from
     the cache."""
-    compare_vocabularies(config, tokenizer, stored.manifest.vocab_size)
     options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
     with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
         examples = training_dataset(config.logit_dataset_id, tokenizer, stored.revision, **options)
+    compare_vocabularies(config, examples, stored.manifest.vocab_size)
     return _split(examples, config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from chat_logits.errors import ToolkitError
-from chat_logits.machine import stopping_signals
+from chat_logits.machine import ignore_if_repeated, stopping_signals
 from chat_logits.model.out_of_memory import is_out_of_memory
 from chat_logits.storage.disk import FULL
 from chat_logits.training.config import TrainConfig
@@ -35,6 +35,7 @@ def stopping(trainer: Trainer) -> Iterator[None]:
     def receive(number: int, _frame: Any) -> None:
         received.append(number)
         signal.signal(number, before[number])  # the second one is not waited for
+        ignore_if_repeated(number)
 
     trainer.add_callback(Stop())
     numbers = stopping_signals() if threading.current_thread() is threading.main_thread() else ()

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from chat_logits.errors import UsageError
-from chat_logits.training.head import logit_tail
+from chat_logits.training.head import logit_tail, weight_and_bias
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class StudentLoss:
 
     def __init__(self, student: torch.nn.Module):
         self._head, self._tail = student.get_output_embeddings(), logit_tail(student)
-        self._is_told = False
+        self._told = vars(student).setdefault("_unknown_ids_told", [])  # by whichever loss of this student
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class StudentLoss:
         options = {"entropy": target.entropy, "tail": self._tail, "scores": scores, "reduction": "sum"}
 
         def compute(head: torch.nn.Module, args: tuple) -> tuple:
-            hidden, known = args[0].flatten(0, -2)[target.rows], self._known(target, len(head.weight))
+            hidden, known = args[0].flatten(0, -2)[target.rows], self._known(target, len(weight_and_bias(head)[0]))
             found.append(fused_sparse_kd_loss(hidden, head, known.ids, known.weights, **options))
             return (args[0][..., -1:, :], *args[1:])  # the rest of the forward pass has one position to do
 
@@ -107,8 +107,8 @@ class StudentLoss:
         if not target.ids.numel() or (most := int(target.ids.max())) < vocab_size:
             return target
         known = target.within(vocab_size)
-        if not self._is_told:
-            self._is_told = True
+        if not self._told:
+            self._told.append(most)
             lost = 1 - float(known.weights.sum() / target.weights.sum())
             logger.warning(
                 f"The student has {vocab_size:,} token ids, and the teacher's go up to {most:,}: those beyond are left "

@@ -357,7 +357,7 @@ def test_messages_have_the_keys_and_tools_that_they_had(quick_run, tmp_path, cop
         ("rows.parquet", "expected a folder, or a file"),
         ("missing/rows.txt", "missing is missing, expected a file to write"),
         ("filled", "holds files, such as x"),
-        ("", "expected a folder, or a file"),
+        ("", "no name; expected the name of a file or a folder"),
     ],
 )
 def test_places_that_cannot_be_saved_to(place, reason, quick_run, tmp_path, monkeypatch):

@@ -305,13 +305,19 @@ def test_with_fewer_than_five_entries_top5_is_a_bound(small_model, chat_file, sm
 
 
 def write_copies(folder, to, times: int):
-    """A dataset whose shards are those of ``folder``, over and over."""
-    shutil.copytree(folder, to)
-    shards = json.loads((folder / "shards.json").read_text())["shards"]
-    listed = [{**shard, "path": f"data/00000/train-{i:05d}.parquet"} for i, shard in enumerate(times * shards)]
-    for shard, entry in zip(times * shards, listed, strict=True):
-        shutil.copyfile(folder / shard["path"], to / entry["path"])
-    (to / "shards.json").write_text(json.dumps({"shards": listed}))
+    """A dataset whose shards are those of ``folder``, over and over, of other source rows."""
+    dataset = open_dataset(str(folder))
+    size, shards = dataset.manifest.rows_per_shard, list(dataset.row_groups(dataset.shards))
+    numbers = [shard.shard for shard in dataset.shards]
+    to.mkdir()
+    shutil.copyfile(folder / "extraction.json", to / "extraction.json")
+    entries = []
+    for number in range(times * len(numbers)):
+        shift = number - numbers[number % len(numbers)]
+        rows = [row for _, group in shards for row in group if row["source_index"] // size == number - shift]
+        moved = [{**row, "source_index": row["source_index"] + shift * size} for row in rows]
+        entries.append(write_shard(to, dataset.manifest, number, moved, []).as_json())
+    (to / "shards.json").write_text(json.dumps({"shards": entries}))
     return to
 
 

@@ -117,13 +117,14 @@ def test_a_new_run_on_a_cpu_has_256_rows_a_shard(start, tmp_path):
 @pytest.mark.parametrize(
     ("run", "rows"),
     [
-        (("cuda", 239.0, 3000, 1), 1024),
-        (("mps", 239.0, 100, 1), 1024),
-        (("cpu", 239.0, 3_000_000, 1), 256),
-        (("cuda", 1025.0, 3_000_000, 1), 256),  # a gigabyte of stored rows would wait to be written
-        (("cuda", 239.0, 32_767, 8), 256),  # fewer than four shards for each worker
-        (("cuda", 239.0, 32_768, 8), 1024),
-        (("cuda", 239.0, None, 1), 1024),
+        (("cuda", 239.0 * 80, 3000, 1), 1024),
+        (("mps", 239.0 * 80, 100, 1), 1024),
+        (("cpu", 239.0 * 80, 3_000_000, 1), 256),
+        (("cuda", 1025.0 * 80, 3_000_000, 1), 256),  # a gigabyte of stored rows would wait to be written
+        (("cuda", 239.0 * 80, 32_767, 8), 256),  # fewer than four shards for each worker
+        (("cuda", 239.0 * 80, 32_768, 8), 1024),
+        (("cuda", 239.0 * 80, None, 1), 1024),
+        (("cuda", 239.0 * 1088, None, 1), 256),  # --top_k 1024 --num_sampled 64
     ],
 )
 def test_rows_a_shard_by_default(run, rows):
