@@ -23,6 +23,18 @@ def test_a_signal_is_known_though_a_library_has_made_an_interrupt_of_its_own(num
     assert stopped.value.number == number
 
 
+@pytest.mark.usefixtures("terminal_closes")
+def test_a_terminal_that_is_closed_tells_twice_and_stops_once():
+    """Its shell sends one signal and the system another, while the first is being followed."""
+    with pytest.raises(Stopped) as stopped, stop_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert stopped.value.number == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
 def test_a_page_that_does_not_fit_leaves_the_one_before(tmp_path):
     """The disk takes no more than 1,000 bytes a file."""
     page, limits = tmp_path / "page.html", resource.getrlimit(resource.RLIMIT_FSIZE)
