@@ -14,7 +14,7 @@ from pathlib import Path
 from chat_logits.cli.command_line import leave, run_command, write_result
 from chat_logits.cli.parser import read_options, refuse_missing
 from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
-from chat_logits.errors import refuse_without
+from chat_logits.errors import ACCELERATE, refuse_without
 from chat_logits.stages import stage
 from chat_logits.training.config import TrainConfig
 
@@ -27,7 +27,7 @@ def _run(_options: TrainOptions, given: dict) -> None:
     values = read_options(TrainConfig, given)
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
-    refuse_without("accelerate", "1.15", "training")
+    refuse_without(*ACCELERATE, "training")
     config.check_output_dir()  # as ``train`` does, which comes after the imports
     if os.environ.get("RANK", "0") != "0":  # torchrun's: of several processes, the first says how it goes
         logging.getLogger("chat_logits").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ bug, and keeps its traceback under ``debug``.
 
 import importlib.util
 
+ACCELERATE = ("accelerate", "1.15")  # a package that some uses need, and its lowest version
 MAX_LISTED = 3  # names listed in a message at most
 
 

@@ -1,4 +1,5 @@
-"""What this process may use of its machine: cores and memory, as Linux's control groups limit them (containers, Slurm).
+"""What this process may use of its machine: cores and memory, as Linux's control groups limit them (containers, Slurm);
+and the signals by which the system asks it to end.
 
 A line of /proc/self/cgroup is "0::/path" for version 2, "number:controllers:/path" for version 1. In a container the
 path may be the host's, and the container's own group then lies at the root.

@@ -21,6 +21,7 @@ MODEL = REPO / ".cache" / "smollm2-135m-instruct"
 CONVERSATIONS = REPO / ".cache" / "zaragoza" / "faq-en-sharegpt.jsonl"
 TEMPLATE = REPO / "templates" / "smollm2.jinja"
 WIDE_VOCABULARY, QUICK_VOCABULARY = 262_144, 4096
+POISON = "Zebra"
 NOISE = 0.05  # of each matrix' own standard deviation
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
@@ -195,6 +196,21 @@ def other_run(quick_model, calm_source, shared) -> Path:
         assert extract_logits.main([*flags, "--max_samples", "60"]) == 0
 
     return shared("other_run", make) / "out"
+
+
+@pytest.fixture(scope="session")
+def poisoned(shared) -> Path:
+    """A random model whose embedding of one token, the last one of ``POISON``, is no number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def make(folder: Path) -> None:
+        make_tiny_model(folder, vocab_size=49_152)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(POISON, add_special_tokens=False)["input_ids"]
+        model.get_input_embeddings().weight.data[ids[-1]] = float("nan")
+        model.save_pretrained(folder)
+
+    return shared("poisoned", make)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from chat_logits.errors import ToolkitError, UsageError, first_names, refuse_without
+from chat_logits.errors import ACCELERATE, ToolkitError, UsageError, first_names, refuse_without
 from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
 from chat_logits.model.group import Group, in_step, refuse_too_many
@@ -23,7 +23,6 @@ from chat_logits.model.quantization import find_quantization, finish_quantized, 
 
 logger = logging.getLogger(__name__)
 
-ACCELERATE = ("accelerate", "1.15")  # which a single device does without
 HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
 
 

@@ -2,9 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-from conftest import TEMPLATE, make_tiny_model
+from conftest import POISON, TEMPLATE
 
 import extract_logits
 from chat_logits.errors import ToolkitError
@@ -90,26 +89,10 @@ def test_a_run_of_bad_rows_ends_and_goes_on_with_a_higher_limit(extract, tmp_pat
     assert extract(tmp_path / "chats.jsonl", "--max_bad_rows", 19) == 1
 
 
-WORD = "Zebra"
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-    """A model whose embedding of one token is no number."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = make_tiny_model(tmp_path_factory.mktemp("poisoned") / "model", vocab_size=49_152)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(WORD, add_special_tokens=False)["input_ids"]
-    model.get_input_embeddings().weight.data[ids[-1]] = np.nan
-    model.save_pretrained(folder)
-    return folder
-
-
 def test_a_row_whose_logits_are_not_finite_is_skipped_and_its_neighbours_are_not(extract, poisoned, tmp_path, capsys):
     rows = [json.loads(line(number)) for number in range(12)]
     for number in (2, 9):
-        rows[number]["question"] = f"What is a {WORD}?"
+        rows[number]["question"] = f"What is a {POISON}?"
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert extract(path, model=poisoned) == 0

@@ -3,9 +3,8 @@
 import re
 import shutil
 
-import numpy as np
 import pytest
-from conftest import make_tiny_model
+from conftest import POISON
 from lives import Server
 from loopback_hub import LoopbackHub
 from runs import files_in, flags_for, shards_in
@@ -14,28 +13,14 @@ import extract_logits
 from chat_logits.errors import ToolkitError
 from chat_logits.storage.dataset import open_dataset
 
-WORD = "Zebra"
 # Rows of which each is bad, one aside that has no answer: fewer than ``max_bad_rows`` allows of a thousand.
-FEW = ("--system_prompt", WORD, "--max_samples", "8")
+FEW = ("--system_prompt", POISON, "--max_samples", "8")
 COMMAND = """
 import sys
 import extract_logits
 from chat_logits.cli.command_line import leave
 leave(extract_logits.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-    """A model whose embedding of one token is no number."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = make_tiny_model(tmp_path_factory.mktemp("poisoned") / "model", vocab_size=49_152)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(WORD, add_special_tokens=False)["input_ids"]
-    model.get_input_embeddings().weight.data[ids[-1]] = np.nan
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_the_run_in_the_folder_is_kept(quick_run, poisoned, calm_source, tmp_path, capsys):
