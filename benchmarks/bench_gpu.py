@@ -39,7 +39,8 @@ from chat_logits.extraction.config import ExtractConfig  # noqa: E402
 from chat_logits.extraction.folder import RunFolder  # noqa: E402
 from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
 from chat_logits.model import loading, selection  # noqa: E402
-from chat_logits.model.batching import Batches, Budget, Sharing, plan_batches  # noqa: E402
+from chat_logits.model.batch_plan import Budget, plan_batches  # noqa: E402
+from chat_logits.model.batching import Batches, Sharing  # noqa: E402
 from chat_logits.model.head import use_head_dtype  # noqa: E402
 from chat_logits.model.memory import choose_budget, peak_memory  # noqa: E402
 from chat_logits.model.probe import probe_model  # noqa: E402

@@ -1,6 +1,6 @@
-"""A resumed run's options: what was left open is as it was recorded, and whoever started the run is told.
+"""The options of a resumed run: those not given are taken from the record of the run, and logged.
 
-Options that were given are compared with the record elsewhere, and another value is refused by its name.
+Options that were given are compared with the record elsewhere; a different value is refused by name.
 """
 
 import json
@@ -21,18 +21,26 @@ logger = logging.getLogger(__name__)
 
 # Options that are recorded as they are.
 SAME = (
-    *("top_k", "top_p", "num_sampled", "seed", "max_samples"),
-    *("system_prompt", "template_kwargs", "all_turns", "keep_end_of_turn"),
+    "top_k",
+    "top_p",
+    "num_sampled",
+    "seed",
+    "max_samples",
+    "system_prompt",
+    "template_kwargs",
+    "all_turns",
+    "keep_end_of_turn",
 )
-OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file", "quantization"]  # of the recorded one alone
+# Options that only apply to the recorded dataset or model.
+OF_DATASET, OF_MODEL = ["dataset_config", "split"], ["gguf_file", "quantization"]
 COLUMNS = ("messages", "prompt", "response", "tools")
-BY_OPTION = "chat_template"  # in the words on where a template's spans come from
+BY_OPTION = "chat_template"  # in the recorded mask source if the template was given by option
 SHOWN = 60  # characters of a value in the log
 
 
 def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
-    """The config with what it leaves open as it was recorded, as far as that can be told before anything is opened:
-    numbers and names, a template that was given, revisions of the Hub, dtype, attention, the processes of a model."""
+    """The config with options that were not given taken from the record, as far as possible before anything is opened:
+    numbers and names, a given template, Hub revisions, dtype, attention, the number of processes of a model."""
     names = [*SAME, *OF_DATASET * (recorded.dataset_id == config.dataset_id)]
     names += OF_MODEL * (recorded.model_id == config.model_id)
     taken = {name: _recorded_value(recorded, name) for name in names if name not in config.given}
@@ -45,7 +53,7 @@ def as_recorded(config: ExtractConfig, recorded: RunInputs) -> ExtractConfig:
 
 
 def _of_the_run(config: ExtractConfig, recorded: Manifest) -> dict[str, Any]:
-    """What is known once a model is loaded. Rows a shard that no option chose are none that must be told."""
+    """Options that are only recorded once a model is loaded. If `rows_per_shard` was a default, nothing is logged."""
     taken: dict[str, Any] = {}
     if recorded.tensor_parallel and not _forbids_parts(config):
         taken["tensor_parallel"] = recorded.tensor_parallel
@@ -55,7 +63,7 @@ def _of_the_run(config: ExtractConfig, recorded: Manifest) -> dict[str, Any]:
 
 
 def _forbids_parts(config: ExtractConfig) -> bool:
-    """Whether the config says how the model is computed, if not by ``tensor_parallel``."""
+    """Whether the config says how the model is computed, in a way that excludes the recorded ``tensor_parallel``."""
     is_elsewhere = config.device_map or config.gguf_file or config.quantization or config.device not in (None, "cpu")
     return "tensor_parallel" in config.given or bool(is_elsewhere)
 
@@ -77,7 +85,7 @@ def _revisions(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
 
 
 def _chosen_with_the_model(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
-    """What is chosen by model and device where no option says it."""
+    """Values that model and device determine if no option does."""
     if not isinstance(recorded, Manifest):
         return {}
     head = "float32" if recorded.head_dtype == "float32" else "model"
@@ -92,10 +100,10 @@ def _chosen_with_the_model(config: ExtractConfig, recorded: RunInputs) -> dict[s
 def opened_as_recorded(
     config: ExtractConfig, recorded: RunInputs, positions: int | None, tokenizer: Any
 ) -> ExtractConfig:
-    """The config with what model and tokenizer have a say in, as it was recorded where it is left open: the length,
-    the tokens not to extract, a template where the tokenizer has none.
+    """The config with the options that depend on model and tokenizer, taken from the record if they were not given: the
+    length, the tokens not to extract, a template if the tokenizer has none.
 
-    ``positions`` are the most that the model reads.
+    ``positions`` is the most tokens that the model reads.
     """
     taken: dict[str, Any] = {}
     if config.max_length is None and recorded.max_length != positions:
@@ -110,8 +118,7 @@ def opened_as_recorded(
 
 
 def recorded_columns(config: ExtractConfig, recorded: RunInputs) -> dict[str, Any]:
-    """The options that name the recorded columns, where the config leaves all of them open; nothing for another
-    dataset."""
+    """The options that name the recorded columns, if the config names no column; empty for another dataset."""
     is_open = all(getattr(config, f"{kind}_column") is None for kind in COLUMNS)
     if recorded.dataset_id != config.dataset_id or not is_open:
         return {}
@@ -120,13 +127,13 @@ def recorded_columns(config: ExtractConfig, recorded: RunInputs) -> dict[str, An
 
 
 def read_as_recorded(config: ExtractConfig, recorded: RunInputs, names: list[str], template: str) -> ExtractConfig:
-    """The config with what the source has a say in, as it was recorded where it is left open: columns, where the
-    ``names`` of all would give others, and the template, where that chosen is not the recorded one."""
+    """The config with the options that depend on the source, taken from the record if they were not given: columns, if
+    others would be chosen from all ``names``, and the template, if the chosen one is not the recorded one."""
     taken: dict[str, Any] = recorded_columns(config, recorded)
     try:
         if choose_columns(names) == recorded.columns:
             taken = {}
-    except UsageError:  # no telling which
+    except UsageError:  # the columns cannot be chosen by their names
         pass
     is_own = recorded.model_id == config.model_id and recorded.tools_template is None
     if config.chat_template is None and is_own and template != recorded.chat_template:
@@ -135,7 +142,7 @@ def read_as_recorded(config: ExtractConfig, recorded: RunInputs, names: list[str
 
 
 def _taking(config: ExtractConfig, taken: dict[str, Any]) -> ExtractConfig:
-    """The config with these values. Those that are others than it has are told."""
+    """The config with these values. Values that differ from the config's are logged."""
     changed = {name: value for name, value in taken.items() if value != getattr(config, name)}
     if changed:
         texts = (f"`{name}` {_short(value)}" for name, value in changed.items())

@@ -1,7 +1,7 @@
-"""The Ray that workers run on: whether it answers, started here or joined, and what each worker takes of it.
+"""The Ray cluster for the workers: checks that it answers, starts or joins it, and decides what each worker takes.
 
-``find_ray`` asks from a process beside this one. Within this one, Ray would try for minutes, say so in many lines, and
-be bound from its import on to one way of proving who it is; so nothing here imports it before.
+``find_ray`` checks the cluster from a separate process. In this process, Ray would retry for minutes with long logs,
+and its authentication mode would be fixed at import; so nothing here imports Ray before that.
 """
 
 import logging
@@ -24,23 +24,24 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.words import first_line
 
 PATIENCE = 30.0  # seconds for a cluster to answer
-# Whether anybody listens: attempts, seconds between them, seconds each. Ray gives a head up after 60 seconds.
+# To find out whether anything listens: attempts, seconds between them, timeout of each in seconds. Ray gives up on a
+# head after 60 seconds.
 TRIES, PAUSE, ANSWER = 4, 6.0, 3.0
 TOKEN_MODE = "RAY_AUTH_MODE"
 START = "`ray start --head` starts a cluster, and prints its address."
-DEFAULTS = {  # of the environment
+DEFAULTS = {  # environment variables
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without GPUs see those of their machine
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # tracebacks of calls that ended with a lost worker
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # no tracebacks of calls that ended with a lost worker
 }
-STORE = 128 * 2**20  # bytes of Ray's object store, which only numbers go through
+STORE = 128 * 2**20  # bytes of Ray's object store, which carries only numbers
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes of the cluster: ``options`` of its actor; ``described`` says what all take.
+    """What one worker takes of the cluster: ``options`` of its actor; ``described`` says in words what all take.
 
-    ``head`` is the HOST:PORT without which there is no cluster.
+    ``head`` is the HOST:PORT of the cluster's head.
     """
 
     options: dict
@@ -49,16 +50,16 @@ class Share:
 
 
 def find_ray(address: str | None) -> None:
-    """Raise UsageError where Ray is not installed, ToolkitError where no cluster answers at an address.
+    """Raise UsageError if Ray is not installed, ToolkitError if no cluster answers at an address.
 
-    Clusters ask for a token where their machines had one as they were started (``~/.ray/auth_token``, which Ray also
-    makes for its own use on a single machine). ``RAY_AUTH_MODE`` is set here where it is open and the cluster asks.
+    A cluster asks for a token if its machines had one when they were started (``~/.ray/auth_token``, which Ray also
+    creates for its own use on a single machine). If the cluster asks and ``RAY_AUTH_MODE`` is not set, it is set here.
     """
     if find_spec("ray") is None:
         raise UsageError("workers need Ray, which is not installed: pip install -r requirements-ray.txt")
     if not address:
         return
-    complaint = _complaint(address) if address == "auto" or listens(address, 1) else "nobody listens"
+    complaint = _complaint(address) if address == "auto" or listens(address, 1) else "nothing listens"
     if "InvalidAuthToken" in complaint and TOKEN_MODE not in os.environ:
         os.environ[TOKEN_MODE] = "token"
         complaint = _complaint(address)
@@ -68,12 +69,12 @@ def find_ray(address: str | None) -> None:
             "Copy ~/.ray/auth_token from the cluster's first machine, or start the cluster with RAY_AUTH_MODE=disabled."
         )
     if complaint:
-        missing = "this machine is part of no cluster" if address == "auto" else "no Ray cluster answers there"
+        missing = "this machine is not part of a cluster" if address == "auto" else "no Ray cluster answers there"
         raise ToolkitError(f"`ray_address` {address}: {missing}. {START}")
 
 
 def _complaint(address: str) -> str:
-    """What `ray status` complains of, empty where it has its answer."""
+    """The error output of `ray status`, empty if it succeeds."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
@@ -98,7 +99,7 @@ def listens(address: str, tries: int = TRIES) -> bool:
 def connect(config: ExtractConfig) -> Share:
     """Start Ray on this machine, or connect to the cluster that ``find_ray`` has found.
 
-    Raises UsageError where accelerators or room for workers are missing, ToolkitError where Ray does not start.
+    Raises UsageError if accelerators or room for workers are missing, ToolkitError if Ray does not start.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -127,14 +128,14 @@ def _start(address: str | None) -> None:
         copy_code(Path(code))
         try:
             ray.init(address=address or "local", runtime_env={"working_dir": code}, **alone, **quiet)
-        except Exception as error:  # Ray raises that itself, where its processes do not start
+        except Exception as error:  # Ray raises a plain Exception if its processes do not start
             where = f"`ray_address` {address}" if address else "Ray does not start on this machine"
             below = "" if address else ". It works in a folder below TMPDIR, or below RAY_TMPDIR if that is set."
             raise ToolkitError(f"{where}: {first_line(error)}{below}") from error
 
 
 def copy_code(target: Path) -> None:
-    """Copy this toolkit, and nothing else that lies there: outputs and secrets, or all that is installed."""
+    """Copy only this toolkit's files: next to it there may be outputs, secrets or other installed packages."""
     import logit_codec  # with NumPy, which nothing else here needs
 
     package = Path(__file__).resolve().parents[1]
@@ -146,7 +147,7 @@ def copy_code(target: Path) -> None:
 
 
 def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
-    """What one worker takes: accelerators of one machine, or CPUs where there are none or none is wanted."""
+    """What one worker takes: accelerators of one machine, or CPUs if there are none or none is wanted."""
     import ray
 
     workers = config.num_workers
@@ -170,7 +171,7 @@ def _share(config: ExtractConfig, nodes: list[dict[str, float]]) -> Share:
 
 
 def _no_machine(config: ExtractConfig, taken: int, kind: str, most: int) -> UsageError:
-    """That none can hold a worker: the run would wait for one."""
+    """The error if no machine has room for a worker, for which the run would wait forever."""
     name = "tensor_parallel" if config.tensor_parallel > 1 else "gpus_per_worker"
     return UsageError(
         f"`{name}` {taken}: a worker is on one machine, and none of `ray_address` {config.ray_address} has {taken} "
@@ -179,10 +180,10 @@ def _no_machine(config: ExtractConfig, taken: int, kind: str, most: int) -> Usag
 
 
 def _gpus_per_worker(config: ExtractConfig, gpus: int, cpus: int) -> int:
-    """GPUs that a worker takes, of those there are. Raises UsageError where it needs some and there are none."""
+    """The number of GPUs that a worker takes. Raises UsageError if it needs some and there are none."""
     if config.device == "cpu":
         return 0
-    if not gpus and config.ray_address:  # some may be on their way, and the run would stay on CPUs
+    if not gpus and config.ray_address:  # machines with GPUs may join later, but the run would stay on CPUs
         raise UsageError(
             f"`ray_address` {config.ray_address}: that cluster has {cpus} CPUs and no GPU yet. Wait for machines with "
             "some, or give `device` cpu."
@@ -193,10 +194,10 @@ def _gpus_per_worker(config: ExtractConfig, gpus: int, cpus: int) -> int:
 
 
 def _actor_options(gpus: int, cpus: int, threads: int) -> dict:
-    """How Ray is to run a worker with so many GPUs, which it finds on one machine, as all that an actor takes.
+    """The Ray options of a worker with so many GPUs; all that an actor takes is on one machine.
 
-    It gets more ``threads`` than the ``cpus`` that Ray keeps for it: a larger share might not fit on what is left when
-    a machine is gone.
+    It gets more ``threads`` than the ``cpus`` that Ray reserves for it: after the loss of a machine, a larger
+    reservation might not fit on the others.
     """
     variables = {"OMP_NUM_THREADS": str(threads)}
     variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_ENDPOINT") if os.environ.get(name)}
@@ -206,5 +207,5 @@ def _actor_options(gpus: int, cpus: int, threads: int) -> dict:
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": variables},
         "max_restarts": -1,  # as often as it takes, on another machine if need be
-        "max_task_retries": -1,  # but for methods that say otherwise
+        "max_task_retries": -1,  # except for methods that set their own
     }

@@ -1,4 +1,4 @@
-"""What a run is asked for. The same options, under the same names, are the command's and a config file's."""
+"""The options of a run. The command line and config files have the same options under the same names."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def _check_address(address: str) -> None:
 
 @dataclass(frozen=True, repr=False)
 class ExtractConfig(SourceConfig, ModelConfig):
-    """A run: model, source, what is kept of each distribution, and where it goes.
+    """A run: model, source, what is stored of each distribution, and where.
 
         ExtractConfig(model_id="Qwen/Qwen2.5-0.5B-Instruct", dataset_id="chats.jsonl", output_dir="outputs/chats")
 
@@ -100,35 +100,36 @@ class ExtractConfig(SourceConfig, ModelConfig):
     overwrite: bool = option(
         False,
         help="replace the run that is in folder and Hub dataset; given again in the same folder, it resumes that",
-        unset="resume the run that is there, if it is this one",
+        unset="resume the run that is there, if it is the same",
         group=WRITTEN,
         example="",
     )
     rows_per_shard: int | None = option(
         None,
         help="source rows a file; a stopped run resumes with the first one missing",
-        unset=f"{USUAL_ROWS}; beside an accelerator {MANY_ROWS:,}, if answers are short and there are enough for all",
+        unset=f"{USUAL_ROWS}; with an accelerator {MANY_ROWS:,}, if answers are short and all workers have enough",
         group=WRITTEN,
         metavar="N",
         least=1,
+        most=2**24,  # what readers take
     )
     check_shards: bool = option(
         False,
-        help="resuming, read all finished shards against their checksums",
-        unset="those that changed since written",
+        help="when resuming, check all finished shards against their checksums",
+        unset="those that changed since they were written",
         group=WRITTEN,
     )
     num_cpu_workers: int | None = option(
         None,
-        help="for each model, processes that render and tokenize, and others that encode and write; 1: threads alone",
-        unset="1 on a CPU; beside an accelerator a quarter of the cores that it may use, 4 at most",
+        help="for each model, processes that render and tokenize, and as many that encode and write; 1: only threads",
+        unset="1 on a CPU; with an accelerator a quarter of the cores that it may use, 4 at most",
         group=COMPUTED,
         metavar="N",
         least=1,
     )
     num_workers: int = option(
         1,
-        help="workers on Ray, each with a model on an accelerator, or several, of its own",
+        help="workers on Ray, each with its own model on one or more accelerators",
         unset="1, without Ray",
         group=SPREAD,
         metavar="N",
@@ -138,7 +139,7 @@ class ExtractConfig(SourceConfig, ModelConfig):
         None,
         help="the Ray cluster that they run on, or auto for the one this machine is part of; without a local folder, "
         "their shards go straight to the Hub dataset",
-        unset="this machine alone",
+        unset="this machine only",
         group=SPREAD,
         metavar="HOST:PORT",
         check_value=_check_address,
@@ -165,17 +166,17 @@ class ExtractConfig(SourceConfig, ModelConfig):
 
     @property
     def devices_per_worker(self) -> int:
-        """Accelerators that each worker on Ray takes, all of one machine."""
+        """Accelerators that each worker on Ray takes, all on one machine."""
         return max(self.tensor_parallel, self.gpus_per_worker)  # one of which is 1
 
     @property
     def uploads_without_folder(self) -> bool:
-        """Whether workers upload each shard to the Hub themselves: they need share no folder with anybody."""
+        """Whether workers upload each shard to the Hub themselves, so that they need no shared folder."""
         return bool(self.ray_address and not self.output_dir)
 
     @property
     def folder(self) -> Path:
-        """The local folder of the run. Raises UsageError where neither folder nor Hub dataset is named."""
+        """The local folder of the run. Raises UsageError if neither a folder nor a Hub dataset is given."""
         if self.output_dir:
             return Path(self.output_dir)
         if not self.output_repo:

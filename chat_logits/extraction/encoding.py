@@ -1,7 +1,7 @@
-"""Distributions to the rows of a shard, and these to its file: in the calling thread, or in processes of their own.
+"""Encodes distributions as rows of a shard and writes its file: in the calling thread, or in separate processes.
 
-Encoding is many short steps of NumPy. In threads each would take the interpreter's lock from the thread that launches
-the model's kernels, which then takes nearly twice as long (``benchmarks/bench_host.py``).
+Encoding consists of many short NumPy steps. In threads, each would take the interpreter's lock from the thread that
+launches the model's kernels, which would then take nearly twice as long (``benchmarks/bench_host.py``).
 """
 
 import operator
@@ -13,51 +13,52 @@ import numpy as np
 import logit_codec
 from chat_logits.data.reader import Aligned
 from chat_logits.helpers import Helpers
-from chat_logits.storage.shard import Rows, ShardAround, TableRows, table_bytes, table_from, table_of
+from chat_logits.storage.shard import ArrowRows, ShardAround, ShardRows, table_bytes, table_from, table_of
 from chat_logits.storage.shard_list import ShardEntry
 from logit_codec import Distributions
 
 
 class Encoded(NamedTuple):
-    """A batch's stored rows, as ``Encoding.rows`` takes them, and the ``bad`` source rows: of logits not finite."""
+    """A batch's stored rows, as ``Encoding.rows`` takes them, and the ``bad`` source rows: those with logits that are
+    not finite."""
 
     rows: Any
     bad: list[int]
 
 
 class Encoding(Protocol):
-    """Where batches are encoded, and shards written, from any thread."""
+    """Encodes batches and writes shards; may be called from any thread."""
 
     def encode(self, members: list[Aligned], distributions: Distributions) -> Encoded:
         """The stored rows of a batch."""
 
-    def rows(self, encoded: list[Encoded]) -> Rows:
-        """Those of a shard's batches, to be written."""
+    def rows(self, encoded: list[Encoded]) -> ShardRows:
+        """The rows of a shard's batches, to be written."""
 
     def close(self) -> None:
-        """End, whatever is under way."""
+        """End, even in the middle of a task."""
 
 
 def start_encoding(processes: int) -> Encoding:
-    """Encode in so many processes; in the calling thread where it is one."""
+    """Encode in so many processes; in the calling thread if ``processes`` is 1."""
     return EncodeProcesses(processes) if processes > 1 else EncodeHere()
 
 
 class EncodeHere:
-    """In the thread that asks for it."""
+    """Encodes in the calling thread."""
 
     def encode(self, members: list[Aligned], distributions: Distributions) -> Encoded:
         return encode_batch(members, distributions)
 
-    def rows(self, encoded: list[Encoded]) -> Rows:
-        return TableRows(table_from(_in_order([batch.rows for batch in encoded])))
+    def rows(self, encoded: list[Encoded]) -> ShardRows:
+        return ArrowRows(table_from(_in_order([batch.rows for batch in encoded])))
 
     def close(self) -> None:
         pass
 
 
 class EncodeProcesses:
-    """In processes, each of which may get any batch and any shard; in this one rows are bytes, uint8 arrays."""
+    """Encodes in other processes, each of which may get any batch and any shard; here, rows are bytes, uint8 arrays."""
 
     def __init__(self, processes: int):
         self.helpers = Helpers(processes, "encodes and writes", operator.call)
@@ -65,7 +66,7 @@ class EncodeProcesses:
     def encode(self, members: list[Aligned], distributions: Distributions) -> Encoded:
         return self.helpers.ask(_encode_there, members, distributions)
 
-    def rows(self, encoded: list[Encoded]) -> Rows:
+    def rows(self, encoded: list[Encoded]) -> ShardRows:
         return _RowsElsewhere(self.helpers, [batch.rows for batch in encoded])
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ def _encode_there(members: list[Aligned], distributions: Distributions) -> Encod
 
 
 def _write_there(batches: list[np.ndarray], file: Path, shard: ShardAround) -> ShardEntry:
-    return TableRows(table_of(batches)).write(file, shard)
+    return ArrowRows(table_of(batches)).write(file, shard)
 
 
 def _in_order(batches: list[list[dict]]) -> list[dict]:
@@ -98,7 +99,7 @@ def _in_order(batches: list[list[dict]]) -> list[dict]:
 
 
 def encode_batch(members: list[Aligned], distributions: Distributions) -> Encoded:
-    """The stored rows of a batch, one a conversation whose logits were finite."""
+    """The stored rows of a batch, one for each conversation with finite logits."""
     lengths = [len(aligned.positions) for aligned in members]
     target_ids = np.concatenate([aligned.input_ids[aligned.positions] for aligned in members])
     rows, bad = [], []

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: no second process writes there, and the run knows its folder from all others."""
+"""The lock on a run's folder: no second process writes there, and the run notices if the folder is replaced."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import filelock
 from chat_logits.errors import ToolkitError, UsageError
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without them
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
 class FolderLost(ToolkitError):
@@ -17,9 +17,9 @@ class FolderLost(ToolkitError):
 
 
 class FolderLock:
-    """The lock on the folder ``path``, and by its file's device and inode the folder itself.
+    """The lock on the folder ``path``; the device and inode of the lock's file identify the folder.
 
-    The file is open while the lock is held, so that its inode is nobody else's.
+    The file is open while the lock is held, so that no other file can get its inode.
     """
 
     def __init__(self, path: Path):
@@ -32,7 +32,7 @@ class FolderLock:
         return self._lock.is_locked
 
     def acquire(self) -> None:
-        """Lock the folder, which is there. Raises UsageError where another process has it."""
+        """Lock the folder, which must exist. Raises UsageError if another process holds the lock."""
         try:
             self._lock.acquire(blocking=False)
         except filelock.Timeout as error:
@@ -53,17 +53,17 @@ class FolderLock:
         self._lock.release(force=True)
 
     def check(self) -> None:
-        """Raise FolderLost where the path does not lead to the folder that was locked: asked before every write."""
+        """Raise FolderLost if the path no longer leads to the folder that was locked; called before every write."""
         seen = self._seen()
         if seen is None or seen != self._locked:
             found = "another folder is in its place" if os.path.lexists(self.path) else "it is not there"
             raise FolderLost(
                 f"`output_dir` {self.path}: the folder that this run writes to was removed, renamed or unmounted "
-                f"({found}). Nothing more was written. Put it back, and the same command goes on."
+                f"({found}). Nothing more was written. Put it back, and the same command continues."
             )
 
     def _seen(self) -> tuple[int, int] | None:
-        """Device and inode of the lock's file, None where there is none."""
+        """Device and inode of the lock's file, None if it does not exist."""
         try:
             state = os.lstat(self.path / LOCK)
         except OSError:

@@ -1,6 +1,6 @@
 """The plan of a run before a machine is rented: what the model needs, what the dataset has, how long it should take.
 
-Nothing is loaded and nothing written; no file with weights is opened. Every figure says what it was taken from.
+No model is loaded, nothing is written, and no file with weights is opened. Every figure says what it is based on.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ COUNT, BYTES, FLOPS, SECONDS = "count", "bytes", "FLOPs", "seconds"
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a plan: its name, a value in a unit, with its standard error if it is an estimate, and its source.
+    """One line of a plan: its name, its value in a unit, its source, and its standard error if it is an estimate.
 
-    The value is None where it is not known; ``source`` then says why.
+    The value is None if it is not known; ``source`` then says why.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's figures under headings, in the order in which they follow from each other."""
+    """A run's figures under headings; later ones are derived from earlier ones."""
 
     model_id: str
     dataset_id: str | None
@@ -56,15 +56,16 @@ class Plan:
 
 
 def plan(config: ModelConfig, plan_for: str | None = None, sampled: int | None = None) -> Plan:
-    """The plan of a run, or of a model alone where ``config`` has no dataset.
+    """The plan of a run, or of only the model if ``config`` has no dataset.
 
     ``plan_for`` names a card, as ``model.plan.choose_card`` takes it; at most ``sampled`` source rows are tokenized.
-    Raises UsageError and ToolkitError as a run does for what is not there, and for GGUF files: they are weights.
+    Raises UsageError and ToolkitError as a run does for missing sources, and UsageError for GGUF files, which cannot be
+    read without their weights.
     """
     if config.gguf_file:
         raise UsageError(
-            f"`gguf_file` {config.gguf_file}: a plan reads no weights, and a GGUF file's configuration lies among "
-            "them. Plan the model that it was made of."
+            f"`gguf_file` {config.gguf_file}: a plan reads no weights, and a GGUF file has its configuration among "
+            "them. Plan the model that it was made from."
         )
     card = arithmetic.choose_card(plan_for, config.device)
     config = with_commits(config, ("model", "dataset") if isinstance(config, ExtractConfig) else ("model",))
@@ -89,18 +90,20 @@ def plan(config: ModelConfig, plan_for: str | None = None, sampled: int | None =
 
 
 def _read_shape(config: ModelConfig, on_cpu: bool):
-    """The shape of the model, an adapter's being its base's, and what it can read."""
+    """The shape of the model (for an adapter, of its base), and what the model can read."""
     base = find_base(config.model_id, config.model_revision)
     model_id, revision = (base.model_id, base.revision) if base else (config.model_id, config.model_revision)
     if Path(model_id).exists():
         revision = None
     found = load_config(model_id, revision, None, config.trust_remote_code)
     limits = input_limits(found)
-    code, option = config.trust_remote_code, config.quantization
-    quantization = find_quantization(model_id, revision, code, option, base is not None)
+    code = config.trust_remote_code
+    quantization = find_quantization(
+        model_id, revision, trust_remote_code=code, option=config.quantization, is_adapter=base is not None
+    )
     shape = shape_of(found, config.dtype, model_id, revision, code, on_cpu, quantization)
     if shape.on_loading and not shape.in_fewer_bits:
-        raise nothing_quantized(model_id, option)
+        raise nothing_quantized(model_id, config.quantization)
     return shape, limits
 
 
@@ -144,7 +147,7 @@ def _experts_text(shape: Shape) -> str:
 def _card_figures(
     shape: Shape, card: Card, config: ModelConfig, counted: TokenCount | None
 ) -> tuple[list[Figure], Load | None]:
-    """What one card holds, on the fewest cards that do; None in place of that where no number of them does."""
+    """The figures of one card, and its load with the fewest cards that are enough; None if no number of cards is."""
     longest = counted.longest if counted else Batching.longest
     batching = Batching(config.batch_tokens, config.logit_memory, config.prefix_cache, longest)
     if config.tensor_parallel > 1:
@@ -161,7 +164,7 @@ def _card_figures(
 def _asked_figures(
     shape: Shape, card: Card, cards: int, batching: Batching, is_counted: bool
 ) -> tuple[list[Figure], Load]:
-    """As ``_card_figures``, on the cards that `tensor_parallel` asks for. Raises UsageError where they cannot share."""
+    """As ``_card_figures``, on the cards that `tensor_parallel` asks for. Raises UsageError if they cannot share."""
     if obstacle := shape.split(cards).obstacle:
         raise UsageError(f"`tensor_parallel` {cards}: {obstacle}")
     load = arithmetic.load_on(shape, card, cards, True, batching)
@@ -242,7 +245,7 @@ def _total(name: str, estimate: Estimate, counted: TokenCount) -> Figure:
 
 
 class Totals(NamedTuple):
-    """Of the whole dataset: tokens read, pairs of which one sees the other, and extracted tokens."""
+    """Totals of the whole dataset: tokens read, pairs of tokens where one attends to the other, extracted tokens."""
 
     tokens: Estimate
     pairs: Estimate

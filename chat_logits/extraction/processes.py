@@ -1,7 +1,7 @@
 """The other processes of a group that computes one model: started by the first one, watched, and ended with it.
 
-What they are told goes to their standard input, and what fails there comes from their standard output, as pickles. A
-process ends as soon as its input does, whatever it is doing: none is left behind, whatever ends the first one.
+They get their calls on standard input and report failures on standard output, as pickles. A process ends as soon as its
+input does, whatever it is doing. So none is left running, however the first process ends.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.words import first_line
 
-STARTED = 0  # the number of the call that all have made when they have started
-GRACE = 20.0  # seconds by which processes may differ in when a call fails
-LAST = 20.0  # seconds after which a call that cannot end any more ends the process
+STARTED = 0  # the number of a pseudo-call that each process reports once it has started
+GRACE = 20.0  # seconds to wait for the other processes to report the same failure
+LAST = 20.0  # seconds until a call that can no longer end makes the process exit
 
 logger = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
-    """What a process has to know of the group that it belongs to; ``device`` is a kind, such as "cuda"."""
+    """What a process has to know about its group; ``device`` is a kind of device, such as "cuda"."""
 
     rank: int
     size: int
@@ -42,11 +42,11 @@ class Member(NamedTuple):
 
 
 class GroupLost(ToolkitError):
-    """One of the processes has ended or failed alone: none of the group's calls can be made any more."""
+    """One of the processes has ended, or failed where the others did not: the group cannot make calls any more."""
 
 
-class Failure(NamedTuple):
-    """What failed in a call; ``collectives`` are those that the process has begun, of all calls."""
+class CallFailure(NamedTuple):
+    """What failed in a call; ``collectives`` is how many the process has begun, over all calls."""
 
     text: str
     is_out_of_memory: bool
@@ -55,9 +55,9 @@ class Failure(NamedTuple):
 
 @contextlib.contextmanager
 def started_group(size: int, device: str) -> Iterator:
-    """A ``Group`` of ``size`` processes of which this one is the first, until the context ends.
+    """A ``Group`` of ``size`` processes, with this one as the first, until the context ends.
 
-    ``device`` is the kind of device that each has one of. Raises GroupLost where a process ends before it is ready.
+    Each has one device of the kind ``device``. Raises GroupLost if a process ends before it is ready.
     """
     import torch
 
@@ -88,12 +88,12 @@ def _device(member: Member):
 
 
 class Processes:
-    """All but the first process of a group, as the first one knows them."""
+    """The other processes of a group, as seen from the first one."""
 
     def __init__(self, members: list[Member], folder: Path):
         self._changed = threading.Condition()
         self._fault = ""  # why the group is lost
-        self._failed: dict[int, dict[int, Failure]] = defaultdict(dict)  # by call, then by rank
+        self._failed: dict[int, dict[int, CallFailure]] = defaultdict(dict)  # by call, then by rank
         self._calling: int | None = STARTED
         self._settled: set[int] = set()  # calls that have failed in all processes
         self._is_started, self._is_closed, self._device = set[int](), False, members[0].device
@@ -113,13 +113,13 @@ class Processes:
             self._refuse_lost()
             self._calling = number
         for process in self._all.values():
-            with contextlib.suppress(OSError):  # it has ended, which its watcher sees as well
+            with contextlib.suppress(OSError):  # it has ended; its watcher notices that as well
                 assert process.stdin
                 pickle.dump(message, process.stdin)
                 process.stdin.flush()
 
     def agree_on_failure(self, number: int, error: Exception) -> None:
-        if isinstance(error, ToolkitError):  # of which no process needs the others to be sure
+        if isinstance(error, ToolkitError):  # every process raises it without needing the others
             self._settled.add(number)
             return
         with self._changed:
@@ -152,7 +152,7 @@ class Processes:
                     pipe.close()
 
     def leave_behind(self, leave: Callable[[], None]) -> None:
-        """Leave a group that is closed; if it is lost, the process ends where its device does not let go."""
+        """Leave a group that is closed. If the group is lost and leaving it hangs, the process exits."""
         if not self._fault:
             leave()
             return
@@ -170,7 +170,7 @@ class Processes:
             process.kill()
 
     def _watch(self, rank: int, process: subprocess.Popen) -> None:
-        """Note what a process reports, and its end."""
+        """Record what a process reports, and its end."""
         assert process.stdout
         with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError, ValueError):
             while True:
@@ -179,7 +179,7 @@ class Processes:
                     if failure is None:
                         self._is_started.add(rank)
                     else:
-                        self._failed[number][rank] = Failure(*failure)
+                        self._failed[number][rank] = CallFailure(*failure)
                         _later(GRACE, self._lose_unless_settled, number, rank)
                     self._changed.notify_all()
         status = process.wait()
@@ -194,7 +194,7 @@ class Processes:
             self._lose(self._said(rank, self._failed[number][rank]))
 
     def _lose(self, fault: str) -> None:
-        """Give the group up: a call that is under way ends, as the others are gone, or the process ends."""
+        """Give the group up. A call in progress fails, as the others are gone; if it does not, the process exits."""
         with self._changed:
             if self._is_closed or self._fault:
                 return
@@ -204,7 +204,7 @@ class Processes:
         _later(LAST, self._leave)
 
     def _leave(self) -> None:
-        """What a device waits for never comes, and nothing else ends that."""
+        """Exit if a device still waits for data that never comes: nothing else ends that wait."""
         if not self._is_closed and (self._calling is not None or self._device != "cpu"):
             self._exit()
 
@@ -212,7 +212,7 @@ class Processes:
         logger.error("%s", self._fault)
         os._exit(1)
 
-    def _said(self, rank: int, failure: Failure) -> str:
+    def _said(self, rank: int, failure: CallFailure) -> str:
         who = f"process {rank + 1} of {self._size}"
         if failure.is_out_of_memory:
             return f"{who} is out of memory, the others are not; give less `batch_tokens` or `logit_memory`"
@@ -238,16 +238,16 @@ def _start(member: Member, errors: Path) -> subprocess.Popen:
 
 
 def _how(status: int, errors: Path) -> str:
-    """How a process ended, with the last that it said."""
+    """How a process ended, with the last line that it printed."""
     if status < 0:
         by_system = ", as the system does where memory is short" if -status == signal.SIGKILL else ""
         return f"was ended by {_signal_name(-status)}{by_system}."
     said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.exists() else []
-    return f"ended with status {status}: {said[-1] if said else 'without a word'}"
+    return f"ended with status {status}: {said[-1] if said else 'without a message'}"
 
 
 def _signal_name(number: int) -> str:
-    """Its name, or its number where Python has none for it: most of the real-time signals, 34 to 64 on Linux.
+    """The signal's name, or its number if Python has no name for it: most real-time signals, 34 to 64 on Linux.
 
     >>> _signal_name(9), _signal_name(40)
     ('SIGKILL', 'signal 40')
@@ -258,33 +258,34 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: Exception) -> CallFailure:
     from torch.distributed import group
 
     from chat_logits.model.out_of_memory import is_out_of_memory
 
     short = isinstance(error, RuntimeError) and is_out_of_memory(error)
-    return Failure(f"{type(error).__name__}: {first_line(error)}", short, group.WORLD._get_sequence_number_for_group())
+    collectives = group.WORLD._get_sequence_number_for_group()
+    return CallFailure(f"{type(error).__name__}: {first_line(error)}", short, collectives)
 
 
 # --- in the process ---
 
 
 def main() -> None:
-    """The process: what it is, then calls upon calls."""
+    """Run the process: read what it is, then make one call after another."""
     told, answers = take_pipes()
-    logging.getLogger("chat_logits").setLevel(logging.ERROR)  # the first process says it all
+    logging.getLogger("chat_logits").setLevel(logging.ERROR)  # the first process logs the same
     member = Member(*pickle.load(told))
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(told, messages), daemon=True).start()
 
-    def answer(number: int, failure: Failure | None) -> None:
-        pickle.dump((number, failure and tuple(failure)), answers)  # plain: here the module has another name
+    def answer(number: int, failure: CallFailure | None) -> None:
+        pickle.dump((number, failure and tuple(failure)), answers)  # a plain tuple: the module has another name here
         answers.flush()
 
     import torch
 
-    from chat_logits.model import probe  # noqa: F401  # with transformers, before the others wait for this one
+    from chat_logits.model import probe  # noqa: F401  # imports transformers before the others wait for this process
     from chat_logits.model.group import Group
 
     torch.set_num_threads(member.threads)
@@ -295,7 +296,7 @@ def main() -> None:
 
 
 def _receive(told: IO[bytes], messages: queue.SimpleQueue) -> None:
-    """Take what comes, and end the process with it: it may be waiting for another that is gone."""
+    """Receive messages, and end the process when they end: it may be waiting for another process that is gone."""
     with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
         while True:
             messages.put(pickle.load(told))

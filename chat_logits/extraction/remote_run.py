@@ -1,4 +1,4 @@
-"""The run as it is in a Hub repository: what of it is there, what is missing, and the commits that add it."""
+"""The run in a Hub repository: which shards are there, which are missing, and the commits that add them."""
 
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.storage.card import run_state
@@ -10,42 +10,42 @@ from chat_logits.storage.shard_list import ShardEntry
 class RemoteRun:
     """The run in the repository: which of its shards are there and which are missing, and the commits that add these.
 
-    ``state`` is the repository as it was seen last, None if it never was. With ``overwrite``, whatever run is in it is
-    replaced by the first commit, which waits for a shard with a row. ``is_all`` is true once the run has no shards to
-    come.
+    ``state`` is the repository as it was last seen, None if it has not been looked at. With ``overwrite``, the first
+    commit replaces any run that is there; it waits until there is a shard with a row. ``is_all`` is true once the run
+    has no more shards to come.
     """
 
     def __init__(self, repository: Repository, folder: RunFolder):
         self.repository, self.folder, self.overwrite, self.is_all = repository, folder, False, False
         self.state: RemoteState | None = None
         self._is_stale = True
-        self._resend: set[int] = set()  # shards to send although the repository has their like
+        self._resend: set[int] = set()  # shards to send although the repository has a version of them
         self.entries: dict[int, ShardEntry] = {}
-        self.uploads: dict[int, object] = {}  # shards that are in no folder here: what a commit names them by
+        self.uploads: dict[int, object] = {}  # for shards that are not in the folder: what a commit refers to
 
     def look(self) -> RemoteState:
-        """See what is in the repository now. Raises what ``Repository.look`` raises."""
+        """Look at what is in the repository now. Raises what ``Repository.look`` raises."""
         self.state, self._is_stale = self.repository.look(), False
         return self.state
 
     def look_if_stale(self) -> RemoteState:
-        """As it was seen last, where no commit has been tried since."""
+        """The state as it was last seen; looks again if a commit has been tried since."""
         return self.look() if self._is_stale or self.state is None else self.state
 
     def make(self) -> None:
-        """Make the repository, which was missing when it was seen last."""
+        """Create the repository, which did not exist when it was last looked at."""
         self._is_stale = True
         self.repository.make()
 
     def begin(self) -> None:
-        """Take the folder's shards for those to send. Raises ToolkitError where the repository holds another run."""
+        """Take over the folder's shards to send. Raises ToolkitError if the repository holds another run."""
         if self.state:
             self._refuse_another_run(self.state)
         self.entries = dict(self.folder.entries)
         self._resend = set(self.folder.recomputed)
 
     def adopted(self) -> dict[int, ShardEntry]:
-        """The shards of this run that are in the repository, or on their way there, and not in the folder.
+        """The shards of this run that are in the repository, or uploaded without a commit yet, and not in the folder.
 
         They are not computed again.
         """
@@ -58,11 +58,11 @@ class RemoteRun:
 
     @property
     def is_held_back(self) -> bool:
-        """Whether the first commit would put shards without a single row in the place of the run that it replaces."""
+        """Whether the first commit would replace another run by shards without a single row."""
         return self.overwrite and not any(entry.num_rows for entry in list(self.entries.values()))
 
     def missing(self) -> list[ShardEntry]:
-        """The finished shards to send, in order: that the repository, as it was seen last, lacks."""
+        """The finished shards to send, in order: those that the repository did not have when it was last seen."""
         if self.is_held_back:
             return []
         there = self._listed(self.state, []) if self.state else {}
@@ -70,11 +70,12 @@ class RemoteRun:
         return [entry for shard, entry in ours if shard not in there or shard in self._resend]
 
     def missing_uploads(self) -> list[ShardEntry]:
-        """Those of them that are in no folder: only a commit keeps them from being lost."""
+        """The missing shards that are not in the folder: without a commit they would be lost."""
         return [entry for entry in self.missing() if entry.shard in self.uploads]
 
     def is_complete(self, remote: RemoteState) -> bool:
-        """Whether nothing is to be put in the place of what is there, and its card is that of the shards there.
+        """Whether the files around the shards need no commit: the card describes the shards that are there, or the run
+        there is still to be replaced.
 
         What its owner has written into the card is left alone.
         """
@@ -83,7 +84,7 @@ class RemoteRun:
         return self.overwrite or (says_these and (remote.is_finished or not self.is_all))
 
     def prepare(self) -> RemoteState:
-        """The repository as a commit will find it, made if it is missing. Raises ToolkitError for another run in it."""
+        """The repository's state before a commit; creates it if missing. Raises ToolkitError if it has another run."""
         remote = self.look_if_stale()
         if remote.head is None:
             self.make()
@@ -92,8 +93,8 @@ class RemoteRun:
         return remote
 
     def commit(self, remote: RemoteState, chosen: list[ShardEntry], is_last: bool) -> None:
-        """Send these shards and the files around, to the repository as it was seen."""
-        self._is_stale = True  # until the answer is here
+        """Send these shards and the files around them, on top of the state that was seen."""
+        self._is_stale = True  # until the answer has arrived
         is_first = not self._is_ours(remote)
         listed = self._listed(remote, chosen)
         stays = not is_first and remote.is_finished and listed.keys() == remote.entries.keys()
@@ -107,7 +108,7 @@ class RemoteRun:
         replaced = [path for path in sorted(remote.files) if is_first and path.startswith("data/") and path not in sent]
         check = None
         if any(entry.shard not in self.uploads for entry in chosen):
-            check = self.folder.check_place  # another run's shards in its place have the same names
+            check = self.folder.check_still_ours  # if another run took its place, its shards have the same names
             check()
         head = self.repository.commit(_message(chosen), {**sent, **around}, replaced, remote.head, check)
         if self.overwrite:
@@ -120,11 +121,11 @@ class RemoteRun:
         self.folder.forget_recomputed([entry.shard for entry in chosen])
 
     def _is_ours(self, remote: RemoteState) -> bool:
-        """Whether the run on the Hub is this one, and not to be replaced by it."""
+        """Whether the run on the Hub is this one, and is not to be replaced."""
         return remote.fingerprint == self.folder.manifest.fingerprint and not self.overwrite
 
     def _listed(self, remote: RemoteState, chosen: list[ShardEntry]) -> dict[int, ShardEntry]:
-        """The shards that are on the Hub after a commit of those chosen."""
+        """The shards that are on the Hub after a commit of the chosen ones."""
         there = remote.entries if self._is_ours(remote) else {}
         return {**there, **{entry.shard: entry for entry in chosen}}
 

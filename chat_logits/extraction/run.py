@@ -1,4 +1,4 @@
-"""The run: from its options to the finished dataset, begun anew or resumed where another process left it.
+"""The run: from its options to the finished dataset, started anew or resumed where another process stopped.
 
 the record, if any -> source, template -> is it the same run? -> the missing shards through the model -> the Hub
 """
@@ -25,7 +25,7 @@ from chat_logits.extraction.source_checks import refuse_changed_source, refuse_w
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
 from chat_logits.stages import every, stage
-from chat_logits.storage.card import place_in_code
+from chat_logits.storage.card import arguments_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
 from chat_logits.storage.repository import Repository
@@ -39,13 +39,14 @@ SIGN = 1.5  # seconds from one sign of life to the next
 
 @dataclass(frozen=True)
 class Extraction:
-    """A finished run: what was stored and what was skipped, in ``folder`` and, where it was pushed, at ``url``.
+    """A finished run: what was stored and what was skipped, in ``folder`` and, if it was pushed, at ``url``.
 
-    ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` are of all shards and
-    ``bytes_in_folder`` of those that are in the folder, ``turns_left_out`` those of the written conversations that are
-    marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood in nats, None where the
-    model gives one of them no probability at all. ``config`` repeats the run: with the commits that were read of Hub
-    repositories. Of this start alone are ``seconds``, in all, and those ``computing`` the ``new_tokens``.
+    ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` those of all shards and
+    ``bytes_in_folder`` those of the shards in the folder, ``turns_left_out`` the turns of the written conversations
+    that are marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood in nats, None
+    if the model gives one of them no probability at all. ``config`` repeats the run: it has the commits that were read
+    from Hub repositories. Three values are only about this start: ``seconds`` in total, and the seconds ``computing``
+    the ``new_tokens``.
     """
 
     config: ExtractConfig
@@ -66,12 +67,12 @@ class Extraction:
 def extract(config: ExtractConfig) -> Extraction:
     """Extract a dataset into its folder, and push it where it is to go.
 
-    The same call resumes what an earlier one left unfinished. Raises UsageError where the folder or the repository
-    holds another run, and for models, datasets and devices that are not there; ToolkitError where a run fails.
+    The same call resumes what an earlier one left unfinished. Raises UsageError if the folder or the repository
+    holds another run, and for models, datasets and devices that do not exist; ToolkitError if a run fails.
     """
     refuse_within_source(config)
-    place = place_in_code(config.output_repo, config.output_revision)
-    with RunFolder(config.folder, config.overwrite, place) as folder:
+    arguments = arguments_in_code(config.output_repo, config.output_revision)
+    with RunFolder(config.folder, config.overwrite, arguments) as folder:
         try:
             return _extract_into(folder, config)
         except KeyboardInterrupt:
@@ -106,7 +107,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run.begin_or_resume(recorded)
             run.compute_missing()
         refuse_changed_source(opened)
-        run.refuse_nothing()  # before anything takes the place of what is there
+        run.refuse_nothing()  # before anything is replaced
         folder.check_finished(run.finished.keys() == folder.entries.keys())
         if sync:
             sync.finish(is_all=True)
@@ -115,7 +116,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
 
 
 def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
-    """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError for neither."""
+    """What will compute the shards: this process on its device, or workers on Ray. Raises UsageError if neither can."""
     if config.uses_ray:
         with stage("Looking for Ray"):
             find_ray(config.ray_address)
@@ -124,17 +125,18 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
         return lambda opened, folder: RayWorkers(opened, folder)
     with stage("Importing torch and transformers"):
         from chat_logits.extraction.shard_computer import ShardComputer
-        from chat_logits.model import loading
+        from chat_logits.model.devices import choose_device
+        from chat_logits.model.loading import refuse_parts_here
 
-        device = loading.choose_device(config.device)
+        device = choose_device(config.device)
         if config.tensor_parallel > 1:
-            loading.refuse_parts_here(config.tensor_parallel, device)
-    return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_place))
+            refuse_parts_here(config.tensor_parallel, device)
+    return lambda opened, folder: closing(ShardComputer(opened, device, folder.path, folder.check_still_ours))
 
 
 @contextmanager
 def _connected(config: ExtractConfig, folder: RunFolder) -> Iterator[HubSync | None]:
-    """Within, what pushes the run, and the Hub's client as that needs it; None where the run is not pushed."""
+    """Within, the object that pushes the run, with the Hub's client configured for it; None if nothing is pushed."""
     if config.output_repo is None:
         yield None
         return
@@ -151,7 +153,7 @@ def _connected(config: ExtractConfig, folder: RunFolder) -> Iterator[HubSync | N
 
 
 def _replaces(config: ExtractConfig, folder: RunFolder, recorded: Manifest | None, repo: str) -> bool:
-    """Whether the run in the repository is to be replaced, and this one, if it has begun already, has not done so."""
+    """Whether the run in the repository is to be replaced, and this run has not already done so."""
     is_done = recorded and folder.has_replaced(repo)
     return folder.may_replace(repo) or (config.overwrite and not is_done)
 
@@ -161,8 +163,8 @@ def open_or_resume(
 ) -> tuple[OpenedRun, Manifest | None]:
     """What is read, and the record of the run to resume: the folder's, else the repository's; None for a new run.
 
-    ``located`` is the config with the commits that fit the folder's record, or a new run. Raises UsageError where the
-    recorded run is another one, unless it is to be replaced.
+    ``located`` is the config with the commits for the folder's record, or for a new run. Raises UsageError if the
+    recorded run is a different one, unless it is to be replaced.
     """
     here = recorded = _to_resume(config, folder)
     where = f"`output_dir` {folder.path}"
@@ -178,14 +180,14 @@ def open_or_resume(
 
 
 def _to_resume(config: ExtractConfig, folder: RunFolder) -> Manifest | None:
-    """The record of the run in the folder, unless that is to be replaced and has not begun to be."""
+    """The record of the run in the folder, or None if that run is to be replaced and the new one has not begun."""
     return folder.recorded if folder.is_replacing or not config.overwrite else None
 
 
 def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:
-    """Numbers of the shards still to compute, in order. ``finished`` maps those that are to the source rows they cover.
+    """Numbers of the shards still to compute, in order. ``finished`` maps finished shards to their source rows' count.
 
-    ``num_rows`` is the length of the source, None where only reading tells it: then a shard that is not full is last.
+    ``num_rows`` is the length of the source, None if only reading it shows that: then a shard that is not full is last.
 
     >>> list(missing_shards({0: 4, 2: 4}, rows_per_shard=4, num_rows=17))
     [1, 3, 4]
@@ -211,10 +213,10 @@ class Workers(Protocol):
 
 @dataclass
 class Run:
-    """A run on its way; ``finished`` are its shards, in the folder or only in the repository.
+    """A run in progress; ``finished`` are its finished shards, in the folder or only in the repository.
 
-    ``started`` is the monotonic clock's time of this start, ``computing`` the seconds that it computed, and
-    ``new_tokens`` what it extracted.
+    ``started`` is the time of this start on the monotonic clock, ``computing`` the seconds that it has computed, and
+    ``new_tokens`` the tokens that it has extracted.
     """
 
     opened: OpenedRun
@@ -271,16 +273,16 @@ class Run:
 
     @contextmanager
     def _progress(self, **options: Any) -> Iterator[tqdm]:
-        """A progress bar, which shows its time also while a batch takes long; its end is the computation's."""
+        """A progress bar, also refreshed while a batch takes long; when it ends, the computing time is set."""
         with tqdm(**options) as bar, every(SIGN, bar.refresh):
             began = time.monotonic()
             yield bar
             self.computing = time.monotonic() - began
 
     def _push_finished(self) -> None:
-        """Before a failure ends the run: what is finished may be all that is left of this machine.
+        """Push what is finished before a failure ends the run, as this machine may be lost.
 
-        After Ctrl-C, too, where shards were uploaded and are in no folder: without a commit they would be lost.
+        Also after Ctrl-C, if uploaded shards are not in a folder: without a commit they would be lost.
         """
         assert self.sync is not None
         try:
@@ -291,11 +293,11 @@ class Run:
             logger.error(str(error))
 
     def _keep(self, entry: ShardEntry, upload=None) -> None:
-        """A finished shard is in the folder, or was uploaded from elsewhere and waits for its commit."""
+        """Note a finished shard, which is in the folder, or was uploaded from elsewhere and waits for its commit."""
         self.new_tokens += entry.num_tokens
         try:
             is_described = upload is None and self.folder.add(entry)
-        finally:  # the shard is whole, even where the disk has no room for the list that it is in
+        finally:  # the shard is complete, even if the disk has no room for the list of shards
             if self.sync:
                 self.sync.add(entry, upload)
         self._bad_rows.add(entry)
@@ -313,7 +315,7 @@ class Run:
         self.watch.check_rest(self.folder.entries.values(), finished.values())
 
     def refuse_nothing(self) -> None:
-        """Raise ToolkitError, with the reasons, where all source rows were skipped."""
+        """Raise ToolkitError, with the reasons, if all source rows were skipped."""
         entries = self.finished.values()
         if any(entry.num_rows for entry in entries):
             return

@@ -1,4 +1,4 @@
-"""What a run is: source, template and model, as ``extraction.json`` records them; and whether two are the same."""
+"""What defines a run: source, template and model, as ``extraction.json`` records them; and whether two are the same."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -22,8 +22,8 @@ from chat_logits.paths import is_there
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest, RunInputs, quantization_text
 
-SHARDS_A_WORKER = 4  # at least, so that none waits long for the others at the end
-FEW = 1024 * 80  # entries of a source row in the mean: a shard of 1,024 rows takes 0.3 GB until it is written
+SHARDS_A_WORKER = 4  # at least, so that no worker waits long for the others at the end
+FEW = 1024 * 80  # average entries of a source row: a shard of 1,024 rows then takes 0.3 GB until it is written
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "huggingface_hub", "numpy", "pyarrow")
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ Located = TypeVar("Located", bound=ModelConfig)
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What a run reads, with its options as they are carried out, and what is recorded of both.
+    """What a run reads, its effective options, and what is recorded of both.
 
     ``model_commit`` is the model's Hub commit, ``base_commit`` that of an adapter's base, None for folders.
     """
@@ -48,8 +48,8 @@ class OpenedRun:
 def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: dict | None = None) -> OpenedRun:
     """Open the source and choose the template; no model is loaded.
 
-    What the options leave open is as it was ``recorded``, where there is a record.
-    ``footers`` of the source are what another process knows of it.
+    Options that were not given are taken from ``recorded``, if there is a record. ``footers`` are the footers of the
+    source's files if another process has already read them.
     """
     config = locate(config, recorded)
     commit = config.model_revision
@@ -58,8 +58,13 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
         limits = input_limits(load_config(weights_id, weights_commit, config.gguf_file, config.trust_remote_code))
         quantization = None
         if not config.gguf_file:
-            code, option = config.trust_remote_code, config.quantization
-            quantization = find_quantization(weights_id, weights_commit, code, option, base_revision is not None)
+            quantization = find_quantization(
+                weights_id,
+                weights_commit,
+                trust_remote_code=config.trust_remote_code,
+                option=config.quantization,
+                is_adapter=base_revision is not None,
+            )
     if quantization:
         logger.info("Weights: %s", quantization_text(quantization))
     tokenizer = tokenizer_for(config, limits)
@@ -73,7 +78,7 @@ def open_run(config: ExtractConfig, recorded: RunInputs | None = None, footers: 
 
 
 def tokenizer_for(config: ExtractConfig, limits: InputLimits) -> Any:
-    """The model's tokenizer. Raises UsageError where more tokens are wanted than the model has."""
+    """The model's tokenizer. Raises UsageError if ``top_k`` is more than the model's tokens."""
     if config.top_k > limits.vocab_size:
         raise UsageError(f"`top_k` {config.top_k}: the model has {limits.vocab_size} tokens, expected no more")
     with stage("Reading the tokenizer"):
@@ -83,7 +88,7 @@ def tokenizer_for(config: ExtractConfig, limits: InputLimits) -> Any:
 def _open_reader(
     config: ExtractConfig, recorded: RunInputs | None, tokenizer: Any, limits: InputLimits, footers: dict | None
 ) -> tuple[ExtractConfig, Reader]:
-    """The reader of the source, and the config with the columns and the template that it turns out to need."""
+    """The reader of the source, and the config with the recorded columns and template, as far as they are needed."""
     if recorded is None:
         return config, open_reader(config, tokenizer, limits, None, footers)
     named = replace(config, **recorded_columns(config, recorded))
@@ -96,9 +101,9 @@ def _open_reader(
 
 
 def _weights(config: ExtractConfig, recorded: RunInputs | None) -> tuple[str, str | None, str | None]:
-    """Where most of the weights are: the model, or an adapter's base; their commit; and the base's revision.
+    """Where most of the weights are (the model, or an adapter's base), their commit, and the base's revision.
 
-    The commit is None for a folder, the revision None for a model that is no adapter.
+    The commit is None for a folder, the revision None for a model that is not an adapter.
     """
     base = find_base(config.model_id, config.model_revision, config.gguf_file)
     if base is None:
@@ -113,13 +118,13 @@ def _weights(config: ExtractConfig, recorded: RunInputs | None) -> tuple[str, st
 def locate(config: ExtractConfig, recorded: RunInputs | None) -> ExtractConfig:
     """The config with the commits of Hub repositories, as recorded or as they are now; nothing heavy is imported.
 
-    Raises UsageError for a model or a dataset that is not there, ToolkitError where the Hub refuses.
+    Raises UsageError for a model or a dataset that does not exist, ToolkitError if the Hub refuses.
     """
     return with_commits(as_recorded(config, recorded) if recorded else config, ("model", "dataset"))
 
 
 def with_commits(config: Located, kinds: tuple[str, ...]) -> Located:
-    """As ``locate``, of the ``kinds`` "model" and "dataset" alone, as they are now."""
+    """As ``locate``, only for these ``kinds`` ("model", "dataset"), with the commits as they are now."""
     commits: dict[str, Any] = {}
     for kind in kinds:
         name, revision = getattr(config, f"{kind}_id"), getattr(config, f"{kind}_revision")
@@ -169,8 +174,9 @@ def _describe(
 
 
 def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
-    """The manifest of a new run with this model; ``budget`` is how its batches are formed."""
-    from chat_logits.model.loading import input_device, logits_dtype  # torch is there once a model is
+    """The manifest of a new run with this model; ``budget`` says how its batches are formed."""
+    from chat_logits.model.devices import input_device  # torch is there once a model is
+    from chat_logits.model.loading import logits_dtype
 
     config = opened.config
     return Manifest(
@@ -196,10 +202,11 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
 
 
 def default_rows_per_shard(device_type: str, entries_a_row: float, num_rows: int | None, workers: int) -> int:
-    """Source rows a shard: beside an accelerator more, as batches are formed within one, and more rows pad less.
+    """Source rows in a shard: more with an accelerator, as batches are formed within a shard and more rows need less
+    padding.
 
-    ``entries_a_row`` are extracted tokens in the mean, times entries of each; ``num_rows`` those of the source, None if
-    unknown.
+    ``entries_a_row`` is the average number of extracted tokens times the entries of each; ``num_rows`` is that of the
+    source, None if unknown.
 
     >>> [default_rows_per_shard("cuda", 239.0 * 80, 3000, workers) for workers in (1, 8)]
     [1024, 256]
@@ -209,7 +216,7 @@ def default_rows_per_shard(device_type: str, entries_a_row: float, num_rows: int
 
 
 def differences(opened: OpenedRun, recorded: Manifest) -> list[str]:
-    """How a recorded run differs from the one that was opened, a text for each key; empty where they are the same."""
+    """How a recorded run differs from the one that was opened, a text for each key; empty if they are the same."""
     asked = {name: getattr(opened.config, name) for name in ("rows_per_shard", "dtype", "attn_implementation")}
     head_dtype = recorded.dtype if opened.config.head_dtype == "model" else opened.config.head_dtype
     return recorded.differences(opened.described, **asked, head_dtype=head_dtype)

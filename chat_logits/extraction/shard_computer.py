@@ -1,6 +1,6 @@
-"""Shards through the model: source rows are read and aligned, computed, encoded and written, each beside the others.
+"""Computes shards: reading and aligning source rows, the model, encoding and writing all run at the same time.
 
-A plain run has one ``ShardComputer``, and every worker of a run on several accelerators one of its own.
+A plain run has one ``ShardComputer``; in a run on several accelerators, every worker has its own.
 """
 
 import itertools
@@ -34,12 +34,12 @@ from chat_logits.model.selection import PendingDistributions
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.storage.manifest import Manifest
-from chat_logits.storage.shard import Rows, refuse_overfull, write_shard
+from chat_logits.storage.shard import ShardRows, refuse_overfull, write_shard
 from chat_logits.storage.shard_list import ShardEntry
 
-BACKLOG = 2  # batches, for each writing thread, whose results wait to be encoded and written
-MOST_WORKERS = 4  # by default: with so many a 0.5B model on one card does not wait
-CORES_A_WORKER = 4  # of the machine's, which also has the model's launches, the Hub, and others' runs to do
+BACKLOG = 2  # batches waiting to be encoded and written, for each writing thread
+MOST_WORKERS = 4  # by default: with 4, a 0.5B model on one card does not wait
+CORES_A_WORKER = 4  # the cores also launch the model's kernels, serve the Hub, and may run other jobs
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +54,16 @@ class SourceShard(NamedTuple):
 
 @dataclass
 class ShardComputer:
-    """The model of an opened run on one device, whose shards go to ``folder``; ``check_place`` is ``write_shard``'s.
+    """Computes shards of an opened run with a model on one device, and writes them to ``folder``.
 
-    The folder is there at the latest when shards are computed. ``devices_of_machine`` are its accelerators, where this
-    process does not see those of others.
+    The folder must exist when shards are computed; ``check_still_ours`` is passed to ``write_shard``.
+    ``devices_of_machine`` is the number of the machine's accelerators if this process does not see all of them.
     """
 
     opened: OpenedRun
     device: torch.device
     folder: Path | None
-    check_place: Callable[[], None] = field(default=lambda: None)
+    check_still_ours: Callable[[], None] = field(default=lambda: None)
     devices_of_machine: int | None = None
     model: object = None
     sharing: Sharing | None = None
@@ -83,17 +83,17 @@ class ShardComputer:
     ) -> None:
         """Compute these shards of the run that ``manifest`` describes; the model is loaded if there are any.
 
-        Each is written, and its entry given to ``finished``; ``progress()`` begins the bar, over conversations.
+        Each is written, and its entry passed to ``finished``; ``progress()`` starts the bar, over conversations.
         """
 
         folder, one_at_a_time = self.folder, threading.Lock()
         assert folder is not None
 
-        def finish(shard: SourceShard, bad: dict[int, str], rows: Rows) -> None:
+        def finish(shard: SourceShard, bad: dict[int, str], rows: ShardRows) -> None:
             skipped = [*shard.skipped, *(self.opened.reader.bad_row(*row) for row in sorted(bad.items()))]
             skipped.sort(key=lambda entry: entry["row"])
             left_out = sum(one.alignment.turns_left_out for one in shard.ready if one.source_index not in bad)
-            entry = write_shard(folder, manifest, shard.number, rows, skipped, self.check_place, left_out)
+            entry = write_shard(folder, manifest, shard.number, rows, skipped, self.check_still_ours, left_out)
             with one_at_a_time:
                 finished(entry)
 
@@ -116,11 +116,11 @@ class ShardComputer:
                 run_shards(self.model, settings, self.sharing, source, threads, encoding, finish, bar)
 
     def close(self) -> None:
-        """Leave nothing behind of a model in several places, which is of no use afterwards."""
+        """End the other processes of a model, and delete offloaded weights; the model cannot be used afterwards."""
         self._stack.close()
 
     def load_model(self) -> None:
-        """Load and check the model, if that is not done yet."""
+        """Load and check the model, unless that is already done."""
         if self.model is not None:
             return
         self.model = self._load_parts() if self.opened.config.tensor_parallel > 1 else self._load_whole()
@@ -136,17 +136,17 @@ class ShardComputer:
             return loading.load_model(
                 config.model_id,
                 self.opened.model_commit,
-                config.gguf_file,
-                config.dtype,
-                self.device,
-                config.attn_implementation,
-                config.trust_remote_code,
-                config.device_map,
-                config.max_memory,
-                self._stack.enter_context(scratch_folder()) if config.device_map else None,
-                self.opened.base_commit,
-                config.head_dtype,
-                config.quantization,
+                gguf_file=config.gguf_file,
+                dtype=config.dtype,
+                device=self.device,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                device_map=config.device_map,
+                max_memory=config.max_memory,
+                offload_folder=self._stack.enter_context(scratch_folder()) if config.device_map else None,
+                base_revision=self.opened.base_commit,
+                head_dtype=config.head_dtype,
+                quantization=config.quantization,
             )
 
     def _load_parts(self) -> Any:
@@ -158,25 +158,26 @@ class ShardComputer:
                 group,
                 config.model_id,
                 self.opened.model_commit,
-                config.dtype,
-                config.attn_implementation,
-                config.trust_remote_code,
-                config.head_dtype,
+                dtype=config.dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                head_dtype=config.head_dtype,
             )
 
     def _cpu_workers(self) -> int:
-        """Those that align, and those that write. One each is enough for a model on a CPU, which needs the cores."""
+        """How many processes align, and how many write. One each is enough for a model on a CPU, which needs the
+        cores."""
         config = self.opened.config
         if config.num_cpu_workers is not None:
             return config.num_cpu_workers
-        if self.device.type == "cpu" or config.trust_remote_code:  # whose tokenizer other processes may not know
+        if self.device.type == "cpu" or config.trust_remote_code:  # other processes may not know a custom tokenizer
             return 1
         seen = torch.accelerator.device_count()
         its_own = seen if config.device_map else config.tensor_parallel
         return default_workers(usable_cores(), its_own, self.devices_of_machine or seen)
 
     def _budget(self, recorded: Manifest | None = None) -> dict:
-        """How batches are formed: as the options say, else as recorded, so that a resumed run has the same batches."""
+        """How batches are formed: by the options, else as recorded, so that a resumed run has the same batches."""
         config = self.opened.config
         budget = choose_budget(self.model, config.batch_tokens, config.logit_memory)
         chosen = {"batch_tokens": budget.tokens, "batch_logit_rows": budget.logit_rows}
@@ -188,7 +189,7 @@ class ShardComputer:
 
 
 def default_workers(cores: int, devices: int, of: int) -> int:
-    """Processes that align, and as many that encode, for a model on so many ``devices`` ``of`` the machine's."""
+    """Processes that align, and as many that encode, for a model on ``devices`` accelerators ``of`` the machine's."""
     return min(MOST_WORKERS, max(1, cores * devices // of // CORES_A_WORKER))
 
 
@@ -205,13 +206,13 @@ def run_shards(
     shards: Iterable[SourceShard],
     threads: "ReadWriteThreads",
     encoding: Encoding,
-    finish: Callable[[SourceShard, dict[int, str], Rows], None],
+    finish: Callable[[SourceShard, dict[int, str], ShardRows], None],
     bar: tqdm,
 ) -> None:
     """Compute these shards, and have each finished in a writing thread by ``finish(shard, bad, rows)``.
 
-    ``settings`` say what is kept of a distribution, and how large batches are; ``sharing``, what these may hold.
-    ``bad`` are the source rows that cannot be computed, and why.
+    ``settings`` say what is stored of a distribution, and how large batches are; ``sharing`` says what they may hold.
+    ``bad`` maps source rows that cannot be computed to the reason.
     """
     batches, started, fits = Batches(model, settings, sharing), time.monotonic(), fits_alone(model)
     for shard in shards:
@@ -233,7 +234,7 @@ def run_shards(
 
 
 def _refuse_overfull(settings: Manifest, shard: SourceShard, threads: "ReadWriteThreads") -> None:
-    """Raise ToolkitError where no file can hold the shard: before it is computed, and once those before are written."""
+    """Raise ToolkitError if no file can hold the shard: before it is computed, after earlier shards are written."""
     try:
         refuse_overfull(settings, shard.number, sum(len(aligned.positions) for aligned in shard.ready))
     except ToolkitError:
@@ -254,11 +255,11 @@ def _finish(finish: Callable, encoding: Encoding, shard: SourceShard, too_large:
 
 
 class ReadWriteThreads:
-    """Threads beside the model's: one reads ahead, ``writers`` encode and write or have that done by processes, at most
-    ``BACKLOG`` batches each behind.
+    """Threads in addition to the model's: one reads ahead, and ``writers`` encode and write, or have processes do it,
+    with at most ``BACKLOG`` batches waiting for each.
 
-    What any raises is raised in the caller at its next step. After a failure nothing more is written, so that no
-    shard is finished with rows missing; after a failure to read, what was read before is.
+    Exceptions in a thread are raised in the caller at its next step. After a failure nothing more is written, so that
+    no shard is finished with rows missing; after a failure to read, what was read before is still written.
     """
 
     def __init__(self, writers: int = 1):
@@ -279,9 +280,9 @@ class ReadWriteThreads:
     def read_ahead(
         self, reader: Reader, aligning: Aligning, shards: Iterable[int], rows_per_shard: int
     ) -> Iterator[SourceShard]:
-        """These shards of the reader's rows, the next ones under way; ends where the rows do.
+        """These shards of the reader's rows, while the next ones are being read; ends where the rows end.
 
-        ``shards`` may make the reading thread wait for its next number.
+        ``shards`` may block the reading thread until its next number is known.
         """
         next_shard = partial(_read_next, reader, aligning, iter(shards), rows_per_shard)
         upcoming = deque(self._reading.submit(next_shard) for _ in range(aligning.ahead))
@@ -295,7 +296,7 @@ class ReadWriteThreads:
             yield SourceShard(number, ready, skipped)
 
     def _wait_for_reading(self, reading: Future) -> Any:
-        """What was read. Until it is, whatever a write raises is raised here."""
+        """What was read. While waiting, exceptions of writing are raised here."""
         while not reading.done():
             self._collect()
             wait([reading, *self._backlog], return_when=FIRST_COMPLETED)
@@ -306,7 +307,7 @@ class ReadWriteThreads:
             raise
 
     def write(self, task: Callable[[], object], after: Iterable[Future] = ()) -> Future:
-        """Do a task once those of ``after``, which were given before, are done; others may be done meanwhile."""
+        """Run a task after the earlier tasks ``after`` are done; other tasks may run meanwhile."""
         writing = self._writing.submit(self._unless_stopped, task, after)
         self._backlog.append(writing)
         self._collect()
@@ -315,13 +316,13 @@ class ReadWriteThreads:
         return writing
 
     def _collect(self) -> None:
-        """Raise what writing has raised; only what is not done stays, so that a wait for it is one."""
+        """Raise exceptions of finished writes. Only unfinished ones stay in the backlog, to be waited for."""
         for writing in [writing for writing in self._backlog if writing.done()]:
             self._backlog.remove(writing)
             writing.result()
 
     def wait_for_writing(self) -> None:
-        """Wait for all that was given."""
+        """Wait for all tasks."""
         while self._backlog:
             self._backlog.popleft().result()
 
@@ -329,7 +330,7 @@ class ReadWriteThreads:
         try:
             for earlier in after:
                 earlier.result()
-            return None if self._stopped else task()  # a task before may have found it so, and done nothing
+            return None if self._stopped else task()  # an earlier task may have done nothing for that reason
         except BaseException:
             self._stopped = True
             raise
@@ -338,7 +339,7 @@ class ReadWriteThreads:
 def _read_next(
     reader: Reader, aligning: Aligning, numbers: Iterator[int], rows_per_shard: int
 ) -> tuple[int, Future] | None:
-    """The next shard's number, and its conversations as they are aligned; None after the last one."""
+    """The next shard's number, and a future of its aligned conversations; None after the last shard."""
     number = next(numbers, None)
     if number is None:
         return None

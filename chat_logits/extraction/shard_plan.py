@@ -1,15 +1,15 @@
-"""Which shard goes to a worker next, what happens to one whose worker failed, and which are given up; plain Python."""
+"""Which shard a worker gets next, what happens to shards of failed workers, and which are given up; plain Python."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from heapq import nsmallest
 from itertools import islice
 
-ATTEMPTS = 3  # of a shard
-AHEAD = 2  # shards that a worker holds: one in hand, and the next, which is read meanwhile
-TRIED = 3  # failures in a row that a worker may have and still be preferred to one that has failed with a shard
-NOTHING_GOES = 1000  # failures in a row of all workers together, or four of each: no shard's fault any more
-FIRST_PAUSE, LONGEST_PAUSE = 5.0, 3600.0  # seconds; four times as long from one failure in a row to the next
+ATTEMPTS = 3  # for each shard
+AHEAD = 2  # shards that a worker holds: the one it computes, and the next, which is read meanwhile
+TRIED = 3  # a worker with up to this many failures in a row is preferred to one that has failed with the shard
+NOTHING_GOES = 1000  # failures in a row of all workers together, or four for each: then no single shard is the cause
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 3600.0  # seconds; each failure in a row makes the pause four times as long
 
 
 def pause_after(failures: int) -> float:
@@ -24,14 +24,14 @@ def pause_after(failures: int) -> float:
 class ShardPlan:
     """Hands out ``shards`` to ``workers`` workers, each until it is finished or has failed ``ATTEMPTS`` times.
 
-    A worker that fails takes all that it holds with it, so that one bad shard brings its neighbour a failure too.
-    Hence a shard that has failed is given out alone, and to a worker which has not failed with it or since its last
-    success, if there is one. A worker waits longer after each failure in a row, unless the others fail as well; so a
-    machine on which everything fails takes few shards. The last shards are for workers that have none, so that they
-    don't queue behind others. ``given_up`` has the reason of each that has failed for good.
+    A worker that fails loses all shards that it holds, so one bad shard counts as a failure of its neighbour too.
+    Therefore a shard that has failed is given out alone, and if possible to a worker that has not failed with it or
+    since its last success. A worker waits longer after each failure in a row, unless the others fail as well; so a
+    machine on which everything fails takes few shards. The last shards are kept for idle workers, so that they do not
+    queue after others. ``given_up`` has the reason for each shard that has failed for good.
 
-    Workers are numbers: ``at_work`` are those that take shards at present, ``loading`` those that soon will. The plan
-    has no clock: ``now`` is in seconds.
+    Workers are numbers: ``at_work`` are those that take shards now, ``loading`` those that soon will. The plan has no
+    clock: ``now`` is in seconds.
 
     >>> plan = ShardPlan(iter([0, 1, 2]), workers=1)
     >>> plan.at_work = {1}
@@ -44,28 +44,28 @@ class ShardPlan:
 
     def __init__(self, shards: Iterator[int], workers: int):
         self._shards, self._workers = shards, workers
-        self._fresh = deque(islice(shards, workers + 1))  # as many as tell whether these are the last ones
+        self._fresh = deque(islice(shards, workers + 1))  # enough to see whether these are the last ones
         self.at_work: set[int] = set()
         self.loading: set[int] = set()
         self._again: list[int] = []
         self._failed_with: dict[int, list[int]] = {}  # workers, by shard
         self._in_a_row: Counter[int] = Counter()  # failures, by worker
         self._failed_at: dict[int, float] = {}  # by worker
-        self._failures = 0  # of all in a row
+        self._failures = 0  # in a row, of all workers
         self.given_up: dict[int, str] = {}
 
     @property
     def is_empty(self) -> bool:
-        """Whether all shards have been given out, those that failed as often as they may."""
+        """Whether all shards have been given out, and none is waiting for another attempt."""
         return not self._fresh and not self._again
 
     @property
     def goes_nowhere(self) -> bool:
-        """Whether so many have failed since the last that was finished that all others would, too."""
+        """Whether so many shards have failed since the last success that all others would fail too."""
         return self._failures >= max(NOTHING_GOES, 4 * self._workers)
 
     def next_for(self, worker: int, held: Collection[int], now: float) -> int | None:
-        """A shard for a worker that holds these, None if it is to have no more now."""
+        """A shard for a worker that holds these, None if it gets no more now."""
         if len(held) >= AHEAD or any(shard in self._failed_with for shard in held) or self._waits(worker, now):
             return None
         again = self._best_failed(worker, now) if self._again else None
@@ -83,7 +83,7 @@ class ShardPlan:
         self._in_a_row[worker] = self._failures = 0
 
     def failed(self, worker: int, shards: Collection[int], reason: str, now: float) -> None:
-        """Shards were not finished: their worker failed, or one of them made it fail."""
+        """The worker has failed with these shards: by itself, or because of one of them."""
         self._in_a_row[worker] += 1
         self._failed_at[worker] = now
         self._failures += 1
@@ -97,7 +97,7 @@ class ShardPlan:
 
     @property
     def _least(self) -> int:
-        """Failures in a row of the best worker: what all fail with is no worker's fault."""
+        """Failures in a row of the best worker: failures that all workers have are not counted against any."""
         return min((self._in_a_row[worker] for worker in self.at_work | self.loading), default=0)
 
     def _waits(self, worker: int, now: float) -> bool:
@@ -105,14 +105,15 @@ class ShardPlan:
         return failures > 0 and now < self._failed_at[worker] + pause_after(failures - self._least)
 
     def _best_failed(self, worker: int, now: float) -> int | None:
-        """A shard that has failed, for which no other worker is better than this one.
+        """A failed shard for which no other worker is better than this one.
 
-        While there are fresh ones, of all workers that are there or soon will be; then of those that need not wait.
+        As long as there are fresh shards, the others are all workers that are there or soon will be; later, only those
+        that need not wait.
         """
         others = self.at_work | self.loading
         if not self._fresh:
             others = {other for other in self.at_work if not self._waits(other, now)}
-        best = nsmallest(ATTEMPTS, others, key=self._in_a_row.__getitem__)  # one of which has not failed with it
+        best = nsmallest(ATTEMPTS, others, key=self._in_a_row.__getitem__)  # at least one has not failed with it
         if best and self._in_a_row[worker] > self._in_a_row[best[0]] + TRIED * (ATTEMPTS - 1):
             return None
         for shard in self._again:

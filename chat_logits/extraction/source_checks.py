@@ -1,4 +1,4 @@
-"""The local source of a run: apart from what the run writes, and the same at its end as at its beginning."""
+"""Checks of a run's local source: the run does not write into it, and it has not changed when the run ends."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from chat_logits.paths import is_there
 
 
 def refuse_within_source(config: ExtractConfig) -> None:
-    """Raise UsageError where the run would write among its own source files, or set them aside."""
+    """Raise UsageError if the run would write among its own source files, or set them aside."""
     source, folder = Path(config.dataset_id), config.folder.resolve()
     if not is_there(source):
         return
@@ -23,7 +23,7 @@ def refuse_within_source(config: ExtractConfig) -> None:
 
 
 def refuse_changed_source(opened: OpenedRun) -> None:
-    """Raise ToolkitError where local files are not those any more that the run began with."""
+    """Raise ToolkitError if local source files have changed since the run began."""
     source = Path(opened.config.dataset_id)
     if is_there(source) and hash_files(source) != opened.reader.source.revision:
         raise ToolkitError(

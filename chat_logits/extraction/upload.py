@@ -1,9 +1,9 @@
-"""Finished shards to the Hub, in commits beside the run, through whatever the network and the Hub do meanwhile.
+"""Pushes finished shards to the Hub during the run, in commits, and copes with failures of the network and the Hub.
 
     look at the repository -> the shards that it lacks -> one commit on top of what was seen -> again, when it is due
 
-A failure ends nothing: the next attempt looks anew, so that a commit whose answer was lost is found and not repeated.
-What is to be sent is ``RemoteRun``'s to say; when, and what to wait for, is decided here.
+A failure does not end the push: the next attempt looks at the repository again, so that a commit is not repeated if
+only its answer was lost. ``RemoteRun`` decides what is to be sent; when, and what to wait for, is decided here.
 """
 
 import logging
@@ -26,17 +26,17 @@ from chat_logits.storage.shard_list import ShardEntry
 logger = logging.getLogger(__name__)
 
 SHARDS_A_COMMIT = 96  # the Hub asks for about 100 files a commit
-SILENCE = 900.0  # seconds without a request or an answer until the end of a run stops waiting, ...
-SLOWEST = 20_000  # ... and bytes a second at which the largest shard may go up meanwhile
-CLOSING = 1.0  # seconds for the thread to end, once nothing more is to be pushed
+SILENCE = 900.0  # at the end of a run: seconds without a request or an answer until waiting stops, ...
+SLOWEST = 20_000  # ... plus the time for the largest shard at this many bytes a second
+CLOSING = 1.0  # seconds for the thread to end once nothing more is to be pushed
 COMMITS_AN_HOUR, HOUR = 120, 3600  # the Hub allows 128
 
 
 class HubSync:
     """Pushes a run's finished shards from a thread of its own.
 
-    ``push_every`` seconds lie between commits. ``without_folder`` says that the shards are in no folder, so that
-    without the Hub there is no run.
+    There are ``push_every`` seconds between commits. ``without_folder`` says that the shards are not in a folder, so
+    that the run cannot do without the Hub.
     """
 
     def __init__(self, repository: Repository, folder: RunFolder, push_every: float, without_folder: bool = False):
@@ -45,12 +45,12 @@ class HubSync:
         self.remote = RemoteRun(repository, folder)
         self._commits: deque[float] = deque(maxlen=COMMITS_AN_HOUR)  # when each was begun
         self._pushed_at: float | None = None
-        self._waited_until = 0.0  # by the thread, which then is silent by its own will
+        self._waited_until = 0.0  # until then the thread waits on purpose
         self._failures: Counter[str] = Counter()  # in a row, by kind
         self._changed = threading.Condition()
         self._is_closing = self._is_closed = self._is_done = False
         self._fatal: BaseException | None = None
-        self._warning = ""  # the last one, until what it is about is over
+        self._warning = ""  # the last one, until its cause is gone
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
 
     # --- the run's side ---
@@ -61,14 +61,14 @@ class HubSync:
         return len(self.remote.missing())
 
     def connect(self) -> None:
-        """Look at the repository before the run begins. What the Hub refuses is refused now; its absence is only where
-        the shards have no other place."""
+        """Look at the repository before the run begins. Refusals of the Hub are raised now; if it does not answer, that
+        is an error only if the shards have no other place."""
         self._unless_transient(self.remote.look)
 
     def make(self, overwrite: bool) -> None:
-        """Make the repository if it is missing. Raises ToolkitError where that, or what is in it, forbids the run.
+        """Create the repository if it is missing. Raises ToolkitError if that fails, or its contents forbid the run.
 
-        With ``overwrite``, whatever run is in it is replaced by the first commit.
+        With ``overwrite``, the first commit replaces any run that is in it.
         """
         self.remote.overwrite, state = overwrite, self.remote.state
         if state and state.damage and not overwrite:
@@ -77,14 +77,14 @@ class HubSync:
             self._unless_transient(self.remote.make)
 
     def start(self) -> None:
-        """Begin pushing. Raises UsageError where the repository holds another run that is not to be replaced."""
+        """Begin pushing. Raises UsageError if the repository holds another run that is not to be replaced."""
         self.remote.begin()
         self._thread.start()
 
     def add(self, entry: ShardEntry, upload=None) -> None:
-        """Tell of a shard that has been finished: in the folder, or already sent (``Repository.upload``).
+        """Add a finished shard: one in the folder, or one already sent (``Repository.upload``).
 
-        Raises ToolkitError where nothing keeps what was sent: the Hub has refused its commit for good.
+        Raises ToolkitError if a shard that was sent would be lost, because the Hub has refused the commit for good.
         """
         with self._changed:
             self.remote.entries[entry.shard] = entry
@@ -97,9 +97,9 @@ class HubSync:
             ) from self._fatal
 
     def finish(self, is_all: bool = False) -> None:
-        """Push what is left, ``is_all`` where the run then has all of its shards there.
+        """Push what is left; with ``is_all``, the run then has all of its shards there.
 
-        Raises ToolkitError, with what to do, where that cannot be done.
+        Raises ToolkitError, with what to do, if that is not possible.
         """
         with self._changed:
             self.remote.is_all = is_all
@@ -116,9 +116,9 @@ class HubSync:
             raise ToolkitError(f"{reason}\n{self._rest()}") from self._fatal
 
     def _refuse_silence(self) -> None:
-        """Raise ToolkitError where neither a request nor an answer has begun for long: one may come a byte at a time.
+        """Raise ToolkitError if no request or answer has begun for long: an answer may come one byte at a time.
 
-        The run does not wait for the thread any more.
+        After that, the run no longer waits for the thread.
         """
         silent = min(seconds_of_silence(), time.monotonic() - self._waited_until)
         largest = max((entry.num_bytes for entry in self.remote.entries.values()), default=0)
@@ -130,12 +130,12 @@ class HubSync:
         """A line about what is not on the Hub: how much, where it is, and what to do."""
         rest = f"{self.left} of {len(self.remote.entries)} shards are not on the Hub yet; "
         if uploads := len(self.remote.missing_uploads()):
-            return f"{rest}{uploads} of them are nowhere else. The same command goes on, and computes those again."
+            return f"{rest}{uploads} of them are nowhere else. The same command continues, and computes those again."
         place = f"all are in {self.folder.path}"
         return f"{rest}{place}. The same command pushes what is missing, and computes nothing again."
 
     def close(self) -> bool:
-        """Push no more, whatever is left. Returns whether no request is under way any more."""
+        """Stop pushing, even if shards are left. Returns whether no request is in progress any more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -164,12 +164,12 @@ class HubSync:
                 if not self._failures:
                     self._wait_until_due()
                 self._attempt()
-        except BaseException as error:  # whatever it is: the run must not take the rest for pushed
+        except BaseException as error:  # of any kind: the run must not believe that the rest was pushed
             self._fatal = error
             self._warn(str(explain_hub_error(error, self.repository.name)))
 
     def _wait_until_due(self) -> None:
-        """Until a commit is due: the first shard at once, then by ``push_every``, a full commit, or the end."""
+        """Wait until a commit is due: at once for the first shard, then by ``push_every``, a full commit or the end."""
         with self._changed:
             while not (self._is_closing or self._is_closed):
                 since = time.monotonic() - self._pushed_at if self._pushed_at else self.push_every
@@ -179,7 +179,7 @@ class HubSync:
                 self._changed.wait(max(0.1, self.push_every - since) if left else None)
 
     def _attempt(self) -> None:
-        """Push once, and wait after a failure. Raises the last error where there have been enough in a row."""
+        """Push once, and wait after a failure. Raises the last error if there have been too many in a row."""
         closing = self._is_closing
         try:
             is_all = self._push(closing)
@@ -192,7 +192,7 @@ class HubSync:
             self._failures.clear()
 
     def _push(self, closing: bool) -> bool:
-        """One commit at most. Returns whether all that there is now is on the Hub."""
+        """Make at most one commit. Returns whether everything finished so far is on the Hub."""
         remote = self.remote.prepare()
         missing = self.remote.missing()
         chosen, is_last = missing[:SHARDS_A_COMMIT], closing and len(missing) <= SHARDS_A_COMMIT
@@ -205,7 +205,7 @@ class HubSync:
         return is_last
 
     def _keep_to_the_limit(self) -> None:
-        """Begin no more commits within an hour than the Hub takes."""
+        """Start no more commits within an hour than the Hub accepts."""
         if len(self._commits) == COMMITS_AN_HOUR:
             wait = self._commits[0] + HOUR - time.monotonic()
             if wait > 0:
@@ -214,19 +214,19 @@ class HubSync:
         self._commits.append(time.monotonic())
 
     def _pause(self, error: Exception, closing: bool) -> None:
-        """Before the next attempt. Raises the error where there is none; an end of the run cuts short what the Hub has
-        not asked for."""
+        """Wait before the next attempt. Raises the error if there is none; the end of the run cuts short a wait that
+        the Hub has not asked for."""
         seconds = (LAST if closing else BESIDE).pause(error, self._failures)
         if seconds is None:
             raise error
         asked = retry_after(error)
-        next_step = "Trying again" if closing else "The run goes on, and the Hub is asked again"
+        next_step = "Trying again" if closing else "The run continues, and the Hub is asked again"
         when = f" in {asked:.0f} s" if asked else ""
         self._warn(f"{explain_hub_error(error, self.repository.name)}\n{next_step}{when}.")
         if closing:
             self._sleep(seconds)
         elif not self._sleep(asked or 0, until=lambda: self._is_closing and self._left_of_wait > LAST.longest_asked):
-            raise error  # the end waits no longer for what was asked in the middle than for what is asked then
+            raise error  # a wait that the Hub asked for earlier is limited at the end as one that it asks for then
         else:
             self._sleep(seconds - (asked or 0), until=lambda: self._is_closing)
 
@@ -235,7 +235,7 @@ class HubSync:
         return self._waited_until - time.monotonic()
 
     def _sleep(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Wait so long, less where the push is closed, or ``until()`` is true. Returns whether it never was."""
+        """Wait so long, or until the push is closed or ``until()`` is true. Returns whether ``until()`` never was."""
         self._waited_until = time.monotonic() + seconds
         with self._changed:
             while self._left_of_wait > 0 and not self._is_closed:
@@ -245,7 +245,7 @@ class HubSync:
         return True
 
     def _warn(self, text: str) -> None:
-        """Say what is wrong once, and not again while it stays so."""
+        """Log a warning once, and not again while its cause stays the same."""
         if text and text != self._warning:
             logger.warning(redact(text))
         self._warning = text

@@ -1,6 +1,6 @@
-"""One worker of several: a model of its own, and shards as they are given to it, from any thread and in any order.
+"""One worker of several: it has its own model, and computes shards given to it from any thread and in any order.
 
-It writes each finished shard itself and answers with its numbers; nothing else goes back to the process that gave it.
+It writes each finished shard itself and returns only the shard's numbers to the process that gave it.
 """
 
 import functools
@@ -27,21 +27,22 @@ from chat_logits.extraction.folder import WORKERS
 from chat_logits.extraction.run_description import OpenedRun, open_run
 from chat_logits.extraction.shard_computer import ShardComputer
 from chat_logits.hub import configure_client
-from chat_logits.model import loading
+from chat_logits.model.devices import choose_device
 from chat_logits.scratch import scratch_folder
 from chat_logits.storage.manifest import Manifest, RunInputs
 from chat_logits.storage.repository import Repository
 from chat_logits.storage.shard_list import ShardEntry
+from chat_logits.words import count_text
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What is the same for all workers of a run.
 
-    ``config`` has paths that hold on every machine, ``pinned`` what is recorded of the run before a model is loaded.
-    Shards go to ``folder``, where ``WORKERS`` must have ``token`` in it, or,
-    without a folder, to the Hub, uploaded but not committed. ``hashes`` and ``footers`` are what is known of local
-    files and of the source, so that not every worker reads them all.
+    ``config`` has paths that are valid on every machine, ``pinned`` is what is recorded of the run before a model is
+    loaded. Shards go to ``folder``, where the file ``WORKERS`` must contain ``token``; without a folder they are
+    uploaded to the Hub but not committed. ``hashes`` are of local files and ``footers`` of the source's, so that not
+    every worker has to read all files.
     """
 
     config: ExtractConfig
@@ -53,7 +54,7 @@ class Assignment:
 
 
 def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
-    """The assignment of an opened run's workers: paths made absolute, and what its config leaves open pinned."""
+    """The assignment of an opened run's workers: paths made absolute, and options that were not given pinned."""
     config = opened.config
     paths = {name: getattr(config, name) for name in ("model_id", "dataset_id")}
     paths = {name: str(Path(path).absolute()) if Path(path).exists() else path for name, path in paths.items()}
@@ -67,7 +68,7 @@ def assign(opened: OpenedRun, folder: Path, token: str) -> Assignment:
     )
 
 
-once = ray.method(max_task_retries=0)  # what fails is the driver's to see
+once = ray.method(max_task_retries=0)  # the driver handles failures
 
 
 class ShardWorker:
@@ -81,9 +82,9 @@ class ShardWorker:
         self._waiting: dict[int, Future] = {}
 
     def process(self, ended: str = "") -> str:
-        """What tells this process from the others that Ray has had, or will have, for the worker.
+        """An id that distinguishes this process from the others that Ray has had, or will have, for the worker.
 
-        The one that ``ended``, or is about to, gives no answer; Ray then asks the next.
+        The process that ``ended``, or is about to, does not answer; Ray then asks the next one.
         """
         while self._process == ended:
             time.sleep(0.1)
@@ -91,31 +92,31 @@ class ShardWorker:
 
     @once
     def load(self, assignment: Assignment, hub_token: str | None = None) -> tuple[Manifest, str]:
-        """Load the model. Gives the run's manifest as this worker would begin it, and where it runs, for people.
+        """Load the model. Returns the manifest that this worker would start the run with, and in words where it runs.
 
-        ``hub_token`` is the Hub's for this run, whatever the machine has. Raises what forbids the work on this machine.
+        ``hub_token`` is the Hub's token for this run; it replaces the machine's. Raises any error that makes the work
+        impossible on this machine.
         """
         if hub_token:
             os.environ["HF_TOKEN"] = hub_token
         self._assignment = assignment
         hashing.remember_hashes(assignment.hashes)
         opened = open_run(assignment.config, assignment.pinned, assignment.footers)
-        device, processes = loading.choose_device(assignment.config.device), assignment.config.tensor_parallel
-        with ExitStack() as stack:  # which a failure closes
-            computer = ShardComputer(opened, device, assignment.folder, self._check_place, gpus_of_machine())
+        device, processes = choose_device(assignment.config.device), assignment.config.tensor_parallel
+        with ExitStack() as stack:  # closed by a failure
+            computer = ShardComputer(opened, device, assignment.folder, self._check_still_ours, gpus_of_machine())
             self._computer = stack.enter_context(closing(computer))
             self._described = self._computer.describe()
             self._stack = stack.pop_all()
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return self._described, f"{platform.node()}, {f'{processes} × ' if processes > 1 else ''}{name}"
+        return self._described, f"{platform.node()}, {_device_text(device, processes)}"
 
     @once
     def begin(self, manifest: Manifest) -> None:
-        """Work for this run from now on. Raises ToolkitError where the worker would make other rows."""
+        """Work for this run from now on. Raises ToolkitError if the worker would make other rows."""
         different = manifest.differences(replace(self._described, rows_per_shard=manifest.rows_per_shard))
         if different:
             raise ToolkitError(f"{platform.node()} would make other rows than the run ({'; '.join(different)})")
-        self._check_place()
+        self._check_still_ours()
         self._manifest, config = manifest, self._assignment.config
         self._folder = self._assignment.folder or self._stack.enter_context(scratch_folder())
         self._computer.folder = self._folder
@@ -125,9 +126,9 @@ class ShardWorker:
 
     @once
     def compute(self, shard: int) -> tuple[ShardEntry, object]:
-        """One shard, once it is finished, with what a commit has to name where it went to the Hub, else None.
+        """Compute one shard; returns its entry, and what a commit has to name if it was uploaded to the Hub, else None.
 
-        What is given meanwhile is read ahead. After a failure, that of one shard is raised for all that wait.
+        Shards given meanwhile are read ahead. The failure of one shard is raised for all shards that wait.
         """
         with self._lock:
             if self._numbers is None:
@@ -139,7 +140,7 @@ class ShardWorker:
 
     @once
     def close(self) -> None:
-        """Take no more shards, and leave nothing behind on this machine's disk."""
+        """Take no more shards, and leave nothing on this machine's disk."""
         with self._lock:
             self._is_closed = True
             if self._numbers is not None:
@@ -154,7 +155,7 @@ class ShardWorker:
         except BaseException as error:
             failure = error
         with self._lock:
-            numbers.put(None)  # for the thread that may still wait for a number
+            numbers.put(None)  # the reading thread may still wait for a number
             self._numbers, waiting = None, self._waiting
             self._waiting = {}
         for answer in waiting.values():
@@ -166,15 +167,15 @@ class ShardWorker:
             self._waiting.pop(entry.shard).set_result((entry, upload))
 
     def _upload(self, path: str) -> object:
-        """Send a shard from this machine's disk to the Hub; gives what a commit has to name."""
+        """Send a shard from this machine's disk to the Hub; returns what a commit has to name."""
         file = self._folder / path
         try:
             return self._repository.upload(path, file)
         finally:
             file.unlink(missing_ok=True)
 
-    def _check_place(self) -> None:
-        """Raise ToolkitError where the folder is not the one that the run is in, or not that run's any more."""
+    def _check_still_ours(self) -> None:
+        """Raise ToolkitError if the folder is not the run's folder, or no longer belongs to that run."""
         if self._is_closed:
             raise ToolkitError("the worker was closed")
         if self._assignment.folder is None:
@@ -187,8 +188,19 @@ class ShardWorker:
             )
 
 
+def _device_text(device: torch.device, processes: int) -> str:
+    """What a worker computes on, with a note if Ray, which asks the driver, and torch disagree about its GPUs."""
+    given = len(ray.get_gpu_ids())
+    if device.type == "cpu":
+        none_found = f"Ray gave it {count_text(given, 'GPU')}, torch finds none: an old driver, or a build for CPUs"
+        return f"cpu ({none_found})" if given else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    shared = "" if given or device.type == "mps" else " (of which Ray does not know: its other workers use it too)"
+    return f"{f'{processes} × ' if processes > 1 else ''}{name}{shared}"
+
+
 def gpus_of_machine() -> int | None:
-    """As the cluster knows them: Ray hides those of the others from a worker. None where there are none."""
+    """The number of this machine's GPUs by the cluster's record, as Ray hides other workers' GPUs; None without any."""
     here = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     return int(resources.get("GPU", 0)) or None

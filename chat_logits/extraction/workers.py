@@ -1,8 +1,8 @@
-"""Workers on Ray, each with a model on accelerators of its own. This process gives out shards and keeps the books.
+"""Workers on Ray, each with a model on its own accelerators. This process gives out shards and keeps track of them.
 
-No model is loaded here, and nothing comes back but each shard's numbers: the workers write the shards themselves. Ray
-starts a worker that is lost again, wherever there is room; what it held goes to others. A worker whose model several
-processes compute starts the others itself, on its machine; with one of them, all of it is lost.
+No model is loaded here, and only each shard's numbers come back: the workers write the shards themselves. Ray restarts
+a lost worker wherever there is room; the shards that it held go to others. If several processes compute a worker's
+model, the worker starts the others itself, on its machine; if one of them is lost, the whole worker is.
 """
 
 import logging
@@ -32,19 +32,19 @@ from chat_logits.words import count_text, first_line
 
 logger = logging.getLogger(__name__)
 
-STARTS = 5  # in a row that a worker may fail to begin
-LOOK, ASKING = 1.0, 10.0  # seconds that a step takes at most, and between two looks at the cluster's head
-SLOW, LONG = 5, 3600.0  # a worker hangs that is as many times as slow as the slowest so far, and as many seconds silent
-CLOSING = 3.0  # seconds that workers have to clear up
+STARTS = 5  # failed starts in a row until a worker is dismissed
+LOOK, ASKING = 1.0, 10.0  # seconds that a step takes at most, and between two checks of the cluster's head
+SLOW, LONG = 5, 3600.0  # a worker hangs if it has been silent SLOW times as long as the slowest shard took, and LONG s
+CLOSING = 3.0  # seconds that workers have to clean up
 SHOWN = 10  # shards that are named in a message
 
 
 @dataclass(eq=False)
 class Worker:
-    """An actor with a number, whatever process Ray has for it at present, and the ``shards`` that it holds.
+    """An actor with a number, in whatever process Ray runs it now, and the ``shards`` that it holds.
 
-    ``life`` is all that is done with it, resumed when one of its ``calls`` is answered, and every second. It waits for
-    a process, loads its model, works; ``place`` says where.
+    ``life`` is a generator with all steps of the worker, resumed when one of its ``calls`` is answered, and every
+    second. It waits for a process, loads its model, and works; ``place`` says where.
     """
 
     number: int
@@ -58,16 +58,16 @@ class Worker:
 
 
 class RayWorkers:
-    """``num_workers`` workers for an opened run, in the place of a ``ShardComputer``, within a context.
+    """``num_workers`` workers for an opened run, used instead of a ``ShardComputer``, within a context.
 
-    Raises UsageError where this machine has not that many accelerators, ToolkitError where no worker can begin.
+    Raises UsageError if this machine does not have that many accelerators, ToolkitError if no worker can begin.
     """
 
     def __init__(self, opened: OpenedRun, folder: RunFolder):
         self.config, self.folder, self._opened = opened.config, folder, opened
         if opened.reader.source.num_rows is None:
             raise UsageError(
-                f"`num_workers`: {self.config.dataset_id} is streamed and nobody knows its length. Leave out "
+                f"`num_workers`: {self.config.dataset_id} is streamed and its length is not known. Leave out "
                 "`streaming`, or convert it to Parquet."
             )
         self._workers: list[Worker] = []
@@ -75,7 +75,7 @@ class RayWorkers:
         self._described: list[Manifest] = []  # by each worker that has loaded its model
         self._manifest: Manifest | None = None
         self._slowest, self._tokens = 0.0, 0  # seconds that a shard has taken; tokens of all
-        self._refused = self._misused = 0  # uploads by the Hub, in a row; options by workers
+        self._refused = self._misused = 0  # uploads refused by the Hub in a row; workers that refused the options
         self._is_cluster_gone, self._asked = False, time.monotonic()
         self._token = secrets.token_hex(8)
 
@@ -84,10 +84,10 @@ class RayWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all workers. Those that have begun clear up what they have on their machines' disks."""
+        """End all workers. Those that have begun first delete what they have on their machines' disks."""
         self.folder.dismiss_workers()
         if self._is_cluster_gone:
-            return  # Ray would wait for it
+            return  # Ray would wait for the cluster
         try:
             closing = [worker.actor.close.remote() for worker in self._workers if worker.place]
             if closing:
@@ -98,17 +98,17 @@ class RayWorkers:
             ray.shutdown()
 
     def describe(self) -> Manifest:
-        """The manifest of a new run, by the first worker that has loaded its model."""
+        """The manifest of a new run, from the first worker that has loaded its model."""
         with stage("Waiting for the first worker to load its model"):
             self._run(until=lambda: self._described)
-        # As they were given: the paths that workers have hold on this cluster alone.
+        # As they were given: the workers' paths are only valid on this cluster.
         here = self._opened.described
         return replace(self._described[0], model_id=here.model_id, dataset_id=here.dataset_id)
 
     def compute(self, shards: Iterator[int], manifest: Manifest, finished: Callable, progress: Callable) -> None:
         """Have these shards computed, and call ``finished(entry, upload)`` for each.
 
-        Raises ToolkitError at the end, after all others, where shards have failed for good.
+        If shards have failed for good, raises ToolkitError at the end, after all others are done.
         """
         self._plan = ShardPlan(shards, self.config.num_workers)
         if self._plan.is_empty:
@@ -117,7 +117,7 @@ class RayWorkers:
         self._manifest, self._finished = manifest, finished
         with stage("Waiting for a worker that has begun"):
             self._run(until=lambda: any(worker.state == "works" for worker in self._workers))
-        with progress() as self._bar:  # its speed is of working hours alone
+        with progress() as self._bar:  # so that its speed does not include the time for loading
             self._run(until=lambda: self._plan.is_empty and not any(worker.shards for worker in self._workers))
         if self._plan.given_up:
             raise ToolkitError(self._explain_given_up())
@@ -126,7 +126,8 @@ class RayWorkers:
 
     def _start(self) -> None:
         logger.info("Starting %s …", self._share.described)
-        self._assignment = ray.put(assign(self._opened, self.folder.path.absolute(), self._token))  # once for a machine
+        # Ray sends an object in its store once to each machine.
+        self._assignment = ray.put(assign(self._opened, self.folder.path.absolute(), self._token))
         actors = ray.remote(ShardWorker).options(max_concurrency=AHEAD + 1, **self._share.options)
         self._workers = [Worker(number, actors.remote()) for number in range(1, self.config.num_workers + 1)]
         for worker in self._workers:
@@ -149,7 +150,7 @@ class RayWorkers:
             self._refuse_dead_cluster()
 
     def _live(self, worker: Worker) -> Generator[list, None, None]:
-        """Begin with a worker, and again when it is lost. Yields the calls that it waits for."""
+        """Start a worker, and restart it when it is lost. Yields the calls that it waits for."""
         process, failed_starts = "", 0
         while True:
             worker.state, worker.place, worker.shards = "waits", "", []
@@ -177,9 +178,9 @@ class RayWorkers:
                 yield []
 
     def _begin(self, worker: Worker) -> Generator[list, None, None]:
-        """Have the model loaded, and the run begun as soon as it is known."""
+        """Have the model loaded, and the run begun as soon as its manifest is known."""
         worker.state = "loads"
-        # The Hub's token apart: what is put into Ray's store may end on disks.
+        # The Hub's token is passed separately: Ray's object store may spill to disk.
         loading = worker.actor.load.remote(self._assignment, huggingface_hub.get_token())
         described, worker.place = yield from answer_to(loading)
         self._described.append(described)
@@ -190,7 +191,7 @@ class RayWorkers:
         worker.state = "works"
 
     def _work(self, worker: Worker) -> Generator[list, None, None]:
-        """Give a worker what it may hold, and take its answers, until it is lost."""
+        """Give a worker the shards that it may hold, and take its answers, until it is lost."""
         calls: dict[object, int] = {}
         while True:
             now = time.monotonic()
@@ -212,9 +213,10 @@ class RayWorkers:
                 raise GetTimeoutError(reason)
 
     def _take(self, worker: Worker, call: object, shard: int, seconds: float) -> None:
-        """Take the answer about a shard: a ToolkitError costs that shard alone, all others the worker.
+        """Take the answer about a shard. After a ToolkitError only that shard has failed; other errors are raised, and
+        the worker counts as lost.
 
-        So does the loss of its processes: it has no model any more.
+        GroupLost is raised too, as the worker then has no model any more.
         """
         try:
             entry, upload = ray.get(call)
@@ -233,7 +235,7 @@ class RayWorkers:
         self._bar.update(entry.source_rows)
 
     def _dismiss(self, worker: Worker, error: Exception) -> None:
-        """Leave out a worker that cannot begin. Raises the error where none can."""
+        """Remove a worker that cannot begin. Raises the error if no worker is left."""
         self._workers.remove(worker)
         ray.kill(worker.actor)
         if not self._workers:
@@ -242,7 +244,7 @@ class RayWorkers:
     # --- failures ---
 
     def _lost(self, worker: Worker, shards: list[int], error: Exception) -> None:
-        """These shards have failed, each to be tried again, by another worker if there is a better one."""
+        """Note that these shards have failed; each is tried again, by another worker if there is a better one."""
         reason = explain(error)
         self._plan.failed(worker.number, shards, reason, time.monotonic())
         given_up = [shard for shard in shards if shard in self._plan.given_up]
@@ -254,9 +256,9 @@ class RayWorkers:
             raise ToolkitError(f"all workers have failed repeatedly. The last failure: {reason}")
 
     def _raise_if_fatal(self, error: Exception) -> None:
-        """Raise what is no worker's own trouble: a full disk that all share, a Hub that refuses, a dead cluster.
+        """Raise errors that are not one worker's own: a full shared disk, refusals by the Hub, a dead cluster.
 
-        Options are taken for wrong when two workers say so before any has its model.
+        Options count as wrong if two workers say so before any worker has its model.
         """
         self._asked = 0.0 if isinstance(error, RayError) else self._asked
         self._refuse_dead_cluster()
@@ -273,13 +275,13 @@ class RayWorkers:
             )
 
     def _refuse_dead_cluster(self) -> None:
-        """Raise ToolkitError where the cluster's head is gone: a minute later Ray would just end this process."""
+        """Raise ToolkitError if the cluster's head is gone: a minute later Ray would end this process without one."""
         if self.config.ray_address and time.monotonic() > self._asked + ASKING:
             self._is_cluster_gone, self._asked = not listens(self._share.head), time.monotonic()
         if self._is_cluster_gone:
             raise ToolkitError(
                 f"`ray_address` {self.config.ray_address}: the cluster's head does not answer any more. What is "
-                "finished is kept; the same command goes on, with the address of another cluster if need be."
+                "finished is kept; the same command continues, with the address of another cluster if need be."
             )
 
     def _explain_given_up(self) -> str:
@@ -305,14 +307,14 @@ def answer_to(call) -> Generator[list, None, Any]:
 
 
 def explain(error: Exception) -> str:
-    """Why a worker failed, in a line or as the toolkit's errors say it."""
+    """Why a worker failed: one line, or the message of a toolkit error."""
     if isinstance(error, OutOfMemoryError):
         return "its machine ran out of memory, and Ray ended it"
     if isinstance(error, ActorUnavailableError):
         return "it died, or its machine did"
-    if isinstance(error, ActorDiedError):  # for good: its class cannot be loaded there, say
+    if isinstance(error, ActorDiedError):  # for good, for example if its class cannot be loaded there
         return str(error).strip().splitlines()[-1]
     if isinstance(error, GroupLost):
-        return redact(first_line(error))  # below it is what to do where nobody starts another one
+        return redact(first_line(error))  # its other lines say what to do if no worker is restarted
     is_clear = isinstance(error, ToolkitError | GetTimeoutError)
     return redact(str(error) if is_clear else f"{type(error).__name__}: {first_line(error)}")

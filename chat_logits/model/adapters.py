@@ -1,4 +1,4 @@
-"""Adapters: a folder or repository with an ``adapter_config.json`` is a base model and what peft merges into it."""
+"""Adapters: a folder or repository with an ``adapter_config.json`` changes a base model; peft merges it in."""
 
 import importlib.util
 import json
@@ -8,22 +8,22 @@ from pathlib import Path
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.hub_errors import explain_loading
 
-NO_ADAPTER = {"adapter_kwargs": {"subfolder": ".none"}}  # transformers finds no adapter, nor puts it in unmerged
+NO_ADAPTER = {"adapter_kwargs": {"subfolder": ".none"}}  # so that transformers does not load the adapter unmerged
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model that an adapter changes: a folder or a Hub id, there at ``revision``, None for its main branch."""
+    """The model that an adapter changes: a folder, or a Hub id at ``revision`` (None: its main branch)."""
 
     model_id: str
     revision: str | None
 
 
 def find_base(model_id: str, revision: str | None = None, gguf_file: str | None = None) -> Base | None:
-    """The base model of an adapter, None for a model that is none.
+    """The base model of an adapter, None for a model that is not an adapter.
 
-    As transformers has it, a local folder with a model's own ``config.json`` beside the adapter is its base. Raises
-    UsageError for an adapter that cannot be merged as it is given, ToolkitError where it names no base or peft is
+    As in transformers, a local folder that holds a model's own ``config.json`` next to the adapter is its base. Raises
+    UsageError for an adapter that cannot be merged as it is given, ToolkitError if it names no base or peft is
     missing.
     """
     config = _adapter_config(model_id, revision)
@@ -45,8 +45,8 @@ def find_base(model_id: str, revision: str | None = None, gguf_file: str | None 
 
 
 def _adapter_config(model_id: str, revision: str | None) -> dict | None:
-    """What is in the model's ``adapter_config.json``, None without one. Raises ToolkitError for a damaged one, and
-    where the model is not there."""
+    """The contents of the model's ``adapter_config.json``, None without one. Raises ToolkitError if the file is
+    damaged or the model does not exist."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
@@ -60,21 +60,21 @@ def _adapter_config(model_id: str, revision: str | None) -> dict | None:
     except (OSError, ValueError) as error:
         raise ToolkitError(f"model {model_id}: its adapter_config.json cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ToolkitError(f"model {model_id}: its adapter_config.json is no JSON object")
+        raise ToolkitError(f"model {model_id}: its adapter_config.json is not a JSON object")
     return config
 
 
 def merge(model, model_id: str, revision: str | None):
     """The base ``model`` with the adapter of ``model_id`` merged into its weights.
 
-    Raises ToolkitError for adapters that are not whole, do not fit the model, or add no weights to it.
+    Raises ToolkitError for adapters that are incomplete, do not fit the model, or cannot be merged into its weights.
     """
     import peft
 
     name = f"model {model_id}: its adapter"
     try:
         there = set(peft.utils.load_peft_weights(model_id, device="cpu", revision=revision))
-        adapted = peft.PeftModel.from_pretrained(model, model_id, revision=revision)
+        adapted = peft.PeftModel.from_pretrained(model, model_id, revision=revision, torch_device="cpu")
         wanted = set(peft.get_peft_model_state_dict(adapted))
     except Exception as error:
         raise explain_loading(error, name) from error

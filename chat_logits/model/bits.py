@@ -1,13 +1,13 @@
-"""How many bits a weight has by the configuration of its quantisation, which weights keep theirs, and their names.
+"""Reads a quantisation config: how many bits a quantised weight takes, and which weights are not quantised.
 
-A configuration is a mapping, as ``config.json`` has it under quantization_config. Nothing here needs torch.
+The config is a mapping, the quantization_config of ``config.json``. Nothing here needs torch.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")  # in more bits
+KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")  # modules left unquantised
 TORCHAO = re.compile(r"(?:int|float|uint)(\d)", re.IGNORECASE)  # the first number format in a type's name
 
 
@@ -18,13 +18,13 @@ def quantization_of(config) -> dict | None:
     return found.to_dict() if hasattr(found, "to_dict") else found
 
 
-def generic(name: str) -> str:
+def wildcard_name(name: str) -> str:
     """A module's or parameter's name with * for the number of each layer and expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def is_kept(quantization: Mapping, name: str) -> bool:
-    """Whether the parameter of this name keeps its bits, as the configuration says."""
+    """Whether the configuration leaves the parameter of this name unquantised."""
     return any(_names(entry, name) for key in KEPT for entry in quantization.get(key) or ())
 
 
@@ -34,8 +34,8 @@ def _names(entry: str, name: str) -> bool:
 
 
 def bits_of(quantization: Mapping) -> float | None:
-    """Bits of a quantised weight, its share of scales and zero points included where their groups are named; None
-    where the configuration does not say, or is of a method that is not known here."""
+    """Bits of a quantised weight, including its share of scales and zero points if the group size is given; None if
+    the configuration does not say, or its method is not known here."""
     method = quantization.get("quant_method")
     if method == "bitsandbytes":
         return 8.0 if quantization.get("load_in_8bit") else 4 + 32 / 64 if quantization.get("load_in_4bit") else None
@@ -54,7 +54,7 @@ def bits_of(quantization: Mapping) -> float | None:
 
 
 def _with_scales(bits, group_size) -> float | None:
-    """With a scale of 16 bits and a zero point for each group of weights."""
+    """Bits of a weight, with a 16-bit scale and a zero point for each group of weights."""
     if type(bits) is not int:
         return None
     return bits + (16 + bits) / group_size if type(group_size) is int and group_size > 0 else float(bits)

@@ -11,8 +11,8 @@ DEFAULT_CARD = "h100-80gb"
 
 
 class KnownCard(NamedTuple):
-    """Bytes that CUDA reports of a card, in GiB rounded down; its dense bfloat16 FLOP/s with sums in float32, by its
-    data sheet; and how CUDA calls it, a pattern."""
+    """The memory in bytes that CUDA reports, rounded down to whole GiB; dense bfloat16 FLOP/s with float32
+    accumulation, from the data sheet; and a pattern for the name that CUDA gives the card."""
 
     memory: int
     peak: float
@@ -33,7 +33,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Card:
-    """An accelerator, or the CPU: its bytes, its dense bfloat16 FLOP/s (None: not known), and where that is from."""
+    """An accelerator, or the CPU: its memory in bytes, its dense bfloat16 FLOP/s (None: not known), and where the
+    memory figure is from."""
 
     name: str
     memory: int
@@ -43,28 +44,31 @@ class Card:
 
 
 def reported(name: str) -> str:
-    """Where the memory of a known card is from."""
+    """Where the memory figure of a known card is from."""
     return f"{CARDS[name].memory // GIB} GiB, what CUDA reports of it"
 
 
 def card_named(name: str) -> Card:
-    """The card of this name, or one of so many bytes, such as "80GiB". Raises UsageError for a name that is neither."""
+    """The card of this name, or one with a memory size such as "80GiB". Raises UsageError for any other name."""
     if (known := CARDS.get(name.lower())) is None:
         return Card(name, read_size(name), None, "as given")
     return Card(name.lower(), known.memory, known.peak, reported(name.lower()))
 
 
 def known_peak(device_name: str) -> float | None:
-    """The peak of a card that CUDA calls so; None for one that is not listed.
+    """The peak of the card with this CUDA name; None if it is not listed, or is a part of a card (MIG).
 
     >>> known_peak("NVIDIA H100 80GB HBM3"), known_peak("NVIDIA H100 PCIe")
     (989000000000000.0, None)
+    >>> known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     """
+    if " MIG " in device_name:
+        return None
     return next((card.peak for card in CARDS.values() if re.search(card.called, device_name)), None)
 
 
 def read_size(text: str) -> int:
-    """Bytes of a text such as "80GiB". Raises UsageError for another.
+    """The bytes in a text such as "80GiB". Raises UsageError for any other text.
 
     >>> read_size("80GiB"), read_size("24 GB")
     (85899345920, 24000000000)

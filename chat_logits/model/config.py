@@ -1,4 +1,4 @@
-"""Which model computes, where, and in what portions: the options of this room."""
+"""The options for the model: which one, on which device, and in batches of what size."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,15 @@ class ModelConfig(Config):
     batch_tokens: int | None = option(
         None,
         help="padded tokens a forward pass; less needs less memory",
-        unset="by the memory that the device has in all, whatever is free of it; 768 at most on a CPU",
+        unset="from the device's total memory (not its free memory); 768 at most on a CPU",
         group=COMPUTED,
         metavar="TOKENS",
         least=1,
     )
     logit_memory: int | None = option(
         None,
-        help="memory for logits at once; more logit rows go in pieces",
-        unset="1/8 of what the device has in all, whatever is free of it, 8192 at most; on a CPU 1/16, 256 at most",
+        help="memory for logits at once; more logit rows are computed in pieces",
+        unset="1/8 of the device's total memory (not its free memory), 8192 at most; on a CPU 1/16, 256 at most",
         group=COMPUTED,
         metavar="MIB",
         least=1,
@@ -60,14 +60,14 @@ class ModelConfig(Config):
     head_dtype: str | None = option(
         None,
         help="number format of the logits: float32 for sums and output of a 16-bit model's lm_head, or the model's own",
-        unset="float32, where the lm_head is a plain matrix",
+        unset="float32, if the lm_head is a plain matrix",
         group=COMPUTED,
         choices=("float32", "model"),
     )
     quantization: str | None = option(
         None,
         help="load a 16-bit model in fewer bits, by the package in the name (4 bits are nf4), or compute with a "
-        "quantised checkpoint's weights in `dtype`, where no kernels for it run here",
+        "quantised checkpoint's weights in `dtype`, if no kernels for it run here",
         unset="as the checkpoint is",
         group=COMPUTED,
         choices=CHOICES,
@@ -77,7 +77,7 @@ class ModelConfig(Config):
     )
     device_map: str | None = option(
         None,
-        help="spread a model that is too large for one device over all there are, the CPU and the disk among them; "
+        help="spread a model that is too large for one device over all devices, including the CPU and the disk; "
         "needs accelerate",
         unset="one device",
         group=COMPUTED,
@@ -103,7 +103,7 @@ class ModelConfig(Config):
         least=1,
     )
     trust_remote_code: bool = option(
-        False, help="run Python code that model or tokenizer bring along, if they do", unset="refuse", group=COMPUTED
+        False, help="run Python code that comes with the model or tokenizer", unset="refuse", group=COMPUTED
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Processes that compute one model together, each with a part of it, on a device of its own.
 
-The first process leads. What it calls of the functions ``in_step``, all processes call, with the same arguments, which
-are token ids and other small things; tensors go between the processes by torch.distributed, within those functions.
+The first process leads. When it calls a function marked ``in_step``, all processes make the same call with the same
+arguments: token ids and other small values. Tensors are exchanged by torch.distributed, within those functions.
 """
 
 import os
@@ -24,29 +24,29 @@ from chat_logits.errors import UsageError
 
 Args = ParamSpec("Args")
 Made = TypeVar("Made")
-LONGEST = timedelta(hours=2)  # for which a process waits for another within a call
+LONGEST = timedelta(hours=2)  # the longest that a process waits for another within a call
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # what processes on one machine need of its network
-GROUP, MODEL = ("group",), ("model",)  # whose functions are called; of other objects, what ``owner`` says
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # the network interface for processes on one machine
+GROUP, MODEL = ("group",), ("model",)  # the object of a call; other objects have an ``owner`` attribute for it
 HOLDS_GROUP = "computing_group"  # the attribute of a model that is computed in parts
 
 
 class Others(Protocol):
-    """The way from the first process to the others."""
+    """How the first process reaches the others."""
 
     def tell(self, number: int, message: bytes) -> None:
-        """Have them make this call. Raises ToolkitError where one of them has ended."""
+        """Have them make this call. Raises ToolkitError if one of them has ended."""
 
     def agree_on_failure(self, number: int, error: Exception) -> None:
         """Return if that call has failed in all of them. Raises ToolkitError, with the reason, if the group is lost."""
 
     def has_returned(self) -> None:
-        """The last call is over in the first process."""
+        """Note that the last call is over in the first process."""
 
 
 @dataclass
 class Group:
-    """One of ``size`` processes; ``others`` are there for the first one, of ``rank`` 0, alone."""
+    """One of ``size`` processes; only the first one, with ``rank`` 0, has ``others``."""
 
     rank: int
     size: int
@@ -54,7 +54,7 @@ class Group:
     others: Others | None = None
     model: Any = None
     _calls: int = 0
-    _failed: int = 0  # the last call that failed here; of the first process', those that failed in all
+    _failed: int = 0  # the last call that failed here; in the first process, the last that failed in all
     _mirrored: int = 0
     _gone: list[int] = field(default_factory=list)
     _mirrors: dict[int, Any] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class Group:
 
     @property
     def process_group(self) -> Any:
-        """torch.distributed's."""
+        """The group as torch.distributed knows it."""
         return dist.group.WORLD
 
     def join(self, meeting: Path) -> None:
-        """Meet the others at a file that is not there before."""
+        """Meet the other processes at a file that does not exist yet."""
         if sys.platform in LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
         if self.device.type != "cpu":
@@ -84,14 +84,14 @@ class Group:
 
     @staticmethod
     def leave() -> None:
-        """End this process' part; those that are gone are not waited for."""
+        """End this process' part, without waiting for processes that are gone."""
         if dist.is_initialized() and dist.get_backend() == BACKENDS["cpu"]:
             dist.destroy_process_group()
         elif dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
 
     def mirror(self, owner: Any) -> int:
-        """A number for an object that has its like in every process; it is forgotten there when it is gone here."""
+        """A number for an object with a counterpart in every process; the others drop theirs when it is gone here."""
         if not self.leads:
             return 0
         self._mirrored += 1
@@ -100,7 +100,7 @@ class Group:
 
     @contextmanager
     def calling(self, function: Callable, owner: tuple, args: tuple, named: dict) -> Iterator[None]:
-        """Within, the others make this call; ``owner`` is by what ``_subject`` finds whose method it is."""
+        """Within, the others make this call; from ``owner``, ``_subject`` finds the object to which it belongs."""
         assert self.others is not None
         self._calls += 1
         gone = [self._gone.pop() for _ in range(len(self._gone))]
@@ -115,10 +115,10 @@ class Group:
             self.others.has_returned()
 
     def follow(self, messages: Iterable[bytes], report: Callable[[int, Exception], None]) -> None:
-        """Make the calls that the first process tells of, and ``report(number, error)`` those that fail.
+        """Make the calls that the first process sends, and ``report(number, error)`` those that fail.
 
-        After one that failed here and not in all, none is made: what the first process' device still waits for of that
-        call would take what the next one sends for its own.
+        After a call that failed here but not in all processes, no more calls are made: a collective still pending on
+        the first process' device could be matched with the next call's data.
         """
         for message in messages:
             number, failed, gone, function, owner, args, named = pickle.loads(message)
@@ -133,7 +133,7 @@ class Group:
                 report(number, error)
 
     def _subject(self, owner: tuple) -> Any:
-        """The group, its model, or the like of a numbered object, made if need be."""
+        """The group, its model, or the counterpart of a numbered object, created if needed."""
         if owner in (GROUP, MODEL):
             return self if owner == GROUP else self.model
         number, make, given, state = owner
@@ -144,14 +144,14 @@ class Group:
 
 
 def group_of(subject: Any) -> Group | None:
-    """The group that computes a model; None for one that this process computes alone."""
+    """The group that computes a model; None for a model that this process computes alone."""
     return subject if isinstance(subject, Group) else getattr(subject, HOLDS_GROUP, None)
 
 
 def in_step(function: Callable[Args, Made]) -> Callable[Args, Made]:
-    """A function of a model, or of a group: the first process' call of it is made in all of them.
+    """Decorate a function of a model or of a group, so that the first process' call of it is made in all processes.
 
-    A method's object has its ``owner``, as ``Group.calling`` takes it. Within, none of these functions is called.
+    For a method, the object has an ``owner``, as ``Group.calling`` takes it. Such functions do not call one another.
     """
 
     @wraps(function)
@@ -167,17 +167,17 @@ def in_step(function: Callable[Args, Made]) -> Callable[Args, Made]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that this process holds: all of it, where it is not split."""
+    """The part of a parameter that this process holds: all of it if it is not split."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, put together from all processes' parts, all of which call this."""
+    """All of a parameter, joined from all processes' parts; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_too_many(size: int, device: torch.device) -> None:
-    """Raise UsageError where the machine has fewer devices of this kind than processes are asked for."""
+    """Raise UsageError if the machine has fewer devices of this kind than the processes that are asked for."""
     there = torch.accelerator.current_accelerator(check_available=True)
     if device.type not in BACKENDS:
         raise UsageError(f"`tensor_parallel` {size}: not on {device.type}. Expected CUDA devices, or `device` cpu.")

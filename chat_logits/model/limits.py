@@ -5,41 +5,48 @@ from dataclasses import dataclass
 from chat_logits.errors import ToolkitError
 from chat_logits.hub_errors import explain_loading
 
-# What configurations call the most tokens that a model can read.
+# The names that configurations use for the most tokens that a model can read.
 LENGTHS = (
-    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),
-    *("max_target_positions", "context_length", "model_max_length"),
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "context_length",
+    "model_max_length",
 )
 
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit named)."""
+    """What the model can read: ids below ``vocab_size``, and at most ``positions`` tokens (None: no limit is given)."""
 
     vocab_size: int
     positions: int | None
 
 
 def input_limits(config) -> InputLimits:
-    """The limits that a model's configuration names. Raises ToolkitError for a model with an encoder, or without a
+    """The limits in a model's configuration. Raises ToolkitError for a model with an encoder, or without a
     vocabulary."""
     if config.is_encoder_decoder:
         raise ToolkitError(
-            f"model type {config.model_type}: an encoder reads its prompts, so that a conversation is no one text to "
-            "it. Expected a decoder alone, such as Llama, Qwen or Gemma."
+            f"model type {config.model_type}: an encoder reads its prompts, so a conversation is not one text to it. "
+            "Expected a decoder-only model, such as Llama, Qwen or Gemma."
         )
     text = config.get_text_config()
     vocab_size = getattr(text, "vocab_size", None)
     if type(vocab_size) is not int:
         raise ToolkitError(
-            f"model type {config.model_type}: its configuration names no vocab_size, so it reads no text. Expected a "
+            f"model type {config.model_type}: its configuration has no vocab_size, so it reads no text. Expected a "
             "causal language model, such as Llama, Qwen or Gemma."
         )
     return InputLimits(vocab_size, most_positions(text))
 
 
 def most_positions(text_config) -> int | None:
-    """The most tokens that a text model's configuration says it can read: the least that it names, None for none."""
+    """The most tokens that a text model can read by its configuration: the least value there, None if there is none."""
     named = [getattr(text_config, name, None) for name in LENGTHS]
     return min((length for length in named if type(length) is int and length > 0), default=None)
 
@@ -54,7 +61,7 @@ def load_config(
 
 
 def from_pretrained(auto_class, model_id: str, revision: str | None, gguf_file: str | None, **options):
-    """What the auto class loads. Raises ToolkitError, or UsageError where the model brings code that may not run."""
+    """What the auto class loads. Raises ToolkitError, or UsageError if the model comes with code that may not run."""
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:

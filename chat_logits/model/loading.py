@@ -1,8 +1,4 @@
-"""Loading a model: on one device, or spread by accelerate over several, with memory and disk behind.
-
-What does not fit on the accelerators stays in memory or on disk, and is brought to an accelerator (without one, into
-memory) for as long as its layer works. Meanwhile its parameters are on "meta", so ``model.device`` says nothing.
-"""
+"""Loading a model: on one device, spread over several by accelerate, or one part of it for a group of processes."""
 
 import logging
 import os
@@ -15,40 +11,22 @@ import torch
 from chat_logits.errors import ACCELERATE, ToolkitError, UsageError, first_names, refuse_without
 from chat_logits.hub import show_downloads, shows_downloads
 from chat_logits.model.adapters import NO_ADAPTER, Base, find_base, merge
+from chat_logits.model.devices import HOST, compute_devices, device_names, input_device, read_max_memory
 from chat_logits.model.group import Group, in_step, refuse_too_many
 from chat_logits.model.head import use_head_dtype
 from chat_logits.model.limits import from_pretrained, load_config
+from chat_logits.model.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from chat_logits.model.parts import choose_split, find_head_part, refuse_unsplit
-from chat_logits.model.quantization import find_quantization, finish_quantized, quantized_loading, stored_bytes
+from chat_logits.model.precision import tell_of_emulation, use_whole_float32
+from chat_logits.model.quantization import find_quantization, finish_quantized, quantized_loading
 
 logger = logging.getLogger(__name__)
-
-HOST = ("cpu", "disk")  # places of a device map that compute nothing where there is an accelerator
-
-
-def choose_device(name: str | None) -> torch.device:
-    """``device``, by default the first accelerator there is. Raises UsageError for one that is not there."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"`device` {name}: {reason}. Available: {', '.join(_devices())}.") from error
-    return device
-
-
-def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if accelerator else 0
-    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(count))]
 
 
 def load_model(
     model_id: str,
     revision: str | None = None,
+    *,
     gguf_file: str | None = None,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
@@ -63,15 +41,15 @@ def load_model(
 ):
     """A causal LM in evaluation mode. ``dtype`` "auto" is float32 on a CPU and the model's own elsewhere.
 
-    A ``device_map`` spreads it under ``max_memory``, see ``loading_options``, whatever ``device`` says; then
-    ``offload_folder`` must be there as long as the model is used. ``head_dtype`` is ``use_head_dtype``'s.
-    A model that brings code of its own is loaded only with ``trust_remote_code``: that code then runs here. Of a
-    vision-language checkpoint the text model is used. An adapter is merged into its base, which is taken at
-    ``base_revision``, by default the one that the adapter names. A quantised checkpoint is computed with as it is;
-    ``quantization``, one of ``quantization.CHOICES``, loads another in fewer bits, or dequantises one.
-    Raises ToolkitError where a checkpoint is not whole, and before weights are read where it does not run here.
+    A ``device_map`` spreads it within ``max_memory``, see ``loading_options``; ``device`` is then ignored, and
+    ``offload_folder`` must exist as long as the model is used. For ``head_dtype``, see ``use_head_dtype``.
+    A model that comes with its own code is loaded only with ``trust_remote_code``: that code then runs here. From a
+    vision-language checkpoint, the text model is used. An adapter is merged into its base, which is loaded at
+    ``base_revision``, by default the one that the adapter names. A quantised checkpoint is used as it is;
+    ``quantization``, one of ``quantization.CHOICES``, loads a 16-bit one in fewer bits, or dequantises a quantised one.
+    Raises ToolkitError if a checkpoint is incomplete, and, before weights are read, if it does not run here.
     """
-    refuse_autocast()
+    use_whole_float32()
     base = find_base(model_id, revision, gguf_file)
     if base and device_map:
         raise UsageError(f"`device_map`: model {model_id} is an adapter; merge it, save the model, and give that")
@@ -81,7 +59,13 @@ def load_model(
     weights_id, weights_revision = (base.model_id, base_revision or base.revision) if base else (model_id, revision)
     quantized = None
     if not gguf_file:
-        quantized = find_quantization(weights_id, weights_revision, trust_remote_code, quantization, base is not None)
+        quantized = find_quantization(
+            weights_id,
+            weights_revision,
+            trust_remote_code=trust_remote_code,
+            option=quantization,
+            is_adapter=base is not None,
+        )
     options |= quantized_loading(model_id, quantized, device, device_map)
     options["trust_remote_code"] = trust_remote_code
     if attn_implementation:
@@ -96,10 +80,25 @@ def load_model(
     finish_quantized(model_id, model, quantized)
     use_head_dtype(model, head_dtype)
     if "device_map" not in options:
-        model.to(device)  # of the host's memory, weights in the checkpoint's own dtype take only pages of its files
+        with _told_of_memory(model_id, device):
+            model.to(device)  # until here, weights in the checkpoint's own dtype are pages of its mapped files
     if dtype == "auto":
-        _tell_of_emulation(model_id, model, compute_devices(model))
+        tell_of_emulation(model_id, model, compute_devices(model))
     return model.eval()
+
+
+@contextmanager
+def _told_of_memory(model_id: str, device: torch.device | str) -> Iterator[None]:
+    """Within, weights go to a device. Raises ToolkitError if they do not fit there."""
+    try:
+        yield
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ToolkitError(
+            f"model {model_id}: no room for its weights on {device}. Use a smaller `dtype`, `quantization`, another "
+            "`device`, or several (`tensor_parallel`, `device_map`)."
+        ) from error
 
 
 @in_step
@@ -107,16 +106,18 @@ def load_part(
     group: Group,
     model_id: str,
     revision: str | None = None,
+    *,
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     head_dtype: str | None = None,
 ):
-    """As ``load_model``, of a model that the processes of ``group`` compute together.
+    """As ``load_model``, for a model that the processes of ``group`` compute together.
 
-    Each reads its part of the weights from safetensors, and nothing else. Raises UsageError for what is not split:
-    adapters, other kinds of checkpoints, and models for which transformers has no plan.
+    Each reads only its part of the weights from safetensors. Raises UsageError for what cannot be split: adapters,
+    other kinds of checkpoints, and models for which transformers has no plan.
     """
+    use_whole_float32()
     if find_base(model_id, revision):
         raise UsageError(f"`tensor_parallel`: model {model_id} is an adapter; merge it, save the model, and give that")
     config = load_config(model_id, revision, None, trust_remote_code)
@@ -136,34 +137,17 @@ def load_part(
         model = _load_whole(model_id, revision, None, options)
     use_head_dtype(model, head_dtype)
     if dtype == "auto" and group.leads:
-        _tell_of_emulation(model_id, model, [group.device])
+        tell_of_emulation(model_id, model, [group.device])
     model.computing_group, model.head_part, group.model = group, find_head_part(model, group), model
     return model.eval()
-
-
-def _tell_of_emulation(model_id: str, model, devices: list[torch.device]) -> None:
-    """Warn of a bfloat16 model on a card without that arithmetic; nobody has asked for the dtype."""
-    names = [name for name in map(_emulating_card, devices) if name]
-    if model.dtype == torch.bfloat16 and names:
-        told = "model %s: in bfloat16, as its checkpoint is, for which %s has no arithmetic: it is emulated, and slow. "
-        logger.warning(told + "float16 or float32 (`dtype`) may be the better", model_id, names[0])
-
-
-def _emulating_card(device: torch.device) -> str | None:
-    """The name of a card that computes in bfloat16 by way of float32, such as Nvidia's before Ampere."""
-    if device.type != "cuda":
-        return None
-    with torch.cuda.device(device):
-        is_emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cuda.get_device_name() if is_emulated else None
 
 
 @contextmanager
 def _on_own_device(group: Group) -> Iterator[None]:
     """Within, transformers puts a part on its process' device.
 
-    It takes the number from the environment, where another launcher's may be, and the kind from what torch was built
-    for, which is CUDA on many a machine without a GPU.
+    transformers takes the device's number from the environment, where another launcher may have set it, and its kind
+    from what torch was built for, which is CUDA on many machines without a GPU.
     """
     before, kind = os.environ.get("LOCAL_RANK"), torch._C._get_accelerator
     os.environ["LOCAL_RANK"] = str(group.rank)
@@ -179,7 +163,8 @@ def _on_own_device(group: Group) -> Iterator[None]:
 
 @contextmanager
 def _read_without_mapping() -> Iterator[None]:
-    """Within, transformers reads slices of safetensors: pages of mapped files would count as this process' memory."""
+    """Within, transformers reads slices of safetensors without mapping the files: mapped pages would count as this
+    process' memory."""
     from transformers import modeling_utils
 
     mapped = modeling_utils.safe_open
@@ -192,26 +177,26 @@ def _read_without_mapping() -> Iterator[None]:
 
 def _load_whole(model_id: str, revision: str | None, gguf_file: str | None, options: dict):
     auto_class = _auto_class(model_id, revision, gguf_file, options["trust_remote_code"])
-    with _without_its_bar():
+    with _without_weights_bar():
         model, loaded = from_pretrained(auto_class, model_id, revision, gguf_file, **options)
     _refuse_incomplete(model_id, loaded)
     return model
 
 
 @contextmanager
-def _without_its_bar() -> Iterator[None]:
-    """Within, transformers shows no bar over tensors, which says little; the Hub's client still shows its downloads."""
-    from transformers.utils import logging as its
+def _without_weights_bar() -> Iterator[None]:
+    """Within, transformers shows no progress bar over tensors; the Hub's client still shows its downloads."""
+    from transformers.utils import logging as transformers_logging
 
-    were_shown = its.is_progress_bar_enabled() and shows_downloads()
-    its.disable_progress_bar()
+    were_shown = transformers_logging.is_progress_bar_enabled() and shows_downloads()
+    transformers_logging.disable_progress_bar()
     if were_shown:
         show_downloads()
     try:
         yield
     finally:
         if were_shown:
-            its.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _load_adapted(base: Base, model_id: str, revision: str | None, base_revision: str | None, options: dict):
@@ -226,7 +211,7 @@ def _auto_class(model_id: str, revision: str | None, gguf_file: str | None, trus
 
 
 def auto_class_of(config):
-    """The class that loads a causal LM; for vision-language models without one of text alone, the whole's."""
+    """The class that loads a causal LM; for vision-language models without a text-only class, the whole model's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -236,7 +221,7 @@ def auto_class_of(config):
 
 
 def _refuse_incomplete(model_id: str, loaded: dict) -> None:
-    """Raise ToolkitError for tensors that transformers has filled at random; tell of those that it has left out."""
+    """Raise ToolkitError for tensors that transformers has filled at random; warn of those that it has not used."""
     missing = sorted(loaded["missing_keys"])
     wrong = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(loaded["mismatched_keys"])]
     if missing or wrong:
@@ -259,11 +244,11 @@ def loading_options(
     max_memory: dict | None = None,
     offload_folder: Path | None = None,
 ) -> dict:
-    """What ``from_pretrained`` needs for the dtype ("auto" is float32 on a CPU), and to spread a model, if it is to be.
+    """The options of ``from_pretrained`` for the dtype ("auto" is float32 on a CPU), and for spreading the model.
 
-    ``device_map`` is "auto", "balanced" or "sequential", as accelerate has them; ``device`` is then not looked at.
-    ``max_memory`` is what ``read_max_memory`` takes. Weights on disk stay in a checkpoint of safetensors; those that
-    are converted (GGUF, pickles, experts) go to ``offload_folder``. Raises ToolkitError without accelerate.
+    ``device_map`` is accelerate's "auto", "balanced" or "sequential"; ``device`` is then ignored. ``max_memory`` is
+    what ``read_max_memory`` takes. Offloaded weights of a safetensors checkpoint are read from it; weights that are
+    converted (GGUF, pickles, experts) go to ``offload_folder``. Raises ToolkitError without accelerate.
     """
     if device_map is None:
         if max_memory is not None:
@@ -272,83 +257,20 @@ def loading_options(
     else:
         refuse_without(*ACCELERATE, "`device_map`")
         limits = read_max_memory(max_memory)
-        on_cpu = all(place in HOST for place in limits or _places())
+        on_cpu = all(place in HOST for place in limits or device_names())
         placement = {"device_map": device_map, "max_memory": limits, "offload_folder": offload_folder}
     return {"dtype": "float32" if dtype == "auto" and on_cpu else dtype, **placement}
 
 
-def refuse_autocast() -> None:
-    """Raise UsageError within ``torch.autocast``: a model would compute in another dtype than is recorded of it."""
-    for device_type in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
-        if torch.is_autocast_enabled(device_type):
-            raise UsageError(
-                f"called within torch.autocast({device_type!r}), which changes what a model computes: call it outside, "
-                "and say `dtype`"
-            )
-
-
 def refuse_parts_here(size: int, device: torch.device) -> None:
-    """Raise UsageError or ToolkitError where so many processes cannot compute a model on this machine."""
+    """Raise UsageError or ToolkitError if this many processes cannot compute a model on this machine."""
     refuse_too_many(size, device)
     refuse_without(*ACCELERATE, "`tensor_parallel`")
-
-
-def read_max_memory(max_memory: dict | None) -> dict[int | str, int] | None:
-    """Bytes for each place: from places such as 0, "0", "mps", "cpu" or "disk" to bytes, or texts such as "60GiB".
-
-    Raises UsageError for a place that is not here, or a size that is none.
-    """
-    if max_memory is None:
-        return None
-    from accelerate.utils.modeling import convert_file_size_to_int
-
-    places, sizes = _places(), {}
-    for place, size in max_memory.items():
-        key = int(place) if str(place).isdecimal() else place
-        if key not in places:
-            raise UsageError(f"`max_memory`: no place {str(place)!r}. Available: {', '.join(map(str, places))}.")
-        try:
-            sizes[key] = convert_file_size_to_int(size if isinstance(size, int) else str(size))
-        except ValueError as error:
-            raise UsageError(f"`max_memory`: {size!r} for {key}: expected bytes, or a text like '60GiB'") from error
-    return sizes
-
-
-def _places() -> list[int | str]:
-    """The names that accelerate has for the devices here: numbers, but for Apple's."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return [*HOST]
-    return ["mps", *HOST] if accelerator.type == "mps" else [*range(torch.accelerator.device_count()), *HOST]
-
-
-def input_device(model) -> torch.device:
-    """Where a model gets its token ids and gives its logits: where its output embedding works.
-
-    A spread model takes ids anywhere, and brings its logits to where the ids were: thus they need not be moved.
-    """
-    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)  # accelerate's, if the model is spread
-    return torch.device(hook.execution_device) if hook else model.device
 
 
 @in_step
 @torch.inference_mode()
 def logits_dtype(model) -> str:
-    """The dtype that the model's logits have in the end, such as "float32"."""
+    """The final dtype of the model's logits, such as "float32"."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     return str(model(input_ids=ids, use_cache=False).logits.dtype).removeprefix("torch.")
-
-
-def compute_devices(model) -> list[torch.device]:
-    """All devices that a model computes on."""
-    placed = set(getattr(model, "hf_device_map", {}).values()) - set(HOST)
-    return [torch.device(place) for place in placed] or [input_device(model)]
-
-
-def largest_fetch(model) -> int:
-    """Bytes of the largest weights that are brought from memory or disk for the time a layer works, 0 if none are."""
-    fetched = [
-        sum(stored_bytes(weights) for weights in module.parameters(recurse=False) if weights.is_meta)
-        for module in model.modules()
-    ]
-    return max(fetched)

@@ -1,19 +1,19 @@
-"""How much one forward pass may hold: what a device has, what is taken by default, and what a run needs at most.
+"""Memory of one forward pass: what a device has, the default budget, and the most that a run needs.
 
-    peak over the model's own <=
-        copies * logit_rows * vocabulary * 4                 logits, what the model's own tail makes of them, selection
-        + rows * (hidden * (width + 4) + 1,600 * 16)         kept hidden states, in float32 too; a batch's draws
+    peak in addition to the model's weights <=
+        copies * logit_rows * vocabulary * 4                 logits, after the model's post-processing, and selection
+        + rows * (hidden * (width + 4) + 1,600 * 16)         kept hidden states, also in float32; a batch's draws
         + tokens * (8 * hidden + 4 * intermediate) * width   one layer at work
-        + tokens * longest * 5                               scores of attention, where its kernel keeps them
+        + tokens * longest * 5                               attention scores, if the kernel keeps them
         + cached * 2 * layers * key_values * width           the cache of a shared prefix
         + 2 * fetched                                        weights brought from memory or disk, and a conversion
 
-in bytes, with ``width`` the dtype's and ``tokens`` the padded tokens of a batch (the longest conversation's, if that
-is more). ``copies`` is 2 on CUDA, where Triton's kernel selects from the logits as they are (where it does not run,
-there is one more, not counted here), else 3. ``cached`` is 0 without a shared prefix, else at most 8 * tokens: a
-batch's keys and values with the shared ones, and a copy on the way.
-``fetched`` is the largest layer that is not where it works (0 without ``device_map``).
-For a model on several devices, each may need all of it: the decoder's part falls to whichever layer works.
+in bytes. ``width`` is the dtype's, ``tokens`` the padded tokens of a batch (or those of the longest conversation, if
+more). ``copies`` is 2 on CUDA, where Triton's kernel reads the logits in place (if it does not run, there is one more
+copy, not counted here), else 3. ``cached`` is 0 without a shared prefix, else at most 8 * tokens: a batch's keys and
+values including the shared ones, and a temporary copy.
+``fetched`` is the largest layer that is not stored where it computes (0 without ``device_map``).
+For a model on several devices, each may need all of it: any device may hold the layer that is computing.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,28 @@ from typing import NamedTuple
 import torch
 
 from chat_logits.machine import usable_memory
-from chat_logits.model.batching import Budget
-from chat_logits.model.group import group_of, local
-from chat_logits.model.loading import compute_devices, input_device, largest_fetch
+from chat_logits.model.batch_plan import Budget
+from chat_logits.model.devices import compute_devices, input_device, largest_fetch
+from chat_logits.model.group import Group, group_of, local
 from chat_logits.model.quantization import stored_bytes
 
 MIB = 2**20
-CPU_TOKENS = 768  # more are no faster: the activations of a batch leave the cache
+CPU_TOKENS = 768  # more are not faster: the activations of a batch no longer fit in the CPU's cache
 GPU_TOKENS = 16_384
-TOKEN_SHARE = 1 / 4  # of what a device has beside the model's weights
-# Of that for logits, and at most. On a GPU the rows of a whole batch, as each piece of them costs a pass of launches.
+TOKEN_SHARE = 1 / 4  # of a device's memory without the model's weights
+OVERHEAD = 2048 * MIB  # of a GPU's memory, what CUDA and its libraries may use themselves
+# Memory for logits: a share of a device's memory without the weights, and the most. On a GPU that holds the rows of a
+# whole batch, as each further piece costs another series of kernel launches.
 LOGIT_SHARE = {"cpu": 1 / 16, "other": 1 / 8}
 LOGIT_BYTES = {"cpu": 256 * MIB, "other": 8192 * MIB}
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that the device has, whoever uses them now: a CPU the machine's, or its control group's limit."""
+    """Total bytes of the device, used or free; for a CPU, the machine's memory or the limit of its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return usable_memory()
@@ -48,17 +52,17 @@ def total_memory(device: torch.device) -> int:
 def choose_budget(model, batch_tokens: int | None, logit_memory: int | None) -> Budget:
     """The budget that the options give (``logit_memory`` in MiB), or the default.
 
-    The default follows what the devices have in all, less the model, where that is least: what is free at the moment
-    would let two runs of one command differ.
+    The default is derived from the total memory of the devices less the model's weights, for the device with the
+    least. With the free memory instead, two runs of the same command could differ.
     """
     room = max(0, min(_room(model, device) for device in compute_devices(model)))
     return budget_for(model, room, input_device(model).type, batch_tokens, logit_memory)
 
 
 def budget_for(model, room: int, device_type: str, batch_tokens: int | None, logit_memory: int | None) -> Budget:
-    """As ``choose_budget``, for ``room`` bytes beside the weights of a device of this type, such as "cuda".
+    """As ``choose_budget``, for ``room`` bytes besides the weights on a device of this type, such as "cuda".
 
-    Of the model only the shape is looked at: it may be on "meta", without values.
+    Only the model's shape is used: it may be on "meta", without values.
     """
     kind = "cpu" if device_type == "cpu" else "other"
     if batch_tokens is None:
@@ -69,21 +73,28 @@ def budget_for(model, room: int, device_type: str, batch_tokens: int | None, log
 
 
 def _room(model, device: torch.device) -> int:
-    """Bytes of the device beside the weights that lie there and those that are brought there."""
+    """Bytes of the device without the weights that are stored there and those that are brought there."""
     weights = sum(stored_bytes(local(weights)) for weights in model.parameters() if weights.device == device)
-    group = group_of(model)
-    sharing = group.size if group and device.type == "cpu" else 1  # processes that have this memory together
-    return total_memory(device) // sharing - weights - 2 * largest_fetch(model)
+    return _share_of_memory(group_of(model), device) - weights - 2 * largest_fetch(model)
+
+
+def _share_of_memory(group: Group | None, device: torch.device) -> int:
+    """Bytes that a process has of its device: a share of the host's, or those of the group's smallest accelerator."""
+    if group is None:
+        return total_memory(device)
+    if device.type == "cpu":
+        return total_memory(device) // group.size
+    return min(total_memory(torch.device(device.type, i)) for i in range(group.size))
 
 
 def peak_memory(model, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> int:
-    """The formula above, bytes: ``longest`` tokens in a conversation, ``rows`` extracted tokens in a batch."""
+    """The formula above, in bytes: ``longest`` tokens in a conversation, ``rows`` extracted tokens in a batch."""
     parts = peak_parts(model, input_device(model).type, budget, longest, rows, prefix_cache)
     return sum(parts) + 2 * largest_fetch(model)
 
 
 class PeakParts(NamedTuple):
-    """The terms of the formula above in bytes, but for the weights that are brought from elsewhere."""
+    """The terms of the formula above in bytes, except the weights that are brought from memory or disk."""
 
     logits: int
     kept_hidden_states: int
@@ -92,9 +103,9 @@ class PeakParts(NamedTuple):
 
 
 def peak_parts(model, device_type: str, budget: Budget, longest: int, rows: int, prefix_cache: bool) -> PeakParts:
-    """What one forward pass holds beside the weights, as ``peak_memory``, on a device of this type, such as "cuda".
+    """What one forward pass needs besides the weights, as ``peak_memory``, on a device of this type, such as "cuda".
 
-    Of the model only the shape is looked at: it may be on "meta", without values.
+    Only the model's shape is used: it may be on "meta", without values.
     """
     width = model.dtype.itemsize
     hidden = model.config.get_text_config().hidden_size
@@ -109,19 +120,32 @@ def peak_parts(model, device_type: str, budget: Budget, longest: int, rows: int,
 
 
 def fits_alone(model) -> Callable[[int, int], bool]:
-    """A test whether a conversation of so many tokens, with so many extracted ones, may be tried in a batch of its own.
+    """A function that says whether a conversation of so many tokens, and so many extracted ones, may be tried alone.
 
-    On a CPU alone the formula says so, before the system ends the process; other devices refuse what is too much.
+    Only on a CPU is the formula used, as the system would end the process; other devices raise an error instead.
     """
     device = input_device(model)
     if device.type != "cpu":
         return lambda _length, _rows: True
     room = _room(model, device) - 2 * largest_fetch(model)
+    return lambda length, rows: _needed_alone(model, device, length, rows) <= room
 
-    def fits(length: int, rows: int) -> bool:
-        return sum(peak_parts(model, device.type, Budget(length, 1), length, rows, prefix_cache=False)) <= room
 
-    return fits
+def is_taken_by_others(model, length: int, rows: int) -> bool:
+    """Whether a conversation of so many tokens, with so many extracted ones, fits the device, but not its free memory.
+
+    That is so while another process uses the device's memory. False for devices that do not report their free memory.
+    """
+    device = input_device(model)
+    if device.type != "cuda":
+        return False
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + reserved
+    return free < _needed_alone(model, device, length, rows) <= _room(model, device) - OVERHEAD
+
+
+def _needed_alone(model, device: torch.device, length: int, rows: int) -> int:
+    return sum(peak_parts(model, device.type, Budget(length, 1), length, rows, prefix_cache=False))
 
 
 def _vocabulary(model) -> int:
@@ -129,14 +153,14 @@ def _vocabulary(model) -> int:
 
 
 def layer_configs(config) -> list:
-    """The config of each layer of a text model where they differ, else the one that is all layers'."""
+    """The config of each layer of a text model if they differ, else the one config of all layers."""
     if getattr(config, "is_heterogeneous", False):
         return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
     return [config]
 
 
 def _layer_bytes(model) -> int:
-    """What the largest layer holds of one token at work."""
+    """Bytes that the largest layer needs for one token while it computes."""
 
     def numbers(config) -> int:
         intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -147,7 +171,7 @@ def _layer_bytes(model) -> int:
 
 
 def _cache_bytes(model) -> int:
-    """Keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
 
     def numbers(config) -> int:
         heads = config.num_attention_heads

@@ -1,17 +1,21 @@
-"""Which errors say that memory was too small."""
+"""Which errors mean that memory ran out."""
 
 import torch
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
-# Of the runtimes and of allocators; then the status of cuBLAS, cuDNN and their like, of AMD's too, which take room for
-# handles and workspaces of their own: CUBLAS_STATUS_ALLOC_FAILED, and since cuDNN 9
+# First from the runtimes and allocators; then status codes of cuBLAS, cuDNN and similar libraries (AMD's as well),
+# which allocate memory for their own handles and workspaces: CUBLAS_STATUS_ALLOC_FAILED, and since cuDNN 9
 # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED.
 MEMORY_WORDS = (
-    *("out of memory", "can't allocate memory", "not enough memory"),
-    *("_status_alloc_failed", "_allocation_failed"),
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_status_alloc_failed",
+    "_allocation_failed",
+    "_status_not_initialized when calling `cublascreate",  # no memory for its handle
 )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory was too small: torch's own allocators alone have a type for it."""
+    """Whether an error means that memory ran out: only torch's own allocators have an exception type for it."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -1,6 +1,7 @@
-"""How a model is split over the processes of a group: by transformers' own plan, as far as its sizes divide.
+"""How a model is split over the processes of a group: by transformers' own plan, as far as its sizes divide evenly.
 
-A plan has a style for each module, by its name with a * for the layer. What it leaves out is whole in every process.
+A plan has a style for each module, by its name with * for the layer number. Modules that it leaves out are whole in
+every process.
 """
 
 import re
@@ -12,27 +13,30 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model.bits import generic, quantization_of
+from chat_logits.model.bits import quantization_of, wildcard_name
 from chat_logits.model.group import Group, local
 
-LEAST_TRANSFORMERS = (5, 24)  # with whose plans the results were compared
+LEAST_TRANSFORMERS = (5, 24)  # the version with which results were compared
 ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)")
-HEADS = re.compile(r"num\w*_heads")  # in a configuration, how many heads attention has of some kind
-GATHERED = ("colwise_gather_output", "colwise_rep")  # styles of an lm_head that puts all logits together
+HEADS = re.compile(r"num\w*_heads")  # configuration keys for the number of attention heads of some kind
+GATHERED = ("colwise_gather_output", "colwise_rep")  # styles of an lm_head that gathers all logits
 SPLITS = re.compile("colwise|rowwise|grouped_gemm")  # styles that leave a process a part of a parameter
 WAY_OUT = "`device_map` auto spreads its layers instead"
 
 
 class HeadPart(NamedTuple):
-    """The part of the logits that a process has: its first id, and how many ids there are in all."""
+    """The part of the logits that a process has: its first token id, and the number of ids in the whole vocabulary."""
 
     first_id: int
     vocabulary: int
 
 
 class Division(NamedTuple):
-    """transformers' plan for a model as far as its sizes divide: ``styles`` for each module, of which those of
-    ``attention`` are whole in each process, since these ``heads`` do not divide, and whether experts go by number."""
+    """transformers' plan for a model, as far as its sizes divide evenly.
+
+    ``styles`` has a style for each module. The modules named in ``attention`` are whole in each process, because these
+    ``heads`` do not divide. ``by_expert`` says whether whole experts are distributed.
+    """
 
     styles: dict[str, str]
     attention: list[str]
@@ -41,7 +45,7 @@ class Division(NamedTuple):
 
 
 def divide(model, size: int) -> Division:
-    """How ``size`` processes share a model, which need not have weights."""
+    """How ``size`` processes share a model; it does not need weights."""
     styles, heads = dict(model.tp_plan or {}), _undivided_heads(model.config, size)
     attention = [name for name in styles if ATTENTION.search(name)] if heads else []
     by_expert = _experts_divide(model, size)
@@ -50,9 +54,10 @@ def divide(model, size: int) -> Division:
 
 
 def choose_split(model, size: int) -> tuple[Any, str | None]:
-    """transformers' DistributedConfig for ``size`` processes, and what to tell of it; ``model`` has no weights yet.
+    """transformers' DistributedConfig for ``size`` processes, and a message to log or None.
 
-    The lm_head keeps its part of the logits. Raises UsageError, naming the model's type, where layers cannot be split.
+    ``model`` needs no weights. Logits are not gathered in the lm_head. Raises UsageError, naming the model's type, if
+    layers cannot be split.
     """
     from transformers.distributed import DistributedConfig
 
@@ -73,7 +78,7 @@ def choose_split(model, size: int) -> tuple[Any, str | None]:
 
 
 def refuse_unsplit(config, size: int) -> None:
-    """Raise UsageError for what is not split, whatever the model: weights in fewer bits, and older transformers."""
+    """Raise UsageError for what is never split: quantised weights, or any model with an older transformers."""
     version = transformers.__version__
     if tuple(map(int, version.split(".")[:2])) < LEAST_TRANSFORMERS:
         least = ".".join(map(str, LEAST_TRANSFORMERS))
@@ -83,9 +88,9 @@ def refuse_unsplit(config, size: int) -> None:
 
 
 def find_head_part(model, group: Group) -> HeadPart | None:
-    """Which logits the model gives in this process; None where it gives all of them.
+    """Which logits the model gives in this process; None if it gives all of them.
 
-    Raises ToolkitError where the lm_head is not split as torch's chunks are.
+    Raises ToolkitError if the lm_head is not split in the way torch.chunk splits.
     """
     weight = model.get_output_embeddings().weight
     if not isinstance(weight, DTensor):
@@ -115,7 +120,7 @@ def _name_of(model, module) -> str:
 
 
 def _undivided_heads(config, size: int) -> dict[str, int]:
-    """Kinds of heads whose number does not divide, with that number."""
+    """The kinds of heads for which the number does not divide by ``size``, with that number."""
     named = config.get_text_config().to_dict()
     counts = {key: value for key, value in named.items() if HEADS.fullmatch(key) and type(value) is int}
     return {key: value for key, value in counts.items() if value % size}
@@ -126,16 +131,16 @@ def _expert_plan(model) -> dict[str, str]:
 
 
 def _experts_divide(model, size: int) -> bool:
-    """Whether there is an expert plan, and each process gets as many experts of a layer as the others."""
+    """Whether there is an expert plan, and each process gets the same number of experts of a layer."""
     dispatched = {name for name, style in _expert_plan(model).items() if style == "ep_dispatch_experts"}
     counts = [getattr(module, "num_experts", 1) for _, module in _matching(model, dispatched)]
     return bool(counts) and not any(count % size for count in counts)
 
 
 def _refuse_packed(model, split: dict[str, str], size: int) -> None:
-    """Raise UsageError where halves that lie in one matrix would be cut unevenly."""
+    """Raise UsageError if a matrix that packs two halves would be cut unevenly."""
     packed = {name: -1 if "rowwise" in style else -2 for name, style in split.items() if "packed" in style}
-    parameters = {generic(name): each for name, each in model.named_parameters()}
+    parameters = {wildcard_name(name): each for name, each in model.named_parameters()}
     for name, dim in packed.items():
         for each in (parameters.get(name), parameters.get(f"{name}.weight")):
             if each is not None and each.shape[dim] % (2 * size):
@@ -147,5 +152,5 @@ def _refuse_packed(model, split: dict[str, str], size: int) -> None:
 
 
 def _matching(model, names: set[str]) -> list[tuple[str, Any]]:
-    """The modules that have one of these names, with * for numbers."""
-    return [each for each in model.named_modules() if generic(each[0]) in names]
+    """The modules with one of these names, in which * stands for numbers."""
+    return [each for each in model.named_modules() if wildcard_name(each[0]) in names]

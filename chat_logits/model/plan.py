@@ -1,4 +1,4 @@
-"""What a card holds of a model, on how few cards it runs sensibly, and how long it works: arithmetic before any run.
+"""Estimates before a run: memory on each card, the fewest cards on which a model runs sensibly, and the time.
 
 Memory follows ``memory.py``; time is floating-point operations at a stated share of the card's peak.
 """
@@ -7,25 +7,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from chat_logits.model.batching import Budget
+from chat_logits.model.batch_plan import Budget
 from chat_logits.model.cards import DEFAULT_CARD, Card, card_named, known_peak
-from chat_logits.model.loading import choose_device
+from chat_logits.model.devices import choose_device
 from chat_logits.model.memory import PeakParts, budget_for, peak_parts, total_memory
 from chat_logits.model.shape import Shape
 
-CARDS_A_WORKER = (1, 2, 4, 8)  # of one machine, whose eight they divide
+CARDS_A_WORKER = (1, 2, 4, 8)  # of one machine; they divide its eight cards
 UTILISATION = 0.40  # of the peak
 MEASURED = "8B reached 44% on an H200 (benchmarks/RESULTS.md)"
-HOST_RATE = 198_900  # tokens read a second by one worker whose model takes next to no time
+HOST_RATE = 198_900  # tokens per second that one worker reads if the model takes almost no time
 HOST_MEASURED = "0.5B on an H200 with 16 cores (benchmarks/RESULTS.md)"
-# Of a batch: with fewer, reading the weights takes more than a ninth of its time, 0.4 · (989/3.35) / 1,024 on an H100.
+# In a batch: with fewer, reading the weights takes more than a ninth of its time, 0.4 · (989/3.35) / 1,024 on an H100.
 LEAST_TOKENS = 1024
 
 
 def choose_card(name: str | None, device: str | None = None) -> Card:
-    """The card of this name or size; for None the ``device`` here, and where no accelerator is here, an H100.
+    """The card of this name or memory size; for None the ``device`` here, or an H100 if there is no accelerator.
 
-    Raises UsageError for a name that is neither, or a device that is not there.
+    Raises UsageError for any other name, or a device that does not exist here.
     """
     if name is not None:
         return card_named(name)
@@ -39,10 +39,10 @@ def choose_card(name: str | None, device: str | None = None) -> Card:
 
 @dataclass(frozen=True)
 class Load:
-    """What one of ``cards`` cards holds at its peak, in bytes; together they are one worker.
+    """What each of the ``cards`` cards of one worker holds at its peak, in bytes.
 
-    ``is_shared`` says that they share each layer, by the model's plan; else each has layers of its own and they work
-    one after the other. ``budget`` is a batch's, which should hold ``wanted`` tokens.
+    ``is_shared`` says that they share each layer, by the model's plan; else each has its own layers and they work one
+    after the other. ``budget`` is the budget of a batch, which should hold ``wanted`` tokens.
     """
 
     card: Card
@@ -63,7 +63,7 @@ class Load:
 
     @property
     def processes(self) -> int:
-        """How many share each layer, and work at a time."""
+        """How many processes share each layer and work at the same time."""
         return self.cards if self.is_shared else 1
 
 
@@ -79,7 +79,7 @@ class Batching:
 
 
 def load_on(shape: Shape, card: Card, cards: int, is_shared: bool, batching: Batching) -> Load:
-    """What each of these cards holds: activations, cache and logits as one process that has the whole model at work."""
+    """What each of these cards holds; activations, cache and logits as for a process with the whole model."""
     weights = shape.weight_bytes(cards) if is_shared else -(-shape.weight_bytes() // cards)
     room = max(0, card.memory - weights)
     budget = budget_for(shape.model, room, card.device_type, batching.batch_tokens, batching.logit_memory)
@@ -90,9 +90,9 @@ def load_on(shape: Shape, card: Card, cards: int, is_shared: bool, batching: Bat
 
 
 def smallest_load(shape: Shape, card: Card, is_shared: bool, batching: Batching) -> tuple[Load | None, str]:
-    """The fewest cards of a machine on which the model runs sensibly, and why no fewer; None where all are too few.
+    """The fewest cards of a machine on which the model runs sensibly, or None; and why fewer are not enough.
 
-    ``is_shared`` is whether they share each layer, by the model's plan.
+    ``is_shared`` says whether they share each layer, by the model's plan.
     """
     why = ""
     for cards in CARDS_A_WORKER[: 1 if card.device_type == "cpu" else None]:
@@ -107,7 +107,7 @@ def smallest_load(shape: Shape, card: Card, is_shared: bool, batching: Batching)
 
 
 def too_little(load: Load) -> str:
-    """What a card lacks for a load that does not fit."""
+    """Why a load does not fit on its cards."""
     if load.weights >= load.card.memory:
         return f"{load.weights / 1e9:,.1f} GB of weights a card"
     if load.total > load.card.memory:
@@ -129,10 +129,10 @@ class Work:
 
 
 def work_of(shape: Shape, tokens: float, pairs: float, extracted: float, processes: int = 1) -> Work | None:
-    """For so many ``tokens`` read, ``pairs`` of tokens of which one sees the other, and ``extracted`` rows of logits.
+    """The work for so many ``tokens`` read, ``pairs`` of tokens where one attends to the other, and ``extracted`` rows.
 
-    Two for each parameter and token, and of so many processes that share the model, those of one. None for a mixture
-    that does not say how many experts a token goes to, or has them in a form that is not known.
+    Two operations for each parameter and token; of ``processes`` that share the model, the work of one. None for a
+    mixture of experts that does not say how many experts a token goes to, or has them in an unknown form.
     """
     if (parameters := shape.active_in_layers(processes)) is None:
         return None
@@ -144,5 +144,5 @@ def work_of(shape: Shape, tokens: float, pairs: float, extracted: float, process
 
 
 def seconds_of(work: Work, card: Card) -> float | None:
-    """How long a card works at ``UTILISATION``; None for one whose peak is not known."""
+    """How long a card works at ``UTILISATION``; None if its peak is not known."""
     return None if card.peak is None else work.total / (UTILISATION * card.peak)

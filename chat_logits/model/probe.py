@@ -1,13 +1,14 @@
-"""The check at start-up: what a model's conversations may share so that their logits stay the reference forward pass's.
+"""The check at start-up: what conversations may share while their logits still match the reference forward pass.
 
-Random conversations go through ``Teacher`` as a run's do: in a padded batch, read no further than the last row, rows in
-pieces, after a shared prefix. They are some 50 tokens long, and once more as long as it takes to pass the windows,
-chunks and the like that the config names, up to ``LONGEST``: a start costs about as much as one batch. Beyond a window
-that was not passed, conversations share nothing.
+Random conversations go through ``Teacher`` as in a run: in a padded batch, read only up to the last row, with rows in
+pieces, after a shared prefix. They are about 50 tokens long. A second set is long enough to exceed the windows, chunks
+and the like in the config, up to ``LONGEST``; the check costs about as much as one batch. Conversations longer than a
+window that was not exceeded share nothing.
 
 Rows of logits are compared by the root mean square of their difference, in nats, over the entries that are not masked.
-A right computation in another order differs by roundings, which are in proportion to the row's spread (its standard
-deviation); another position's row, wrong padding or a part of the model left out differ by a good part of the spread.
+A correct computation in another order differs only by rounding, in proportion to the row's spread (its standard
+deviation). Another position's row, wrong padding or a missing part of the model change a row by a large part of its
+spread.
 """
 
 import re
@@ -21,32 +22,32 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chat_logits.errors import ToolkitError
 from chat_logits.model.batching import Sharing
+from chat_logits.model.devices import input_device
 from chat_logits.model.group import group_of
 from chat_logits.model.limits import most_positions
-from chat_logits.model.loading import input_device
 from chat_logits.model.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from chat_logits.model.reference import nudged_rows, plain_rows, rows_of_whole_layers
 from chat_logits.model.teacher import Request, Teacher
 from chat_logits.words import first_line
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that a shared prefix may be kept in
-# What a row may differ by, relative to its spread: in a deep network of random weights, half a dozen roundings.
+# How much a row may differ, relative to its spread: about six roundings in a deep network of random weights.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-# A model whose own rows move more may differ by so much of that: when a batch is larger, or when the embeddings are
-# nudged by a rounding. By the second, computing in another order moved rows by 0.5 to 0.8 of what the nudge did.
+# If a model's own rows change more than that in a larger batch, or when its embeddings change by one rounding, these
+# factors of that change are tolerated. Computing in another order changed rows by 0.5 to 0.8 of what the nudge did.
 NOISE_FACTOR, NUDGE_FACTOR, NUDGES = 3, 1.5, 2
 MOST_NOISE = 0.3  # of the spread; another position's row differs by about 1.4
-NOTHING = 88.0  # nats below the largest logit of a row: a probability that counts as 0 in float32, and every mask
+NOTHING = 88.0  # nats below a row's largest logit: the probability is 0 in float32; masked entries are lower still
 SHORT = 24  # tokens of the prefix of short conversations
-ENDINGS = (24, 24, 12)  # tokens behind it
-LONGEST = {"cpu": 256, "other": 4096}  # tokens of a window that is passed: a third, or a fourth, of a batch
+ENDINGS = (24, 24, 12)  # tokens after it
+LONGEST = {"cpu": 256, "other": 4096}  # tokens of the longest window that is exceeded: 1/3 or 1/4 of a batch
 WINDOWS = re.compile("window|chunk|block_(size|len)|compress|local_(radius|attn)")
 BLOCKS = re.compile("block_(size|len)|compress")
-COUNTED = re.compile(r"layer|pattern|head|rope|theta|expert|group")  # no lengths
+COUNTED = re.compile(r"layer|pattern|head|rope|theta|expert|group")  # numbers under such keys are not lengths
 
 
 class Conversations(NamedTuple):
-    """Three random conversations that share a ``prefix``, two of one length; and one with ``early`` rows alone."""
+    """Three random conversations with a common ``prefix``, two of equal length; and one with only ``early`` rows."""
 
     prefix: np.ndarray
     sharing: list[Request]
@@ -66,9 +67,9 @@ BATCHES: dict[str, tuple[list[slice], bool]] = {
 
 
 def probe_model(model) -> Sharing:
-    """What conversations may share with this model. Raises ToolkitError where even one alone gives other logits.
+    """What conversations may share with this model. Raises ToolkitError if even one alone gives other logits.
 
-    That is so for a model that is not causal, too, and for one whose forward pass needs more than token ids.
+    Also raised if a model is not causal, or its forward pass needs more than token ids.
     """
     try:
         return _probe(model)
@@ -79,17 +80,17 @@ def probe_model(model) -> Sharing:
 
 
 def named_windows(config) -> list[int]:
-    """Lengths, in tokens, at which a model's attention may begin to work otherwise, by the names in its config."""
+    """Lengths, in tokens, at which a model's attention may change its behaviour, found by names in its config."""
     text = config.get_text_config()
     chosen, others = _named(text, re.compile("topk")), _named(text, WINDOWS)
-    blocks = _named(text, BLOCKS)  # of several tokens each, of which some are chosen
+    blocks = _named(text, BLOCKS)  # blocks of several tokens each, some of which are chosen
     found = chosen | others | {number * size for number in chosen for size in blocks}
     reached = most_positions(text)
     return sorted(each for each in found if reached is None or each < reached)
 
 
 def _named(text_config, names: re.Pattern) -> set[int]:
-    """The numbers above 1 under keys of these names."""
+    """The integers above 1 under keys that match these names."""
     found: set[int] = set()
     for key, value in text_config.to_dict().items():
         if names.search(key) and not COUNTED.search(key):
@@ -99,9 +100,9 @@ def _named(text_config, names: re.Pattern) -> set[int]:
 
 
 def row_differences(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of each row of logits (n, V), in nats (n,), over what is not masked in both.
+    """Root mean square difference of each row of logits (n, V), in nats (n,), over entries not masked in both.
 
-    Infinite for other shapes, NaN for logits that are NaN.
+    Infinite if the shapes differ, NaN for logits that are NaN.
     """
     if found.shape != expected.shape:
         return expected.new_full(expected.shape[:1], torch.inf)
@@ -112,7 +113,7 @@ def row_differences(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 
 
 def row_limits(expected: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
-    """What each row of logits (n, V) may differ by, in nats (n,): a share of its spread, and the last rounding."""
+    """How much each row of logits (n, V) may differ, in nats (n,): a share of its spread, plus the final rounding."""
     counted = expected > expected.amax(dim=-1, keepdim=True) - NOTHING
     number = counted.sum(dim=-1)
     mean = expected.where(counted, 0).sum(dim=-1, keepdim=True) / number[:, None]
@@ -144,7 +145,7 @@ def _probe(model) -> Sharing:
 
 
 def _conversations(model, shared: int) -> Conversations:
-    """Conversations whose prefix has ``shared`` tokens; the early rows are in its first half."""
+    """Conversations with a prefix of ``shared`` tokens; the early rows are in its first half."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     random = np.random.default_rng(0)
     prefix = random.integers(0, vocabulary, shared)
@@ -162,10 +163,11 @@ def _reference_rows(model, requests: list[Request]) -> torch.Tensor:
 
 
 def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
-    """What rows may differ by, relative to their spread: the dtype's, or by the model's own noise if that is more.
+    """How much rows may differ, relative to their spread: by the dtype, or by the model's own noise if that is more.
 
-    The noise is what the reference forward pass itself changes by when a batch holds a conversation three times, which
-    kernels that round alike in any batch hide, or when its embeddings change by a rounding, which none do.
+    The noise is the change of the reference forward pass itself, in two tests: when a batch holds a conversation three
+    times, which shows nothing with kernels that round alike in any batch; and when its embeddings change by one
+    rounding, which works with all kernels.
     """
     least = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
     if model.dtype not in (torch.float16, torch.bfloat16):
@@ -174,7 +176,7 @@ def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
     limits = row_limits(alone, 1.0, model.dtype)
 
     def most(found: torch.Tensor) -> float:
-        return (row_differences(found, alone) / limits).nan_to_num(0).max().item()  # rows of nan are refused anyway
+        return (row_differences(found, alone) / limits).nan_to_num(0).max().item()  # NaN rows are refused anyway
 
     noise = NOISE_FACTOR * most(plain_rows(model, np.tile(ids, (3, 1)), 1, request.positions))
     nudged = (nudged_rows(model, ids, 0, request.positions, seed) for seed in range(NUDGES))
@@ -182,7 +184,7 @@ def _tolerance(model, request: Request, expected: torch.Tensor) -> float:
 
 
 def _refuse_wrong_parts(model, request: Request, expected: torch.Tensor, tolerance: float) -> None:
-    """Raise ToolkitError where the parts of a split model, together, give other rows than its whole layers do."""
+    """Raise ToolkitError if the parts of a split model together give other rows than its whole layers."""
     found = expected[: len(request.positions)]
     plain = rows_of_whole_layers(model, request.input_ids[None], 0, request.positions)
     differences, limits = row_differences(found, plain), row_limits(plain, tolerance, model.dtype)
@@ -191,12 +193,12 @@ def _refuse_wrong_parts(model, request: Request, expected: torch.Tensor, toleran
         raise ToolkitError(
             f"model check: split over processes, logits differ from those of whole layers by {differences[worst]:.3g} "
             f"nats (root mean square of a row), expected at most {limits[worst]:.3g}. Nothing was extracted; use "
-            "`device_map` auto in place of `tensor_parallel`."
+            "`device_map` auto instead of `tensor_parallel`."
         )
 
 
 def _sharing(model, conversations: Conversations, expected: torch.Tensor, tolerance: float) -> Sharing:
-    """The most that these conversations may share. Raises ToolkitError for a model that is not to be used."""
+    """The most that these conversations may share. Raises ToolkitError if the model must not be used."""
     limits = row_limits(expected, tolerance, model.dtype)
     excess = {}
     for batch in BATCHES:
@@ -214,7 +216,7 @@ def _sharing(model, conversations: Conversations, expected: torch.Tensor, tolera
 
 
 def _rows(model, conversations: Conversations, batch: str) -> torch.Tensor:
-    """The rows of ``conversations.all`` as a run computes them; in pieces, but for a conversation alone."""
+    """The rows of ``conversations.all`` as a run computes them; in pieces, except for a conversation alone."""
     slices, whole = BATCHES[batch]
     teacher = Teacher(model, logit_rows=1000 if batch == "alone" else 7)
     teacher.reads_whole |= whole
@@ -226,7 +228,7 @@ def _row_logits(teacher: Teacher, requests: list[Request]) -> torch.Tensor:
 
 
 def _differences(compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
-    """Infinite where the computation fails otherwise than for want of memory, as some do for a batch or a cache."""
+    """Infinite if the computation fails, as some models do with a batch or a cache; lack of memory is raised."""
     try:
         return row_differences(compute(), expected)
     except ToolkitError:  # a group of processes is lost
@@ -238,7 +240,7 @@ def _differences(compute: Callable[[], torch.Tensor], expected: torch.Tensor) ->
 
 
 def _cache_agrees(model, conversations: Conversations, expected: torch.Tensor, limits: torch.Tensor) -> bool:
-    """Whether the model has a plain key-value cache, for which there is room, and the rows behind a prefix agree."""
+    """Whether the model has a plain key-value cache that fits in memory, and the rows after a prefix agree."""
     count = sum(len(request.positions) for request in conversations.sharing)
 
     def compute() -> torch.Tensor:
@@ -255,7 +257,7 @@ def _cache_agrees(model, conversations: Conversations, expected: torch.Tensor, l
 
 
 def _refuse_foresight(model, early: Request, tolerance: float) -> None:
-    """Raise ToolkitError where rows change with the tokens behind them, the length being the same."""
+    """Raise ToolkitError if rows change with later tokens while the length stays the same."""
     others = early.input_ids.copy()
     others[early.positions[-1] :] = np.roll(others[early.positions[-1] :], 1)
     teacher = Teacher(model, logit_rows=1000)
@@ -264,7 +266,7 @@ def _refuse_foresight(model, early: Request, tolerance: float) -> None:
     if not (row_differences(found, expected) <= row_limits(expected, tolerance, model.dtype)).all():
         raise ToolkitError(
             "model check: the logits change when later tokens change, so the model is not causal. "
-            "Expected a causal model; a BERT or its like is one only with is_decoder in its config.json."
+            "Expected a causal model; a BERT-like model is causal only with is_decoder in its config.json."
         )
 
 

@@ -1,8 +1,8 @@
 """Models in fewer bits: checkpoints that are quantised, and 16-bit ones that are quantised as they are loaded.
 
-transformers' quantizers do the work. Where a device cannot compute with a checkpoint's weights, some of them dequantise
-these and say so in a log alone; here that is refused, but where `quantization` dequantize asks for it. Nothing of this
-needs torch before ``quantized_loading``, which is called before any weight is read.
+transformers' quantizers do the work. If a device cannot compute with a checkpoint's weights, some of them dequantise
+the weights and only log it; here that is refused unless `quantization` dequantize asks for it. Nothing before
+``quantized_loading``, which is called before any weight is read, needs torch.
 """
 
 import copy
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model.bits import generic, quantization_of
+from chat_logits.model.bits import quantization_of, wildcard_name
 from chat_logits.model.limits import load_config
 
 AS_STORED, QUANTIZED, DEQUANTIZED = "as stored", "quantized on loading", "dequantized on loading"
@@ -28,16 +28,16 @@ INT8_BY_ROW = {
         "set_inductor_config": False,
     },
 }
-# What each quantises by. The threshold 0 is not bitsandbytes' default: above it, the columns that stay in 16 bits are
-# chosen by all tokens of a batch, so that logits change with the tokens behind and with the other conversations.
+# The config of each choice. The threshold 0 is not bitsandbytes' default: with a higher one, the columns that stay in
+# 16 bits depend on all tokens of a batch, so that logits change with later tokens and with the other conversations.
 METHODS: dict[str, dict] = {
     "bitsandbytes-8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
     "bitsandbytes-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "torchao-int8": {"quant_method": "torchao", "quant_type": {"default": INT8_BY_ROW}},
 }
 CHOICES = (*METHODS, DEQUANTIZE)
-DEQUANTIZING = ("fp8", "mxfp8", "mxfp4", "metal", "compressed-tensors")  # whose quantizers can do so as they load
-# Whose kernels are a GPU's alone. transformers asks for one on the machine, not whether the model is on it.
+DEQUANTIZING = ("fp8", "mxfp8", "mxfp4", "metal", "compressed-tensors")  # methods that can dequantise on loading
+# Methods with kernels only for GPUs. transformers checks that the machine has a GPU, not that the model is on it.
 ON_GPU = ("eetq", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "metal", "mxfp8", "nvfp4", "spqr", "vptq")
 NEEDS = {
     **dict.fromkeys(("fp8", "mxfp8"), "a GPU of compute capability 8.9 or above, and the package kernels"),
@@ -47,11 +47,11 @@ NEEDS = {
     "nvfp4": "a GPU of compute capability 10.0 or above, and the package kernels",
     "compressed-tensors": "a GPU of compute capability 8.9 or above for use_optimized_inference",
 }
-WITH_KERNELS = ("fp8", "mxfp8")  # which are looked for only in the first forward pass
+WITH_KERNELS = ("fp8", "mxfp8")  # transformers looks for their kernels only in the first forward pass
 SHOWN = 300  # characters of what a library says
 logger = logging.getLogger(__name__)
 
-# transformers imports torchao with every model, where it is installed: it tells of other devices' kernels each time.
+# transformers imports torchao with every model if it is installed, and torchao logs about other devices' kernels.
 for talkative in ("torchao", "torch.utils._pytree"):
     logging.getLogger(talkative).setLevel(logging.ERROR)
 
@@ -59,14 +59,15 @@ for talkative in ("torchao", "torch.utils._pytree"):
 def find_quantization(
     model_id: str,
     revision: str | None = None,
+    *,
     trust_remote_code: bool = False,
     option: str | None = None,
     is_adapter: bool = False,
 ) -> dict | None:
-    """How a model's weights are quantised, as ``extraction.json`` records it (FORMAT.md); None for one that is not.
+    """How a model's weights are quantised, as ``extraction.json`` records it (FORMAT.md); None if they are not.
 
-    ``model_id`` is where the weights are. Raises UsageError for an ``option``, one of ``CHOICES``, that they cannot
-    have, ToolkitError for a checkpoint that cannot be used.
+    ``model_id`` is where the weights are. ``option`` is one of ``CHOICES``. Raises UsageError if it cannot be applied
+    to them, ToolkitError for a checkpoint that cannot be used.
     """
     own = quantization_of(load_config(model_id, revision, trust_remote_code=trust_remote_code))
     name = f"model {model_id}"
@@ -87,7 +88,7 @@ def find_quantization(
 
 
 def option_of(recorded: dict | None) -> str | None:
-    """The option that a run was given whose record this is. Raises ToolkitError where there is none such."""
+    """The option with which the recorded run was started. Raises ToolkitError if no option fits the record."""
     if recorded is None or recorded["weights"] == AS_STORED:
         return None
     if recorded["weights"] == DEQUANTIZED:
@@ -99,7 +100,7 @@ def option_of(recorded: dict | None) -> str | None:
 
 
 def _method(name: str, config: dict) -> str:
-    """The method's name. Raises ToolkitError for one that transformers does not know, and would leave out."""
+    """The method's name. Raises ToolkitError for one that transformers does not know and would ignore."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
 
     if config.get("load_in_8bit") or config.get("load_in_4bit"):
@@ -117,23 +118,23 @@ def _refuse_outlier_columns(name: str, config: dict) -> None:
     threshold = config.get("llm_int8_threshold", 6.0)
     if config.get("load_in_8bit") and threshold > 0:
         raise ToolkitError(
-            f"{name}: in 8 bits of bitsandbytes with llm_int8_threshold {threshold:g}, so that logits change with the "
-            "tokens behind. Expected 0: set it in its config.json, or load the 16-bit model by `quantization` "
+            f"{name}: in 8 bits of bitsandbytes with llm_int8_threshold {threshold:g}, so its logits change with later "
+            "tokens. Expected 0: set it in its config.json, or load the 16-bit model with `quantization` "
             "bitsandbytes-8bit."
         )
 
 
 def quantized_loading(model_id: str, quantization: dict | None, device: Any, device_map: str | None = None) -> dict:
-    """What ``from_pretrained`` needs for it, nothing without.
+    """The options of ``from_pretrained`` for a quantisation; empty without one.
 
-    Raises ToolkitError for what does not run here: a package is missing, the device is none of the method's, or
+    Raises ToolkitError if it does not run here: a package is missing, the method does not support the device, or
     transformers would dequantise without being asked.
     """
     if quantization is None:
         return {}
     name, stored, wanted = f"model {model_id}", quantization["weights"] != QUANTIZED, dict(quantization["config"])
     method, asked = _method(name, wanted), quantization["weights"] == DEQUANTIZED
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it lacks, and of each product's conversion
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels and of each conversion
     _refuse_missing_packages(name, method, stored)
     if method in ON_GPU and not asked and _is_on_cpu(device, device_map):
         raise _not_here(name, method, "here is a CPU")
@@ -143,13 +144,13 @@ def quantized_loading(model_id: str, quantization: dict | None, device: Any, dev
         raise _not_here(name, method, "not all of it is here")
     if not asked and method in WITH_KERNELS and importlib.util.find_spec("kernels") is None:
         raise _not_here(name, method, "kernels is not installed")
-    if asked:  # which transformers tells of as if the configuration were another one
+    if asked:  # transformers warns as if the configuration were a different one
         warnings.filterwarnings("ignore", "You passed `quantization_config`")
     return {"device_map": where, **({} if quantization["weights"] == AS_STORED else {"quantization_config": config})}
 
 
 def _refuse_missing_packages(name: str, method: str, stored: bool) -> None:
-    of_method = [] if stored else [method]  # of stored ones, transformers knows which
+    of_method = [] if stored else [method]  # for stored ones, transformers checks them
     for package in ("accelerate", *of_method):
         if importlib.util.find_spec(package) is None:
             raise ToolkitError(
@@ -175,9 +176,9 @@ def _not_here(name: str, method: str, here: str) -> ToolkitError:
 
 
 def _validated(name: str, method: str, wanted: dict, stored: bool, device_map: Any) -> tuple[Any, bool]:
-    """transformers' own object of a configuration that may run here, and whether it would run it as another one.
+    """transformers' config object if it can run here, and whether transformers would run it in another way.
 
-    It reads no weights for it.
+    Reads no weights.
     """
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
@@ -197,19 +198,19 @@ def _validated(name: str, method: str, wanted: dict, stored: bool, device_map: A
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Within, transformers does not say what it would do in place of what was asked for."""
-    from transformers.utils import logging as its
+    """Within, transformers does not warn of what it would do instead of what was asked for."""
+    from transformers.utils import logging as transformers_logging
 
-    level = its.get_verbosity()
-    its.set_verbosity_error()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        its.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
 
 
 def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> None:
-    """Have a loaded model compute in its own dtype. Raises ToolkitError where rows of its lm_head cannot be counted."""
+    """Have a loaded model compute in its own dtype. Raises ToolkitError if rows of its lm_head cannot be counted."""
     head = model.get_output_embeddings()
     shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
     if hasattr(head, "out_features") and shape != (head.out_features, head.in_features):
@@ -219,19 +220,19 @@ def finish_quantized(model_id: str, model: Any, quantization: dict | None) -> No
         )
     if quantization is None:
         return
-    for module in model.modules():  # of bitsandbytes in 4 bits
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # which rounds inputs and scales to bfloat16
+    for module in model.modules():  # bitsandbytes' 4-bit modules have these attributes
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # this kernel rounds inputs and scales to bfloat16
             module.support_avx512bf16_for_cpu = False
         if hasattr(module, "compute_dtype") and quantization["weights"] == QUANTIZED:
-            module.compute_dtype = model.dtype  # float32, if nothing is said
+            module.compute_dtype = model.dtype  # the default is float32
     if quantization["weights"] == QUANTIZED:
         _tell_what_stays(model_id, model, option_of(quantization))
 
 
 def _tell_what_stays(model_id: str, model: Any, option: str | None) -> None:
-    """Warn where most of the layers' weights are not quantised, which a mixture's experts may be.
+    """Warn if most of the layers' weights are not quantised, for example a mixture's experts.
 
-    What device_map has left to memory or disk is not looked at. Raises ToolkitError where nothing is quantised.
+    Weights that device_map keeps in memory or on disk are not counted. Raises ToolkitError if nothing is quantised.
     """
     numbers = _numbers_in_layers(model)
     stays = {
@@ -242,14 +243,14 @@ def _tell_what_stays(model_id: str, model: Any, option: str | None) -> None:
     if numbers and len(stays) == len(numbers):
         raise nothing_quantized(model_id, option)
     if sum(stays.values()) > 0.5 * sum(numbers.values()):
-        largest, kind = generic(max(stays, key=stays.__getitem__)), str(model.dtype).removeprefix("torch.")
+        largest, kind = wildcard_name(max(stays, key=stays.__getitem__)), str(model.dtype).removeprefix("torch.")
         share = 100 * sum(stays.values()) / sum(numbers.values())
-        told = "model %s: `quantization` %s is of linear layers alone; %.1f%% of the layers' weights stay in %s, as %s"
+        told = "model %s: `quantization` %s changes linear layers only; %.1f%% of the layers' weights stay in %s, as %s"
         logger.warning(told, model_id, option, share, kind, largest)
 
 
 def _numbers_in_layers(model: Any) -> dict[str, int]:
-    """How many numbers each parameter has unquantised, but for embeddings and the lm_head."""
+    """How many numbers each parameter has unquantised, except embeddings and the lm_head."""
     ends = ends_of(model)
     linear = {
         id(module.weight): module.in_features * module.out_features
@@ -261,7 +262,7 @@ def _numbers_in_layers(model: Any) -> dict[str, int]:
 
 
 def ends_of(model: Any) -> set[int]:
-    """The lm_head's matrix and those of embeddings, of which a token takes a row, each by its ``id``."""
+    """The ``id`` of the lm_head's matrix and of each embedding matrix (a token uses one row of those)."""
     import torch
 
     embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -269,12 +270,12 @@ def ends_of(model: Any) -> set[int]:
 
 
 def nothing_quantized(model_id: str, option: str | None) -> ToolkitError:
-    """What a model is refused by that an ``option`` would leave as it is."""
+    """The error for a model in which ``option`` would quantise nothing."""
     return ToolkitError(f"model {model_id}: `quantization` {option} finds no layer of it to quantise; leave it out")
 
 
 def stored_bytes(weights: Any) -> int:
-    """Bytes that a tensor takes. One of torchao says what it would take unquantised, and has its parts beside."""
+    """Bytes that a tensor takes. A torchao tensor reports its unquantised size, so its parts are counted instead."""
     if hasattr(weights, "__tensor_flatten__"):
         return sum(stored_bytes(getattr(weights, part)) for part in weights.__tensor_flatten__()[0])
     return weights.nbytes

@@ -1,9 +1,9 @@
-"""Reference forward passes, against which everything else is held: a conversation alone, all of its logits at once.
+"""Reference forward passes, with which everything else is compared: one conversation alone, all its logits at once.
 
-Where those would be too many, ``Outputs`` gives them a piece after another.
-In a group of processes the logits are put together behind the lm_head itself, so that what a model does to them
-afterwards is done to all of the vocabulary. ``rows_of_whole_layers`` computes without a plan, for a model of which no
-process has all: each process puts a layer's weights together just when it needs them.
+If those would be too many, ``Outputs`` gives them piece by piece.
+In a group of processes, the logits are joined directly after the lm_head, so that what a model does to them afterwards
+applies to the whole vocabulary. ``rows_of_whole_layers`` computes without a plan, for a model that no process holds in
+full: each process joins a layer's weights when it needs them.
 """
 
 import copy
@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from chat_logits.model.devices import input_device
 from chat_logits.model.group import group_of, in_step, whole
 from chat_logits.model.head import head_inputs
-from chat_logits.model.loading import input_device
 from chat_logits.model.parts import join_logits
 
 
 class Outputs:
-    """A conversation's logits at all of its tokens, of which no more than ``most`` rows (V,) are there at once.
+    """A conversation's logits at all of its tokens, with no more than ``most`` rows (V,) in memory at once.
 
-    A conversation ``input_ids`` (T,) of no more tokens goes through the model as it is. Of a longer one the hidden
-    states that meet the lm_head are kept, (T, H) where the last layer has left them; their rows then go through the
-    model's own head and tail in the place of a dummy token's. For models that no group of processes computes.
+    A conversation ``input_ids`` (T,) of at most that many tokens goes through the model as it is. For a longer one, the
+    inputs of the lm_head (T, H) are kept on the last layer's device; their rows then go through the lm_head and what
+    follows it, in place of the hidden state of a dummy token. Not for models that a group of processes computes.
     """
 
     @torch.inference_mode()
@@ -47,7 +47,7 @@ class Outputs:
 
     @torch.inference_mode()
     def rows(self, at: np.ndarray) -> torch.Tensor:
-        """Logits (n, V) float32 on the host, of the outputs ``at`` (n,), at most ``most`` of them."""
+        """Logits (n, V) float32 on the host, for the outputs ``at`` (n,), at most ``most`` of them."""
         if self._hidden is None:
             return self._logits[torch.from_numpy(at)]
         hidden = self._hidden[torch.from_numpy(at).to(self._hidden.device)]
@@ -59,7 +59,7 @@ class Outputs:
 @in_step
 @torch.inference_mode()
 def plain_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray) -> torch.Tensor:
-    """Logits (n, V) float32 that predict the ``positions`` (n,) of a ``sequence`` of the batch ``input_ids`` (B, T)."""
+    """Logits (n, V) float32 that predict the ``positions`` (n,) of one ``sequence`` in a batch ``input_ids`` (B, T)."""
     with _joined_head(model):
         return _rows(model, input_ids, sequence, positions)
 
@@ -69,7 +69,7 @@ def plain_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarra
 def nudged_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray, seed: int) -> torch.Tensor:
     """As ``plain_rows``, but with each entry of the embeddings one rounding larger or smaller, by a random sign.
 
-    Embeddings that are more than a tensor are left as they are.
+    Embedding outputs that are not a single tensor are left as they are.
     """
     random, step = torch.Generator().manual_seed(seed), torch.finfo(model.dtype).eps
 
@@ -90,7 +90,7 @@ def nudged_rows(model, input_ids: np.ndarray, sequence: int, positions: np.ndarr
 @in_step
 @torch.inference_mode()
 def rows_of_whole_layers(model, input_ids: np.ndarray, sequence: int, positions: np.ndarray) -> torch.Tensor:
-    """As ``plain_rows``, by layers that are not split; embedding and lm_head are the model's own."""
+    """As ``plain_rows``, with layers that are not split; embedding and lm_head are the model's own."""
     with _joined_head(model), _whole_layers(model) as other:
         return _rows(other, input_ids, sequence, positions)
 
@@ -114,7 +114,7 @@ def _joined_head(model) -> Iterator[None]:
 
 @contextmanager
 def _whole_layers(model) -> Iterator[Any]:
-    """The same model without a plan; each of its layers has its weights while it computes, and nothing after."""
+    """The same model without a plan; each layer has its weights only while it computes."""
     with torch.device("meta"):
         other = type(model)(copy.deepcopy(model.config)).eval()
     other.set_input_embeddings(model.get_input_embeddings())
@@ -131,7 +131,7 @@ def _whole_layers(model) -> Iterator[Any]:
 
 
 def _units(model: nn.Module, kept: set[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Modules, and which have their weights while those compute: a layer's all, or one that is in no list of layers."""
+    """Modules, each with those that need weights while it computes: all of a layer, or one module outside layers."""
     inside = set(kept)
     for module in model.modules():
         if module in inside:
@@ -154,5 +154,5 @@ def _empty(modules: list[nn.Module]) -> None:
     for module in modules:
         for name, weights in module._parameters.items():
             module._parameters[name] = None if weights is None else nn.Parameter(weights.to("meta"), False)
-    with suppress(OSError, AttributeError):  # of glibc, which else keeps what is freed of layers, in pieces
+    with suppress(OSError, AttributeError):  # else glibc keeps the freed memory of the layers, in pieces
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
-"""Logits to nucleus, tail draws, logsumexp and target-token log-probabilities, on the device that holds the logits.
+"""From logits to nucleus, tail draws, logsumexp and target-token log-probabilities, on the device of the logits.
 
-On CUDA ``selection_kernel`` reads the logits once, as they are. Elsewhere they are made float32, and one pass goes over
-them in place: top K, exponentials, sums over blocks for total and tail, draws by two searches. FORMAT.md, "What is
+On CUDA ``selection_kernel`` reads the logits once, as they are. Elsewhere they are converted to float32 and processed
+in place: top K, exponentials, sums over blocks for total and tail, draws by two searches. FORMAT.md, "What is
 stored at a position", has the rules; ``logit_codec`` has the plain reference.
 """
 
@@ -18,8 +18,8 @@ from logit_codec import ABSENT, MAX_TOKEN_ID, Distributions
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 128  # vocabulary entries that are summed in float32 before totals go on in float64
-DRAWN_ROWS = 64  # rows whose draws are searched at once: what the searches hold stays in the cache
+BLOCK = 128  # vocabulary entries that are summed in float32; the sums of blocks are added in float64
+DRAWN_ROWS = 64  # rows searched for draws at once, so that the search's data stays in the cache
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def select(
 ) -> dict[str, torch.Tensor]:
     """The fields of ``Distributions`` as tensors on the logits' device. The logits (R, V) may be overwritten.
 
-    ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here waits for the host.
+    ``tokens`` (R,) int64 are the target tokens, ``uniforms`` (R,) float64. Nothing here synchronizes with the host.
     """
     if logits.is_cuda and has_kernel(logits.device, logits.dtype, logits.shape[1], settings):
         from chat_logits.model import selection_kernel  # Triton has no build for some platforms
@@ -48,8 +48,8 @@ def select(
 
 @functools.cache
 def has_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int, settings: SelectionSettings) -> bool:
-    """Whether Triton's kernel runs there, tried on one row; where it does not though Triton is there, a warning says
-    why. Triton builds it with a C compiler and Python's headers, which small containers lack."""
+    """Whether Triton's kernel runs there, tried on one row. If it does not although Triton is installed, a warning
+    says why: Triton needs a C compiler and Python's headers, which small containers lack."""
     if importlib.util.find_spec("triton") is None:
         return False
     from chat_logits.model import selection_kernel
@@ -57,7 +57,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype, vocabulary: int, settin
     row = torch.zeros(1, vocabulary, dtype=dtype, device=device)
     try:
         selection_kernel.select(row, row[0, :1].long(), row[0, :1].double(), settings)
-    except Exception as error:  # of Triton, of the compiler, or of a card that is too old
+    except Exception as error:  # from Triton, from the compiler, or because the card is too old
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         logger.warning(
@@ -76,7 +76,7 @@ def _select_in_place(
     storable = min(logits.shape[1], MAX_TOKEN_ID)
     top_values, top_ids = logits[:, :storable].topk(min(settings.top_k, storable))
     target = logits.gather(1, tokens[:, None])[:, 0].double()
-    # The largest logit is the first of the top, but where the vocabulary goes on past the storable ids.
+    # The largest logit is the first of the top, unless the vocabulary continues past the storable ids.
     highest = top_values[:, :1] if storable == logits.shape[1] else logits.amax(dim=1, keepdim=True)
     mass = logits.sub_(highest).exp_()
     sums = block_sums(mass)
@@ -97,7 +97,7 @@ def _select_in_place(
 
 
 class PendingDistributions:
-    """A batch's results on their way to the host: on a GPU through pinned memory, while the next batch is computed."""
+    """A batch's results, being copied to the host: on a GPU through pinned memory, while the next batch is computed."""
 
     def __init__(self, pieces: list[dict[str, torch.Tensor]]):
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -107,13 +107,13 @@ class PendingDistributions:
                 name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
                 for name, tensor in joined.items()
             }
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(blocking=True)  # threads that wait for it leave their core alone
             self._arrived.record(torch.cuda.current_stream(joined["logsumexp"].device))
         else:
             self._tensors = {name: tensor.cpu() for name, tensor in joined.items()}
 
     def wait(self) -> Distributions:
-        """The distributions as NumPy arrays; where the model's logits were not finite, nor is the ``logsumexp``."""
+        """The distributions as NumPy arrays; ``logsumexp`` is not finite where the model's logits were not."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return Distributions(**{name: tensor.numpy() for name, tensor in self._tensors.items()})
@@ -136,7 +136,7 @@ def block_sums(mass: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_tail(mass: torch.Tensor, uniforms: torch.Tensor, num_sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Systematic draws from the mass (R, V) that is left: ids int64 and mass float64, both (R, S)."""
+    """Systematic draws from the remaining mass (R, V): ids int64 and mass float64, both (R, S)."""
     ids, masses = [], []
     for rows, some in zip(mass.split(DRAWN_ROWS), uniforms.split(DRAWN_ROWS), strict=True):
         sums = block_sums(rows)
@@ -158,10 +158,11 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The columns of the mass (R, V) at which the running total passes the thresholds (R, S), and the mass there.
 
-    Two searches a threshold: for the block it falls into, then within that block. ``sums`` float64 (R, B) are the
-    blocks', and ``running`` the total after each, of what precedes the first as well. int64 and float64, both (R, S).
+    Two searches for each threshold: for its block, then within that block. ``sums`` float64 (R, B) are the sums of the
+    blocks, and ``running`` the total after each block, including what precedes the first. Returns int64 and float64,
+    both (R, S).
     """
-    # A threshold that rounding puts past the end takes the last block, and below the last id, with mass.
+    # A threshold that rounding puts past the end gets the last block with mass, and within it the last id with mass.
     order = torch.arange(sums.shape[1], device=mass.device)
     last_block = ((sums > 0) * order).amax(dim=1, keepdim=True)
     block = torch.minimum(torch.searchsorted(running, thresholds, right=True), last_block)

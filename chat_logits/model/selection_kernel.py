@@ -1,13 +1,14 @@
 """Selection as two Triton kernels: the logits are read once, in the lm_head's own dtype, and never written.
 
-The first gives each block of ``BLOCK`` vocabulary entries its maximum and its sum of exponentials. The second, a
-program a row, works on the blocks: logsumexp from maxima and sums; the nucleus entry by entry from the block with the
-largest maximum, which is read again for its next one; and each draw first to its block, then within. ``selection`` has
-the same rule in plain torch, and ``logit_codec`` the reference.
+The first computes the maximum and the sum of exponentials of each block of ``BLOCK`` vocabulary entries. The second,
+with one program for each row, works on the blocks. It computes logsumexp from maxima and sums, then takes the nucleus
+entry by entry from the block with the largest maximum, which is read again for its next entry. For each draw it finds
+first the block, then the entry. ``selection`` has the same rule in plain torch, and ``logit_codec`` the reference.
 
     bytes moved per logit = width + 16 / BLOCK + (kept + S) * BLOCK * width / V
 
-(``width`` the dtype's: blocks are written and read once as two float32 numbers; a kept entry and a draw read a block).
+with ``width`` the dtype's. Each block is written and read once as two float32 numbers; each kept entry and each draw
+reads a block.
 """
 
 from typing import Any
@@ -20,13 +21,13 @@ from logit_codec import ABSENT, MAX_TOKEN_ID
 
 BLOCK = 128  # vocabulary entries whose exponentials are summed in float32; sums of blocks are float64
 BLOCKS_A_PROGRAM = 16
-BLOCKS_A_WARP = 512  # of a row, in the second kernel
+BLOCKS_A_WARP = 512  # blocks of a row for each warp, in the second kernel
 
 
 def select(
     logits: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor, settings: Any
 ) -> dict[str, torch.Tensor]:
-    """As ``selection.select``, but for logits (R, V) of any floating dtype, which stay as they are."""
+    """As ``selection.select``, for logits (R, V) of any floating dtype, which are not changed."""
     num_rows, vocabulary = logits.shape
     top_k, num_sampled = settings.top_k, settings.num_sampled
     num_blocks = triton.cdiv(vocabulary, BLOCK)
@@ -47,7 +48,7 @@ def select(
             num_blocks,
             min(num_blocks, MAX_TOKEN_ID // BLOCK),
             logits.stride(0),
-            settings.top_p if settings.top_p < 1 else 2.0,  # rounding must not end a nucleus that takes all
+            settings.top_p if settings.top_p < 1 else 2.0,  # rounding must not cut a nucleus that takes everything
             top_k,
             num_sampled,
             padded,
@@ -58,7 +59,7 @@ def select(
 
 
 def _empty_results(logits: torch.Tensor, top_k: int, num_sampled: int) -> dict[str, torch.Tensor]:
-    """Absent entries, which the second kernel replaces, in the order of its parameters."""
+    """Results with all entries absent, in the order of the second kernel's parameters; it fills them in."""
     num_rows, device = len(logits), logits.device
 
     def ids(columns: int) -> torch.Tensor:
@@ -129,9 +130,9 @@ def _select_row(
     mass = tl.where(place < storable_blocks, mass, 0.0)
     maximum = tl.where(place < storable_blocks, maximum, float("-inf"))
 
-    # The nucleus. An entry is taken if it is larger than `value`, or as large and its id at most `token`.
+    # The nucleus. An entry is already taken if it is larger than `value`, or equal to it with an id up to `token`.
     kept, before = 0, total - total
-    limit = tl.full((), top_p, tl.float64)  # a bare number would be float32
+    limit = tl.full((), top_p, tl.float64)  # a plain number would be float32
     value, token = tl.full((), float("inf"), tl.float32), tl.full((), -1, tl.int32)
     top, block = tl.max(maximum, axis=0, return_indices=True, return_indices_tie_break_left=True)
     while (kept < top_k) & (before < limit) & (top > float("-inf")):
@@ -150,7 +151,7 @@ def _select_row(
         kept, before = kept + 1, before + probability
         top, block = tl.max(maximum, axis=0, return_indices=True, return_indices_tie_break_left=True)
 
-    # The draws, from what is left.
+    # The draws, from the remaining mass.
     running = tl.cumsum(mass, axis=0)
     left = tl.max(running, axis=0)
     last_block = tl.max(tl.where(mass > 0, place, 0), axis=0)

@@ -1,19 +1,19 @@
-"""Selection where the lm_head is split by vocabulary over the processes of a group: only what is needed travels.
+"""Selection with an lm_head split by vocabulary over the processes of a group: only what is needed is sent.
 
-Each process makes float32 of its own part of the logits and ranks its best K entries; the group's first process merges.
-With N processes, and K and S as in ``SelectionSettings``, all to or from the first process, at each position:
+Each process converts its own part of the logits to float32 and ranks its best K entries; the group's first process
+merges. With N processes, and K and S as in ``SelectionSettings``, for each position, all to or from the first process:
 
     gather     the part's largest logit, the target token's logit, and at most N of its K best, evenly spaced
-    broadcast  the largest logit of all, and an entry that K entries or more are as good as
-    gather     the part's sum of exponentials, and its entries as good as that one: of all parts together K to 2 K
-    scatter    how many of them are kept, which the part takes from its mass
+    broadcast  the largest logit of all, and an entry that at least K entries reach (they are equal or better)
+    gather     the part's sum of exponentials, and its entries that reach that one: K to 2 K from all parts together
+    scatter    how many of them are kept; the part removes those from its mass
     gather     the part's tail mass
-    scatter    the tail mass before it and of all, and which draws' thresholds fall into it
+    scatter    the tail mass before the part and of all parts, and which draws have their threshold in the part
     gather     those draws
 
 Exponentials are relative to the largest logit of all, as in one process, and an entry is an int64 that sorts by logit
-and then by id, lowest first: what N changes is the rounding of sums. All processes together send, at each position, at
-most 8 · (2 K + S) bytes of entries and draws and (N - 1) · (60 + 8 N) of the rest.
+and then by id, lowest first. So N changes only the rounding of sums. All processes together send, for each position, at
+most 8 · (2 K + S) bytes of entries and draws, and (N - 1) · (60 + 8 N) bytes of the rest.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ from logit_codec import ABSENT, MAX_TOKEN_ID
 
 NO_ENTRY = -(2**63)  # sorts below every logit
 LOW = 2**32 - 1  # the bits of an entry that hold its id, or a draw's mass
-RANKED_BLOCK = 32  # logits that are ranked, or not, by their maximum
-RANKED_AT_ONCE = 2**18  # logits that are ranked entry by entry: what that holds stays in a CPU's cache
-DRAWN_AT_ONCE = 2**17  # likewise, of draws' blocks
-TIMES_ON_CUDA = 16  # more of them at once: 250 MB, and few launches
+RANKED_BLOCK = 32  # logits in a block; only blocks with the largest maxima are ranked entry by entry
+RANKED_AT_ONCE = 2**18  # logits that are ranked entry by entry at once, so that the data stays in a CPU's cache
+DRAWN_AT_ONCE = 2**17  # likewise, logits in the blocks of draws
+TIMES_ON_CUDA = 16  # times as many at once on CUDA: 250 MB, and few launches
 
 
 @torch.inference_mode()
@@ -45,11 +45,11 @@ def select_in_parts(
 ) -> dict[str, torch.Tensor] | None:
     """As ``selection.select``, called by every process of a torch.distributed ``group`` with its part of the logits.
 
-    ``logits`` (R, V_part) are those of ids ``first_id`` and on, and may be overwritten; what is past ``vocabulary`` is
-    not there, and a part may be empty. The parts follow one another in the order of the group's ranks. ``tokens`` (R,)
-    int64 and ``uniforms`` (R,) float64 are the same in all. The group's first process gets the fields of
-    ``Distributions`` on its logits' device, the others None. ToolkitError where the parts don't make up the vocabulary.
-    On CUDA it waits for the host: how many entries and draws travel is only known then.
+    ``logits`` (R, V_part) are those of ids from ``first_id`` on, and may be overwritten. Columns past ``vocabulary``
+    are ignored, and a part may be empty. The parts follow one another in the order of the group's ranks. ``tokens``
+    (R,) int64 and ``uniforms`` (R,) float64 are the same in all processes. The group's first process gets the fields of
+    ``Distributions`` on its logits' device, the others None. Raises ToolkitError if the parts do not make up the
+    vocabulary. On CUDA this synchronizes with the host, which has to know how many entries and draws are sent.
     """
     messages, part = Messages(group), _Part(logits, first_id, vocabulary, settings)
     first = _First(uniforms, settings) if messages.is_first else None
@@ -85,7 +85,7 @@ class _Part:
         self.best = _ranked(self._logits[:, : self._storable], first_id, settings.top_k)
 
     def target(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The target tokens' logits (R,), +inf where they are of another part."""
+        """The target tokens' logits (R,), +inf for tokens in another part."""
         column, width = tokens - self._first_id, self._logits.shape[1]
         if not width:
             return torch.full_like(self.highest, torch.inf)
@@ -93,16 +93,16 @@ class _Part:
         return found.where((column >= 0) & (column < width), torch.inf)
 
     def landmarks(self, num_parts: int) -> torch.Tensor:
-        """At most N of the part's K best entries (R, K), evenly spaced, each the last of as many."""
+        """At most N of the part's K best entries (R, K): the last of every ceil(K / N)."""
         step = _step(self._settings.top_k, num_parts)
         return self.best[:, step - 1 :: step]
 
     def agreement(self, num_parts: int) -> list[torch.Tensor]:
-        """What ``_First.agree`` is like."""
+        """Tensors with the shapes and dtypes of what ``_First.agree`` returns."""
         return [self.ids.new_empty(num_parts, 2), self.highest, self.best[:, 0]]
 
     def weigh(self, highest: torch.Tensor, least: torch.Tensor) -> None:
-        """Exponentials in the logits' place, and which of the best entries are as good as ``least`` (R,)."""
+        """Replace the logits by exponentials, and choose the best entries that reach ``least`` (R,)."""
         self._mass = self._logits.sub_(highest[:, None]).exp_()
         self.total = block_sums(self._mass).sum(dim=1)
         self.chosen = (self.best >= least[:, None]) & (self.best > NO_ENTRY)
@@ -116,25 +116,25 @@ class _Part:
             return
         column = (_ids(self.best) - self._first_id).clamp(0, self._storable - 1)
         is_kept = torch.arange(column.shape[1], device=column.device) < num_kept[:, None]
-        first = column[:, :1]  # what is not kept writes there what belongs there
+        first = column[:, :1]  # entries that are not kept write this column's correct value there
         left = self._mass.gather(1, first) * (num_kept == 0)[:, None]
         self._mass.scatter_(1, column.where(is_kept, first), left.expand_as(column))
 
     def sum_tail(self) -> torch.Tensor:
-        """What is left of the storable mass, float64 (R,)."""
+        """The remaining storable mass, float64 (R,)."""
         self._sums = block_sums(self._mass[:, : self._storable])
         self._running = self._sums.cumsum(dim=1)
         return self._running[:, -1] if self._storable else self._sums.sum(dim=1)
 
     def shares(self) -> list[torch.Tensor]:
-        """What ``_First.share_out`` is like, for one part."""
+        """Tensors with the shapes and dtypes of what ``_First.share_out`` returns, for one part."""
         numbers = self.highest.double()
         return [numbers, numbers, numbers.to(_small(self._settings)), numbers.to(_small(self._settings))]
 
     def draw(
         self, uniforms: torch.Tensor, before: torch.Tensor, left: torch.Tensor, begin: torch.Tensor, end: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draws (R, S) as entries of id and mass, and which are asked for: those from ``begin`` to ``end``."""
+        """The draws (R, S) as entries of id and mass, and which are asked for: those from ``begin`` up to ``end``."""
         num_sampled, device = self._settings.num_sampled, uniforms.device
         asked = torch.arange(num_sampled, device=device)
         asked = (asked >= begin[:, None]) & (asked < end[:, None])
@@ -149,7 +149,7 @@ class _Part:
 
 
 class _First:
-    """What the group's first process does with what the parts tell, stacked as (N, R, …)."""
+    """What the group's first process does with the data of the parts, stacked as (N, R, …)."""
 
     def __init__(self, uniforms: torch.Tensor, settings: SelectionSettings):
         self._uniforms, self._settings = uniforms, settings
@@ -157,7 +157,7 @@ class _First:
     def agree(
         self, ids: torch.Tensor, highest: torch.Tensor, target: torch.Tensor, landmarks: torch.Tensor
     ) -> list[torch.Tensor]:
-        """All parts' first ids and widths, the largest logit (R,), and an entry (R,) that K or more are as good as."""
+        """All parts' first ids and widths, the largest logit (R,), and an entry (R,) that at least K entries reach."""
         self._highest, self._target = highest.amax(dim=0), target.amin(dim=0)
         step = _step(self._settings.top_k, len(ids))
         needed = -(-self._settings.top_k // step)
@@ -165,7 +165,7 @@ class _First:
         return [ids, self._highest, ranked[:, -1]]
 
     def places(self, totals: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Where the parts' entries come to stand, bool (N, R, K)."""
+        """Where the parts' entries are placed, bool (N, R, K)."""
         self._logsumexp = self._highest.double() + totals.sum(dim=0).log()
         return torch.arange(self._settings.top_k, device=counts.device) < counts[:, :, None]
 
@@ -181,12 +181,12 @@ class _First:
         return [(of_part & kept).sum(dim=2).to(_small(self._settings))]
 
     def share_out(self, tails: torch.Tensor) -> list[torch.Tensor]:
-        """By part (N, R): the tail mass before it and of all parts, and the draws from and up to which are its own."""
+        """By part (N, R): the tail mass before it, that of all parts, and the range of draws that belongs to it."""
         ends = tails.cumsum(dim=0)
         left = ends[-1]
         thresholds = draw_thresholds(self._uniforms, left[:, None], self._settings.num_sampled)
         order = torch.arange(len(tails), device=tails.device)[:, None]
-        # A threshold that rounding puts past the end is the last part's with mass.
+        # A threshold that rounding puts past the end belongs to the last part with mass.
         last = ((tails > 0) * order).amax(dim=0)
         owner = torch.minimum((ends[:, :, None] <= thresholds).sum(dim=0), last[:, None])
         drawn = (left > 0)[:, None]
@@ -196,7 +196,7 @@ class _First:
         return [before, left.expand_as(ends), *bounds]
 
     def results(self, draws: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The fields of ``Distributions``, with draws (N, R, S) each of which one part has, or none."""
+        """The fields of ``Distributions``. Of the draws (N, R, S), each comes from at most one part."""
         drawn = self._top["top_ids"].new_empty(len(self._highest), 0) if draws is None else draws.amax(dim=0)
         masses = (drawn & LOW).int().view(torch.float32).double()
         to_probability = (self._highest.double() - self._logsumexp).exp()[:, None]
@@ -220,12 +220,12 @@ def _check_order(parts: list[list[int]], vocabulary: int) -> None:
 
 
 def _step(top_k: int, num_parts: int) -> int:
-    """Of how many of a part's best entries the last is a landmark."""
+    """How many of a part's best entries there are for each landmark, which is the last of them."""
     return -(-top_k // num_parts)
 
 
 def _small(settings: SelectionSettings) -> torch.dtype:
-    """The dtype of numbers up to K and S."""
+    """The dtype of counts up to K and S."""
     return torch.int16 if max(settings.top_k, settings.num_sampled) < 2**15 else torch.int32
 
 
@@ -234,7 +234,7 @@ def _rows_at_once(numbers: int, numbers_a_row: int, device: torch.device) -> int
 
 
 def _entries(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 that sort by value, float32, and among equals the lower id (0 to 2**32 - 1) above the higher one."""
+    """int64 entries that sort by float32 value; among equal values, the lower id (0 to 2**32 - 1) is larger."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 is 0.0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (LOW - ids)
 
@@ -249,7 +249,7 @@ def _values(entries: torch.Tensor) -> torch.Tensor:
 
 
 def _ranked(logits: torch.Tensor, first_id: int, top_k: int) -> torch.Tensor:
-    """The K best entries of logits (R, W) for the ids from ``first_id`` on, best first, then ``NO_ENTRY``: (R, K)."""
+    """The K best entries (R, K) of logits (R, W) for ids from ``first_id`` on, best first, padded with ``NO_ENTRY``."""
     num_blocks = min(top_k, -(-logits.shape[1] // RANKED_BLOCK))
     if not num_blocks:
         return torch.full((len(logits), top_k), NO_ENTRY, dtype=torch.int64, device=logits.device)
@@ -259,7 +259,7 @@ def _ranked(logits: torch.Tensor, first_id: int, top_k: int) -> torch.Tensor:
 
 
 def _ranked_in_blocks(logits: torch.Tensor, first_id: int, top_k: int, num_blocks: int) -> torch.Tensor:
-    """They are in the ``num_blocks`` blocks with the best maxima, which are as good as whatever is in another block."""
+    """As ``_ranked``. The best entries are in the ``num_blocks`` blocks with the best maxima."""
     width, device = logits.shape[1], logits.device
     maxima = _block_maxima(logits)
     blocks = _ids(_entries(maxima, torch.arange(maxima.shape[1], device=device)).topk(num_blocks).values)

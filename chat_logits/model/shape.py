@@ -1,4 +1,4 @@
-"""A model's shape without its values: what it has of parameters, bytes and work, and how its plan divides it.
+"""A model's shape without its values: its parameters, bytes and work, and how transformers' plan divides it.
 
 It is built on torch's meta device from ``config.json`` alone; no file with weights is opened.
 """
@@ -17,35 +17,46 @@ from transformers.pytorch_utils import Conv1D
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_loading
-from chat_logits.model.bits import bits_of, generic, is_kept, quantization_of
+from chat_logits.model.bits import bits_of, is_kept, quantization_of, wildcard_name
 from chat_logits.model.loading import auto_class_of
 from chat_logits.model.memory import layer_configs
 from chat_logits.model.parts import divide
 from chat_logits.model.quantization import AS_STORED, DEQUANTIZED, QUANTIZED, ends_of
 
 INDEX = "model.safetensors.index.json"
-# What configurations call the number of experts that a token goes to, beside the shared ones.
+# Names in configurations for the number of experts that a token goes to (besides shared ones), and for that of experts.
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")  # how many
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 IN_EXPERTS = re.compile(r"(?:^|\.)experts\.")  # a parameter's name
-MIXTURE = re.compile("moe|expert", re.IGNORECASE)  # a module's class
-LISTED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")  # of a model that keeps each in a module of its own
-# Of transformers' styles, the dimension that weights and biases (None: whole everywhere) are divided along.
+MIXTURE = re.compile("moe|expert", re.IGNORECASE)  # the class of a module
+LISTED_EXPERT = re.compile(
+    r"\bexperts\.(\d+)\."
+)  # a parameter's name in a model with a separate module for each expert
+# For each of transformers' styles, the dimension along which weights and biases are divided (None: whole everywhere).
 DIVIDED = {
     **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise"), (-2, -1)),
     **dict.fromkeys(("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise"), (-1, None)),
-    **{"embedding_rowwise": (0, 0), "embedding_colwise": (1, None), "grouped_gemm": (0, 0)},
+    "embedding_rowwise": (0, 0),
+    "embedding_colwise": (1, None),
+    "grouped_gemm": (0, 0),
 }
 LINEAR = {"bitsandbytes": (torch.nn.Linear, Conv1D), "torchao": (torch.nn.Linear,)}  # what is quantised on loading
 WHOLE = {
-    *("replicated_with_grad_allreduce", "replicate", "sequence_parallel", "local_params", "mla_kv_a_proj"),
-    *("all_reduce", "moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts"),
+    "replicated_with_grad_allreduce",
+    "replicate",
+    "sequence_parallel",
+    "local_params",
+    "mla_kv_a_proj",
+    "all_reduce",
+    "moe_tp_experts",
+    "moe_identity_expert",
+    "ep_dispatch_experts",
 }
 
 
 class Part(NamedTuple):
-    """A parameter: of all its numbers, ``active`` work on a token; ``in_layers`` are those of the text model that are
-    no embedding and no lm_head."""
+    """A parameter. ``active`` is how many of its numbers work on a token; ``in_layers`` says that it belongs to the
+    text model, and is neither an embedding nor the lm_head."""
 
     name: str
     weights: torch.Tensor
@@ -54,7 +65,7 @@ class Part(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How processes share a model: a style for each module, whether each has all of attention, and why they cannot."""
+    """How processes share a model: a style for each module, whether each has all of attention; or why they cannot."""
 
     styles: dict[str, str]
     is_attention_whole: bool = False
@@ -65,9 +76,9 @@ class Split(NamedTuple):
 class Shape:
     """A model on the meta device, in the number format that it would be loaded in.
 
-    ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``quantization`` is how its
-    weights are quantised, None for those that are not, ``on_loading`` whether its checkpoint's are not yet. ``on_cpu``
-    is where it would work.
+    ``stored`` are the bytes of its checkpoint's tensors by its index, None without one. ``quantization`` says how its
+    weights are quantised, None if they are not, and ``on_loading`` that this is done only on loading. ``on_cpu`` says
+    that it would compute on the CPU.
     """
 
     model: Any
@@ -90,12 +101,13 @@ class Shape:
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters; what is tied counts once."""
+        """The number of all parameters; tied ones count once."""
         return sum(part.weights.numel() for part in self._parts)
 
     @cached_property
     def experts(self) -> dict[str, int]:
-        """How many there are, by the parameter that has several, or one of several; empty where there are none."""
+        """The number of experts, by the name of each parameter that holds several experts, or one of several; empty
+        without experts."""
         found: dict[str, int] = {}
         for name, module in self.model.named_modules():
             own = dict(module.named_parameters(prefix=name, recurse=False))
@@ -111,7 +123,7 @@ class Shape:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether it has experts, in whatever form."""
+        """Whether it has experts, in any form."""
         return bool(self.experts) or self.has_unknown_experts
 
     @cached_property
@@ -127,32 +139,32 @@ class Shape:
 
     @property
     def experts_a_token(self) -> int | None:
-        """The routed experts that a token goes to; None for no mixture, or one that does not say."""
+        """The number of routed experts that a token goes to; None without experts, or if the config does not say."""
         named = [getattr(self._text, name, None) for name in EXPERTS_A_TOKEN]
         return next((count for count in named if type(count) is int), None) if self.experts else None
 
     @property
     def active(self) -> int | None:
-        """The parameters that work on one token, None where a mixture does not say how many experts do, or has its
-        experts in a form that is not known here."""
+        """The number of parameters that work on one token; None if a mixture does not say how many experts a token
+        goes to, or has its experts in an unknown form."""
         return sum(part.active for part in self._parts) if self._says_active else None
 
     def active_in_layers(self, processes: int = 1) -> int | None:
-        """Of ``active`` those of the layers, in the process with most of them; None as there."""
+        """As ``active``, only in the layers, for the process with the most of them."""
         split = self.split(processes)
         own = [part.active * self._share(part, split, processes) for part in self._parts if part.in_layers]
         return round(sum(own)) if self._says_active else None
 
     @property
     def attended(self) -> int:
-        """Numbers that a token's attention takes of each token it sees: heads × (query + value) × layers."""
+        """Multiplications of a token's attention for each token that it sees: heads × (query + value) × layers."""
         configs = layer_configs(self._text)
         kinds = getattr(self._text, "layer_types", None) or ["full_attention"] * self._text.num_hidden_layers
         layers = zip(configs if len(configs) > 1 else configs * len(kinds), kinds, strict=True)
         return sum(_attended(one) for one, kind in layers if kind.endswith("attention") and "linear" not in kind)
 
     def weight_bytes(self, processes: int = 1) -> int:
-        """Bytes of weights in the process with most, of so many that share the model."""
+        """Bytes of weights in the process with the most, if so many processes share the model."""
         split = self.split(processes)
         own = sum(self._bytes_of(part) * self._share(part, split, processes) for part in self._parts)
         if self.quantization is None or self.on_loading or self.stored is None:
@@ -160,9 +172,10 @@ class Shape:
         return math.ceil(self.stored * own / sum(map(self._bytes_of, self._parts)))
 
     def split(self, processes: int) -> Split:
-        """How so many processes share the model: by transformers' plan, as far as its sizes divide.
+        """How so many processes share the model: by transformers' plan, as far as its sizes divide evenly.
 
-        Where heads do not, each process has all of attention; experts go by number where that divides.
+        If the heads do not divide, each process has all of attention; whole experts are distributed if their number
+        divides.
         """
         if processes == 1:
             return Split({})
@@ -175,7 +188,7 @@ class Shape:
         if self.quantization is not None or quantization_of(self.model.config) is not None:
             return "quantised weights are not shared"
         if not any("*" in name and style in DIVIDED for name, style in styles.items()):
-            return f"transformers' plan has nothing of {self.name}'s layers that divides by {processes}"
+            return f"transformers' plan has nothing in {self.name}'s layers that divides by {processes}"
         for part in self._parts:
             dimension, style = self._divided_along(part, styles), _style_of(part.name, styles)
             if dimension is not None and "packed" in style and part.weights.shape[dimension] % (2 * processes):
@@ -203,7 +216,7 @@ class Shape:
         return ends_of(self.model)
 
     def _active_of(self, name: str, weights: torch.Tensor) -> int:
-        """Numbers of a parameter that work on a token, in the mean over experts."""
+        """Numbers of a parameter that work on a token, on average over experts."""
         count = self.experts.get(name)
         if count is None or self.experts_a_token is None:
             return weights.numel()
@@ -213,7 +226,7 @@ class Shape:
     def in_fewer_bits(self) -> dict[str, int]:
         """The quantised parameters, and how many numbers each has.
 
-        On loading these are the linear layers' matrices; experts that lie in one tensor stay as they are.
+        On loading these are the linear layers' matrices; experts that are stored in one tensor stay unquantised.
         """
         if self.quantization is None:
             return {}
@@ -233,7 +246,7 @@ class Shape:
         return part.weights.numel() * bits / 8
 
     def _share(self, part: Part, split: Split, processes: int) -> float:
-        """The share of a parameter that the process with most of it has."""
+        """The share of a parameter in the process with the most of it."""
         dimension = self._divided_along(part, split.styles)
         if dimension is None:
             return 1
@@ -246,7 +259,7 @@ class Shape:
 
 
 def _attended(config) -> int:
-    """Heads × (query + value) of a layer with this configuration."""
+    """Heads × (query + value) for a layer with this configuration."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     query, value = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
@@ -254,8 +267,8 @@ def _attended(config) -> int:
 
 
 def _style_of(name: str, styles: dict[str, str]) -> str:
-    """The style of a parameter: its own, or its module's."""
-    parameter = generic(name)
+    """The style of a parameter: its own, or that of its module."""
+    parameter = wildcard_name(name)
     return styles.get(parameter) or styles.get(parameter.rsplit(".", 1)[0], "replicate")
 
 
@@ -268,11 +281,11 @@ def shape_of(
     on_cpu: bool = False,
     quantization: dict | None = None,
 ) -> Shape:
-    """The shape of the model with this configuration, whose checkpoint's index is looked for at ``model_id``.
+    """The shape of the model with this configuration; the checkpoint's index is looked up at ``model_id``.
 
-    ``dtype`` "auto" is the configuration's, and float32 ``on_cpu``, as a run loads it. ``quantization`` is as
-    ``find_quantization`` has it, None for the configuration's own. Raises ToolkitError for a model
-    that cannot be built, UsageError where a number format or the bits of a quantised weight are not named.
+    ``dtype`` "auto" is the configuration's, or float32 if ``on_cpu``, as a run loads it. ``quantization`` is a result
+    of ``find_quantization``, None for the configuration's own. Raises ToolkitError for a model that cannot be built,
+    UsageError if a number format or the bits of a quantised weight are not given.
     """
     kind = _dtype_of(config, dtype, on_cpu)
     stored = _stored_bytes(model_id, revision) if model_id else None
@@ -308,7 +321,7 @@ def _dtype_of(config, dtype: str, on_cpu: bool) -> torch.dtype:
 
 
 def _stored_bytes(model_id: str, revision: str | None) -> int | None:
-    """``total_size`` of a sharded checkpoint's index, None where there is no such file."""
+    """``total_size`` in a sharded checkpoint's index, None if there is no such file."""
     from transformers.utils import cached_file
 
     try:

@@ -1,11 +1,13 @@
-"""The model's side: token ids and positions to the logits that predict the extracted tokens, and what is selected.
+"""The model's side: from token ids and positions to the logits that predict the extracted tokens, and the selection.
 
-Only the rows of the hidden state that predict an extracted token meet the lm_head, by a pre-hook on the model's own
-output embedding, so that whatever the model does to its logits afterwards is done to these.
+Only the hidden states that predict an extracted token reach the lm_head. A pre-hook on the model's own output embedding
+selects them, so that whatever the model does to its logits afterwards is done to these.
 """
 
 import copy
+import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,18 +17,17 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chat_logits.model.devices import input_device
 from chat_logits.model.group import group_of, in_step
 from chat_logits.model.head import head_inputs
-from chat_logits.model.loading import input_device
 from chat_logits.model.parts import HeadPart, join_logits
 from chat_logits.model.selection import PendingDistributions, SelectionSettings, select
 from chat_logits.model.selection_parts import select_in_parts
 
-LENGTH_DEPENDENT = ("longrope", "dynamic")  # rotary embeddings whose frequencies depend on the batch's longest
-# PyTorch's own kernels: cuDNN's make a plan, in about 50 ms, for every shape of a batch, and each batch has its own.
+LENGTH_DEPENDENT = ("longrope", "dynamic")  # kinds of rotary embeddings with frequencies that depend on the length
+# PyTorch's own kernels: cuDNN needs about 50 ms to plan for each new batch shape, and every batch has a new one.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-NOT_HERE = cast(PendingDistributions, None)  # distributions in processes that follow
-WITHOUT_FLOAT64 = ("mps",)  # where totals cannot be kept; their logits are selected from on the CPU
+NOT_HERE = cast(PendingDistributions, None)  # the distributions in processes other than the first
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,19 @@ class Request:
     uniforms: np.ndarray
 
     def with_ids(self, input_ids: np.ndarray) -> "Request":
-        """The same positions of another conversation."""
+        """The same request for another conversation."""
         return Request(input_ids, self.positions, self.uniforms)
 
     @property
     def read_ids(self) -> np.ndarray:
-        """The tokens the model has to read: up to the one that predicts the last extracted one, and no further."""
+        """The tokens that the model has to read: up to the one that predicts the last extracted token."""
         return self.input_ids[: self.positions[-1]]
 
 
 def length_switch(config) -> int | None:
-    """The length from which rotary frequencies follow the longest conversation of a batch, or None where they never do.
+    """The length above which rotary frequencies depend on the longest conversation of a batch; None if they never do.
 
-    Conversations on both sides of it must not share a batch or a cache, nor may one be read in part.
+    Shorter and longer conversations must not share a batch or a cache, and each must be read whole.
     """
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
@@ -66,13 +67,13 @@ def length_switch(config) -> int | None:
 
 
 class Teacher:
-    """A model as it is run: its rows in pieces of bounded size, and a shared prefix's cache.
+    """Runs a model: rows of logits in pieces of bounded size, and the cache of a shared prefix.
 
-    ``logit_rows`` bounds the rows of logits at once. With ``reads_whole`` conversations are read to their ends, which
-    matters where logits depend on a batch's length.
+    ``logit_rows`` limits the rows of logits at once. With ``reads_whole``, conversations are read to their ends, which
+    matters if logits depend on a batch's length.
 
-    Of a model that a group of processes computes, each process has its teacher, whose calls are in step. That of the
-    first alone gives distributions; of the others' logits it gets no more than is kept.
+    If a group of processes computes the model, each process has a teacher, and their calls are in step. Only the first
+    process' teacher returns distributions; from the others' logits it gets only what is needed for that.
     """
 
     def __init__(self, model, logit_rows: int):
@@ -89,7 +90,7 @@ class Teacher:
 
     @property
     def owner(self) -> tuple:
-        """By what the other processes know this teacher, and what its calls depend on."""
+        """How the other processes identify this teacher, and the state that its calls depend on."""
         return (
             self._number,
             Teacher,
@@ -100,7 +101,7 @@ class Teacher:
     @in_step
     @torch.inference_mode()
     def hold_prefix(self, ids: np.ndarray) -> None:
-        """Compute the key-value cache of a prefix that the next batches share; an empty one clears it."""
+        """Compute the key-value cache of a prefix that the next batches share; an empty prefix clears it."""
         self._prefix_ids, self._prefix_cache = ids, None
         if len(ids):
             inputs = torch.from_numpy(ids)[None].to(self.device)
@@ -109,16 +110,16 @@ class Teacher:
             self._prefix_cache = outputs["cache" if "cache" in outputs else "past_key_values"]
 
     def holds_plain_cache(self, kinds: tuple[type, ...]) -> bool:
-        """Whether every layer of the prefix's cache is of one of these kinds."""
+        """Whether each layer of the prefix's cache is of one of these types."""
         return all(type(layer) in kinds for layer in self._prefix_cache.layers)
 
     @in_step
     def distributions(self, requests: list[Request], settings: SelectionSettings) -> PendingDistributions:
-        """What the model says at every extracted position of the requests, one after another.
+        """The model's distributions at every extracted position of the requests, one request after another.
 
         All requests begin with the prefix that is held, and none of its tokens predicts an extracted one.
         """
-        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
+        device = self.device if _has_float64(self.device) else "cpu"  # totals need float64
         tokens = _upload(torch.from_numpy(np.concatenate([r.input_ids[r.positions] for r in requests])), device)
         uniforms = _upload(torch.from_numpy(np.concatenate([r.uniforms for r in requests])), device)
         pieces: list[Any] = []
@@ -127,7 +128,7 @@ class Teacher:
             logits = logits.to(device)
             part = slice(start, start + len(logits))
             pieces.append(self._select(logits, tokens[part], uniforms[part], settings))
-            del logits  # or it would live on beside the next piece's
+            del logits  # else it would stay in memory together with the next piece
             start = part.stop
         return PendingDistributions(pieces) if group is None or group.leads else NOT_HERE
 
@@ -143,16 +144,16 @@ class Teacher:
     def row_logits(self, requests: list[Request]) -> list[torch.Tensor]:
         """Logits that predict the requests' extracted tokens, in order, at most ``logit_rows`` (n, V) at once.
 
-        In every process of a group, all of the vocabulary's.
+        Every process of a group gets those of the whole vocabulary.
         """
         pieces = self._pieces(requests)
         return [join_logits(piece, self._head_part, self.computing_group) for piece in pieces]
 
     def _pieces(self, requests: list[Request]) -> Iterator[torch.Tensor]:
-        """As ``row_logits``, but of what a process has of the vocabulary.
+        """As ``row_logits``, for this process' part of the vocabulary.
 
-        More rows than that go through the model's own head and tail in pieces, without the decoder again: their
-        hidden states are kept, and put in the place of a dummy token's.
+        If there are more than ``logit_rows`` rows, their hidden states are kept, and go through the lm_head and what
+        follows it in pieces, in place of a dummy token's; the decoder does not run again for them.
         """
         sample = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.positions) for r in requests]))
         before = torch.from_numpy(np.concatenate([r.positions for r in requests])) - 1 - len(self._prefix_ids)
@@ -176,35 +177,69 @@ class Teacher:
 
     @torch.inference_mode()
     def _forward(self, requests: list[Request], pick) -> torch.Tensor:
-        """The model's logits for the hidden states that ``pick`` leaves. Pads on the right, so positions count up."""
+        """The model's logits for the hidden states that ``pick`` returns. Pads on the right, so that positions count up
+        from the start."""
         shared = len(self._prefix_ids)
         read = [request.input_ids if self.reads_whole else request.read_ids for request in requests]
         lengths = [len(ids) - shared for ids in read]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for row, sequence in zip(ids, read, strict=True):
             row[: len(sequence) - shared] = torch.from_numpy(sequence[shared:])
-        # No attention mask: what stands behind a token, padding too, is hidden from it by causality already.
+        # No attention mask is needed: causality already hides all later tokens, and so the padding.
         inputs = {"input_ids": _upload(ids, self.device), "use_cache": bool(shared)}
         if shared:
             inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
             inputs[self._cache_name].batch_repeat_interleave(len(requests))
-        with self._head_inputs(pick):
+        with self._head_inputs(pick), _nothing_packed():
             return self.model(**inputs).logits
 
     @torch.inference_mode()
     def _dummy_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)):
+        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)), _nothing_packed():
             return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits
 
     @contextmanager
     def _head_inputs(self, pick) -> Iterator[None]:
-        """As ``head_inputs``, with the kernels of attention that are chosen for CUDA."""
+        """As ``head_inputs``, with the attention kernels that are chosen for CUDA."""
         with head_inputs(self.model, pick), sdpa_kernel(ATTENTION) if self.device.type == "cuda" else nullcontext():
             yield
 
 
+class _Thread(threading.local):
+    packs = True  # whether a row of a model's inputs may hold several texts one after another
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Within, in this thread, transformers does not look for rows with several texts: the host would wait for a GPU."""
+    _find_packed_only_if_there()
+    _thread.packs = False
+    try:
+        yield
+    finally:
+        _thread.packs = True
+
+
+@functools.cache
+def _find_packed_only_if_there() -> None:
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda ids: find(ids) if _thread.packs else None
+
+
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's and some of Intel's do not."""
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
+
+
 def _upload(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on the device; on its way to a GPU nothing waits for it."""
+    """The tensor on the device; the copy to a GPU is asynchronous."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

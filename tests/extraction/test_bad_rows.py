@@ -60,9 +60,9 @@ def test_bad_lines_are_skipped_counted_and_named(extract, tmp_path, capsys):
     assert extract(tmp_path / "chats.jsonl") == 0
     told = capsys.readouterr()
     for number, reason in (
-        (4, "a line that is no JSON"),
+        (4, "a line that is not JSON"),
         (12, "half of a surrogate pair"),
-        (13, "no list of messages"),
+        (13, "not a list of messages"),
     ):
         assert f"Skipped: chats.jsonl, line {number}: " in told.err and reason in told.err
     assert "Conversations  16 written, 4 skipped" in told.out and told.err.count("Skipped: ") == 3
@@ -79,7 +79,8 @@ def test_a_run_of_bad_rows_ends_and_goes_on_with_a_higher_limit(extract, tmp_pat
     for _ in range(2):  # the second time before any model is loaded
         assert extract(tmp_path / "chats.jsonl") == 1
         told = capsys.readouterr().err
-        assert "12 of 64 source rows are bad, more than --max_bad_rows 0.01 allows: 12 × a line that is no JSON" in told
+        reasons = "12 × a line that is not JSON"
+        assert f"12 of 64 source rows are bad, more than --max_bad_rows 0.01 allows: {reasons}" in told
     assert "Loading" not in told
     assert len(list((tmp_path / "out").glob("data/*/[!.]*.parquet"))) == 8
     assert extract(tmp_path / "chats.jsonl", "--max_bad_rows", 0.5) == 0
@@ -125,7 +126,7 @@ def test_a_conversation_that_alone_is_too_large_is_skipped(extract, tmp_path, mo
     assert extract(path, "--no_prefix_cache", "--batch_tokens", 120) == 0
     told = capsys.readouterr()
     assert "1 × out of memory, even as a batch of one" in told.out
-    assert "chats.jsonl, line 6: out of memory, even as" in told.err and "going on with batches" not in told.err
+    assert "chats.jsonl, line 6: out of memory, even as" in told.err and "continuing with batches" not in told.err
     assert [row["source_index"] for row in open_dataset(str(tmp_path / "out")).rows()] == [0, 1, 2, 3, 4, 6, 7]
     assert max(batches) > 1
 

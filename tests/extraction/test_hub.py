@@ -220,7 +220,7 @@ def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
     folder, server = workplace
     done = server.run(EXPLORE, "--logit_dataset_id", "user/questions", cwd=folder)
     assert done.returncode == 1
-    assert "user/questions: no extraction.json in it, so it is no logit dataset" in done.stderr
+    assert "user/questions: no extraction.json in it, so it is not a logit dataset" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_dataset_without_extraction_json_is_no_logit_dataset(workplace):
     [
         (Fault("refuse", "/resolve/", status=501, times=math.inf), "the Hub fails (501)"),
         (Fault("refuse", "info", status=500, times=math.inf), "the Hub fails (500)"),
-        (Fault("stray", "info"), "HTML in place of the Hub's JSON"),
+        (Fault("stray", "info"), "HTML instead of the Hub's JSON"),
         (
             Fault("refuse", "info", status=403, headers={"X-Error-Message": "Your plan has ended."}),
             "the Hub refuses (403: Your plan has ended.)",

@@ -132,7 +132,10 @@ def test_a_worker_takes_as_many_gpus_as_it_is_to_have_and_the_others_do_not_wait
     finally:
         nodes.cluster.remove_node(node, allow_graceful=False)
     assert "Starting 3 workers on Ray, each on 2 GPUs (there is room for 2 now" in run.said
-    assert len(re.findall(r"Worker \d has its model", run.said)) == 2
+    told = (
+        r"Worker \d has its model: .*, cpu \(Ray gave it 2 GPUs, torch finds none: an old driver, or a build for CPUs\)"
+    )
+    assert len(re.findall(told, run.said)) == 2
     assert files_in(tmp_path / "spread") == undisturbed
 
 
@@ -202,7 +205,7 @@ def test_uploads_that_are_refused_end_the_run_within_a_few_shards(undisturbed, s
         hub.clear_faults()
     assert "Given up" not in stopped.said and "all others are done" not in stopped.said
     told = stopped.said.splitlines()[-2:]
-    assert re.match(r"error: --output_repo user/revoked: the Hub refuses \(403: .+\)\. Put that right there", told[0])
+    assert re.match(r"error: --output_repo user/revoked: the Hub refuses \(403: .+\)\. Fix this there", told[0])
     assert told[1] == (
         "Finished shards cannot be stored anywhere. Fix access to the Hub and run the same command to resume."
     )
@@ -221,7 +224,7 @@ def test_a_hub_that_refuses_ends_the_run_at_once_and_one_that_is_away_lets_none_
         assert refused.wait() == 1, refused.said
     finally:
         hub.clear_faults()
-    assert re.search(r"the Hub refuses \(403: .+\)\. Put that right there", refused.said)
+    assert re.search(r"the Hub refuses \(403: .+\)\. Fix this there", refused.said)
     assert re.search(r"\d+ of them are nowhere else", refused.said) and "all are in" not in refused.said
     last = "error: Stopping: the Hub refused the commit, and these shards are stored nowhere else."
     assert refused.said.splitlines()[-1] == last

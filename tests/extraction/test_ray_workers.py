@@ -193,4 +193,4 @@ def test_a_stream_without_a_length_is_refused(flags, chat_file):
     source = chat_file([{"question": "Who?", "answer": "Nobody has counted these."}] * 5)  # nor cached them
     run = Command(flags("stream", "--num_workers", 2, "--streaming", "--dataset_id", source))
     assert run.wait() == 2, run.said
-    assert "is streamed and nobody knows its length. Leave out --streaming" in run.said
+    assert "is streamed and its length is not known. Leave out --streaming" in run.said

@@ -403,7 +403,7 @@ def test_a_full_disk_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(fla
     script = FULL_DISK.format(size=size, place=place, command=command)
     done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert f"error: the disk of {place}/out is full (" in done.stderr and "the same command goes on" in done.stderr
+    assert f"error: the disk of {place}/out is full (" in done.stderr and "the same command to resume" in done.stderr
     assert "not expected" not in done.stderr
     assert 0 < int((tmp_path / "finished").read_text()) < SHARDS
     assert (tmp_path / "leftovers").read_text() == ""

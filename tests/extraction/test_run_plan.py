@@ -102,7 +102,7 @@ def test_without_a_dataset_its_options_are_told_and_the_models_count(unreadable,
     assert extract_logits.main([*given, "--top_k", "8", "--max_samples", "5"]) == 0
     out, err = capsys.readouterr()
     assert re.search(r"cards a worker +\| +2 \| --tensor_parallel", out) and "which is taken" in out
-    assert "No --dataset_id: the plan is the model's part alone, without --max_samples, --top_k" in err
+    assert "No --dataset_id: the plan is only the model's part, without --max_samples, --top_k" in err
 
 
 def test_the_bytes_of_a_sharded_checkpoint_are_its_indexs(unreadable):

@@ -26,7 +26,7 @@ def test_a_run_goes_on_beside_files_that_are_no_shards(flags, quick_run, tmp_pat
     for _ in range(2):
         assert extract_logits.main(flags("out")) == 0
         told = capsys.readouterr().err
-        (line,) = [line for line in told.splitlines() if "no shards of this run by their names" in line]
+        (line,) = [line for line in told.splitlines() if "these are not shards of this run" in line]
         named = [f"data/00000/{name}" for name in sorted(STRAYS)[:3]]
         assert f"{out}: " in line and f"left alone: {', '.join(named)} and 2 others. Move" in line
         assert "Set aside" not in told

@@ -120,7 +120,7 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path):
 
 def test_a_record_of_another_form_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ToolkitError, match=r"its adapter_config\.json is no JSON object"):
+    with pytest.raises(ToolkitError, match=r"its adapter_config\.json is not a JSON object"):
         find_base(str(tmp_path))
     (tmp_path / "adapter_config.json").write_bytes(b"{\xff")
     with pytest.raises(ToolkitError, match=r"its adapter_config\.json cannot be read: 'utf-8' codec"):

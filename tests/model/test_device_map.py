@@ -22,9 +22,9 @@ from test_teacher_model import random_requests, request, rows
 
 import extract_logits
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import loading
+from chat_logits.model import devices, loading
 from chat_logits.model import memory as memory_budget
-from chat_logits.model.batching import Budget
+from chat_logits.model.batch_plan import Budget
 from chat_logits.model.probe import probe_model
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
@@ -99,7 +99,7 @@ def test_embeddings_on_disk_give_the_same_rows(checkpoint):
     plain = loading.load_model(checkpoint)
     spread = loading.load_model(checkpoint, device_map="auto", max_memory={"cpu": 0})
     assert offloaded(spread) == {name for name, _ in plain.named_parameters(remove_duplicate=False)}
-    assert spread.device.type == "meta" and loading.input_device(spread).type == "cpu"
+    assert spread.device.type == "meta" and devices.input_device(spread).type == "cpu"
     assert_same_rows(spread, plain)
     assert probe_model(spread).prefix and probe_model(plain).prefix
 
@@ -197,7 +197,7 @@ def test_a_budget_leaves_room_for_what_is_fetched(tmp_path, monkeypatch):
     plain = loading.load_model(str(tmp_path))
     spread = loading.load_model(str(tmp_path), device_map="auto", max_memory={"cpu": 0})
     head = 1000 * 32 * 4
-    assert loading.largest_fetch(plain) == 0 and loading.largest_fetch(spread) == head
+    assert devices.largest_fetch(plain) == 0 and devices.largest_fetch(spread) == head
     found, expected = (memory_budget.peak_memory(model, Budget(64, 10), 64, 10, True) for model in (spread, plain))
     assert found - expected == 2 * head
     monkeypatch.setattr(memory_budget, "total_memory", lambda device: {"cpu": 2**20 + 2 * head}[device.type])
@@ -213,7 +213,7 @@ def test_the_smallest_accelerator_sets_the_budget(monkeypatch):
     model = random_model("llama")
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     model.hf_device_map = {"model.embed_tokens": first, "model.layers": second, "model.norm": "cpu", "lm_head": "disk"}
-    assert sorted(loading.compute_devices(model), key=str) == [first, second]
+    assert sorted(devices.compute_devices(model), key=str) == [first, second]
     totals = {first: 2**30, second: 2**20, torch.device("cpu"): 2**10}
     monkeypatch.setattr(memory_budget, "total_memory", totals.__getitem__)
     assert memory_budget.choose_budget(model, None, None).logit_rows == 2**16 // 4000
@@ -243,7 +243,7 @@ def test_no_operation_mixes_devices(family, spread):
         assert probe_model(model).prefix and probe_model(plain).prefix
         for some, prefix, logit_rows in ((requests, (), 1000), (with_beginning(requests, beginning), beginning, 7)):
             found = rows(model, some, logit_rows, prefix)
-            assert found.device == loading.input_device(model)
+            assert found.device == devices.input_device(model)
             assert_close(found.cpu(), rows(plain, some, logit_rows, prefix))
         found, expected = (Teacher(some, 7).distributions(requests, SETTINGS).wait() for some in (model, plain))
     for name in ("logsumexp", "token_log_probs"):
@@ -275,7 +275,7 @@ def untie(model) -> None:
 
 
 def test_limits_are_read_from_json():
-    read = loading.read_max_memory
+    read = devices.read_max_memory
     assert read(None) is None
     given = {"cpu": "1.5GiB", "disk": 7}
     assert read(given) == {"cpu": 3 * 2**29, "disk": 7} and given == {"cpu": "1.5GiB", "disk": 7}

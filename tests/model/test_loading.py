@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BartConfig, T5Config, ViTConfig
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import loading
+from chat_logits.model import loading, precision
 from chat_logits.model.limits import input_limits
 from chat_logits.model.probe import probe_model
 from chat_logits.model.selection import SelectionSettings
@@ -43,6 +43,31 @@ def test_within_autocast_no_model_is_loaded(tmp_path):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match=r"called within torch\.autocast"):
         loading.load_model(str(folder))
     loading.load_model(str(folder))
+
+
+SET_TO_FEWER_BITS = {
+    "as containers do": lambda: torch.set_float32_matmul_precision("high"),
+    "to bfloat16": lambda: torch.set_float32_matmul_precision("medium"),
+    "by the other way": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("way", SET_TO_FEWER_BITS)
+def test_float32_is_whole_whatever_the_process_was_set_to(tmp_path, caplog, way):
+    folder = make_tiny_model(tmp_path, vocab_size=1000)
+    SET_TO_FEWER_BITS[way]()
+    loading.load_model(str(folder))
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    assert (cuda.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (False, False, "highest")
+    kinds = (cuda, cudnn.conv, torch.backends.mkldnn.matmul)
+    assert [kind.fp32_precision for kind in kinds] == ["ieee"] * 3
+    assert "float32 products were set to fewer bits" in caplog.text
+
+
+def test_tf32_below_torch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(UsageError, match="NVIDIA_TF32_OVERRIDE=1 in the environment rounds float32 products"):
+        loading.load_model(str(make_tiny_model(tmp_path, vocab_size=1000)))
 
 
 def test_missing_tensors_are_named(changed):
@@ -95,18 +120,18 @@ def test_weights_in_the_checkpoints_dtype_are_pages_of_its_files(tmp_path, dtype
 
 @pytest.mark.parametrize(("kind", "is_told"), [("bfloat16", True), ("float16", False), ("float32", False)])
 def test_a_card_that_emulates_bfloat16_is_named(monkeypatch, caplog, kind, is_told):
-    monkeypatch.setattr(loading, "_emulating_card", lambda device: "Tesla T4" if device.type == "cuda" else None)
+    monkeypatch.setattr(precision, "_emulating_card", lambda device: "Tesla T4" if device.type == "cuda" else None)
     model = random_model("llama").to(getattr(torch, kind))
     with caplog.at_level(logging.WARNING, "chat_logits"):
-        loading._tell_of_emulation("a/model", model, [torch.device("cpu")])
+        precision.tell_of_emulation("a/model", model, [torch.device("cpu")])
         assert not caplog.records
-        loading._tell_of_emulation("a/model", model, [torch.device("cuda", 0), torch.device("cuda", 1)])
+        precision.tell_of_emulation("a/model", model, [torch.device("cuda", 0), torch.device("cuda", 1)])
     assert len(caplog.records) == is_told
     assert not is_told or "a/model: in bfloat16, as its checkpoint is, for which Tesla T4 has no" in caplog.text
 
 
 def test_no_device_here_but_a_card_is_said_to_emulate():
-    assert all(loading._emulating_card(torch.device(kind)) is None for kind in ("cpu", "mps", "xpu"))
+    assert all(precision._emulating_card(torch.device(kind)) is None for kind in ("cpu", "mps", "xpu"))
 
 
 @pytest.mark.parametrize("config", [BartConfig(), T5Config()], ids=["bart", "t5"])
@@ -116,7 +141,7 @@ def test_models_with_an_encoder_are_refused(config):
 
 
 def test_models_without_a_vocabulary_are_refused():
-    with pytest.raises(ToolkitError, match="model type vit: its configuration names no vocab_size") as refused:
+    with pytest.raises(ToolkitError, match="model type vit: its configuration has no vocab_size") as refused:
         input_limits(ViTConfig())
     assert "\n" not in str(refused.value)
 

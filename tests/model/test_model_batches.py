@@ -17,7 +17,7 @@ from chat_logits.errors import ToolkitError
 from chat_logits.extraction import shard_computer
 from chat_logits.model import batching, probe
 from chat_logits.model import memory as memory_budget
-from chat_logits.model.batching import Budget
+from chat_logits.model.batch_plan import Budget
 from chat_logits.model.teacher import Teacher
 from chat_logits.storage.dataset import open_dataset
 
@@ -86,8 +86,66 @@ def test_out_of_memory_halves_the_batches_and_goes_on(extract, monkeypatch, caps
     monkeypatch.setattr(Teacher, "_forward", small)
     found = extract(ROWS, "--no_prefix_cache", out="small")
     assert_alike(found, plain)
-    said = [line for line in capsys.readouterr().err.splitlines() if "Out of memory: going on with" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "Out of memory: continuing with" in line]
     assert 1 <= len(said) <= 4 and "batches of 384 tokens" in said[0]
+
+
+def test_halved_batches_grow_again_when_there_is_room(extract, monkeypatch, capsys):
+    """Room for 150 padded tokens in the first eight passes, as beside another process that then ends."""
+    plain = extract(5 * ROWS, "--no_prefix_cache", "--rows_per_shard", "10", out="plain")
+    forward, sizes = Teacher._forward, []
+
+    def short_at_first(self, requests, pick):
+        sizes.append(max(len(r.input_ids) for r in requests) * len(requests))
+        if len(sizes) <= 8 and sizes[-1] > 150:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return forward(self, requests, pick)
+
+    monkeypatch.setattr(batching, "GROW_AFTER", 2)
+    monkeypatch.setattr(probe, "probe_model", lambda _model: batching.Sharing(prefix=False))
+    monkeypatch.setattr(Teacher, "_forward", short_at_first)
+    found = extract(5 * ROWS, "--no_prefix_cache", "--rows_per_shard", "10", out="found")
+    assert_alike(found, plain)
+    assert "Out of memory: continuing with" in capsys.readouterr().err
+    assert max(sizes[8:]) > 300  # once more a batch is as large as a shard
+
+
+def test_memory_that_another_process_has_for_a_while_costs_no_row(extract, monkeypatch, capsys):
+    """A card that says others have its memory, in which nothing finds room at the first nine attempts."""
+    plain = extract(ROWS[:3], out="plain")
+    forward, attempts = Teacher._forward, []
+
+    def taken(self, requests, pick):
+        attempts.append(requests)
+        if len(attempts) <= 9:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return forward(self, requests, pick)
+
+    monkeypatch.setattr(probe, "probe_model", lambda _model: batching.Sharing(prefix=False))
+    monkeypatch.setattr(batching, "is_taken_by_others", lambda *_: True)
+    monkeypatch.setattr(batching, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(Teacher, "_forward", taken)
+    assert_alike(extract(ROWS[:3], out="found"), plain)
+    assert "Out of memory because another process uses it: trying again in 0 s" in capsys.readouterr().err
+
+
+def test_memory_that_another_process_keeps_ends_the_run_and_loses_no_row(
+    small_model, tmp_path, chat_file, monkeypatch, capsys
+):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    options = ("--model_id", small_model, "--dataset_id", chat_file(ROWS), "--output_dir", tmp_path / "out")
+    options = [*map(str, options), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "probe_model", lambda _model: batching.Sharing(prefix=False))
+        patch.setattr(batching, "is_taken_by_others", lambda *_: True)
+        patch.setattr(batching, "PAUSES", (0,))
+        patch.setattr(Teacher, "_forward", full)
+        assert extract_logits.main(options) == 1
+    assert "another process uses its memory. End that process; the same command resumes" in capsys.readouterr().err
+    assert extract_logits.main(options) == 0
+    assert [row["source_index"] for row in rows_in(tmp_path / "out")] == list(range(len(ROWS)))
 
 
 def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_path, chat_file, monkeypatch, capsys):
@@ -101,7 +159,7 @@ def test_out_of_memory_with_one_conversation_says_what_to_do(small_model, tmp_pa
     assert extract_logits.main([*map(str, options), "--device", "cpu"]) == 1
     message = capsys.readouterr().err
     assert f"{len(ROWS)} of {len(ROWS)} source rows are bad" in message
-    assert f"{len(ROWS)} × out of memory, even as a batch of one. Such are left out" in message
+    assert f"{len(ROWS)} × out of memory, even as a batch of one. A lower" in message
     assert "--max_length" in message and "chats.jsonl, line 1: out of memory" in message
 
 
@@ -175,7 +233,7 @@ import json, re, resource, sys
 import extract_logits
 from chat_logits.model import memory as memory_budget
 from chat_logits.extraction import shard_computer
-from chat_logits.model.batching import Budget
+from chat_logits.model.batch_plan import Budget
 
 seen = {}
 run_shards = shard_computer.run_shards

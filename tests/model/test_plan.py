@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chat_logits.errors import UsageError
-from chat_logits.model.batching import Budget
+from chat_logits.model.batch_plan import Budget
 from chat_logits.model.bits import bits_of
 from chat_logits.model.cards import CARDS, GIB, card_named, known_peak, read_size
 from chat_logits.model.memory import choose_budget, peak_memory, peak_parts
@@ -242,7 +242,7 @@ def test_a_model_without_a_plan_is_not_shared():
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000}
     found = shape({"model_type": "gpt2", "dtype": "float16", **sizes})
     load, why = smallest_load(found, card_named("1MB"), True, Batching())
-    assert load is None and "transformers' plan has nothing of GPT2LMHeadModel's layers" in why
+    assert load is None and "transformers' plan has nothing in GPT2LMHeadModel's layers" in why
 
 
 def test_bits_of_a_weight_are_taken_from_the_configuration_or_not_guessed():

@@ -140,7 +140,7 @@ def test_a_quantized_lm_head_gives_no_exact_sums(even_model, monkeypatch):
     monkeypatch.setitem(METHODS, "whole", {**METHODS["torchao-int8"], "include_input_output_embeddings": True})
     model = loading.load_model(str(even_model), dtype="bfloat16", quantization="whole")
     assert type(model.lm_head.weight).__name__ == "Int8Tensor" and loading.logits_dtype(model) == "bfloat16"
-    with pytest.raises(ToolkitError, match="whose output cannot be had in float32; give `head_dtype` model"):
+    with pytest.raises(ToolkitError, match="which cannot give its output in float32; give `head_dtype` model"):
         use_head_dtype(model, "float32")
 
 

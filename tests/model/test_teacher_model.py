@@ -1,5 +1,6 @@
 """The model's side against reference forward passes of transformers and the codec's NumPy reference."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +8,16 @@ import pytest
 import torch
 from conftest import make_tiny_model
 from random_models import ARCHITECTURES, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import logit_codec
 from chat_logits.data.alignment import Alignment
 from chat_logits.data.reader import Aligned
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.model import loading
+from chat_logits.model import devices, loading
 from chat_logits.model import teacher as teacher_model
-from chat_logits.model.batching import Batches, shared_prefix
+from chat_logits.model.batch_plan import shared_prefix
+from chat_logits.model.batching import Batches
 from chat_logits.model.probe import probe_model
 from chat_logits.model.selection import SelectionSettings
 from chat_logits.model.teacher import Teacher
@@ -57,6 +60,36 @@ def test_selected_rows_are_the_plain_forwards(model_type, logit_rows):
     requests = random_requests(1000, [5, 20, 11])
     expected = plain_logits(model, requests)
     torch.testing.assert_close(rows(model, requests, logit_rows), expected, atol=2e-5, rtol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that bring a value to the host, for which it waits where a GPU computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_host_waits_for_no_value_of_a_batch(model_type):
+    model = random_model(model_type)
+    for logit_rows in (1000, 7):
+        with Reads() as reads:
+            rows(model, random_requests(1000, [5, 20, 11]), logit_rows)
+        assert reads.count == 0
+
+
+def test_rows_of_several_texts_are_found_in_other_threads_and_afterwards():
+    """Of a training that packs, in the process of an extraction."""
+    from transformers import masking_utils
+
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with teacher_model._nothing_packed(), ThreadPoolExecutor(1) as other:
+        assert masking_utils.find_packed_sequence_indices(packed) is None
+        found = other.submit(lambda: masking_utils.find_packed_sequence_indices(packed)).result()
+    assert found.tolist() == [[0, 0, 0, 1, 1]] == masking_utils.find_packed_sequence_indices(packed).tolist()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -250,7 +283,7 @@ def divergence(single, many) -> np.ndarray:
 def test_a_device_that_is_not_there_is_named():
     for name in ("cuda:7", "warp"):
         with pytest.raises(UsageError, match=rf"`device` {name}: .*Available: cpu"):
-            loading.choose_device(name)
+            devices.choose_device(name)
 
 
 def test_a_missing_model_is_explained(tmp_path):

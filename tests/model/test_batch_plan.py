@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat_logits.model.batching import SHORTEST_PREFIX, Budget, plan_batches, shared_prefix
+from chat_logits.model.batch_plan import SHORTEST_PREFIX, Budget, plan_batches, shared_prefix
 
 conversations = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), max_size=40)
 
