@@ -98,14 +98,16 @@ def test_a_preview_runs_no_model_and_writes_nothing(extract, chat_file, tmp_path
     from chat_logits.model import loading
 
     monkeypatch.setattr(loading, "load_model", None)  # would raise
-    source = chat_file([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT}])
+    written = [{"role": "user", "content": "Why <|im_end|>?"}, CHAT[1]]
+    source = chat_file([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": written}])
     before = set(tmp_path.rglob("*"))
-    assert extract(source, "--preview", 2) == 0
+    assert extract(source, "--preview", 3) == 0
     assert set(tmp_path.rglob("*")) == before
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("Source row 0: ")
     assert '  extracted     2  "Hello there"' in shown
     assert '  skipped       1  "<|im_end|>"  (special token)' in shown
+    assert shown[-2] == "  It has special tokens written in a text, which the model reads as such"
     assert shown[-1] == "Source row 1 would be skipped: no assistant turn"
 
 
@@ -238,7 +240,7 @@ def test_a_models_own_code_runs_only_if_it_is_trusted(extract, chat_file, tmp_pa
     source = chat_file([{"messages": CHAT}])
     assert extract(source, model_id=model_with_code) == 2
     message = capsys.readouterr().err
-    assert "it brings Python code of its own" in message and "--trust_remote_code" in message
+    assert "it comes with its own Python code" in message and "--trust_remote_code" in message
     assert not (tmp_path / "it ran").exists() and not (tmp_path / "out").exists()
     assert extract(source, "--trust_remote_code", model_id=model_with_code) == 0
     assert (tmp_path / "it ran").exists() and len(rows_in(tmp_path / "out")) == 1

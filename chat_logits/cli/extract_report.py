@@ -21,19 +21,21 @@ from chat_logits.words import count_text
 
 
 def preview(config: ExtractConfig, count: int) -> None:
-    """Print the first ``count`` conversations, each token with whether it is extracted. Writes nothing."""
+    """Print the first ``count`` conversations, showing for each token whether it is extracted. Writes nothing."""
     reader = open_run(config).reader
     ready, skipped = reader.align(0, count)
     for aligned in ready:
         tokens = label_tokens(aligned.alignment, reader.aligner.tokenizer)
         print_preview(f"Source row {aligned.source_index}", tokens)
+        for remark in aligned.remarks:
+            print(f"  It has {remark}")
     for entry in skipped:
         place = f" ({visible(entry['place'])})" if "place" in entry else ""
         print(f"Source row {entry['row']}{place} would be skipped: {visible(entry['reason'])}")
 
 
 def show_plan(config: ModelConfig, plan_for: str | None) -> None:
-    """Print what a run needs and takes, or a model alone, on this card. Loads no weights, writes nothing."""
+    """Print what a run, or only its model, needs and takes on this card. Loads no weights, writes nothing."""
     with stage("Importing torch and transformers"):
         from chat_logits.display.plan_tables import print_plan
         from chat_logits.extraction.plan import plan
@@ -42,7 +44,7 @@ def show_plan(config: ModelConfig, plan_for: str | None) -> None:
 
 
 def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
-    """The closing lines: what was written, what was skipped and why, how large and how likely it is.
+    """Print the final lines: what was written, what was skipped and why, its size and likelihood.
 
     ``asked`` is the config that the run was started or resumed with.
     """
@@ -73,7 +75,7 @@ def _likelihood_text(mean_nll: float | None) -> str:
 
 
 def _time_text(done: Extraction) -> str:
-    """How long this start took, and how fast what it extracted was."""
+    """How long this start took, and how many tokens it extracted per second."""
     whole = duration_text(done.seconds)
     if not done.new_tokens:
         return f"{whole}; nothing was left to compute"
@@ -82,7 +84,7 @@ def _time_text(done: Extraction) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time in words, to the second from a minute on.
+    """A time in words; from one minute on, in whole seconds.
 
     >>> duration_text(8.26), duration_text(83.4), duration_text(7384)
     ('8.3 s', '1 min 23 s', '2 h 3 min')
@@ -95,9 +97,9 @@ def duration_text(seconds: float) -> str:
 
 
 def looking_commands(done: Extraction, program: list[str]) -> list[str]:
-    """The commands that look at what was extracted, as a shell takes them; ``program`` are this command's own words.
+    """The shell commands that look at what was extracted; ``program`` are this command's own words.
 
-    ``explore-logits`` lies where ``extract-logits`` does, and the one script beside the other.
+    ``explore-logits`` is in the same folder as ``extract-logits``; the same holds for the two scripts.
     """
     *before, script = program
     path = Path(script)

@@ -1,6 +1,6 @@
-"""Source rows to aligned conversations beside the model: in the thread that reads them, or in processes of their own.
+"""Source rows to aligned conversations while the model runs: in the thread that reads them, or in other processes.
 
-Rendering and alignment are Python's work: in threads they would take turns, and the model's launches with them.
+Rendering and alignment are Python code: threads would have to take turns, also with the thread that launches kernels.
 """
 
 import logging
@@ -19,7 +19,7 @@ NO_SOURCE = cast(SourceDataset, None)  # rows come from the process that reads t
 
 
 class Aligning(Protocol):
-    """Where rows are aligned, ``ahead`` shards at once beside the one that the model computes."""
+    """Where rows are aligned, ``ahead`` shards at once in addition to the one that the model computes."""
 
     ahead: int
 
@@ -27,20 +27,20 @@ class Aligning(Protocol):
         """``Reader.align_rows`` of these source rows, beginning at ``first``."""
 
     def close(self) -> None:
-        """End, whatever is under way."""
+        """Stop, even during work."""
 
 
 def start_aligning(reader: Reader, processes: int) -> Aligning:
-    """Align in so many processes; in the calling thread where it is one, or the reader cannot go to others."""
+    """Align in so many processes; in the calling thread if it is one, or if the reader cannot be pickled."""
     try:
         return AlignProcesses(reader, processes) if processes > 1 else AlignHere(reader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # of a tokenizer with code of its own, say
-        logger.info("Rows are aligned in this process, as their reader cannot go to others: %s", error)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # such as a tokenizer with its own code
+        logger.info("Rows are aligned in this process, as their reader cannot be sent to others: %s", error)
         return AlignHere(reader)
 
 
 class AlignHere:
-    """In the thread that submits the rows."""
+    """Aligns in the thread that submits the rows."""
 
     ahead = 1
 
@@ -57,7 +57,7 @@ class AlignHere:
 
 
 class AlignProcesses:
-    """In processes that know the reader but for its source, each asked by a thread here."""
+    """Aligns in processes that have the reader without its source; a thread here waits for each."""
 
     def __init__(self, reader: Reader, processes: int):
         self.ahead = processes + 1

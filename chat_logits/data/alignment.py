@@ -1,9 +1,9 @@
-"""Conversations to token ids, assistant mask and skipped tokens. All commands align here.
+"""Conversations to token ids, assistant mask and skipped tokens. All commands use this alignment.
 
     text and spans of the assistant's turns (templates.py)
         -> token ids with offsets -> which tokens are the assistant's -> which of those are skipped
 
-What is left are the *extracted positions*: the tokens whose predicting distributions are stored.
+The rest are the *extracted positions*: for each of these tokens, the distribution that predicts it is stored.
 """
 
 import re
@@ -23,7 +23,7 @@ from chat_logits.data.turn_ends import TurnEnds
 
 # At the start of a turn; the opening tag may be the generation prompt's.
 EMPTY_THINK_BLOCK = re.compile(r"\s*(<think>\s*)?</think>\s*")
-AT_ONCE = 64  # texts rendered or tokenized together: their offsets take a hundred times the memory of their ids
+AT_ONCE = 64  # texts rendered or tokenized together; offsets take a hundred times the memory of ids
 SPACE_SIGNS = "Ġ▁ "  # a space in byte-level BPE, in SentencePiece, and elsewhere
 
 PROMPT = "prompt"
@@ -40,10 +40,10 @@ FIRST_TOKEN_REASON = "first token: nothing predicts it"
 class Alignment:
     """A conversation as the model sees it.
 
-    ``input_ids`` (T,) int64; ``reasons`` has one entry a token: None where it is extracted, else why not;
-    ``positions`` (n,) int64 of the extracted tokens themselves (each is predicted one position earlier);
-    ``turns_left_out`` of the assistant are marked not to be trained on. ``turn_ends`` are the positions, ascending, of
-    the tokens that end the others' turns, extracted or not; a turn that no special token ends has none.
+    ``input_ids`` (T,) int64; ``reasons`` has one entry per token: None if it is extracted, else why not; ``positions``
+    (n,) int64 of the extracted tokens themselves (each is predicted one position earlier); ``turns_left_out`` counts
+    the assistant's turns that are marked not to be trained on. ``turn_ends`` are the positions, ascending, of the
+    tokens that end the other turns, extracted or not; a turn that does not end with a special token has none.
     """
 
     input_ids: np.ndarray
@@ -63,7 +63,7 @@ class Alignment:
 
 
 class RecordedAlignment(Protocol):
-    """How an extraction has aligned; attributes are named as keys of ``extraction.json``, and a manifest has them."""
+    """How an extraction aligned. The attributes are keys of ``extraction.json``; a manifest has them all."""
 
     @property
     def chat_template(self) -> str: ...
@@ -98,8 +98,8 @@ class Rendered(NamedTuple):
 class Aligner:
     """Turns conversations into tokens with one tokenizer, one template and one set of skipped ids.
 
-    Turns that are marked not to be trained on are left out, but with ``all_turns``. What ends a turn is extracted with
-    ``keep_end_of_turn``, though its id is skipped elsewhere.
+    Turns that are marked not to be trained on are left out unless ``all_turns`` is set. With ``keep_end_of_turn``, the
+    token that ends a turn is extracted, although its id is skipped elsewhere.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Aligner:
 
     @classmethod
     def from_recorded(cls, tokenizer, recorded: RecordedAlignment) -> "Aligner":
-        """As the extraction that has recorded this aligned."""
+        """An aligner that works as the extraction with this record did."""
         template = ChatTemplate(
             text=recorded.chat_template,
             special_tokens=tokenizer.special_tokens_map,
@@ -137,22 +137,21 @@ class Aligner:
     def align(self, conversation: list[dict], tools: list[dict] | None = None) -> Alignment:
         """Render with the conversation's ``tools``, tokenize, mask and skip.
 
-        Raises TemplateError where the template refuses the conversation, ConversationError where its marks are not
-        understood.
+        Raises TemplateError if the template refuses the conversation, ConversationError if its marks are not valid.
         """
         rendered = self.marked(conversation, *self.template.with_tools(tools).render(conversation))
         return self.align_rendered([rendered])[0]
 
     def marked(self, conversation: list[dict], text: str, spans: list[tuple[int, int]]) -> Rendered:
-        """A rendered conversation with the turns that are left out. Raises ConversationError as ``left_out_spans``."""
+        """A rendered conversation, with which of its turns are left out. Raises as ``left_out_spans``."""
         return Rendered(text, spans, frozenset() if self.all_turns else left_out_spans(conversation, spans))
 
     def align_rendered(self, rendered: Sequence[tuple]) -> list[Alignment]:
-        """An alignment for each ``Rendered``, or text with its spans alone; tokenized in batches."""
+        """An alignment for each ``Rendered`` (or tuple of text and spans); tokenized in batches."""
         return [alignment for alignment, _ in self.placed(rendered)]
 
     def placed(self, rendered: Sequence[tuple]) -> Iterator[tuple[Alignment, np.ndarray]]:
-        """As ``align_rendered``, with each the characters that its tokens stand for, as ``token_extents``."""
+        """As ``align_rendered``, each with the characters that its tokens stand for (``token_extents``)."""
         for start in range(0, len(rendered), AT_ONCE):
             batch = [Rendered(*one) for one in rendered[start : start + AT_ONCE]]
             encoded = self.tokenizer(
@@ -190,7 +189,7 @@ class Aligner:
 
     @cached_property
     def _end_of_the_first(self) -> int | None:
-        """The special token right behind the first of ``TWO_ANSWERS``, None where there is none."""
+        """The special token right after the first answer of ``TWO_ANSWERS``, None if there is none."""
         text = self.template.text_or_none(TWO_ANSWERS) or ""
         _, answer, behind = text.partition("Two.")
         ids = self.tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"] if answer else []
@@ -202,7 +201,7 @@ class Aligner:
         return SPECIAL_REASON if token_id in self.special_ids else CHOSEN_REASON
 
     def _skip_by_text(self, reasons, inside, extents, text: str, start: int, end: int) -> None:
-        """Think tags that are no tokens of their own, and an empty think block at the start of the turn."""
+        """Skip think tags that are not single tokens, and an empty think block at the start of the turn."""
         for tag in self.written_tag.finditer(text, start, end) if self.written_tag else ():
             for i in inside[(extents[inside, 0] < tag.end()) & (extents[inside, 1] > tag.start())]:
                 reasons[i] = THINK_TAG_REASON
@@ -211,7 +210,7 @@ class Aligner:
                 reasons[i] = EMPTY_THINK_REASON
 
     def _skip_after_end(self, reasons, inside, extents, ids: list[int], text: str, end: int) -> None:
-        """White space that the template adds behind the turn's last special token."""
+        """Skip white space that the template adds after the turn's last special token."""
         ends = [i for i in inside.tolist() if ids[i] in self.special_ids]
         if ends and not text[extents[ends[-1], 1] : end].strip():
             for i in inside[inside > ends[-1]]:
@@ -221,11 +220,11 @@ class Aligner:
 def token_extents(
     offsets: list[tuple[int, int]], ids: list[int], to_pieces: Callable[[list[int]], list[str]]
 ) -> np.ndarray:
-    """Characters each token stands for, int64 (T, 2): its offsets, begun where the token before it ended.
+    """Characters that each token stands for, int64 (T, 2): its offsets, but from where the previous token ends.
 
     Tokenizers that trim offsets (``trim_offsets``) drop spaces. Trailing spaces are restored from the token's spelling
     in the vocabulary, ``to_pieces`` of ``ids``; leading ones by starting each token where the previous one ends. Tokens
-    that share a character keep its start.
+    that share a character all start at it.
     """
     extents = np.array(offsets, np.int64).reshape(-1, 2)
     before_gaps = np.flatnonzero((extents[1:, 0] > extents[:-1, 1]) & (extents[:-1, 0] < extents[:-1, 1])).tolist()

@@ -1,4 +1,4 @@
-"""What is read, and how it becomes tokens: the options of this room."""
+"""Options of this room: what is read, and how it becomes tokens."""
 
 import json
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class SourceConfig(Config):
     )
     chat_template: str | None = option(
         None,
-        help="Jinja chat template, a file or the text",
+        help="Jinja chat template: a file, the text, or the name of a shipped one",
         unset="the model's own",
         group=EXTRACTED,
         metavar="FILE_OR_TEXT",

@@ -1,6 +1,6 @@
-"""Rows of CSV files as texts: each field as it stands there, so that 007 is no 7, NA no null and an empty one is empty.
+"""Rows of CSV files as texts: fields are not converted, so 007 stays 007, NA stays NA, and an empty field stays empty.
 
-``datasets`` reads CSV through pandas, which guesses types and nulls, and ends at the first record that does not fit.
+``datasets`` reads CSV through pandas, which guesses types and nulls, and stops at the first record that does not fit.
 """
 
 import csv
@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 from chat_logits.data.text_rows import BadRow, Entry, TextRows
 from chat_logits.errors import UsageError
 
-csv.field_size_limit(2**31 - 1)  # characters; Python's own limit of 131,072 is shorter than a conversation may be
+csv.field_size_limit(2**31 - 1)  # characters; a conversation may be longer than Python's default limit of 131,072
 
 
 class CsvRows(TextRows):
-    """The rows of CSV files, whose first records name the columns. Empty lines are none.
+    """The rows of CSV files, whose first records name the columns. Empty lines are ignored.
 
-    A record with more or fewer fields, or with a quote that is not closed, is a bad row. Raises UsageError for a
-    header that names a column twice.
+    A record with too many or too few fields, or with an unclosed quote, is a bad row. Raises UsageError for a header
+    that names a column twice.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class CsvRows(TextRows):
         super().__init__(files, is_streamed, names)
 
     def _entries(self, file: int, place: int, line: int) -> Iterator[Entry]:
-        """The records from a place on, as lists of texts; behind one that is not closed, those from its second line."""
+        """The records from a place on, as lists of texts. After one with an unclosed quote, reading continues at that
+        record's second line."""
         _, *begin = self._header(file)
         start = max([place, line], begin)
         with self._open(file, start[0]) as opened:
@@ -47,7 +48,7 @@ class CsvRows(TextRows):
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Entry(lines.first, lines.first_line, BadRow(f"a record that is no CSV: {error}"))
+                    yield Entry(lines.first, lines.first_line, BadRow(f"a record that is not CSV: {error}"))
                     lines.go_back()
                     reader = csv.reader(lines, **self._dialect)
                     continue
@@ -61,7 +62,7 @@ class CsvRows(TextRows):
                 try:
                     names = next((fields for fields in csv.reader(lines, **self._dialect) if fields), [])
                 except csv.Error as error:
-                    raise UsageError(f"{self._names[file]}: its header is no CSV: {error}") from error
+                    raise UsageError(f"{self._names[file]}: its header is not CSV: {error}") from error
             if len(set(names)) < len(names):
                 raise UsageError(f"{self._names[file]}: its header names a column twice: {', '.join(names)}")
             self._headers[file] = names, lines.place, lines.line
@@ -74,18 +75,18 @@ class CsvRows(TextRows):
         try:
             "".join(raw).encode("utf-8")
         except UnicodeEncodeError:
-            return BadRow("a record that is no UTF-8 text")
+            return BadRow("a record that is not UTF-8 text")
         return dict(zip(names, raw, strict=True))
 
 
 class _Lines:
-    """The lines of a file as texts. ``place`` and ``line`` are behind those that were read, ``first`` and
-    ``first_line`` where the record begins."""
+    """The lines of a file as texts. ``place`` and ``line`` are those of the next line, ``first`` and ``first_line``
+    those of the line where the record begins."""
 
     def __init__(self, opened: BinaryIO, place: int, line: int):
         self._opened, self.place, self.line = opened, place, line
         self._record: list[bytes] = []  # its lines
-        self._again: deque[bytes] = deque()  # lines that come before what is in the file
+        self._again: deque[bytes] = deque()  # lines to give again before the file's next one
         self.begin_record()
 
     def begin_record(self) -> None:
@@ -93,7 +94,7 @@ class _Lines:
         self._record.clear()
 
     def go_back(self) -> None:
-        """To the record's second line."""
+        """Go back to the record's second line."""
         self._again.extendleft(reversed(self._record[1:]))
         self.place, self.line = self.first + len(self._record[0]), self.first_line + 1
 

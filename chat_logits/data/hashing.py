@@ -1,6 +1,7 @@
-"""What stands in for a revision where there is no Hub commit: a hash of the files' contents.
+"""A hash of the files' contents, used as the revision if there is no Hub commit.
 
-Files of gigabytes are not read at every start: a hash is remembered while path, size and times are what they were.
+Files of gigabytes are not read at every start: a file's hash is cached and reused while its path, size and times are
+unchanged.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-GRAIN = 3.0  # seconds: a file changed so recently may change again without another time; of FAT, the coarsest, it is 2
+GRAIN = 3.0  # seconds: a file changed this recently may change again with the same time; FAT's times are 2 s apart
 REMEMBERED_FILES = 100_000
 LOCK_PATIENCE = 10.0  # seconds
 
@@ -30,17 +31,17 @@ def hash_files(path: str | Path) -> str:
 
 
 def known_hashes() -> dict[str, list]:
-    """What this process knows of files that it hashed, for ``remember_hashes`` in others that see the same files."""
+    """The hashes that this process knows, for ``remember_hashes`` in other processes that see the same files."""
     return dict(_known)
 
 
 def remember_hashes(hashes: dict[str, list]) -> None:
-    """Take over what another process knows, until this one ends."""
+    """Take over the hashes that another process knows, until this one ends."""
     _known.update(hashes)
 
 
 def _hashes(files: list[Path]) -> list[str]:
-    """The SHA-256 of each file. What had to be read is remembered for other processes."""
+    """The SHA-256 of each file. Hashes that had to be computed are cached for other processes."""
     stamps = [_stamp(file) for file in files]
     if any(_recall(_known, stamp) is None for stamp in stamps):
         remembered = _read_memory()
@@ -58,7 +59,7 @@ def _hashes(files: list[Path]) -> list[str]:
 def _stamp(file: Path) -> tuple:
     """Resolved path, size, and the times of the last changes, in ns.
 
-    The time of contents can be set, and tools that unpack do; that of the file's record (ctime) cannot.
+    Tools that unpack archives set the time of a file's contents (mtime); the time of its inode (ctime) cannot be set.
     """
     status = file.stat()
     return str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -71,7 +72,7 @@ def _recall(hashes: dict[str, list], stamp: tuple) -> str | None:
 
 
 def _hash_file(file: Path, stamp: tuple, read: dict[str, list]) -> str:
-    """A file's SHA-256, from its contents. ``read`` gets what is worth remembering."""
+    """A file's SHA-256, from its contents. It is added to ``read`` if it may be cached."""
     settled = max(stamp[2:]) < time.time_ns() - GRAIN * 1e9
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -87,7 +88,7 @@ def _memory_file() -> Path:
 
 
 def _read_memory() -> dict[str, list]:
-    """What processes before remembered; nothing where the file is missing or damaged."""
+    """The hashes that earlier processes cached; none if the file is missing or damaged."""
     try:
         remembered = json.loads(_memory_file().read_bytes())
         return {path: entry for path, entry in remembered.items() if len(entry) == 4 and len(entry[3]) == 64}
@@ -96,7 +97,7 @@ def _read_memory() -> dict[str, list]:
 
 
 def _write_memory(read: dict[str, list]) -> None:
-    """Add to what others have written meanwhile. A cache that cannot be written is no error."""
+    """Merge hashes into the cache file, which others may have changed. If that cannot be written, it is no error."""
     from filelock import FileLock
 
     path = _memory_file()

@@ -1,6 +1,6 @@
-"""Marks on messages that say which turns are not to be trained on: their tokens are not extracted.
+"""Marks on messages for turns that are not to be trained on: their tokens are not extracted.
 
-``weight`` is OpenAI's and Mistral's, ``train`` axolotl's, ``loss`` ms-swift's: 0 or false on an answer leaves it out.
+``weight`` is OpenAI's and Mistral's, ``train`` axolotl's, ``loss`` ms-swift's: an answer with 0 or false is left out.
 """
 
 from chat_logits.data.conversations import ConversationError, NothingToExtract
@@ -11,10 +11,10 @@ ALL_LEFT_OUT = f"every answer is marked not to be trained on ({', '.join(MARKS)}
 
 
 def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> frozenset[int]:
-    """Which of a rendering's spans, one a turn of the assistant, are marked not to be trained on.
+    """Which of a rendering's spans, one per turn of the assistant, are marked not to be trained on.
 
-    Raises ConversationError where a mark is not understood, TemplateError where spans and turns are not one to one,
-    NothingToExtract where no turn is left.
+    Raises ConversationError if a mark is not valid, TemplateError if the number of spans is not that of the turns, and
+    NothingToExtract if no turn is left.
     """
     answers = [message for message in conversation if message["role"] == "assistant"]
     marked = frozenset(i for i, answer in enumerate(answers) if is_left_out(answer))
@@ -30,7 +30,7 @@ def left_out_spans(conversation: list[dict], spans: list[tuple[int, int]]) -> fr
 
 
 def is_left_out(message: dict) -> bool:
-    """Whether a message is marked not to be trained on. Raises ConversationError where that is not clear.
+    """Whether a message is marked not to be trained on. Raises ConversationError if marks are not valid or contradict.
 
     >>> is_left_out({"weight": 0}), is_left_out({"train": True}), is_left_out({"role": "assistant"})
     (True, False, False)

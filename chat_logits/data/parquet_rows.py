@@ -1,8 +1,8 @@
-"""Rows of Parquet files at random: the row groups that hold them are read, and nothing before them.
+"""Random access to rows of Parquet files: only the row groups that hold them are read.
 
-``datasets`` can only stream from a beginning: ``skip`` and a saved state read and drop what is before. Memory is that
-of one row group, as compressed, and a batch. Files are not mapped: one that is cut short meanwhile would kill the
-process.
+``datasets`` can only stream from the start: ``skip`` and a saved state read and drop all earlier rows. Memory holds one
+row group, compressed, and one decoded batch. Files are not memory-mapped: if one were truncated during a run, that
+would kill the process.
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import PurePath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-BATCH_ROWS = 1024  # are decoded at a time, and held while the rows asked for are among them
+BATCH_ROWS = 1024  # rows decoded at a time, and kept while requested rows are among them
 FOOTER_THREADS = 16
 HUB_FOLDER = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/")
 
@@ -22,9 +22,9 @@ HUB_FOLDER = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/")
 class ParquetRows:
     """The rows of ``files`` (paths or fsspec URLs) one after the other, as ``datasets`` decodes them to ``features``.
 
-    ``num_rows`` is the length that the dataset's card records. Footers are then read only up to the rows asked for;
-    without it, all of them at once. ``footers`` are those that another process has read of the same revision. Raises
-    OSError, which names the file, where one cannot be read.
+    ``num_rows`` is the length recorded in the dataset's card. With it, footers are read only up to the requested rows;
+    without it, all of them at once. ``footers`` are those that another process has read at the same revision. Raises
+    OSError, which names the file, if one cannot be read.
     """
 
     def __init__(self, files: list[str], features, num_rows: int | None = None, footers: dict | None = None):
@@ -34,7 +34,7 @@ class ParquetRows:
         self._ends: list[int] = []  # the row that follows each group
         self._footers: dict[str, list[int]] = dict(footers or {})  # rows of each row group of a file
         self._indexed = 0  # files that _groups and _ends cover
-        self._columns: list[str] | None = None  # that are decoded, all without
+        self._columns: list[str] | None = None  # columns that are decoded, None for all
         self._reader: _GroupReader | None = None
         self._recorded = num_rows
         if num_rows is None:
@@ -42,12 +42,12 @@ class ParquetRows:
         self.num_rows = self._counted() if num_rows is None else num_rows
 
     def keep(self, columns: list[str]) -> None:
-        """Decode these columns alone from now on."""
+        """Decode only these columns from now on."""
         self.features = type(self.features)({name: self.features[name] for name in columns})
         self._columns, self._reader = columns, None
 
     def place(self, row: int) -> str:
-        """A row's file and its number in it, in words, its number alone where that is not known; both from 1."""
+        """A row's file and its number in it, as text; only its overall number if that is not known. Numbers from 1."""
         found = self._find(row)
         if found is None:
             return f"row {row + 1}"
@@ -58,7 +58,7 @@ class ParquetRows:
     def read(self, first: int, end: int) -> list[dict]:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
         if end >= self.num_rows:
-            self._index(self._files[self._indexed :])  # the card may tell of fewer rows than there are
+            self._index(self._files[self._indexed :])  # the card may record fewer rows than there are
         self._refuse_wrong_card()
         rows = []
         while first < end and (place := self._find(first)) is not None:
@@ -69,7 +69,7 @@ class ParquetRows:
         return rows
 
     def footers(self) -> dict[str, list[int]]:
-        """Rows of each row group of every file: a request a file, which other processes are spared by these."""
+        """Rows of each row group of every file. This takes a request per file; other processes can reuse the result."""
         self._index(self._files[self._indexed :])
         self._refuse_wrong_card()
         return self._footers
@@ -93,7 +93,7 @@ class ParquetRows:
         return self._ends[-1] if self._ends else 0
 
     def _index(self, files: list[str]) -> None:
-        """Take in the next files. A bar is shown if reading their footers takes more than a second."""
+        """Index the next files. A progress bar is shown if reading their footers takes more than a second."""
         from tqdm.contrib.concurrent import thread_map
 
         unread = [file for file in files if file not in self._footers]
@@ -112,7 +112,7 @@ class ParquetRows:
             return [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
 
     def _open(self, file: str) -> pq.ParquetFile:
-        """Remote files without a cache of what follows: ``pre_buffer`` asks for whole column chunks."""
+        """Open a file; a remote one without read-ahead, as ``pre_buffer`` requests whole column chunks."""
         if "://" not in file:
             return pq.ParquetFile(file)
         return pq.ParquetFile(self._filesystem.open(file, "rb", cache_type="none"), pre_buffer=True)
@@ -127,7 +127,7 @@ class ParquetRows:
         return rows
 
     def _reopened(self, reader: "_GroupReader | None", file: str, group: int) -> "_GroupReader":
-        """At another row group, in the open file if it is in that one."""
+        """A reader of another row group, with the file that is already open if it is the same one."""
         if reader is not None and reader.file == file:
             return _GroupReader(file, reader.opened, group, self._columns)
         if reader is not None:
@@ -143,13 +143,13 @@ class ParquetRows:
 
 
 class _GroupReader:
-    """One row group of an open file, decoded batch by batch. Only going back behind the batch at hand starts over."""
+    """One row group of an open file, decoded batch by batch. Rows before the current batch need a new reader."""
 
     def __init__(self, file: str, opened: pq.ParquetFile, group: int, columns: list[str] | None):
         self.file, self.opened, self._group = file, opened, group
         self._batches = opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
         self._batch = self._next_batch()
-        self._start = 0  # the row, of the group, that the batch begins with
+        self._start = 0  # the row within the group that the batch begins with
 
     def reaches(self, file: str, group: int, row: int) -> bool:
         return (file, group) == (self.file, self._group) and row >= self._start
@@ -172,12 +172,13 @@ class _GroupReader:
 
 
 def name_in_dataset(file: str) -> str:
-    """A file's name as people know it, wherever it lies on this machine."""
+    """A file's name for messages, without its place on this machine."""
     return HUB_FOLDER.sub("", file) if "://" in file else PurePath(file).name
 
 
 def filesystem_of(file: str):
-    """The one of ``datasets``, which knows the listing already; and one for all threads, as each would get its own."""
+    """The file system that ``datasets`` uses, with its cached listing; the same object for all threads, as fsspec would
+    make one for each."""
     import fsspec
     from huggingface_hub import constants
 
@@ -187,10 +188,10 @@ def filesystem_of(file: str):
 
 @contextmanager
 def named(file: str) -> Iterator[None]:
-    """Errors of a file as OSError with its name and one line; what the Hub answered stays among its causes."""
+    """Raise errors about a file as OSError with its name and one line; the Hub's response stays among its causes."""
     try:
         yield
-    except Exception as error:  # the clients of file systems have exceptions of their own
-        # A CastError's message goes on with whole schemas.
+    except Exception as error:  # clients of file systems have their own exceptions
+        # A CastError's message contains whole schemas.
         reason = error.details() if hasattr(error, "details") else str(error)
         raise OSError(f"{HUB_FOLDER.sub('', file)}: {reason.strip().partition(chr(10))[0][:300]}") from error

@@ -1,6 +1,7 @@
 """Where tokens and answers stand in a rendered conversation, in bytes of UTF-8.
 
-Tokenizers tell characters, in which tokens of different tokenizers cannot be compared: several may share one.
+Tokenizers give offsets in characters. Tokens of different tokenizers cannot be compared by these, as several tokens may
+share one character.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -23,7 +24,7 @@ CLOSING_TAG = "</think>"
 class Unit(NamedTuple):
     """Bytes ``start`` to ``end`` of a text, and the tokens ``first`` to ``last`` that stand for them together.
 
-    That is one token, or several of which it cannot be told which byte is whose.
+    It is one token, or several tokens whose own bytes are not known.
     """
 
     start: int
@@ -33,7 +34,7 @@ class Unit(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Bytes ``start`` to ``end`` of an answer, which stand in the conversation's text ``shift`` bytes further on."""
+    """Bytes ``start`` to ``end`` of an answer; in the conversation's text they are ``shift`` bytes further on."""
 
     start: int
     end: int
@@ -42,11 +43,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """A conversation's tokens and answers in its text.
+    """Where a conversation's tokens and answers are in its text.
 
-    ``units`` are in order, each token in one of them. For each message of the assistant ``answers`` has its ``Place``,
-    or the reason why it has none; ``turns`` are the bytes of its turn in the text, none where turns and messages are
-    not one to one.
+    ``units`` are in order; each token is in one of them. For each message of the assistant, ``answers`` has its
+    ``Place`` or the reason why there is none, and ``turns`` the bytes of its turn in the text; ``turns`` is empty if
+    turns and messages are not one to one.
     """
 
     alignment: Alignment
@@ -62,7 +63,7 @@ def place_row(
     extents: np.ndarray,
     to_pieces: Callable[[list[int]], list[str]],
 ) -> PlacedRow:
-    """The places of a conversation that ``RowAligner.placed`` gave; ``to_pieces`` spells ids as the vocabulary does."""
+    """The places of a conversation from ``RowAligner.placed``; ``to_pieces`` gives the vocabulary's spelling of ids."""
     text = rendered.text.encode()
     to_byte = byte_offsets(rendered.text)
     within = {int(to_byte[at]) for at in within_characters(rendered.text)}
@@ -77,7 +78,7 @@ def place_row(
 
 
 def byte_offsets(text: str) -> np.ndarray:
-    """For each character of a text, and for its end, the byte of its UTF-8 at which it begins: int64 (len + 1,)."""
+    """For each character of a text, and for its end, the offset in its UTF-8 bytes: int64 (len + 1,)."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     return np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
@@ -87,7 +88,7 @@ def byte_offsets(text: str) -> np.ndarray:
 
 
 def within_characters(text: str) -> set[int]:
-    """The places within what people take for one character, such as a letter with its accent."""
+    """Offsets inside a grapheme (what readers see as one character), such as a letter with its accent."""
     if text.isascii():
         return set()
     return {at for found in regex.finditer(r"\X", text) for at in range(found.start() + 1, found.end())}
@@ -96,10 +97,10 @@ def within_characters(text: str) -> set[int]:
 def byte_units(text: bytes, extents: np.ndarray, pieces: Sequence[str], within: Collection[int] = ()) -> list[Unit]:
     """The units of a text's tokens, which stand for ``extents``, bytes, int64 (T, 2), and are spelled ``pieces``.
 
-    Tokens with a common character each have their own bytes of it where their pieces say these and write the text;
-    else they are one unit. A token without any text, such as a beginning that some vocabularies add, is one with what
-    follows it. A boundary ``within`` a character and its accents (bytes) is one only where the tokens on both sides
-    write the text as it is: of what a tokenizer composes, its offsets have the first part alone.
+    Tokens that share a character each get their own bytes of it if their pieces together give the bytes of the text;
+    otherwise they form one unit. A token without text, such as a start token that some vocabularies add, forms one
+    unit with the next token. A boundary ``within`` a character and its accents (bytes) counts only if the tokens on
+    both sides spell the text exactly: where a tokenizer composes characters, its offsets cover only the first part.
     """
     extents = _split_characters(text, extents, pieces)
     writes = [_writes(piece, text[start:end]) for piece, (start, end) in zip(pieces, extents.tolist(), strict=True)]
@@ -115,12 +116,12 @@ def byte_units(text: bytes, extents: np.ndarray, pieces: Sequence[str], within: 
 
 
 def _writes(piece: str, text: bytes) -> bool:
-    """Whether this is what a token that is spelled so writes."""
+    """Whether a token with this spelling writes exactly this text."""
     return text in (piece_bytes(piece), piece.replace("▁", " ").encode())
 
 
 def _split_characters(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -> np.ndarray:
-    """The extents, those of tokens that share characters as their own bytes where the pieces tell them."""
+    """The extents; tokens that share characters get their own bytes if the pieces give these."""
     shares = (extents[1:, 0] < extents[:-1, 1]).tolist()
     extents = extents.copy()
     first = 0
@@ -142,16 +143,16 @@ def _split_characters(text: bytes, extents: np.ndarray, pieces: Sequence[str]) -
 
 
 def _extracted_bytes(units: list[Unit], reasons: list[str | None], start: int, end: int) -> int:
-    """How many of the bytes ``start`` to ``end`` of the text are extracted tokens'."""
+    """How many of the bytes ``start`` to ``end`` of the text belong to extracted tokens."""
     overlaps = (min(end, unit.end) - max(start, unit.start) for unit in units if reasons[unit.first] is None)
     return sum(overlap for overlap in overlaps if overlap > 0)
 
 
 def find_answer(content: str, text: bytes, turn: tuple[int, int], extracted: Callable[[int, int], int]) -> Place | str:
-    """Where a message's content stands in its turn, bytes ``turn`` of the text, or the reason why that is not known.
+    """Where a message's content is in its turn, bytes ``turn`` of the text, or the reason why that is not known.
 
-    A template may trim it, or leave out the thoughts in front of it: then what is left is found, byte for byte. Of
-    several places the one with the most ``extracted`` bytes is it.
+    A template may trim the content or drop the thoughts before it; then the rest is searched for, byte for byte. If it
+    occurs several times, the place with the most ``extracted`` bytes is taken.
     """
     whole = content.encode()
     if not whole:
@@ -173,7 +174,8 @@ def find_answer(content: str, text: bytes, turn: tuple[int, int], extracted: Cal
 
 
 def _parts(content: str) -> list[tuple[int, int]]:
-    """The content, without white space at its ends, and what is behind the thoughts in it: bytes, none of it empty."""
+    """Byte ranges to search for, none empty: the whole content, the content without outer white space, and what follows
+    its thoughts."""
     behind = content.rfind(CLOSING_TAG) + len(CLOSING_TAG) if CLOSING_TAG in content else 0
     parts = [(0, len(content))]
     for first in dict.fromkeys((0, behind)):
@@ -193,7 +195,7 @@ def _occurrences(part: bytes, text: bytes, turn: tuple[int, int]) -> list[int]:
 
 
 def _grown(content: bytes, text: bytes, turn: tuple[int, int], place: Place) -> Place:
-    """The place with the whole characters at both of its ends that content and text have in common, too."""
+    """The place, extended at both ends by the whole characters that content and text have in common."""
     start, end, shift = place
     while start > 0 and start + shift > turn[0] and content[start - 1] == text[start - 1 + shift]:
         start -= 1

@@ -1,6 +1,6 @@
-"""Conversations that a chat template is tried on."""
+"""Conversations that chat templates are tested with."""
 
-# Conversations that tell the families apart: their renderings decide whether two templates are the same.
+# Model families render these differently: two templates count as the same if they render all of them alike.
 _ASK, _ANSWER = {"role": "user", "content": " Hi 🙂\n"}, {"role": "assistant", "content": "\n Hello.\n"}
 _THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
 _REASONED = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
@@ -21,7 +21,7 @@ TOOL_PROBE: list[dict] = [
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
 ]  # a shipped template may refuse it
 
-# What stands behind the first answer ends an answer that is not the last one: FORMAT.md, "From a row to its tokens".
+# What follows the first answer is the end of an answer that is not the last: FORMAT.md, "From a row to its tokens".
 TWO_ANSWERS: list[dict] = [
     {"role": role, "content": word}
     for role, word in (("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."))

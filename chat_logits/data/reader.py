@@ -1,4 +1,4 @@
-"""Source rows as aligned conversations: everything that decides what a row becomes, before any model runs."""
+"""Source rows as aligned conversations: all that determines a row's content before the model runs."""
 
 import logging
 from collections import Counter
@@ -13,6 +13,7 @@ from chat_logits.data.columns import choose_columns
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.conversations import NO_ANSWER, ConversationError, NothingToExtract, TellOnce, to_conversation
 from chat_logits.data.marks import ALL_LEFT_OUT
+from chat_logits.data.remarks import Remarks
 from chat_logits.data.roles import refuse_vanished, roles_named_in, words_of
 from chat_logits.data.source import FIRST_ROWS, SourceDataset, open_source
 from chat_logits.data.stored_messages import to_stored
@@ -29,19 +30,20 @@ from logit_codec import MAX_TOKEN_ID
 logger = logging.getLogger(__name__)
 
 TOLD = 10  # bad rows that are named in the log
-MOST_FIRST_ROWS = 4096  # are looked at for one to extract, where most before are merely not wanted
+MOST_FIRST_ROWS = 4096  # searched for a row to extract, if most of the first ones are valid but not wanted
 NO_MASK = "no token to extract: the assistant mask is empty"
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """A source row that is ready for the model; ``messages`` and ``tools`` are as they are stored."""
+    """A source row that is ready for the model; ``messages`` and ``tools`` have their stored form."""
 
     source_index: int
     messages: list[dict]
     alignment: Alignment
     positions: np.ndarray
     tools: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -50,10 +52,10 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Reader:
-    """The source rows to extract from, and how each becomes tokens; ``num_rows`` are read at most, None if unknown.
+    """The source rows to extract from, and how each becomes tokens; at most ``num_rows`` are read, None if unknown.
 
-    ``convert`` gives a source row's messages and tools, as ``to_conversation`` and ``to_tools`` do.
-    ``first_ready`` and ``first_skipped`` are the first source rows, aligned already when the reader was opened.
+    ``convert`` gives a source row's messages and tools, as ``to_conversation`` and ``to_tools`` do. ``first_ready`` and
+    ``first_skipped`` are the first source rows, which were aligned when the reader was opened.
     """
 
     source: SourceDataset
@@ -65,6 +67,7 @@ class Reader:
     max_length: int | None
     vocab_size: int
     num_rows: int | None
+    remarks: Remarks
     first_ready: list[Aligned] = field(default_factory=list)
     first_skipped: list[dict] = field(default_factory=list)
     _shown: dict[str, str | bool | None] = field(default_factory=dict, repr=False)  # roles and tools
@@ -72,7 +75,7 @@ class Reader:
 
     @property
     def tokens_a_row(self) -> float:
-        """Mean of extracted tokens over the first source rows."""
+        """Mean number of extracted tokens per row, over the first source rows."""
         return sum(len(aligned.positions) for aligned in self.first_ready) / max(1, self._num_first)
 
     @property
@@ -81,28 +84,29 @@ class Reader:
 
     @property
     def too_long(self) -> str:
-        """Why a conversation of more tokens than ``max_length`` is skipped."""
+        """The skip reason of a conversation with more tokens than ``max_length``."""
         return f"longer than {self.max_length} tokens"
 
     def align(self, first: int, end: int, is_proof: bool = False) -> tuple[list[Aligned], list[dict]]:
-        """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``,
-        bad records with their "place".
+        """Source rows ``first`` up to ``end``: those ready for the model, and those skipped as ``{"row", "reason"}``;
+        bad records also have a "place".
 
-        Together they are fewer than asked for only where the rows end. Rows whose prefixes do not nest are skipped;
-        where these rows are the proof that others can be extracted, they raise PrefixError.
+        Together they are fewer than requested only at the end of the rows. Rows whose prefixes do not nest are skipped;
+        with ``is_proof`` (the first rows, which show that the dataset can be extracted) they raise PrefixError.
         """
         return self.complete(first, end, *self.align_rows(*self.read(first, end), is_proof))
 
     def read(self, first: int, end: int) -> tuple[int, list[dict | BadRow]]:
-        """Those of the source rows ``first`` up to ``end`` that were not aligned when the reader was opened: the first
-        one's number, and the rows, fewer where the rows end."""
+        """Those of the source rows ``first`` up to ``end`` that were not aligned when the reader was opened: the number
+        of the first one, and the rows, fewer at the end of the source."""
         first, end = max(first, self._num_first), end if self.num_rows is None else min(end, self.num_rows)
         return first, self.source.read(first, end)
 
     def complete(
         self, first: int, end: int, ready: list[Aligned], skipped: list[dict]
     ) -> tuple[list[Aligned], list[dict]]:
-        """As ``align``, from what ``align_rows`` made of the rows that ``read`` gave."""
+        """The result of ``align``, from that of ``align_rows`` for the rows that ``read`` gave."""
+        self.remarks.tell(ready)
         end = end if self.num_rows is None else min(end, self.num_rows)
         at_first = [aligned for aligned in self.first_ready if first <= aligned.source_index < end]
         skipped_at_first = [entry for entry in self.first_skipped if first <= entry["row"] < end]
@@ -111,7 +115,7 @@ class Reader:
     def align_rows(self, first: int, rows: list, is_proof: bool = False) -> tuple[list[Aligned], list[dict]]:
         """As ``align``, for the source's ``rows`` from ``first`` on; their texts are tokenized together.
 
-        The source itself is not looked at: bad records have no place yet.
+        This does not use the source itself, so bad records do not have a place yet.
         """
         template, stored, rendered, skipped = self.choice.template, {}, {}, []
         for index, row in enumerate(rows, start=first):
@@ -121,7 +125,8 @@ class Reader:
                 refuse_vanished(conversation, tools, text, template, self._shown)
                 refuse_vanished_tools(conversation, tools, text, template, self._shown)
                 rendered[index] = self.aligner.marked(conversation, text, spans)
-                stored[index] = to_stored(conversation), to_stored_tools(tools)
+                remarks = self.remarks.on(conversation, text)
+                stored[index] = to_stored(conversation), to_stored_tools(tools), remarks
             except (ConversationError, TemplateError) as error:
                 if isinstance(error, PrefixError) and is_proof:
                     raise
@@ -132,12 +137,12 @@ class Reader:
             if reason := self._refuse(alignment):
                 skipped.append({"row": index, "reason": reason})
             else:
-                messages, definitions = stored[index]
-                ready.append(Aligned(index, messages, alignment, alignment.positions, definitions))
+                messages, definitions, remarks = stored[index]
+                ready.append(Aligned(index, messages, alignment, alignment.positions, definitions, remarks))
         return ready, sorted(skipped, key=lambda entry: entry["row"])
 
     def _placed(self, skipped: list[dict]) -> list[dict]:
-        """The entries of skipped source rows, bad records with their places."""
+        """The entries of skipped source rows, with the places of bad records filled in."""
         return [self.bad_row(entry["row"], entry["reason"]) if "place" in entry else entry for entry in skipped]
 
     def bad_row(self, row: int, reason: str) -> dict:
@@ -147,11 +152,11 @@ class Reader:
         if len(self._told) <= TOLD:
             logger.warning("Skipped: %s: %s", place, reason)
         if len(self._told) == TOLD:
-            logger.warning("Further bad rows are counted, and named in the shards alone")
+            logger.warning("Further bad rows are counted, but named only in the shards")
         return {"row": row, "reason": reason, "place": place}
 
     def _refuse(self, alignment: Alignment) -> str | None:
-        """Why an aligned conversation is skipped, None where it is not."""
+        """Why an aligned conversation is skipped, None if it is not."""
         if self.max_length and len(alignment.input_ids) > self.max_length:
             return self.too_long
         if alignment.input_ids.max(initial=0) >= self.vocab_size:
@@ -162,10 +167,10 @@ class Reader:
 def open_reader(
     config: SourceConfig, tokenizer, limits, template_date: str | None = None, footers: dict | None = None
 ) -> Reader:
-    """Open the dataset, and prove on the first conversations that there is something to extract.
+    """Open the dataset, and check on the first conversations that there is something to extract.
 
-    ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is today for templates that ask;
-    ``footers`` are those of another process's source.
+    ``limits`` has the model's ``vocab_size`` and ``positions``; ``template_date`` is the date given to templates that
+    ask for today's; ``footers`` are those of another process's source.
     """
     source, columns = _open_source(config, footers)
     _refuse_two_sets_of_tools(config, columns)
@@ -186,13 +191,14 @@ def open_reader(
         max_length=_least(config.max_length or None, limits.positions or None),
         vocab_size=limits.vocab_size,
         num_rows=_least(source.num_rows, config.max_samples),
+        remarks=Remarks(tokenizer),
     )
     with stage("Aligning the first conversations"):
         return _proven(reader, limits.positions)
 
 
 def _open_source(config: SourceConfig, footers: dict | None) -> tuple[SourceDataset, dict[str, str]]:
-    """The source, and its columns by their roles; those that are not read are logged."""
+    """The source, and its columns by role; columns that are not read are logged."""
     choose = partial(
         choose_columns,
         messages=config.messages_column,
@@ -210,14 +216,14 @@ def _open_source(config: SourceConfig, footers: dict | None) -> tuple[SourceData
             footers,
             needed=lambda names: choose(names).values(),
         )
-    columns = choose(source.column_names)
+    columns = choose(source.column_names, first_rows=source.first_rows)
     if unread := [name for name in source.column_names if name not in columns.values()]:
         logger.info("Columns: %s; not read: %s", ", ".join(columns.values()), ", ".join(unread))
     return source, columns
 
 
 def _refuse_two_sets_of_tools(config: SourceConfig, columns: dict[str, str]) -> None:
-    """Raise UsageError where both the option and a column have tools."""
+    """Raise UsageError if both the option and a column have tools."""
     if "tools" in columns and "tools" in config.template_kwargs:
         raise UsageError(
             f"`template_kwargs`: it has tools, and so has the column {columns['tools']!r}; for those of the option "
@@ -226,7 +232,7 @@ def _refuse_two_sets_of_tools(config: SourceConfig, columns: dict[str, str]) -> 
 
 
 def _tell_unstored_ids(vocab_size: int) -> None:
-    """Log which ids of a large vocabulary have no place in a row."""
+    """Log which ids of a large vocabulary cannot be stored."""
     if vocab_size > MAX_TOKEN_ID:
         logger.info(
             "Token ids from %s on (of %s) cannot be stored; only special tokens, if any, have such ids. Their "
@@ -237,7 +243,7 @@ def _tell_unstored_ids(vocab_size: int) -> None:
 
 
 def _least(*limits: int | None) -> int | None:
-    """The least of the limits that there are, None without any."""
+    """The smallest of the limits that are not None; None without any."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -270,7 +276,7 @@ def _convert(
 
 
 def _readable(row: dict | BadRow) -> dict:
-    """The row. Raises ConversationError where the source could not read it."""
+    """The row. Raises ConversationError if the source could not read it."""
     if isinstance(row, BadRow):
         raise ConversationError(row.reason)
     return row
@@ -283,16 +289,16 @@ def _first_conversations(source: SourceDataset, convert: Callable) -> tuple[list
         try:
             conversation, tools = convert(_readable(row))
         except ConversationError:
-            continue  # the run counts it
+            continue  # the run will count it
         conversations.append(conversation)
         their_tools.append(tools)
     return conversations, their_tools
 
 
 def _proven(reader: Reader, positions: int | None) -> Reader:
-    """The reader with its first source rows, aligned: ``FIRST_ROWS``, and while most are merely not wanted, more.
+    """The reader with its first source rows, aligned: ``FIRST_ROWS``, or more while most are valid but not wanted.
 
-    ``positions`` are the model's. Raises PrefixError where the prefixes of one do not nest, ToolkitError where none has
+    ``positions`` are the model's. Raises PrefixError if the prefixes of a row do not nest, ToolkitError if no row has
     anything to extract.
     """
     ready, skipped = reader.align(0, FIRST_ROWS, is_proof=True)
@@ -309,26 +315,27 @@ def _proven(reader: Reader, positions: int | None) -> Reader:
     if reader.aligner.keep_end_of_turn and not any(one.alignment.turn_ends for one in ready):
         raise UsageError(
             f"`keep_end_of_turn`: no special token ends an answer of the first {len(ready)} conversations; expected "
-            "one within its turn, or right behind it. Leave the option out."
+            "one within its turn, or right after it. Leave the option out."
         )
     return replace(reader, first_ready=ready, first_skipped=skipped)
 
 
 def _are_mostly_unwanted(reader: Reader, skipped: list[dict]) -> bool:
-    """Whether more than half of them are too long or without an answer: nothing that the dataset is refused for."""
+    """Whether more than half of them are too long, or have no answer that is to be extracted; the dataset is not
+    refused for such rows."""
     unwanted = {reader.too_long, NO_ANSWER, ALL_LEFT_OUT}
     return sum(entry["reason"] in unwanted for entry in skipped) > len(skipped) / 2
 
 
 def _nothing_to_extract(reader: Reader, skipped: list[dict], positions: int | None) -> ToolkitError:
-    """The error for first rows that are all skipped, with what to do about the reasons."""
+    """The error if all of the first rows are skipped, with advice for the reasons."""
     reasons, advice = {entry["reason"] for entry in skipped}, ""
     if NO_MASK in reasons:
         advice += f"\n{THREE_WAYS}"
     if reader.too_long in reasons and reader.max_length == positions:
         advice += f"\nThe model has {positions} positions; expected conversations that fit into them."
     elif reader.too_long in reasons:
-        advice += "\nThose that are too long: a larger `max_length` takes them in."
+        advice += "\nA larger `max_length` includes those that are too long."
     if "tools" in reader.columns and any(reason.startswith("tools") for reason in reasons):
         advice += f"\nWithout the tools of the column {reader.columns['tools']!r}: `tools_column` ''."
     first = count_text(len(skipped), "conversation")

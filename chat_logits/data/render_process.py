@@ -1,8 +1,8 @@
-"""Rendering in a process of its own, for templates that nobody here has chosen: a template is a program.
+"""Rendering in a separate process, for untrusted templates: a template is a program.
 
-Jinja's sandbox keeps it from files and from Python; what it may take of time and memory is limited here. One process
-renders conversation after conversation, and another one takes its place when it was ended. Both ways go lines of JSON,
-so that whatever a template makes of that process, this one reads text.
+Jinja's sandbox keeps it away from files and from Python; this module limits its time and memory. One process renders
+conversation after conversation, and is replaced if it was ended. The processes exchange lines of JSON, so even if a
+template takes over the other process, this one only reads text.
 """
 
 import atexit
@@ -17,31 +17,31 @@ from functools import cache
 from chat_logits.pipes import start_python, take_pipes
 
 MIB = 2**20
-SECONDS, MEMORY = 5.0, 1024 * MIB  # of CPU time for a conversation; bytes of address space
-LENGTH_LEAST, LENGTH_RATIO = MIB, 16  # characters of a text: some in any case, and so many for each that comes in
-SHOWN = 300  # characters of what a template says in an error
+SECONDS, MEMORY = 5.0, 1024 * MIB  # CPU seconds per conversation; bytes of address space
+LENGTH_LEAST, LENGTH_RATIO = MIB, 16  # allowed characters of a text: a minimum, plus this many per character of input
+SHOWN = 300  # characters of a template's error message
 
 
 class OverLimit(Exception):
-    """A rendering that takes more time, memory or text than a template is given."""
+    """A rendering that takes more time or memory, or makes a longer text, than a template may."""
 
 
 class RefusedRendering(Exception):
-    """What the template raised, in words."""
+    """The message of what the template raised."""
 
 
 class RenderProcess:
-    """Renders in a process that begins when it is first needed; any thread may ask."""
+    """Renders in a process that is started on first use; any thread may use it."""
 
     def __init__(self):
         self._process: subprocess.Popen | None = None
-        self._settings: list | None = None  # what the process knows: template, variables, date
+        self._settings: list | None = None  # what the process already has: template, variables, date
         self._lock = threading.Lock()
 
     def render(
         self, text: str, conversation: list[dict], variables: dict, date: str | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As ``rendering.render``. Raises OverLimit, and RefusedRendering for whatever the template raises."""
+        """As ``rendering.render``. Raises OverLimit, and RefusedRendering for anything that the template raises."""
         with self._lock:
             answer = self._ask([text, variables, date], [conversation])
         if "rendered" in answer:
@@ -51,9 +51,9 @@ class RenderProcess:
     def render_together(
         self, text: str, conversations: list[list[dict]], variables: dict, date: str | None = None
     ) -> list[tuple[str, list[tuple[int, int]]]] | None:
-        """``render`` of each in one question and answer, which cost as much as rendering does.
+        """``render`` of all in one exchange with the process, as an exchange costs as much as a rendering.
 
-        None where one of them is at fault, or all are too much at once: ``render`` by itself tells.
+        None if one of them fails, or if together they exceed a limit; ``render`` of each then shows which one.
         """
         with self._lock:
             answer = self._ask([text, variables, date], conversations)
@@ -64,7 +64,7 @@ class RenderProcess:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with suppress(OSError):  # what was not sent any more
+            with suppress(OSError):  # data that could not be sent
                 process.communicate()
 
     def _begin(self) -> subprocess.Popen:
@@ -83,13 +83,13 @@ class RenderProcess:
         except OSError:
             answered = b""
         except BaseException:
-            self.close()  # its answer would be taken for the next one's
+            self.close()  # otherwise its answer would be read as that of the next question
             raise
         if not answered.endswith(b"\n"):
             self.close()
             return {"error": f"it took more than {SECONDS:.0f} s of computing, or too much memory", "is_over": True}
         answer = json.loads(answered)
-        self._settings = settings if "rendered" in answer else None  # it may not have got so far
+        self._settings = settings if "rendered" in answer else None  # after an error, it may not have them
         return answer
 
 
@@ -101,7 +101,7 @@ def _process_of(_pid: int) -> RenderProcess:
 
 
 def render_process() -> RenderProcess:
-    """The one of this process; one that was forked gets its own."""
+    """The rendering process of this process; a forked process gets its own."""
     return _process_of(os.getpid())
 
 
@@ -113,7 +113,7 @@ def _with_spans(text: str, spans: list[list[int]]) -> tuple[str, list[tuple[int,
 
 
 def serve() -> None:
-    """Answer each line on standard input with one on standard output, until there are no more."""
+    """Answer each line on standard input with one on standard output, until the input ends."""
     lines, answers = take_pipes()
     limit_time, settings = _set_limits(), [None]
     for line in iter(lines.readline, b""):
@@ -125,8 +125,8 @@ def serve() -> None:
 
 
 def _answer(line: bytes, settings: list, begin_time: Callable[[], object]) -> bytes:
-    """The answer to a line; ``settings`` has those of the lines before, and then this one's. ``begin_time`` is called
-    for each conversation, whose time is limited."""
+    """The answer to a line. ``settings`` has the current settings and is updated if the line has new ones.
+    ``begin_time`` restarts the time limit; it is called for each conversation."""
     from chat_logits.data.rendering import render
 
     try:
@@ -149,19 +149,19 @@ def _answer(line: bytes, settings: list, begin_time: Callable[[], object]) -> by
 
 
 def _longest(conversation: list[dict], settings: list) -> int:
-    """Characters of text that may be made of it with these settings."""
+    """Characters that the text of this conversation may have with these settings."""
     return LENGTH_LEAST + LENGTH_RATIO * len(_line([conversation, settings]))
 
 
 def _line(value) -> bytes:
-    """A line of JSON; of what JSON does not have, its type's name, as ``rendering`` shows it to templates."""
+    """A line of JSON; a value that JSON cannot hold becomes its type's name, as ``rendering`` shows it to templates."""
     return json.dumps(value, default=lambda other: f"<{type(other).__name__}>").encode() + b"\n"
 
 
 def _set_limits():
-    """Limit memory; gives what sets the CPU time until the system ends this.
+    """Limit the memory of this process; returns a function that sets the CPU time after which the system ends it.
 
-    Where the system has no such limits, there are none.
+    On a system without such limits, nothing is limited.
     """
     import signal
 

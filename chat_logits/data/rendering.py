@@ -1,9 +1,9 @@
-"""Chat templates as transformers renders them, by Jinja alone, as importing transformers costs a second of CPU.
+"""Render chat templates as transformers does, but with Jinja only: importing transformers takes a second of CPU time.
 
-Reading stored rows needs nothing else. An extraction holds each conversation's text against transformers' own.
+Reading stored rows needs nothing else. An extraction compares each conversation's text with transformers' own.
 
-A template is a program from the Hub: it runs in Jinja's sandbox, which changes nothing that it is given, and sees plain
-values alone. The tests hold each template's text and spans against ``transformers.apply_chat_template``'s.
+A template is a program from the Hub: it runs in Jinja's immutable sandbox and gets plain values only. The tests compare
+each template's text and spans with those of ``transformers.apply_chat_template``.
 """
 
 import datetime
@@ -18,14 +18,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of a message's thoughts, the first one first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's thoughts, in order of precedence
 
 # What a rendering has written so far, and the spans of its generation blocks in it.
 _written: ContextVar[tuple[list[str], list[tuple[int, int]]]] = ContextVar("written")
 
 
 class GenerationBlocks(Extension):
-    """``{% generation %} … {% endgeneration %}``: writes what is in it, and notes where that stands."""
+    """``{% generation %} … {% endgeneration %}``: writes its content and records the span of it."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -44,7 +44,7 @@ class GenerationBlocks(Extension):
 
 
 class _Namespace(Namespace):
-    """A template's namespace, which refuses names that Python or Jinja gives a meaning of its own."""
+    """A template's namespace, which refuses names that have a special meaning in Python or Jinja."""
 
     def __init__(*args, **values):  # as Jinja's: a template may have a value named "self"
         self, *mappings = args
@@ -68,7 +68,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 class _Dict:
-    """What templates make dicts with, in place of the class itself."""
+    """The ``dict`` of templates, instead of the class itself."""
 
     def __call__(self, *args, **values) -> dict:
         return dict(*args, **values)
@@ -94,7 +94,7 @@ def _environment() -> jinja2.Environment:
 
 @lru_cache(maxsize=128)
 def compile_text(text: str) -> jinja2.Template:
-    """A template ready to render. Raises jinja2.TemplateSyntaxError where it does not parse."""
+    """A template ready to render. Raises jinja2.TemplateSyntaxError if it does not parse."""
     return _environment().from_string(text)
 
 
@@ -103,12 +103,12 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation's text, and the character spans of the template's generation blocks in it, in order.
 
-    ``variables`` are further values for the template, ``tools`` and ``documents`` (lists of dicts) among them. ``date``
-    (YYYY-MM-DD) is what ``strftime_now`` tells, None for the clock. Raises whatever the template does.
+    ``variables`` are further values for the template, including ``tools`` and ``documents`` (lists of dicts). ``date``
+    (YYYY-MM-DD) is the date for ``strftime_now``, None for the clock's. Raises anything that the template raises.
     """
     for name in ("tools", "documents"):
         if any(not isinstance(entry, dict) for entry in variables.get(name) or ()):
-            raise TypeError(f"{name} has entries that are no JSON objects; expected a list of objects")
+            raise TypeError(f"{name} has entries that are not JSON objects; expected a list of objects")
     defaults = {"tools": None, "documents": None, "add_generation_prompt": False}
     clock = {"strftime_now": datetime.date.fromisoformat(date).strftime} if date else {}
     values = {**clock, **_plain({**defaults, **variables}), "messages": _messages(conversation)}
@@ -124,10 +124,10 @@ def render(
 
 
 def text_by_transformers(text: str, conversation: list[dict], variables: dict, date: str | None = None) -> str:
-    """The text that transformers renders, which a model is served with; arguments are ``render``'s."""
+    """The text that transformers renders, as for a served model; arguments are ``render``'s."""
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-    # The library hands templates no functions, and its own strftime_now is the clock: pin it on the compiled one.
+    # The library passes no functions to templates, and its strftime_now uses the clock: set it on the compiled one.
     pinned = _compile_jinja_template(text).globals
     pinned.pop("strftime_now", None)
     if date:
@@ -136,7 +136,7 @@ def text_by_transformers(text: str, conversation: list[dict], variables: dict, d
 
 
 def _messages(conversation: list[dict]) -> list[dict]:
-    """Plain messages. A message's thoughts have the name that most templates read, and gpt-oss's ``thinking`` too."""
+    """Plain messages. Thoughts are given under the key that most templates read, and under gpt-oss's ``thinking``."""
     messages = []
     for message in _plain(conversation):
         thoughts = next((message[name] for name in REASONING if message.get(name) is not None), None)
@@ -147,7 +147,8 @@ def _messages(conversation: list[dict]) -> list[dict]:
 
 
 def _plain(value):
-    """The value as JSON has it; of anything else, such as a picture, its type's name, so that no method is in reach."""
+    """The value in JSON's types; anything else, such as a picture, becomes its type's name, so that templates cannot
+    call its methods."""
     if isinstance(value, dict):
         return {_plain(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,8 @@
-"""Who speaks: the names that datasets have for it, as chat templates name it."""
+"""Speakers: from the names that datasets use to the roles of chat templates."""
 
 import re
 from collections.abc import Callable, Collection
 
-from chat_logits.data.rendering import REASONING
 from chat_logits.data.templates import ChatTemplate, TemplateError
 
 ALIASES = {
@@ -13,9 +12,9 @@ ALIASES = {
     "tool": ("function", "observation", "ipython", "function_response", "tool_response"),
 }
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in (role, *aliases)}
-# What is said to see whether a template shows it, and the same with its first, its middle and its last word changed,
-# alike in length and kinds of characters but with none in common: a template that changes case, takes characters out or
-# turns round still renders other texts, and one that cuts off does not.
+# A content to test whether a template shows it, and the same with its first, middle or last word changed to one of the
+# same length and kinds of characters, but with no character in common. A template that changes case, removes characters
+# or reverses the text still renders them differently; one that truncates the text does not.
 SAID = "Xq7 seldom 3vK"
 UNLIKE = ("Bw4 seldom 3vK", "Xq7 unfair 3vK", "Xq7 seldom 9zT")
 ALL, PART, NOTHING = "all", "only a part", "nothing"
@@ -23,7 +22,7 @@ QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 def roles_named_in(template: str) -> frozenset[str]:
-    """The words that a chat template has in quotes, among them the roles that it tells apart.
+    """The quoted words in a chat template, which include the roles that it distinguishes.
 
     >>> sorted(roles_named_in("{% if message['role'] == 'developer' %}"))
     ['developer', 'role']
@@ -32,15 +31,13 @@ def roles_named_in(template: str) -> frozenset[str]:
 
 
 def words_of(template: str) -> frozenset[str]:
-    """All words of a chat template, among them the keys of messages that it reads. Names of thoughts are so as keys
-    alone: some templates have a variable ``thinking``."""
-    words = set(re.findall(r"\w+", template))
-    return frozenset(word for word in words if word not in REASONING or re.search(rf"[.'\"]{word}\b", template))
+    """All words of a chat template, which include the message keys that it reads."""
+    return frozenset(re.findall(r"\w+", template))
 
 
 def to_role(speaker: object, template_roles: Collection[str] = ()) -> str | None:
-    """The role of a speaker, None for an unknown one. What the template names itself keeps its name, but for those who
-    ask and answer.
+    """The role of a speaker, None for an unknown one. A speaker that the template itself names keeps that name, unless
+    it means the user or the assistant.
 
     >>> to_role("Human"), to_role("developer"), to_role("developer", {"developer"}), to_role("narrator")
     ('user', 'system', 'developer', None)
@@ -57,10 +54,10 @@ def to_role(speaker: object, template_roles: Collection[str] = ()) -> str | None
 def refuse_vanished(
     conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
 ) -> None:
-    """Raise TemplateError where the template, whose ``text`` this is, does not show all of a message, so that no answer
-    is scored without its question.
+    """Raise TemplateError if the template, which rendered ``text``, does not show all of a message: no answer should
+    be scored without its question.
 
-    ``tools`` are the conversation's own. ``shown`` keeps what ``shown_of_role`` says.
+    ``tools`` are the conversation's own. ``shown`` caches the results of ``shown_of_role``.
     """
     template = template.with_tools(tools)
     for place, message in enumerate(conversation):
@@ -78,10 +75,10 @@ def refuse_vanished(
 
 
 def shown_of_role(role: str, render: Callable[[list[dict]], str | None]) -> str | None:
-    """How much a chat template shows of what this role says, as it stands or changed: ``ALL``, ``PART`` or ``NOTHING``;
-    None where that cannot be asked: the conversation asked with is refused, or renders otherwise each time.
+    """How much of a role's content a chat template shows, unchanged or changed: ``ALL``, ``PART`` or ``NOTHING``; None
+    if that cannot be tested, as the test conversation is refused or renders differently each time.
 
-    ``render`` gives a conversation's text, None where it is refused.
+    ``render`` gives a conversation's text, None if it is refused.
     """
     text = render(_probe(role, SAID))
     if text is None or SAID in text:
@@ -92,7 +89,7 @@ def shown_of_role(role: str, render: Callable[[list[dict]], str | None]) -> str 
 def _compared(
     text: str, conversation: list[dict], others: list[list[dict]], render: Callable[[list[dict]], str | None]
 ) -> str | None:
-    """How many of the others give another text than the conversation's, None where that proves nothing."""
+    """How many of the others render differently from the conversation: all, part or nothing; None if inconclusive."""
     texts = [render(other) for other in others]
     if None in texts or render(conversation) != text:
         return None
@@ -103,10 +100,9 @@ def _compared(
 def _shown_of_message(
     conversation: list[dict], place: int, text: str, render: Callable[[list[dict]], str | None], of_role: str | None
 ) -> str:
-    """How much a conversation's ``text`` depends on what its message at ``place`` says.
+    """How much a conversation's ``text`` depends on the content of its message at ``place``.
 
-    Where that cannot be asked it is what is known of the role; where nothing is known, the words are looked up in the
-    text.
+    If that cannot be tested, the result for the role is used; without one, whether the content is in the text.
     """
     message = conversation[place]
     is_there = message["content"].strip() in text
@@ -118,14 +114,14 @@ def _shown_of_message(
 
 
 def _unlike_by_word(text: str) -> list[str]:
-    """The text with its first, its middle, and its last word changed."""
+    """The text with its first, its middle, or its last word changed: a text for each."""
     words = [word.span() for word in re.finditer(r"\S+", text)]
     chosen = {words[0], words[len(words) // 2], words[-1]}
     return [text[:start] + _unlike(text[start:end]) + text[end:] for start, end in sorted(chosen)]
 
 
 def _unlike(text: str) -> str:
-    """A text of the same length and words, each character another one, whatever its case."""
+    """A text with the same lengths of words, in which every character differs, also apart from case."""
     return re.sub(r"\S", lambda found: "y" if found[0] in "xX" else "x", text)
 
 

@@ -1,4 +1,4 @@
-"""Stored rows to the tokens that were extracted from, proven by each row's checksum."""
+"""Stored rows to the tokens of the extraction, verified by each row's checksum."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from chat_logits.errors import ToolkitError
 
 
 class AlignmentError(ToolkitError):
-    """A stored row that the rebuilt tokens do not fit; the message names the row."""
+    """A stored row that does not match the rebuilt tokens; the message names the row."""
 
 
 class RowAligner:
@@ -31,15 +31,15 @@ class RowAligner:
         self._chat_template = chat_template
 
     def align(self, row: dict, number: int | None = None) -> Alignment:
-        """A row's input ids and extracted positions, proven by its checksum.
+        """A row's input ids and extracted positions, verified by its checksum.
 
-        ``number`` is the row's in its dataset. Raises AlignmentError where the rebuilt tokens are not those that were
-        extracted from; it names the row by this number, or without one its source row.
+        ``number`` is the row's number in its dataset. Raises AlignmentError if the rebuilt tokens are not those of the
+        extraction; it names the row by this number or, without one, by its source row.
         """
         return self.align_all([row], None if number is None else [number])[0]
 
     def align_all(self, rows: Sequence[dict], numbers: Sequence[int] | None = None) -> list[Alignment]:
-        """The alignments of several rows, tokenized together. Raises as ``align`` for one that is at fault."""
+        """The alignments of several rows, tokenized together. Raises as ``align`` for the row that is wrong."""
         return [alignment for _, alignment, _ in self.placed(rows, numbers)]
 
     def placed(
@@ -88,7 +88,7 @@ class RowAligner:
 def align_row(
     row: dict, tokenizer, extraction: RecordedAlignment | Mapping, chat_template: str | None = None
 ) -> Alignment:
-    """One stored row's tokens, as ``RowAligner`` aligns them, which does many in less time.
+    """One stored row's tokens, as ``RowAligner`` aligns them; for many rows, that class is faster.
 
     ``extraction`` is a dataset's manifest, or the content of its ``extraction.json``.
     """
@@ -99,7 +99,7 @@ def align_row(
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Whatever is wrong as AlignmentError, with the row's name in front."""
+    """Raise a ToolkitError as AlignmentError, with the row's name in front."""
     try:
         yield
     except ToolkitError as error:
@@ -107,7 +107,8 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _source_row(row: dict) -> str:
-    """How a message begins that is about a row whose number nobody gave; rows read in part may have no source row."""
+    """How a message about a row without a number begins; a row of which only some columns were read may lack its
+    source row."""
     return f"source row {row['source_index']}: " if "source_index" in row else ""
 
 
@@ -118,7 +119,7 @@ def _talk(row: dict, name: str) -> tuple[list[dict], list[dict] | None]:
 
 
 def _explain_mismatch(row: dict, rebuilt: Alignment, recorded: Aligner) -> str:
-    """Where the rebuilt conversation first differs, known if the recorded template still gives the tokens."""
+    """Where the rebuilt conversation first differs; known if the recorded template still gives the extracted tokens."""
     original = recorded.align(from_stored(row["messages"]), from_stored_tools(row["tools"]))
     if original.checksum != row["alignment_checksum"]:
         return (

@@ -27,17 +27,17 @@ from chat_logits.hub_errors import explain_hub_error
 from chat_logits.paths import is_there
 from chat_logits.words import count_text, first_line
 
-FIRST_ROWS = 32  # are read when a source is opened, and not again: columns, template and proof need them
+FIRST_ROWS = 32  # rows read when a source is opened, and kept: needed to find columns and template, and to test both
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass
 class SourceDataset:
-    """One split of a dataset, whose rows are read in any order.
+    """One split of a dataset, whose rows can be read in any order.
 
-    ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream whose
-    length is recorded nowhere; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's in errors;
-    ``column_names`` are all there are, whichever are read, in JSON those of all first rows.
+    ``revision`` is a Hub commit, or a hash of the local files' contents; ``num_rows`` is None for a stream of unknown
+    length; ``first_rows`` are the first ``FIRST_ROWS``; ``name`` is the dataset's name in errors; ``column_names`` are
+    all columns, read or not, for JSON those of the first rows.
     """
 
     rows: TableRows | ParquetRows | TextRows | StreamRows
@@ -46,30 +46,31 @@ class SourceDataset:
     first_rows: list[dict | BadRow]
     name: str
     column_names: list[str] = field(default_factory=list)
-    number_columns: frozenset[str] = frozenset()  # of integers or booleans, and nothing else
+    number_columns: frozenset[str] = frozenset()  # columns of only integers or booleans
     _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)  # a failed shard's thread may linger
 
     def read(self, first: int, end: int) -> list[dict | BadRow]:
         """Rows ``first`` up to ``end``, fewer at the end of the split. A stream is best read in order.
 
-        Raises UsageError for files that cannot be read, ToolkitError where the Hub fails.
+        Raises UsageError for files that cannot be read, ToolkitError if the Hub fails.
         """
         known, end = self.first_rows[first:end], end if self.num_rows is None else min(end, self.num_rows)
         with self._reading, explained(self.name):
-            return known + self.rows.read(first + len(known), end)  # even if none: a wrong card is said each time
+            # Called even for zero rows, so that a wrong row count in the card is always reported.
+            return known + self.rows.read(first + len(known), end)
 
     @property
     def has_arrow_nulls(self) -> bool:
-        """Whether objects have other rows' keys as nulls, which are not the data's."""
+        """Whether objects have keys of other rows as nulls, which are not in the data."""
         return not isinstance(self.rows, TextRows)
 
     def place(self, row: int) -> str:
-        """Where a row stands, in words: its file, and the line or row in it, as far as they are known."""
+        """Where a row is, as text: its file, and the line or row in it, as far as they are known."""
         with self._reading, explained(self.name):
             return self.rows.place(row)
 
     def footers(self) -> dict[str, list[int]]:
-        """Of streamed Parquet, what ``open_source`` in other processes need not ask of each file again."""
+        """For streamed Parquet, the footers, so that ``open_source`` in other processes need not request them again."""
         with explained(self.name):
             return self.rows.footers() if isinstance(self.rows, ParquetRows) else {}
 
@@ -83,10 +84,10 @@ def open_source(
     footers: dict[str, list[int]] | None = None,
     needed: Callable[[list[str]], Collection[str]] | None = None,
 ) -> SourceDataset:
-    """Open one split; ``footers`` are another process's of the same revision.
+    """Open one split; ``footers`` are those that another process has read at the same revision.
 
-    ``needed`` says which of all columns are to be decoded, all of them by default. Raises UsageError for wrong names,
-    and ToolkitError where the Hub refuses.
+    ``needed`` chooses the columns to decode from all column names; by default all are. Raises UsageError for wrong
+    names, and ToolkitError if the Hub refuses.
     """
     if not SPLIT_NAME.fullmatch(split):
         raise UsageError(f"`split` {split}: expected a split's name alone; `max_samples` N reads its first N rows")
@@ -106,7 +107,8 @@ def open_source(
     bad = [row for row in first_rows if isinstance(row, BadRow)]
     if len(bad) == len(first_rows):
         first = count_text(len(bad), "row")
-        raise UsageError(f"{name}: none of the first {first} can be read; the first is {bad[0].reason}")
+        expected = rows.expected if isinstance(rows, TextRows) else ""
+        raise UsageError(f"{name}: none of the first {first} can be read; the first is {bad[0].reason}{expected}")
     readable = [row for row in first_rows if isinstance(row, dict)]
     numbers = _number_columns(rows.features) if rows.features else _all_numbers(readable)
     names = names or list(dict.fromkeys(column for row in readable for column in row))
@@ -156,7 +158,7 @@ def _open_rows(
 def _text_rows(config, split: str, streaming: bool) -> TextRows | None:
     """The rows of a split of JSON or CSV, None for other formats and for rows within one field of a JSON file.
 
-    Raises UsageError, with those there are, for a split that is not, and for CSV of a form that is not read.
+    Raises UsageError for a missing split (it lists those that exist), and for CSV options that are not supported.
     """
     import datasets
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -175,7 +177,7 @@ def _text_rows(config, split: str, streaming: bool) -> TextRows | None:
 
 
 def _csv_form(config) -> dict:
-    """Delimiter and quotes of CSV files. Raises UsageError where a dataset's card names more than these."""
+    """Delimiter and quotes of CSV files. Raises UsageError if a dataset's card sets other options."""
     plain = type(config)()
     known = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "quotechar")
     others = [
@@ -189,7 +191,7 @@ def _csv_form(config) -> dict:
 
 
 def _all_numbers(rows: list[dict]) -> frozenset[str]:
-    """Keys that have integers or booleans in all rows that have them."""
+    """Keys whose values are integers or booleans in all rows that have them."""
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
@@ -198,7 +200,7 @@ def _all_numbers(rows: list[dict]) -> frozenset[str]:
 
 
 def _number_columns(features) -> frozenset[str]:
-    """Columns of integers or booleans. ``features`` are of ``datasets``, None where nobody knows them."""
+    """Columns of integers or booleans. ``features`` are of ``datasets``, None if they are not known."""
     import datasets
 
     kinds = {name: kind.dtype for name, kind in (features or {}).items() if isinstance(kind, datasets.Value)}
@@ -206,7 +208,7 @@ def _number_columns(features) -> frozenset[str]:
 
 
 def _parquet_files(config, split: str) -> list[str]:
-    """The files of a split, if all are Parquet (and not archives of such)."""
+    """The files of a split if all are Parquet (and not archives of Parquet files), else none."""
     from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
     files = config.data_files[split] if isinstance(config, ParquetConfig) and split in config.data_files else []
@@ -215,14 +217,14 @@ def _parquet_files(config, split: str) -> list[str]:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Errors of ``datasets`` as the toolkit's own, which name the dataset and say what to do."""
+    """Raise errors of ``datasets`` as the toolkit's own, which name the dataset and say what to do."""
     import datasets
 
     try:
         yield
     except StopIteration as error:  # of ``datasets``, for an empty file
         raise UsageError(f"{name}: no rows") from error
-    except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are held back
+    except datasets.exceptions.DatasetNotFoundError as error:  # the repository was found, so its files are gated
         raise ToolkitError(
             f"{name}: gated. Ask for access on its page, then set HF_TOKEN to a token that has it."
         ) from error
@@ -230,7 +232,7 @@ def explained(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: {first_line(error.__cause__ or error)}") from error
     except datasets.table.CastError as error:
         raise UsageError(f"{name}: {error.details()}") from error
-    except Exception as error:  # odd data and the Hub's clients raise all kinds
+    except Exception as error:  # odd data and the Hub's clients raise exceptions of all kinds
         if "corresponds to no data" in str(error):
             raise UsageError(f"{name}: no rows") from error
         raise explain_hub_error(error, name, UsageError) from error

@@ -1,4 +1,4 @@
-"""Files and folders as datasets: their formats, what ``load_dataset`` is given of them, what it passes over."""
+"""Files and folders as datasets: their formats, the arguments for ``load_dataset``, and the files that it ignores."""
 
 import glob
 import logging
@@ -12,14 +12,14 @@ FILE_FORMATS = {
     **{".csv" + packed: "csv" for packed in ("", ".gz", ".zst")},
     ".parquet": "parquet",
 }
-SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # what ``save_to_disk`` leaves
+SAVED_SPLITS, SAVED_TABLE = "dataset_dict.json", "state.json"  # files that ``save_to_disk`` writes
 CARD, DATASETS_OWN = "README.md", "dataset_infos.json"
 
 logger = logging.getLogger(__name__)
 
 
 def saved_table(folder: Path, split: str):
-    """One split of what ``save_to_disk`` has written. Raises UsageError, with those there are, for one that is not."""
+    """One split of what ``save_to_disk`` has written. Raises UsageError, which lists the splits, if it is missing."""
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
@@ -32,14 +32,14 @@ def saved_table(folder: Path, split: str):
 
 
 def file_format(path: Path) -> str | None:
-    """What ``datasets`` calls the format of a file with this name, None for one that is not read."""
+    """The name that ``datasets`` has for the format of a file with this name, None for one that is not supported."""
     endings = [ending for ending in FILE_FORMATS if path.name.endswith(ending)]
     return FILE_FORMATS[max(endings, key=len)] if endings else None
 
 
 def local_arguments(path: Path, config: str | None, content: str) -> dict:
-    """``load_dataset``'s arguments, with a cache of this content's own: it may take a folder that has changed since,
-    or another of the same name, for the one it has cached. A file is the split train."""
+    """``load_dataset``'s arguments, with a separate cache for this content: otherwise ``datasets`` might use its cache
+    of an earlier state of the folder, or of another folder with the same name. A file is the split train."""
     import datasets
 
     cache = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content[:16]}")}
@@ -64,15 +64,15 @@ def local_arguments(path: Path, config: str | None, content: str) -> dict:
 
 
 def refuse_another_file(path: str, builder) -> None:
-    """Raise UsageError where ``datasets`` has found something else than the file whose escaped path this is."""
+    """Raise UsageError if ``datasets`` has found anything other than the file with this escaped path."""
     found = [str(file) for files in builder.config.data_files.values() for file in files]
     if [glob.escape(file) for file in found] != [path]:
         raise UsageError(f"`datasets` takes the name of this file for {first_names(found)}; rename it")
 
 
 def tell_of_files_left_out(folder: Path, builder) -> None:
-    """Name data files that ``datasets`` puts into no split: those of the rarer formats, and where some files are named
-    as splits are, all others. Where a card says which files are read, that is its owner's choice."""
+    """Log the data files that ``datasets`` puts into no split: those of the less frequent formats, and, if some files
+    are named like splits, all others. If the card lists the files, nothing is logged, as its owner has chosen them."""
     card = folder / CARD
     if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         return
@@ -86,7 +86,7 @@ def tell_of_files_left_out(folder: Path, builder) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether ``datasets`` passes over what has this name."""
+    """Whether ``datasets`` ignores a file or folder with this name."""
     return name.startswith((".", "_"))
 
 

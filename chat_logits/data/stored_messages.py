@@ -1,4 +1,4 @@
-"""Conversations as rows store them: the ``messages`` column, and back."""
+"""Conversations to the ``messages`` column of stored rows, and back."""
 
 import json
 
@@ -6,7 +6,7 @@ from chat_logits.errors import ToolkitError
 
 
 def to_stored(conversation: list[dict]) -> list[dict]:
-    """Messages as the ``messages`` column has them: role, content, and the other keys as JSON in ``extra``."""
+    """Messages in the form of the ``messages`` column: role, content, and other keys as JSON in ``extra``."""
     return [
         {
             "role": message["role"],
@@ -22,7 +22,7 @@ def _extra(message: dict) -> dict:
 
 
 def from_stored(messages: list[dict]) -> list[dict]:
-    """The conversation that ``to_stored`` was given. Raises ToolkitError where ``extra`` is no JSON object."""
+    """The conversation that ``to_stored`` was given. Raises ToolkitError if ``extra`` is not a JSON object."""
     return [_from_stored(message) for message in messages]
 
 
@@ -41,13 +41,13 @@ def _extra_object(text: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ToolkitError(f"column messages: extra is no JSON object: {error}") from error
+        raise ToolkitError(f"column messages: extra is not a JSON object: {error}") from error
     if not isinstance(value, dict):
-        raise ToolkitError(f"column messages: extra is no JSON object: {text:.40}")
+        raise ToolkitError(f"column messages: extra is not a JSON object: {text:.40}")
     return value
 
 
 def question_of(messages: list[dict], length: int | None = 80) -> str:
-    """How a conversation's first user message begins, or all of it, "" without one."""
+    """The beginning of a conversation's first user message (all of it for None), "" without one."""
     questions = (message["content"] for message in messages if message["role"] == "user")
     return (next(questions, None) or "")[:length]

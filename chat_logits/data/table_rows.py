@@ -1,4 +1,4 @@
-"""Rows by their numbers of what ``datasets`` has opened: a table on this machine, or a stream."""
+"""Rows by number from what ``datasets`` has opened: a table on this machine, or a stream."""
 
 import os
 from bisect import bisect_right
@@ -10,19 +10,19 @@ from chat_logits.data.parquet_rows import name_in_dataset
 
 
 class TableRows:
-    """Rows of a memory-mapped ``datasets.Dataset``, made of ``files``, where these are Parquet."""
+    """Rows of a memory-mapped ``datasets.Dataset``; ``files`` are those it was made from, if they are Parquet."""
 
     def __init__(self, table, files: Sequence[str] = ()):
         self._table, self._files = table, files
         self.num_rows, self.features = len(table), table.features
 
     def keep(self, columns: list[str]) -> None:
-        """Decode these columns alone from now on."""
+        """Decode only these columns from now on."""
         self._table = self._table.select_columns(columns)
         self.features = self._table.features
 
     def place(self, row: int) -> str:
-        """A row's file and its number in it, from 1, in words; its number alone where the files are not here."""
+        """A row's file and its number in it, as text; only its overall number if the files are not here. From 1."""
         file = bisect_right(self._firsts, row) - 1
         if file in range(len(self._firsts) - 1):
             return f"{name_in_dataset(self._files[file])}, row {row - self._firsts[file] + 1}"
@@ -30,7 +30,7 @@ class TableRows:
 
     @cached_property
     def _firsts(self) -> list[int]:
-        """Each file's first row, and the end of the last one's; nothing unless all are on this machine."""
+        """The first row of each file, and the end of the last file; empty unless all files are on this machine."""
         import pyarrow.parquet as pq
 
         is_here = all(map(os.path.isfile, self._files))
@@ -42,7 +42,7 @@ class TableRows:
 
 
 class StreamRows:
-    """Rows of a ``datasets.IterableDataset``: those before are read too, and going back starts over."""
+    """Rows of a ``datasets.IterableDataset``: earlier rows are read too, and going back starts over."""
 
     def __init__(self, stream, num_rows: int | None):
         self._stream, self.num_rows, self.features = stream, num_rows, stream.features
@@ -50,12 +50,12 @@ class StreamRows:
         self._next_row = 0
 
     def keep(self, columns: list[str]) -> None:
-        """Decode these columns alone from now on."""
+        """Decode only these columns from now on."""
         self._stream = self._stream.select_columns(columns)
         self.features, self._open = self._stream.features, None
 
     def place(self, row: int) -> str:
-        """A row's number, from 1, in words."""
+        """A row's number, from 1, as text."""
         return f"row {row + 1}"
 
     def read(self, first: int, end: int) -> list[dict]:
@@ -63,7 +63,7 @@ class StreamRows:
             return []
         if self._open is None or first < self._next_row:
             self._open, self._next_row = iter(self._stream.skip(first)), first
-        stream, self._open = self._open, None  # one that failed is not used again: it would seem to be at its end
+        stream, self._open = self._open, None  # a failed stream is not used again: it would seem to have ended
         rows = list(islice(stream, first - self._next_row, end - self._next_row))
         self._open, self._next_row = stream, first + len(rows)
         return rows

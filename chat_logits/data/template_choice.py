@@ -1,4 +1,4 @@
-"""Which chat template renders: the one given, the model's own, or a shipped one that renders the same."""
+"""The choice of the chat template: the one given, the model's own, or a shipped one that renders the same."""
 
 import datetime
 import itertools
@@ -19,22 +19,22 @@ from chat_logits.errors import UsageError
 
 @dataclass(frozen=True)
 class TemplateChoice:
-    """The template that renders, in words where its spans come from, and the one it stands in for, if any."""
+    """The template that renders, a description of where its spans come from, and the one it replaces, if any."""
 
     template: ChatTemplate
     mask_source: str
     own: ChatTemplate | None = None
 
     def render(self, conversation: list[dict], tools: list[dict] | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """As ``ChatTemplate.render``, proven by transformers' rendering: of the model's own, where a shipped one stands
-        for it. ``tools`` are the conversation's.
+        """As ``ChatTemplate.render``, compared with transformers' rendering (of the model's own template, if a shipped
+        one replaces it). ``tools`` are the conversation's.
 
-        Raises TemplateError, also where the two texts differ.
+        Raises TemplateError, also if the two texts differ.
         """
         text, spans = self.template.with_tools(tools).render(conversation)
         if (self.own or self.template).with_tools(tools).text_by_transformers(conversation) != text:
             other = "the model's own template" if self.own else "transformers does"
-            raise TemplateError(f"the {self.mask_source} renders it otherwise than {other}")
+            raise TemplateError(f"the {self.mask_source} renders it differently than {other}")
         return text, spans
 
 
@@ -47,12 +47,12 @@ def choose_template(
     tools: Sequence[list[dict] | None] = (),
 ) -> TemplateChoice:
     """The template to use: ``argument`` (a path, the template's text, or the name of one of the tokenizer's), or None
-    for the tokenizer's own, and for conversations with tools that for tools, if there is one.
+    for the tokenizer's own; conversations with tools use the tokenizer's template for tools, if there is one.
 
-    ``tools`` are those of each of the ``conversations``, or nothing. One without generation blocks is replaced by the
-    shipped template that renders the same, over ``PROBES`` and over ``conversations``; else its spans are derived from
-    prefixes. So is a model's own that has them, as some (SmolLM3's) take the header in.
-    Raises UsageError for a template that is missing or does not parse.
+    ``tools`` has the tools of each of the ``conversations``, or is empty. A template without generation blocks is
+    replaced by the shipped template that renders ``PROBES`` and ``conversations`` alike; if there is none, its spans
+    are derived from prefixes. A model's own template is replaced even if it has generation blocks, as the blocks of
+    some (SmolLM3's) include the header. Raises UsageError for a template that is missing or does not parse.
     """
     text = template_text(argument, tokenizer, kwargs.get("tools") is not None)
     for_tools = template_text(argument, tokenizer, has_tools=True)
@@ -88,9 +88,9 @@ def _choose_text(template: ChatTemplate, argument: str | None, conversations: li
 
 
 def _refuse_bomb(template: ChatTemplate, conversations: list[tuple]) -> None:
-    """Render the first conversations where time and memory are limited, before the template is trusted here.
+    """Render the first conversations with limits on time and memory, before the template is run in this process.
 
-    Raises UsageError where it takes more; what else it raises is for the run to see.
+    Raises UsageError if it exceeds them; other errors of the template are left to the run.
     """
     limited, probes = replace(template, apart=True), [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
     for conversation, tools in (*probes, *conversations):
@@ -108,9 +108,9 @@ def _render_alike(
     conversations: list[tuple[list[dict], list[dict] | None]],
     own_texts: dict[tuple[int, bool], str | None],
 ) -> bool:
-    """Whether both give the same texts. ``own_texts`` keeps the first one's, for the next that it is compared with.
+    """Whether both give the same texts. ``own_texts`` caches those of ``template`` for the next comparison.
 
-    A shipped template may refuse tools, though the family's own renders or drops them.
+    A shipped template may refuse tools, although the family's own renders or drops them.
     """
     is_shown = False
     for i, (conversation, tools) in enumerate(_compared(template, conversations)):
@@ -126,7 +126,8 @@ def _render_alike(
 
 
 def _compared(template: ChatTemplate, conversations: list[tuple]) -> list[tuple[list[dict], list[dict] | None]]:
-    """What tells templates apart, with tools: the probes without any, and whatever is there of those that have some."""
+    """Conversations to compare templates on, each with its tools: the probes without tools, one with those given to
+    all conversations, and the given conversations."""
     tools_of_all = template.kwargs.get("tools")
     probes = [(probe, None) for probe in (*PROBES, TOOL_PROBE)]
     given = [(conversation, tools or tools_of_all) for conversation, tools in conversations]
@@ -134,7 +135,7 @@ def _compared(template: ChatTemplate, conversations: list[tuple]) -> list[tuple[
 
 
 def _with_tools_alone(template: ChatTemplate, tools: list[dict] | None) -> ChatTemplate:
-    """The template with these tools in the place of those that all conversations have."""
+    """The template with these tools instead of those given to all conversations."""
     kwargs = {name: value for name, value in template.kwargs.items() if name != "tools"}
     return replace(template, kwargs=kwargs).with_tools(tools)
 

@@ -1,10 +1,11 @@
 """Chat templates: their texts, and a conversation's text with the character spans of the assistant's turns.
 
-A template tells the spans itself where it has generation blocks, ``{% generation %} … {% endgeneration %}``. The
-stock templates of most models have none; then a template of ``templates/`` that renders the same takes its place
+A template with generation blocks, ``{% generation %} … {% endgeneration %}``, gives the spans itself. The stock
+templates of most models have none. Then a template in ``templates/`` that renders the same is used instead
 (template_choice.py), or the spans come from rendering the conversation's prefixes.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,9 @@ RESERVED_KWARGS = {
 }
 
 THREE_WAYS = (
-    "Three ways out: a template of templates/ that fits the model's family (--chat_template templates/NAME.jinja); "
+    "Three ways out: a shipped template that fits the model's family (--chat_template NAME, from docs/templates.md); "
     "your own copy of the model's template with {% generation %} … {% endgeneration %} around each answer and its "
-    "end-of-turn token; or other data, if only some conversations are at fault."
+    "end-of-turn token; or other data, if only some conversations cause this."
 )
 
 
@@ -38,21 +39,21 @@ class TemplateError(ToolkitError):
 
 
 class TemplateLimit(TemplateError):
-    """A template that takes more time or memory than rendering a conversation takes."""
+    """A template that exceeds the limits on time or memory for rendering a conversation."""
 
 
 class PrefixError(TemplateError):
-    """A conversation whose prefixes do not render to prefixes of one another, so that spans cannot be derived."""
+    """A conversation whose prefixes do not render to prefixes of each other, so that spans cannot be derived."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text with what is fixed when it renders: variables, the date, the tokenizer's special tokens.
+    """A template's text with its fixed inputs: variables, the date, the tokenizer's special tokens.
 
-    ``tools_text`` is another text for conversations with tools, None where it is the same.
-    One that nobody here has chosen, as a downloaded dataset's, renders ``apart``: in a process with limits.
+    ``tools_text`` is a separate text for conversations with tools, None if it is the same. With ``apart``, an untrusted
+    template (such as a downloaded dataset's) is rendered in a separate process with limits.
     """
 
     text: str
@@ -63,7 +64,7 @@ class ChatTemplate:
     apart: bool = False
 
     def with_tools(self, tools: list[dict] | None) -> "ChatTemplate":
-        """The template for a conversation with these tools of its own, itself for one without."""
+        """The template for a conversation with these tools of its own; the same template for None."""
         if tools is None:
             return self
         return replace(self, text=self.tools_text or self.text, kwargs={**self.kwargs, "tools": tools}, tools_text=None)
@@ -75,16 +76,17 @@ class ChatTemplate:
     def render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the character spans of the assistant's turns, in order.
 
-        Raises TemplateError where the template refuses the conversation, and PrefixError where it has no
-        generation blocks and its prefixes do not nest.
+        Raises TemplateError if the template refuses the conversation, and PrefixError if the template has no
+        generation blocks and the conversation's prefixes do not nest.
         """
         text, spans = self.rendered(conversation)
         return (text, spans) if self.has_generation_blocks else (text, self._prefix_spans(conversation, text))
 
     def render_all(self, talks: Sequence[tuple[list[dict], list[dict] | None]]) -> list[tuple[str, list]]:
-        """``render`` of several conversations, each with its tools or None; those without, together where it is apart.
+        """``render`` of several conversations, each with its tools or None; with ``apart``, those without tools are
+        rendered together.
 
-        Raises as ``render`` for one that is at fault.
+        Raises as ``render`` for the conversation that is wrong.
         """
         plain = [conversation for conversation, tools in talks if tools is None]
         together = None
@@ -98,31 +100,31 @@ class ChatTemplate:
         ]
 
     def text_or_none(self, conversation: list[dict], **options) -> str | None:
-        """The text alone, None where the template refuses the conversation."""
+        """Only the text, None if the template refuses the conversation."""
         try:
             return self.rendered(conversation, **options)[0]
         except TemplateError:
             return None
 
     def text_by_transformers(self, conversation: list[dict]) -> str | None:
-        """The text as transformers renders it, None where it refuses the conversation."""
+        """The text as transformers renders it, None if it refuses the conversation."""
         try:
             return text_by_transformers(self.text, conversation, {**self.special_tokens, **self.kwargs}, self.date)
         except Exception:  # a template is a program: it may raise anything
             return None
 
     def rendered(self, conversation: list[dict], **options) -> tuple[str, list[tuple[int, int]]]:
-        """As ``render``, with further variables for the template; without generation blocks there are no spans."""
+        """As ``render``, with further variables for the template; without generation blocks, the spans are empty."""
         renders = render_process().render if self.apart else render
         try:
             return renders(self.text, conversation, {**self.special_tokens, **self.kwargs, **options}, self.date)
         except OverLimit as error:
-            raise TemplateLimit(f"the chat template goes beyond what a template is given: {error}") from error
+            raise TemplateLimit(f"the chat template exceeds its limits: {error}") from error
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateError(f"the chat template refuses it: {error}") from error
 
     def _prefix_spans(self, conversation: list[dict], whole: str) -> list[tuple[int, int]]:
-        """Each turn from the end of its generation prompt to the end of the conversation up to it."""
+        """The span of each turn: from the end of its generation prompt to the end of the conversation up to it."""
         spans, before = [], ""
         for i, message in enumerate(conversation):
             if message["role"] != "assistant":
@@ -132,7 +134,7 @@ class ChatTemplate:
             _check_nesting(before, prompt)
             _check_nesting(prompt, turn)
             answer, content = turn[len(prompt) :], (message.get("content") or "").strip()
-            # Only without a generation prompt must the answer itself tell that the turn has no header in front.
+            # Without a generation prompt, only the answer's own text can show that no header precedes it.
             if not _begins_with(answer, content) and prompt == self.rendered(conversation[:i])[0]:
                 _refuse_header(answer, content)
             spans.append((len(prompt), len(turn)))
@@ -161,7 +163,7 @@ def _begins_with(answer: str, content: str) -> bool:
 def _refuse_header(answer: str, content: str) -> None:
     if not content:
         raise TemplateError(
-            "an empty answer, and a chat template without generation prompt: no telling where it begins"
+            "an empty answer, and a chat template without generation prompt: it is not known where it begins"
         )
     raise PrefixError(
         "the chat template has no {% generation %} blocks and no generation prompt, so the header of "
@@ -174,12 +176,12 @@ def _refuse_header(answer: str, content: str) -> None:
 
 def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> str:
     """The text of ``argument`` (a path, a template, or the name of one of the tokenizer's), or the tokenizer's own
-    template where there is none.
+    template if it is None.
 
-    Of several, transformers takes the one named "tool_use" for conversations with tools, else "default". Raises
-    UsageError for a template that is missing.
+    If the tokenizer has several, the one named "tool_use" is taken for conversations with tools, else "default", as
+    transformers does. Raises UsageError for a template that is missing.
     """
-    template = getattr(tokenizer, "chat_template", None)  # one that was read from its files alone has none
+    template = getattr(tokenizer, "chat_template", None)  # a FileTokenizer has none
     if argument is not None:
         return template[argument] if isinstance(template, dict) and argument in template else read_template(argument)
     if template is None:
@@ -199,11 +201,22 @@ def template_text(argument: str | None, tokenizer, has_tools: bool = False) -> s
 
 
 def portable_template(argument: str | None) -> str | None:
-    """``argument`` as it holds on other machines: in the place of a path, the file's text."""
+    """``argument`` in a form for other machines: a path or a shipped template's name is replaced by the file's text."""
     if argument is None or _is_template(argument):
         return argument
-    path = Path(argument).expanduser()
-    return read_template(argument) if is_there(path) and path.is_file() else argument
+    return read_template(argument) if _file_of(argument) else argument
+
+
+def _shipped_names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.jinja"))
+
+
+def _file_of(argument: str) -> Path | None:
+    """The file of a template: the one at this path, else the shipped one with this name, with or without ``.jinja``."""
+    path, name = Path(argument).expanduser(), argument.removesuffix(".jinja")
+    if is_there(path) and path.is_file():
+        return path
+    return SHIPPED / f"{name}.jinja" if name in _shipped_names() else None
 
 
 def _is_template(argument: str) -> bool:
@@ -211,12 +224,16 @@ def _is_template(argument: str) -> bool:
 
 
 def read_template(argument: str) -> str:
-    """The text of ``argument``, a path or a template. Raises UsageError for a path that does not exist."""
+    """The text of ``argument``: a path, a template, or a shipped one's name. Raises UsageError for anything else."""
     if _is_template(argument):
         return argument
-    path = Path(argument).expanduser()
-    if not is_there(path) or not path.is_file():
-        raise UsageError(f"`chat_template` {argument:.255}: no such file, and no template text ({{% … %}}) either")
+    path = _file_of(argument)
+    if path is None:
+        near = difflib.get_close_matches(Path(argument).name.removesuffix(".jinja"), _shipped_names())
+        raise UsageError(
+            f"`chat_template` {argument:.255}: no such file, and not a template's text ({{% … %}}) either"
+            + (f". Shipped templates with names like it: {', '.join(near)}" if near else "")
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -224,7 +241,7 @@ def read_template(argument: str) -> str:
 
 
 def compile_template(text: str):
-    """The template compiled in Jinja's sandbox. Raises UsageError where it does not parse."""
+    """The template compiled in Jinja's sandbox. Raises UsageError if it does not parse."""
     try:
         return compile_text(text)
     except jinja2.TemplateSyntaxError as error:

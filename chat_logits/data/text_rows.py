@@ -1,6 +1,6 @@
-"""Rows of text files, read line by line in any order; one that cannot be read is a ``BadRow`` in its place.
+"""Rows of text files, read line by line in any order; a row that cannot be read is a ``BadRow`` in its place.
 
-Read in order, each file is opened and read once: what is behind a compression cannot be come at but from its beginning.
+Read in order, each file is opened and read once: compressed files can only be read from the start.
 """
 
 import io
@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from chat_logits.data.parquet_rows import filesystem_of, name_in_dataset
 
-MARK_EVERY = 1024  # rows between two places that are kept
+MARK_EVERY = 1024  # rows between two stored positions
 SKIPPED_AT_ONCE = 2**20  # bytes
-ZSTD = ".zst"  # fsspec knows it with other packages alone
+ZSTD = ".zst"  # fsspec reads it only with additional packages
 KEPT_RANGES = 256  # of lines of up to ``MARK_EVERY`` rows each, 16 bytes a row: 4 MiB
 
 
@@ -31,7 +31,7 @@ class BadRow:
 
 
 class Entry(NamedTuple):
-    """A row of a file as it was found: where it begins, in bytes and in lines, and what was read."""
+    """A row of a file, not yet parsed: where it begins (``place`` in bytes, ``line`` from 1), and what was read."""
 
     place: int
     line: int
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Where a row begins: in which file, and there as an ``Entry`` does."""
+    """Where a row begins: its file, and ``place`` and ``line`` as in ``Entry``."""
 
     row: int
     file: int
@@ -48,7 +48,7 @@ class Mark(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A row with its number, its file, and this file's state before it was opened."""
+    """A row with its number, its file, and the file's state before it was opened."""
 
     row: int
     file: int
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 
 class Reading:
-    """Rows that are read one after the other: the next one is ``next_row``, the last one was in ``file``."""
+    """A sequential reading of rows: the next row is ``next_row``, the last one was in ``file``."""
 
     state: tuple | None
 
@@ -76,7 +76,7 @@ class Reading:
 
 
 class RecentLines:
-    """Files and lines of the rows that were read last."""
+    """Files and lines of the most recently read rows."""
 
     def __init__(self) -> None:
         self._ranges: deque[tuple[int, array]] = deque(maxlen=KEPT_RANGES)  # first row; file and line of each in turn
@@ -100,11 +100,12 @@ class RecentLines:
 class TextRows:
     """The rows of ``files`` (paths or fsspec URLs, compressed or not) one after the other.
 
-    ``num_rows`` is None where ``is_streamed``: the files are then read only as far as rows are asked for. ``names`` are
-    those of the files where they were downloaded from.
+    With ``is_streamed``, ``num_rows`` is None: the files are then read only as far as rows are requested. ``names`` are
+    the names that the files have where they were downloaded from.
     """
 
     features = None
+    expected = ""  # end of the message if all rows of a file are bad: what was expected
 
     def __init__(self, files: list[str], is_streamed: bool = False, names: list[str] | None = None):
         self._files, self._filesystem = files, filesystem_of(files[0])
@@ -118,7 +119,7 @@ class TextRows:
         """Rows ``first`` up to ``end``, fewer at the end of the files."""
         rows: list[dict | BadRow] = []
         if first < end:
-            reading, self._reading = self._reading_at(first), None  # one that failed is not used again
+            reading, self._reading = self._reading_at(first), None  # a failed one is not used again
             for row, file, entry, _ in reading.up_to(end):
                 if row >= first:
                     self._recent.note(row, file, entry.line)
@@ -129,7 +130,7 @@ class TextRows:
         return rows
 
     def place(self, row: int) -> str:
-        """File and line of a row, in words, its number alone where they are not known; both from 1."""
+        """File and line of a row, as text; only its overall number if they are not known. Numbers from 1."""
         found = self._recent.find(row) or self._search(row)
         return f"{self._names[found[0]]}, {self._unit(found[0])} {found[1]}" if found else f"row {row + 1}"
 
@@ -139,7 +140,7 @@ class TextRows:
         return next(((found.file, found.entry.line) for found in rows if found.row == row), None)
 
     def _reading_at(self, first: int) -> Reading:
-        """The reading under way, where it comes to ``first`` sooner than a new one, else a new one."""
+        """The current reading if it reaches ``first`` sooner than a new one would, else a new one."""
         reading, mark = self._reading, self._mark(first)
         if reading is not None:
             if reading.next_row <= first and self._goes_on(reading, mark):
@@ -148,12 +149,13 @@ class TextRows:
         return Reading(self._rows(mark), mark.row)
 
     def _goes_on(self, reading: Reading, mark: Mark) -> bool:
-        """Whether a reading is at a mark, behind it or on the way to it, in a file that is what it was."""
+        """Whether a reading can continue: it is at or past the mark, or on the way to it in the same compressed file,
+        and its file has not changed."""
         is_on_the_way = reading.file == mark.file and self._compression(mark.file) is not None
         return (reading.next_row >= mark.row or is_on_the_way) and reading.state == self._state(reading.file)
 
     def _state(self, file: int) -> tuple | None:
-        """What changes with a file on this machine; one elsewhere has none, and is of one commit."""
+        """Values that change if a file on this machine changes; None for a remote file, which is read at one commit."""
         try:
             status = Path(self._files[file]).stat()
         except OSError:
@@ -161,11 +163,11 @@ class TextRows:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _mark(self, row: int) -> Mark:
-        """The last one up to a row."""
+        """The last mark at or before a row."""
         return self._marks[bisect_right(self._marks, (row, len(self._files), 0, 0)) - 1]
 
     def _rows(self, mark: Mark) -> Generator[Found, None, None]:
-        """The rows from a mark on; they are not parsed yet."""
+        """The rows from a mark on, not parsed."""
         row = mark.row
         for file in range(mark.file, len(self._files)):
             state = self._state(file)
@@ -176,7 +178,7 @@ class TextRows:
                 row += 1
 
     def _unit(self, _file: int) -> str:
-        """What an entry's ``line`` counts."""
+        """The unit that an entry's ``line`` counts."""
         return "line"
 
     def _entries(self, file: int, place: int, line: int) -> Iterator[Entry]:
@@ -187,7 +189,7 @@ class TextRows:
         raise NotImplementedError
 
     def _open(self, file: int, place: int = 0) -> BinaryIO:
-        """A file, without its compression, from a place on."""
+        """A file, decompressed, from a place on."""
         compression = self._compression(file)
         if compression != ZSTD:
             opened = self._filesystem.open(self._files[file], "rb", compression=compression)

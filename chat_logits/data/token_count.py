@@ -1,4 +1,4 @@
-"""How many tokens a dataset has, by a sample of its rows that become conversations as in a run."""
+"""Estimate how many tokens a dataset has, from a sample of rows that are read as in a run."""
 
 import math
 import random
@@ -11,28 +11,28 @@ from chat_logits.data.reader import Aligned, Reader
 from chat_logits.data.table_rows import StreamRows
 
 SAMPLED = 1000  # rows, at most
-STREAMED_RUN = 64  # rows in a row of streamed Parquet, of which each run fetches a row group
+STREAMED_RUN = 64  # consecutive rows drawn together from streamed Parquet, where each draw fetches a row group
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over source rows and its standard error; None where the rows were not drawn at random."""
+    """A mean over source rows, and its standard error, which is None if the rows were not drawn at random."""
 
     mean: float
     error: float | None
 
     def times(self, rows: int) -> "Estimate":
-        """The sum over so many rows."""
+        """The estimated sum over this many rows."""
         return Estimate(self.mean * rows, None if self.error is None else self.error * rows)
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Tokens a source row, skipped ones counting none: ``tokens`` read, ``extracted`` ones, and ``pairs`` of tokens of
-    which one sees the other.
+    """Means per source row, with 0 for skipped rows: ``tokens`` read, ``extracted`` tokens, and ``pairs`` of tokens of
+    which one attends to the other (or itself).
 
-    ``rows`` would be read (None: nobody knows), ``sampled`` were, ``skipped`` of these would be. ``longest`` is the
-    most tokens of a conversation among them.
+    A run would read ``rows`` (None: not known); ``sampled`` rows were read here, and ``skipped`` of these would be
+    skipped. ``longest`` is the largest number of tokens in a sampled conversation.
     """
 
     rows: int | None
@@ -45,9 +45,9 @@ class TokenCount:
 
 
 def count_tokens(reader: Reader, most: int = SAMPLED, seed: int = 0) -> TokenCount:
-    """Render and tokenize ``most`` rows, drawn at random, or all if there are no more; streamed Parquet's in runs.
+    """Render and tokenize ``most`` rows, drawn at random, or all if there are fewer; in runs for streamed Parquet.
 
-    Of a stream that is read in order, these are the first ones, and no error is told.
+    For a stream that is read in order, the first rows are taken, and the standard errors are None.
     """
     in_order = reader.num_rows is None or isinstance(reader.source.rows, StreamRows)
     runs = [(0, most)] if in_order else _drawn_runs(reader, most, random.Random(seed))
@@ -80,7 +80,7 @@ def _totals(ready: list[Aligned]) -> tuple[int, int, int]:
 
 
 def _estimate(rows: np.ndarray, totals: np.ndarray, share: float | None) -> Estimate:
-    """The mean a row from the totals of runs, which were drawn without replacement: ``share`` is that of all rows."""
+    """The mean per row from the totals of runs drawn without replacement; ``share`` is the share of all rows drawn."""
     mean = totals.sum() / rows.sum()
     if share is None or share >= 1:
         return Estimate(float(mean), None if share is None else 0.0)

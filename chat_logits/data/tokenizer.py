@@ -1,4 +1,4 @@
-"""A chat model's tokenizer: loading it, which one it is, what its tokens write, and which are never extracted."""
+"""A chat model's tokenizer: loading it, its fingerprint, its tokens' texts, and which tokens are never extracted."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ def load_tokenizer(
 ):
     """A fast tokenizer from a Hub id or local folder.
 
-    Raises ToolkitError where there is none, or where it gives other ids than the ``tokenizer.json`` beside it. Where
-    ``tokenizer_config.json`` names the class that takes that file as it stands, it is taken so.
+    Raises ToolkitError if there is none, or if it gives other ids than its ``tokenizer.json``. If
+    ``tokenizer_config.json`` names a class that uses that file unchanged, that class is used.
     """
-    # The library's threads would compete with the model's, and each process forked afterwards prints a warning.
+    # The library's threads would compete with the model's, and each process forked later would print a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
@@ -40,16 +40,16 @@ def load_tokenizer(
         raise explain_loading(error, f"tokenizer of {tokenizer_id}") from error
     if not tokenizer.is_fast:
         raise ToolkitError(f"tokenizer of {tokenizer_id}: no fast version, so tokens have no character offsets")
-    if not gguf_file and type(tokenizer).__module__.startswith("transformers."):  # what code does on purpose is its own
+    if not gguf_file and type(tokenizer).__module__.startswith("transformers."):  # remote code may differ on purpose
         return _as_its_file(tokenizer, tokenizer_id, revision)
     return tokenizer
 
 
 def _as_its_file(tokenizer, tokenizer_id: str, revision: str | None):
-    """The tokenizer, or that of the generic class where ``tokenizer_config.json`` names it and transformers has taken
-    another, as it does for some types of models whatever is named, and this one gives other ids.
+    """The tokenizer; or one of the generic class, if ``tokenizer_config.json`` names that but transformers has used
+    another, which gives other ids than the file. For some model types, transformers ignores the named class.
 
-    Raises ToolkitError where ids still differ.
+    Raises ToolkitError if ids still differ.
     """
     named = generic_class(tokenizer_id, revision)
     if named and type(tokenizer).__name__ not in GENERIC and is_rebuilt(tokenizer, tokenizer_id, revision):
@@ -63,15 +63,15 @@ def _as_its_file(tokenizer, tokenizer_id: str, revision: str | None):
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 (hex) of the tokenizer's serialised form and the special tokens that templates are given."""
+    """SHA-256 (hex) of the tokenizer's serialised form and the special tokens that templates get."""
     form = json.loads(tokenizer.backend_tokenizer.to_str())
-    form["truncation"] = form["padding"] = None  # states of the last call, not parts of the tokenizer
+    form["truncation"] = form["padding"] = None  # state of the last call, not part of the tokenizer
     content = [form, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_wide_vocabulary(tokenizer) -> None:
-    """Raise UsageError if ordinary tokens lie at or above 2**18, where ids cannot be stored."""
+    """Raise UsageError if ordinary tokens have ids of 2**18 or more, which cannot be stored."""
     added = set(tokenizer.added_tokens_decoder)
     widest = max(i for i in tokenizer.get_vocab().values() if i not in added)
     if widest >= MAX_TOKEN_ID:
@@ -82,7 +82,7 @@ def refuse_wide_vocabulary(tokenizer) -> None:
 
 
 def token_text(tokenizer, token_id: int) -> str:
-    """What one token writes, its leading space kept; bytes that are no whole character as surrogate escapes."""
+    """The text of one token, with its leading space; bytes of an incomplete character become surrogate escapes."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # a padded vocabulary has rows without tokens
         return f"<id {token_id}>"
@@ -109,13 +109,13 @@ def _byte_characters() -> dict[str, int]:
 
 
 def special_token_ids(tokenizer) -> set[int]:
-    """Ids of the tokens that the tokenizer marks as special, ends of turns among them."""
+    """Ids of the tokens that the tokenizer marks as special, including ends of turns."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | set(tokenizer.all_special_ids)
 
 
 def unknown_token_id(tokenizer) -> int | None:
-    """The id of the token that stands for whatever the vocabulary has not, None where there is none."""
+    """The id of the token for text that is not in the vocabulary, None if there is no such token."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model.get("unk_id") is not None:
         return model["unk_id"]
@@ -123,9 +123,9 @@ def unknown_token_id(tokenizer) -> int | None:
 
 
 def skipped_token_ids(tokenizer, skip: Sequence[str] = (), keep: Sequence[str] = ()) -> frozenset[int]:
-    """Ids that are never extracted: special tokens and think tags, with ``skip`` and without ``keep``.
+    """Ids that are never extracted: special tokens and think tags, plus ``skip`` and minus ``keep``.
 
-    Raises UsageError for a text that is not one token of the vocabulary, or in both.
+    Raises UsageError for a text that is not a single token of the vocabulary, or is in both.
     """
     if both := sorted(set(skip) & set(keep)):
         raise UsageError(f"`skip_tokens`, `keep_tokens`: both have {both[0]!r}, expected it in one of them")

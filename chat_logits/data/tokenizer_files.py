@@ -1,8 +1,8 @@
-"""A tokenizer read from its files by ``tokenizers`` alone, without transformers, where its fingerprint is known.
+"""A tokenizer read from its files by ``tokenizers`` only, without transformers, for use if its fingerprint is known.
 
-``AutoTokenizer`` may change what the files say: classes of some families bring their own regex, NFC or normalizer.
-Where the fingerprint of the files is the recorded one, it has not, and ids, offsets and texts are the same; elsewhere
-``load_tokenizer`` is needed, which refuses a tokenizer that gives other ids than its file.
+``AutoTokenizer`` may deviate from the files: the classes of some families have their own regex, NFC or normalizer.
+If the fingerprint of the files is the recorded one, it has not deviated, and ids, offsets and texts are the same.
+Otherwise ``load_tokenizer`` is needed, which refuses a tokenizer that gives other ids than its file.
 """
 
 import json
@@ -26,13 +26,13 @@ PROBES = (
     *("東京都に行く。", "１２ＡＢ", "🙂 👩🏽‍🚀", "zero\u200bwidth\u00a0space", "\x00\x1b[31m"),
     *("def f(x):\n    return x**2  # \t", "for (i=0;i<10;++i){a[i]+=0x1F;}", "https://example.org/?q=1&r=%20"),
 )
-# Names of the class of transformers that takes tokenizer.json as it stands.
+# Names of the class of transformers that uses tokenizer.json unchanged.
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class FileTokenizer:
-    """What alignment and analysis need of a transformers tokenizer, under the same names."""
+    """The parts of a transformers tokenizer that alignment and analysis need, under the same names."""
 
     def __init__(self, backend: Tokenizer, config: dict):
         backend.no_truncation()
@@ -48,11 +48,11 @@ class FileTokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict:
-        """Added tokens by id, each with its ``special``."""
+        """Added tokens by id, each with its attribute ``special``."""
         return self.backend_tokenizer.get_added_tokens_decoder()
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token's id."""
+        """The id of every token."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str | None] | None:
@@ -61,11 +61,11 @@ class FileTokenizer:
         return token(ids) if isinstance(ids, int) else [token(each) for each in ids]
 
     def decode(self, ids: list[int], **_options) -> str:
-        """The text of some ids, special tokens among it, nothing cleaned up."""
+        """The text of some ids, including special tokens, without clean-up."""
         return self.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     def __call__(self, text: str | list[str], **_options) -> dict[str, list]:
-        """``input_ids`` and ``offset_mapping`` of a text, or lists of those for several, without added specials."""
+        """``input_ids`` and ``offset_mapping`` of a text, or lists of these for several, adding no special tokens."""
         if isinstance(text, str):
             encoding = self.backend_tokenizer.encode(text, add_special_tokens=False)
             return {"input_ids": encoding.ids, "offset_mapping": encoding.offsets}
@@ -79,7 +79,8 @@ class FileTokenizer:
 def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | None:
     """The tokenizer of a local folder, or of a Hub model at a commit that is in the cache.
 
-    None where its files are not at hand, or leave something to Python code, or to options that only that knows.
+    None if its files are not available locally, or if it depends on Python code or on options that ``tokenizers`` does
+    not have.
     """
     paths = [_file(source, commit, name) for name in ("tokenizer.json", "tokenizer_config.json")]
     files = [file for file in paths if file]
@@ -90,12 +91,12 @@ def read_tokenizer(source: str, commit: str | None = None) -> FileTokenizer | No
         if config.get("auto_map") or config.get("split_special_tokens"):
             return None
         return FileTokenizer(Tokenizer.from_file(str(files[0])), config)
-    except Exception:  # files of another form: load_tokenizer says what is wrong with them
+    except Exception:  # files in another form: load_tokenizer reports what is wrong with them
         return None
 
 
 def generic_class(source: str, commit: str | None = None) -> str | None:
-    """The class of ``GENERIC`` that ``tokenizer_config.json`` names, None where it names another or is not at hand."""
+    """The class of ``GENERIC`` that ``tokenizer_config.json`` names, None if it names another or is not available."""
     file = _file(source, commit, "tokenizer_config.json")
     named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file else None
     return named if named in GENERIC else None
@@ -104,13 +105,13 @@ def generic_class(source: str, commit: str | None = None) -> str | None:
 def is_rebuilt(tokenizer, source: str, commit: str | None = None) -> bool:
     """Whether a transformers tokenizer gives a text of ``PROBES`` other ids than its own ``tokenizer.json`` does.
 
-    A tokenizer without that file at hand is what it is.
+    False if that file is not available.
     """
     return _first_difference(tokenizer, source, commit) is not None
 
 
 def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
-    """Raise ToolkitError where ``is_rebuilt``, with the way to have what the file says."""
+    """Raise ToolkitError if ``is_rebuilt``, with advice on how to get the file's tokenizer."""
     difference = _first_difference(tokenizer, source, commit)
     if difference is None:
         return
@@ -118,15 +119,15 @@ def refuse_rebuilt(tokenizer, source: str, commit: str | None = None) -> None:
     named, where = generic_class(source, commit), "" if Path(source).is_dir() else "in a copy of the repository, "
     advice = f'{where}give tokenizer_config.json the "tokenizer_class" {GENERIC[0]}.'
     if named:
-        advice = f"{where}take out of tokenizer_config.json, which names {named} already, what else changes ids."
+        advice = f"{where}remove from tokenizer_config.json, which names {named} already, what else changes ids."
     raise ToolkitError(
         f"tokenizer of {source}: {type(tokenizer).__name__} of transformers makes {text!r} into {found}, the "
-        f"file tokenizer.json into {expected}. The file's is right where its model was trained with it: {advice}"
+        f"file tokenizer.json into {expected}. The file is right if the model was trained with it: {advice}"
     )
 
 
 def _first_difference(tokenizer, source: str, commit: str | None) -> tuple[str, list[int], list[int]] | None:
-    """The first of ``PROBES`` that a tokenizer and its file differ in, with the ids of both."""
+    """The first of ``PROBES`` on which a tokenizer and its file differ, with the ids of both."""
     file = _file(source, commit, "tokenizer.json")
     if file is None:
         return None
@@ -154,5 +155,5 @@ def _file(source: str, commit: str | None, name: str) -> Path | None:
 
 
 def _content(token: str | dict) -> str:
-    """A token's text; files have it alone, or with its properties."""
+    """A token's text; files have just the text, or an object with it and other properties."""
     return token["content"] if isinstance(token, dict) else token

@@ -1,6 +1,6 @@
-"""The tools that a source row offers its model: their definitions as the chat template is given them and as stored.
+"""The tools that a source row offers the model: their definitions for the chat template, and as they are stored.
 
-A definition is an object, passed on as it stands: templates know OpenAI's form, and many know others.
+A definition is an object and is passed on unchanged: templates support OpenAI's form, and many support others.
 """
 
 import json
@@ -10,7 +10,7 @@ from chat_logits.data.conversations import ConversationError, without_nulls
 from chat_logits.data.templates import ChatTemplate, TemplateError
 from chat_logits.errors import ToolkitError
 
-DEFINITIONS, CALLS = "definitions of tools", "calls of tools"  # among the roles that are shown, which have no spaces
+DEFINITIONS, CALLS = "definitions of tools", "calls of tools"  # keys among roles in ``shown``; roles have no spaces
 SENTINEL = "xq7_seldom_3vk"
 PROBED: dict = {
     "type": "function",
@@ -25,16 +25,17 @@ _CALL = {"type": "function", "id": "call00001", "function": {"name": SENTINEL, "
 CALLING = [
     {"role": "user", "content": "Where?"},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-    {"role": "tool", "content": "Here.", "name": "elsewhere", "tool_call_id": "call00001"},  # its name is no trace
+    # The result has another name, so that the call's name appears only if the call itself is rendered.
+    {"role": "tool", "content": "Here.", "name": "elsewhere", "tool_call_id": "call00001"},
     {"role": "assistant", "content": "Here."},
 ]
 
 
 def to_tools(value: object, has_arrow_nulls: bool = True, feature: object = None) -> list[dict] | None:
-    """The definitions in a row's column of tools, None for a row without any.
+    """The definitions in a row's column of tools, None for a row without tools.
 
-    ``value`` is a list of objects or of JSON texts of such, or JSON text of a list; null, an empty text and an empty
-    list are no tools. With ``has_arrow_nulls``, objects that are no JSON text have other rows' keys as nulls, which
+    ``value`` is a list of objects, a list of JSON texts of objects, or JSON text of a list; null, an empty text and an
+    empty list mean no tools. With ``has_arrow_nulls``, objects (not JSON texts) have keys of other rows as nulls, which
     are dropped, as by ``without_nulls``. Raises ConversationError for anything else.
     """
     if isinstance(value, bytes):
@@ -46,26 +47,26 @@ def to_tools(value: object, has_arrow_nulls: bool = True, feature: object = None
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise ConversationError(f"tools that are no list of objects but {type(value).__name__}")
+        raise ConversationError(f"tools that are not a list of objects but {type(value).__name__}")
     return [*map(_tool, value)]
 
 
 def _tool(entry: object) -> dict:
     entry = _parsed(entry) if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not entry:
-        raise ConversationError(f"tools that are no list of objects: an entry is {json_kind(entry)}")
+        raise ConversationError(f"tools that are not a list of objects: an entry is {json_kind(entry)}")
     try:
         text = json.dumps(entry, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConversationError("tools with a text that is no UTF-8") from error
+        raise ConversationError("tools with a text that is not UTF-8") from error
     except (ValueError, TypeError) as error:
-        raise ConversationError(f"tools with a value that JSON has not: {error}") from error
+        raise ConversationError(f"tools with a value that JSON does not have: {error}") from error
     return json.loads(text)
 
 
 def json_kind(value: object) -> str:
-    """What a value is, for a message."""
+    """The kind of a value, for a message."""
     return "empty" if value in ({}, [], "") else type(value).__name__
 
 
@@ -73,22 +74,22 @@ def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConversationError(f"tools in a text that is no JSON: {str(error).partition(':')[0]}") from error
+        raise ConversationError(f"tools in a text that is not JSON: {str(error).partition(':')[0]}") from error
 
 
 def to_stored_tools(tools: list[dict] | None) -> str | None:
-    """The ``tools`` column: JSON without spaces, keys in their order, None without tools."""
+    """The value of the ``tools`` column: JSON without spaces, keys in their original order, None without tools."""
     return None if tools is None else json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
 
 
 def from_stored_tools(text: str | None) -> list[dict] | None:
-    """The tools that ``to_stored_tools`` was given. Raises ToolkitError for a text that is no list of objects."""
+    """The tools that ``to_stored_tools`` was given. Raises ToolkitError for a text that is not a list of objects."""
     if text is None:
         return None
     try:
         tools = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ToolkitError(f"column tools: no JSON: {error}") from error
+        raise ToolkitError(f"column tools: not JSON: {error}") from error
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
         raise ToolkitError(f"column tools: found {text:.40}, expected null or a list of objects")
     return tools
@@ -97,10 +98,10 @@ def from_stored_tools(text: str | None) -> list[dict] | None:
 def refuse_vanished_tools(
     conversation: list[dict], tools: list[dict] | None, text: str, template: ChatTemplate, shown: dict
 ) -> None:
-    """Raise TemplateError where the template, whose ``text`` this is, shows nothing of a call, without which its answer
-    means nothing, or of a tool, so that no answer is scored without the tools that it was written with.
+    """Raise TemplateError if the template, which rendered ``text``, does not show a call, without which the answer is
+    meaningless, or a tool: no answer should be scored without the tools that it was written with.
 
-    ``tools`` are the conversation's own. ``shown`` keeps what is known of calls and definitions.
+    ``tools`` are the conversation's own. ``shown`` caches what is known about calls and definitions.
     """
     _refuse_vanished_calls(conversation, tools, text, template, shown)
     _refuse_vanished_definitions(conversation, tools or template.kwargs.get("tools"), text, template, shown)
@@ -137,18 +138,18 @@ def _refuse_vanished_definitions(
 
 
 def shows_tools(render: Callable[..., str | None]) -> bool | None:
-    """Whether a chat template shows the definitions of tools, None where it refuses the conversation asked with.
+    """Whether a chat template shows the definitions of tools, None if it refuses the test conversation.
 
-    ``render(conversation, tools=…)`` gives a conversation's text, None where it is refused.
+    ``render(conversation, tools=…)`` gives a conversation's text, None if it is refused.
     """
     text = render(PROBE, tools=[PROBED])
     return None if text is None else SENTINEL in text
 
 
 def shows_calls(render: Callable[..., str | None]) -> bool | None:
-    """Whether a chat template shows what an assistant calls, None where it refuses the conversation asked with.
+    """Whether a chat template shows the assistant's calls, None if it refuses the test conversations.
 
-    ``render(conversation)`` gives a conversation's text, None where it is refused.
+    ``render(conversation)`` gives a conversation's text, None if it is refused.
     """
     texts = [text for text in (render(CALLING), render(CALLING[:2])) if text is not None]
     return any(SENTINEL in text for text in texts) if texts else None
@@ -161,7 +162,7 @@ def called_names(conversation: list[dict]) -> list[str]:
 
 
 def missing_name(tools: list[dict], text: str) -> str | None:
-    """The first tool whose name is not in a rendered text, None where all are."""
+    """The name of the first tool that is not named in a rendered text, None if all are."""
     return next((name for name in map(_name_of, tools) if name is not None and name not in text), None)
 
 

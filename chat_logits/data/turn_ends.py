@@ -1,4 +1,4 @@
-"""Which token ends a turn of the assistant: the one that a model has to write to stop. FORMAT.md, "From a row to its
+"""Which token ends a turn of the assistant: the one that a model has to generate to stop. FORMAT.md, "From a row to its
 tokens", has the rules.
 """
 
@@ -10,8 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """Finds them. ``ending_ids`` are the special tokens but think tags, ``eos_id`` is the tokenizer's own end, and
-    ``earlier_end`` gives what ends an answer that is not the conversation's last, None where nothing does."""
+    """Finds the tokens that end turns. ``ending_ids`` are the special tokens except think tags, ``eos_id`` is the
+    tokenizer's end token, and ``earlier_end`` gives the token that ends an answer before the last one, None without."""
 
     ending_ids: Collection[int]
     eos_id: int | None
@@ -25,10 +25,10 @@ class TurnEnds:
         extents: np.ndarray,
         text: str,
     ) -> tuple[int, ...]:
-        """Positions, ascending, of the tokens that end the turns with these ``spans``, but for those ``left_out``.
+        """Positions, ascending, of the tokens that end the turns with these ``spans``, except those ``left_out``.
 
-        ``input_ids`` (T,), and the characters that each token stands for, ``extents`` (T, 2). A turn that no special
-        token ends has none, nor has one that the first token of all would end, as nothing predicts that.
+        ``input_ids`` is (T,), and ``extents`` (T, 2) has the characters that each token stands for. A turn that does
+        not end with a special token has none; nor does one that would end with the first token, which nothing predicts.
         """
         is_ending = np.array([token in self.ending_ids for token in input_ids.tolist()], bool)
         following = [start for start, _ in spans[1:]] + [np.inf]
@@ -42,18 +42,19 @@ class TurnEnds:
         return tuple(position for position in found if position > 0)
 
     def _end_of(self, row: list[int], input_ids: np.ndarray) -> list[int]:
-        """If several special tokens follow each other, the one that also ends earlier answers, as the last may end the
-        conversation; otherwise the last one, as others close a tool call or open an empty answer."""
+        """The end among consecutive special tokens: the one that also ends earlier answers, as the last may end the
+        conversation; otherwise the last one, as the others may close a tool call or open an empty answer."""
         if len(row) < 2:
             return row
         earlier = self.earlier_end()
         return [i for i in row if input_ids[i] == earlier][-1:] or row[-1:]
 
     def _end_behind(self, input_ids, is_ending, extents, end: int, next_start: float) -> list[int]:
-        """The special token, if any, that stands right behind a turn's span: a template may mark answers without their
-        ends, and GLM's answers end where the next message's header begins.
+        """The special token, if any, right after a turn's span: a template may mark answers without their ends, and
+        GLM's answers end where the next message's header begins.
 
-        The only one before the assistant's next turn is that turn's header, unless it is the tokenizer's own end.
+        If it is the only one before the assistant's next turn, it is that turn's header, unless it is the tokenizer's
+        end token.
         """
         is_between = (extents[:, 0] >= end) & (extents[:, 0] < next_start) & (extents[:, 1] > end)
         special = np.flatnonzero(is_between & is_ending).tolist()
@@ -64,8 +65,8 @@ class TurnEnds:
 
 
 def _row_inside(is_ending, extents, text: str, start: int, end: int) -> list[int]:
-    """The special tokens in a row, if any, that end a turn within its span, where nothing but such and white space
-    follow; those behind white space end the conversation."""
+    """The consecutive special tokens, if any, that end a turn within its span, with only white space and further
+    special tokens after them; those after white space end the conversation."""
     row: list[int] = []
     for i in np.flatnonzero((extents[:, 0] < end) & (extents[:, 1] > start))[::-1].tolist():
         if is_ending[i]:

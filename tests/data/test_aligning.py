@@ -55,7 +55,7 @@ def test_a_reader_that_cannot_go_to_others_aligns_here(reader, caplog):
     aligning = start_aligning(replace(reader, convert=lambda row: reader.convert(row)), 2)
     (ready, _), (right, _) = aligning.submit(*reader.read(40, 45)).result(), reader.align(40, 45)
     assert [one.alignment.checksum for one in ready] == [one.alignment.checksum for one in right]
-    assert "aligned in this process, as their reader cannot go to others: Can't pickle" in caplog.text
+    assert "aligned in this process, as their reader cannot be sent to others: Can't pickle" in caplog.text
 
 
 def test_what_a_process_raises_arrives(processes):

@@ -214,7 +214,7 @@ FAULTS = {
     "other words": ({"messages": to_stored(assistant("Paris, Texas"))}, "column alignment_checksum: the rebuilt"),
     "fewer tokens": ({"num_tokens": 2}, "column num_tokens: found 2, expected 3 extracted tokens"),
     "a message of another form": ({"messages": [{"content": "Q"}]}, "column messages: found {'content': 'Q'}"),
-    "tools that are no JSON": ({"tools": "["}, "column tools: no JSON"),
+    "tools that are no JSON": ({"tools": "["}, "column tools: not JSON"),
     "refused": (
         {"messages": to_stored(assistant("Rome"))},
         "the conversation cannot be rebuilt: the chat template refuses it: not that one",

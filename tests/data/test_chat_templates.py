@@ -43,7 +43,8 @@ def choose(argument, tokenizer, conversations=()):
     ("argument", "message"),
     [
         ("no/such/file.jinja", "no such file"),
-        (LONG, f"^`chat_template` {LONG[:255]}: no such file, and no template text"),
+        ("templates/qwen2.5.jinja", "no such file.* names like it: qwen2_5"),
+        (LONG, f"^`chat_template` {LONG[:255]}: no such file, and not a template's text"),
         ("{% for m in messages %}", "chat template, line 1"),
         (None, "no chat template: is this a base model"),
     ],
@@ -54,11 +55,12 @@ def test_templates_that_cannot_work_are_refused(argument, message):
 
 
 def test_what_holds_on_other_machines_is_the_text_of_a_file():
-    assert [portable_template(each) for each in (str(TEMPLATE), SHIPPED, LONG, None)] == [SHIPPED, SHIPPED, LONG, None]
+    given = str(TEMPLATE), "smollm2", SHIPPED, LONG, "tool_use", None
+    assert [portable_template(each) for each in given] == [SHIPPED, SHIPPED, SHIPPED, LONG, "tool_use", None]
 
 
-def test_a_template_is_a_path_or_its_text():
-    for argument in (str(TEMPLATE), SHIPPED):
+def test_a_template_is_a_path_or_its_text_or_a_shipped_ones_name():
+    for argument in (str(TEMPLATE), SHIPPED, "smollm2", "smollm2.jinja"):
         choice = choose(argument, Tokenizer())
         assert (choice.template.text, choice.mask_source, choice.own) == (
             SHIPPED,
@@ -96,7 +98,7 @@ def test_a_dataset_that_tells_two_templates_apart_goes_by_prefixes(smollm2):
     assert choose(None, Tokenizer(sly), [plain, telling]).mask_source == "prefixes of each conversation"
     choice = choose(None, Tokenizer(sly), [plain])
     choice.render(plain)
-    with pytest.raises(TemplateError, match=r"smollm2\.jinja renders it otherwise than the model's own"):
+    with pytest.raises(TemplateError, match=r"smollm2\.jinja renders it differently than the model's own"):
         choice.render(telling)
 
 

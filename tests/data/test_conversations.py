@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from chat_logits.data.columns import choose_columns
 from chat_logits.data.conversations import ConversationError, to_conversation
 from chat_logits.data.stored_messages import from_stored, to_stored
+from chat_logits.data.text_rows import BadRow
 from chat_logits.errors import ToolkitError, UsageError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -23,6 +24,7 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
         {"prompt": "the first user turn again", "prompt_id": "x", "messages": [USER, ASSISTANT]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "source": "x"},
         {"question": "Hi", "answer": "Hello", "reference_answer": "never this", "subject": "greetings"},
+        {"conversation_id": "x", "model": "y", "conversation": [USER, ASSISTANT], "turn": 1},
         {"prompt": "Hi", "completion": "Hello"},
         {"instruction": "Hi", "output": "Hello"},
         {"instruction": "Hi", "input": "", "output": "Hello", "category": "x"},
@@ -70,7 +72,9 @@ def test_whole_columns_of_numbers_are_texts_and_single_numbers_are_not():
 def test_what_is_no_number_in_a_column_of_numbers_is_no_text(value):
     """The first rows of a JSON file are integers; a later one may be anything."""
     columns = {"prompt": "question", "response": "answer"}
-    with pytest.raises(ConversationError, match=f"content is not text but {type(value).__name__}|no list of messages"):
+    with pytest.raises(
+        ConversationError, match=f"content is not text but {type(value).__name__}|not a list of messages"
+    ):
         to_conversation({"question": "How many?", "answer": value}, columns, number_columns={"answer"})
     text = to_conversation({"question": "How many?", "answer": "seven"}, columns, number_columns={"answer"})
     assert text[1]["content"] == "seven"
@@ -93,7 +97,7 @@ def test_what_is_no_number_in_a_column_of_numbers_is_no_text(value):
 def test_instruction_and_input_are_joined_as_texts_and_as_nothing_else(instruction, given, prompt):
     row = {"instruction": instruction, "input": given, "output": "3"}
     if prompt is None:
-        with pytest.raises(ConversationError, match=r"that is not text but (int|list|dict|Decimal)|no UTF-8 text"):
+        with pytest.raises(ConversationError, match=r"that is not text but (int|list|dict|Decimal)|not UTF-8 text"):
             to_conversation(row, choose_columns(list(row)))
     else:
         assert to_conversation(row, choose_columns(list(row)))[0]["content"] == prompt
@@ -104,6 +108,11 @@ def test_alpacas_history_comes_before_the_question():
     texts = [message["content"] for message in to_conversation(row, choose_columns(list(row)))]
     assert texts == ["Winter?", "Cold.", "And in May?", "Warm."]
     assert to_conversation({**row, "history": None}, choose_columns(list(row)))[0]["content"] == "And in May?"
+
+
+def test_a_question_may_come_again_behind_its_answer():
+    row = {"prompt": "Hi", "completion": [ASSISTANT, USER, ASSISTANT]}
+    assert to_conversation(row, choose_columns(list(row))) == [USER, ASSISTANT, USER, ASSISTANT]
 
 
 def test_roles_that_the_template_names_keep_their_names():
@@ -174,6 +183,7 @@ def test_an_alpaca_input_follows_the_instruction():
         ({"q": "Hi", "a": "Hello", "question": "?", "answer": "!"}, {"prompt": "q", "response": "a"}),
         ({"prompt": [USER], "completion": [ASSISTANT]}, {}),
         ({"prompt": [USER], "completion": "Hello"}, {}),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": []}, {"prompt": "prompt", "response": "chosen"}),
     ],
 )
 def test_columns_may_be_named_and_hold_messages(row, named):
@@ -250,14 +260,38 @@ def test_unknown_columns_are_listed():
         (["question;answer"], "separated by semicolons: save it with commas"),
         (["question\tanswer"], "separated by tabs"),
         (["\xff\xfeq\0u\0e\0"], "UTF-16: save it as UTF-8"),
-        (["Question", "Answer"], "'Question' is taken as it stands"),
-        (["question", "  answer"], "'  answer' is taken as it stands"),
+        (["Question", "Answer"], "'Question' is matched exactly"),
+        (["question", "  answer"], "'  answer' is matched exactly"),
         (["question", "label"], "Name the ones that are meant"),
+        (["prompt", "chosen", "rejected"], "`prompt_column` prompt and `response_column` chosen"),
+        (["custom_id", "method", "url", "body"], "joined by custom_id"),
+        (["id", "custom_id", "response", "error"], "joined by custom_id"),
     ],
 )
 def test_tables_without_chat_columns_get_a_hint(names, hint):
     with pytest.raises(UsageError, match="no chat columns among") as refused:
         choose_columns(names)
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "hint"),
+    [
+        ([{"version": 1, "data": [{}, {}]}], "'data' has a list of 2 objects. Make them the rows: `jq -c '.data[]' "),
+        (
+            [{"test": [{}], "train": [{}] * 3}],
+            "'train' has a list of 3 objects. Make them the rows: `jq -c '.train[]' ",
+        ),
+        ([{"all chats": [{}]}], """`jq -c '.["all chats"][]' FILE"""),
+        ([{"data": {"messages": []}}] * 2, "'data' is an object with chat columns. Make them the rows: `jq -c .data "),
+        ([{"1": {"messages": []}, "2": {"messages": []}}], "`jq -c '.[]' FILE"),
+        ([{"dialog": [USER, ASSISTANT], "tags": [{}]}], "`messages_column` dialog"),
+        ([{"tags": [{}], "text": "a"}] * 2, "Name the ones that are meant"),
+    ],
+)
+def test_what_stands_below_a_key_is_told_with_the_way_to_it(rows, hint):
+    with pytest.raises(UsageError, match="no chat columns among") as refused:
+        choose_columns(list(rows[0]), first_rows=[BadRow("a line that is not JSON")] * (len(rows) - 1) + rows)
     assert hint in str(refused.value)
 
 
@@ -280,13 +314,18 @@ def test_ambiguous_columns_are_listed(columns):
     [
         ({"messages": [USER]}, "no assistant turn"),
         ({"messages": []}, "no assistant turn"),
-        ({"messages": None}, "no list of messages, but nothing"),
-        ({"messages": "Hi"}, "no list of messages, but text that is no JSON"),
-        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "no list of messages, but text that is no JSON"),
-        ({"messages": '"Hi"'}, "no list of messages, but JSON text of something else"),
-        ({"messages": {"role": "user", "content": "Hi"}}, "no list of messages, but one object"),
-        ({"messages": ["Hi", "Hello"]}, "no list of messages, but a list with str in it"),
-        ({"messages": 7}, "no list of messages, but a value of type int"),
+        ({"messages": None}, "not a list of messages, but nothing"),
+        ({"messages": "Hi"}, "not a list of messages, but text that is not JSON"),
+        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "not a list of messages, but text that is not JSON"),
+        ({"messages": "\n\nHuman: Hi\n\nAssistant: Hello"}, "not a list of messages, but a transcript in one text"),
+        ({"messages": "<|im_start|>user\nHi<|im_end|>"}, "not a list of messages, but a transcript in one text"),
+        ({"conversation": [{"human": "Hi", "assistant": "Hello"}]}, "and 'value', but human, assistant$"),
+        ({"prompt": "Hi", "completion": [USER, ASSISTANT]}, "a response that has its prompt in it"),
+        ({"prompt": [USER], "completion": [{"from": "human", "value": "Hi"}]}, "a response that has its prompt in it"),
+        ({"messages": '"Hi"'}, "not a list of messages, but JSON text of something else"),
+        ({"messages": {"role": "user", "content": "Hi"}}, "not a list of messages, but one object"),
+        ({"messages": ["Hi", "Hello"]}, "not a list of messages, but a list with str in it"),
+        ({"messages": 7}, "not a list of messages, but a value of type int"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "a turn of role 'assistant' without content"),
         ({"messages": [{"content": "Hi"}, ASSISTANT]}, "a turn with neither 'role' nor 'from' and 'value'"),
         ({"messages": [{"role": 1, "content": "Hi"}, ASSISTANT]}, "unknown speaker 1"),
@@ -297,8 +336,8 @@ def test_ambiguous_columns_are_listed(columns):
         ({"question": "Hi", "answer": None}, "a turn of role 'assistant' without content"),
         ({"question": "Hi", "answer": 7}, "content is not text"),
         ({"question": None, "answer": "Hello"}, "a turn of role 'user' without content"),
-        ({"conversations": [None]}, "no list of messages"),
-        ({"messages": "[" * 100_000}, "no list of messages"),
+        ({"conversations": [None]}, "not a list of messages"),
+        ({"messages": "[" * 100_000}, "not a list of messages"),
         ({"messages": [USER, {"role": "assistant", "value": "Hello"}]}, "a turn of role 'assistant' without content"),
         ({"messages": [USER, {"role": "assistant", "refusal": "No."}]}, "a turn of role 'assistant' without content"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "a turn of role 'assistant' without content"),
@@ -308,21 +347,21 @@ def test_ambiguous_columns_are_listed(columns):
             "a part whose 'text' and 'value' differ",
         ),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown speaker"),
-        ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON has not"),
+        ({"messages": [USER, {**ASSISTANT, "score": float("nan")}]}, "a number that JSON does not have"),
         ({"question": "When?", "answer": datetime.datetime(2024, 1, 1)}, "content is not text but datetime"),
         ({"question": "How many?", "answer": 0.5}, "content is not text but float"),
         ({"question": "Which?", "answer": decimal.Decimal("1.50")}, "content is not text but Decimal"),
-        ({"question": b"Hi \xff", "answer": "Hello"}, "bytes that are no UTF-8 text"),
+        ({"question": b"Hi \xff", "answer": "Hello"}, "bytes that are not UTF-8 text"),
         ({"question": "Hi \ud83d", "answer": "Hello"}, "a text with half of a surrogate pair"),
         ({"messages": {"role": ["user", "assistant"], "content": ["Hi"]}}, "differ in length"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT]}, "a part without any"),
-        ({"conversations": [{"from": "function_call", "value": "find it"}]}, "a function_call that is no JSON"),
+        ({"conversations": [{"from": "function_call", "value": "find it"}]}, "a function_call that is not a JSON"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": "find it"}]},
-            "tool_calls that are no list of objects",
+            "tool_calls that are not a list of objects",
         ),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": ["find"]}]}, "tool_calls that are no list"),
-        ({"instruction": "Hi", "output": "Hello", "history": ["Ho"]}, "a history that is no list of questions"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": ["find"]}]}, "tool_calls that are not a list"),
+        ({"instruction": "Hi", "output": "Hello", "history": ["Ho"]}, "a history that is not a list of questions"),
     ],
 )
 def test_rows_that_are_no_conversation_say_why(row, reason):
@@ -351,7 +390,7 @@ def test_stored_messages_give_the_conversation_back(parts):
 
 @pytest.mark.parametrize("extra", ["{", "[1, 2]", "7", 7])
 def test_a_damaged_extra_is_refused(extra):
-    with pytest.raises(ToolkitError, match="column messages: extra is no JSON object"):
+    with pytest.raises(ToolkitError, match="column messages: extra is not a JSON object"):
         from_stored([{"role": "user", "content": "Hi", "extra": extra}])
 
 

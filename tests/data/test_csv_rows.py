@@ -71,9 +71,9 @@ def test_records_that_are_none_are_told_in_their_places(tmp_path):
     assert [row.reason for row in found[::2]] == [
         "a record of 1 fields, expected 2",
         "a record of 3 fields, expected 2",
-        "a record that is no CSV: ',' expected after '\"'",
-        "a record that is no UTF-8 text",
-        "a record that is no CSV: unexpected end of data",
+        "a record that is not CSV: ',' expected after '\"'",
+        "a record that is not UTF-8 text",
+        "a record that is not CSV: unexpected end of data",
     ]
     assert [rows.place(row) for row in range(4)] == [f"rows.csv, line {line}" for line in (2, 3, 4, 5)]
 

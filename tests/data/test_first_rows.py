@@ -137,7 +137,7 @@ def test_the_search_has_an_end(opened, monkeypatch, caplog):
     rows = [LONG] * 96 + [SHORT]
     with pytest.raises(ToolkitError, match=f"the first 96 conversations \\(96 × {TOO_LONG}\\)") as raised:
         opened(rows, max_length=100)
-    assert str(raised.value).endswith("\nThose that are too long: a larger `max_length` takes them in.")
+    assert str(raised.value).endswith("\nA larger `max_length` includes those that are too long.")
     assert len(opened(rows, max_length=1000).first_ready) == FIRST_ROWS
     with pytest.raises(ToolkitError, match="The model has 100 positions; expected conversations that fit into them"):
         opened(rows, positions=100)

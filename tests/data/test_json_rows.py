@@ -78,19 +78,19 @@ def test_lines_that_are_no_rows_are_told_in_their_places(tmp_path):
     rows = JsonRows([str(tmp_path / "rows.jsonl")]).read(0, 100)
     assert rows[::2] == [{"prompt": "a"}] * 8
     assert [row.reason for row in rows[1::2]] == [
-        "a line that is no JSON: Expecting value",
-        "a line that is no UTF-8 text",
-        "a line of JSON that is no object but list",
-        "a line of JSON that is no object but int",
-        "a line of JSON that is no object but NoneType",
-        "a line that is no JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
-        "a line that is no JSON: Extra data",
+        "a line that is not JSON: Expecting value",
+        "a line that is not UTF-8 text",
+        "a line of JSON that is not an object but list",
+        "a line of JSON that is not an object but int",
+        "a line of JSON that is not an object but NoneType",
+        "a line that is not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        "a line that is not JSON: Extra data",
     ]
 
 
 def test_a_source_of_bad_lines_is_refused_and_one_of_some_is_not(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n" * 5)
-    with pytest.raises(UsageError, match="none of the first 5 rows can be read; the first is a line that is no JSON"):
+    with pytest.raises(UsageError, match="none of the first 5 rows can be read; the first is a line that is not JSON"):
         open_source(str(tmp_path / "bad.jsonl"))
     (tmp_path / "some.jsonl").write_text('{\n{"prompt": "a"}\n{"completion": "b"}\n')
     source = open_source(str(tmp_path / "some.jsonl"))
@@ -111,6 +111,19 @@ def test_a_line_that_is_a_list_is_told_from_a_file_that_is_one(tmp_path):
         said = f"rows.jsonl begins with '[', so it is read as one JSON list of rows, but: {problem}"
         assert said in str(error.value)
         assert str(error.value).endswith('or one object a line: {"messages": […]}')
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("begins", ["", "\ufeff", "\n "])
+def test_an_object_may_be_spread_over_lines(tmp_path, begins, ends):
+    """As editors and ``json.dump(..., indent=2)`` write one. Several of them in a file are not rows."""
+    spread = json.dumps(ROWS[0], indent=2, ensure_ascii=False).replace("\n", ends)
+    (tmp_path / "one.json").write_bytes((begins + spread).encode())
+    rows = JsonRows([str(tmp_path / "one.json")])
+    assert rows.read(0, 9) == ROWS[:1] and rows.num_rows == 1 and rows.place(0) == "one.json, entry 1"
+    (tmp_path / "two.json").write_bytes((spread + ends + spread).encode())
+    with pytest.raises(UsageError, match=r"not JSON: .*; expected one object a line, as `jq -c \.` writes them"):
+        open_source(str(tmp_path / "two.json"))
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):

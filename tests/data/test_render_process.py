@@ -89,7 +89,7 @@ def test_a_model_whose_template_takes_too_much_is_refused_before_it_renders_here
         chat_template = "{% if messages|length == 7 %}" + NESTED + "{% endif %}{{ messages[0].content }}"
 
     assert choose_template(None, Tokenizer, {}, None, [CONVERSATION]).mask_source == "prefixes of each conversation"
-    with pytest.raises(UsageError, match="the chat template goes beyond what a template is given: it took more than 5"):
+    with pytest.raises(UsageError, match="the chat template exceeds its limits: it took more than 5"):
         choose_template(None, Tokenizer, {}, None, [CONVERSATION, [CONVERSATION[0]] * 7])
 
 

@@ -92,7 +92,7 @@ def test_each_template_renders_as_in_transformers(family):
 
 def test_tools_are_objects():
     for tools in (["find"], [print]):
-        with pytest.raises(TypeError, match="tools has entries that are no JSON objects"):
+        with pytest.raises(TypeError, match="tools has entries that are not JSON objects"):
             render("x", [QUESTION], {"tools": tools})
 
 

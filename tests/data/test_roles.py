@@ -68,7 +68,7 @@ def test_a_turn_that_the_template_drops_or_counts_alone_is_refused(tokenizer, ch
     assert [aligned.source_index for aligned in reader.first_ready] == [0]
     (skipped,) = reader.first_skipped
     nothing = "a turn of role 'system', of which the chat template shows nothing"
-    at_random = "the generation blocks of --chat_template renders it otherwise than transformers does"
+    at_random = "the generation blocks of --chat_template renders it differently than transformers does"
     assert skipped["reason"] in ((nothing, at_random) if "random" in expression else (nothing,))
 
 

@@ -530,7 +530,7 @@ def test_an_image_beside_the_text_is_not_decoded(tmp_path, streaming, monkeypatc
 
 @pytest.mark.parametrize("length", [300, 5000])
 def test_a_text_too_long_for_a_name_is_no_dataset(length):
-    with pytest.raises(UsageError, match="no such file or folder, and no Hub id"):
+    with pytest.raises(UsageError, match="no such file or folder, and not a Hub id"):
         open_source("a" * length)
 
 

@@ -202,7 +202,7 @@ def test_other_entries_that_change_ids_are_told_of_where_the_class_is_named_alre
     file.write_text(json.dumps({**config, "added_tokens_decoder": {"49152": {**added, "normalized": False}}}))
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-    way_out = "take out of tokenizer_config.json, which names PreTrainedTokenizerFast already, what else changes ids"
+    way_out = "remove from tokenizer_config.json, which names PreTrainedTokenizerFast already, what else changes ids"
     with pytest.raises(ToolkitError, match=way_out):
         load_tokenizer(folder)
     file.write_text(json.dumps(config), encoding="utf-8")

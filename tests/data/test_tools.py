@@ -63,16 +63,16 @@ def test_nulls_of_other_rows_are_dropped_at_every_depth_and_those_of_json_stay()
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("weather, time", "tools in a text that is no JSON: Expecting value"),
-        (["weather"], "tools in a text that is no JSON"),
-        ("{}", "tools that are no list of objects but dict"),
-        (7, "tools that are no list of objects but int"),
-        ([OSLO, None], "tools that are no list of objects: an entry is NoneType"),
-        ([[OSLO]], "tools that are no list of objects: an entry is list"),
-        ("[{}]", "tools that are no list of objects: an entry is empty"),
-        ([{"name": "\ud83d"}], "tools with a text that is no UTF-8"),
-        ([{"name": "x", "limit": float("nan")}], "tools with a value that JSON has not: Out of range"),
-        ([{"name": "x", "example": b"\x00"}], "tools with a value that JSON has not: .*bytes"),
+        ("weather, time", "tools in a text that is not JSON: Expecting value"),
+        (["weather"], "tools in a text that is not JSON"),
+        ("{}", "tools that are not a list of objects but dict"),
+        (7, "tools that are not a list of objects but int"),
+        ([OSLO, None], "tools that are not a list of objects: an entry is NoneType"),
+        ([[OSLO]], "tools that are not a list of objects: an entry is list"),
+        ("[{}]", "tools that are not a list of objects: an entry is empty"),
+        ([{"name": "\ud83d"}], "tools with a text that is not UTF-8"),
+        ([{"name": "x", "limit": float("nan")}], "tools with a value that JSON does not have: Out of range"),
+        ([{"name": "x", "example": b"\x00"}], "tools with a value that JSON does not have: .*bytes"),
     ],
 )
 def test_what_are_no_tools_is_refused(value, reason):
@@ -137,7 +137,7 @@ ONLY_TWO = "{{ raise_exception('two!') if tools and tools | length < 2 }}{{ (too
         (QWEN, [OSLO, KEYS], None),
         (ONLY_TWO, [OSLO, OSLO], "a tool 'weather', which the chat template does not show"),
         (None, [OSLO], "the chat template refuses it: SmolLM 2 has no tools"),
-        (QWEN, "weather", "tools in a text that is no JSON: Expecting value"),
+        (QWEN, "weather", "tools in a text that is not JSON: Expecting value"),
     ],
 )
 def test_no_answer_is_scored_without_the_tools_it_was_written_with(tokenizer, chat_file, template, tools, reason):
@@ -186,7 +186,7 @@ def test_tools_of_the_rows_and_of_the_option_are_too_many(tokenizer, chat_file):
 
 def test_a_column_that_has_something_else_is_told_how_to_leave_out(tokenizer, chat_file):
     path = chat_file([{"messages": [ASK, ANSWER], "functions": "weather"}] * 3)
-    with pytest.raises(ToolkitError, match="3 × tools in a text that is no JSON") as refused:
+    with pytest.raises(ToolkitError, match="3 × tools in a text that is not JSON") as refused:
         opened(tokenizer, path, chat_template=QWEN)
     assert str(refused.value).endswith("\nWithout the tools of the column 'functions': `tools_column` ''.")
     assert len(opened(tokenizer, path, chat_template=QWEN, tools_column="").first_ready) == 3

@@ -8,6 +8,7 @@ from conftest import MODEL, TEMPLATE
 
 from chat_logits.data.config import SourceConfig
 from chat_logits.data.reader import open_reader
+from chat_logits.data.remarks import SPECIAL, THOUGHTS, UNASKED
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.model.limits import InputLimits
 
@@ -49,22 +50,39 @@ def test_columns_that_are_not_read_are_named(opened, chat_file, caplog):
     assert not [message for message in caplog.messages if message.startswith("Columns")]
 
 
-def test_thoughts_that_the_template_does_not_read_are_told_once(opened, chat_file, tmp_path, caplog):
-    rows = [{"messages": [{"role": "user", "content": "Is it?"}, THOUGHT]}] * 3
-    opened(chat_file(rows))
-    told = "The chat template reads no 'reasoning_content': the model sees the answers without these thoughts"
-    assert caplog.messages.count(told) == 1
-    caplog.clear()
-    variable = "{% if thinking is defined %}{% endif %}" + TEMPLATE.read_text()  # as DeepSeek's
-    (tmp_path / "variable.jinja").write_text(variable)
-    opened(chat_file(rows), tmp_path / "variable.jinja")
-    assert caplog.messages.count(told) == 1
-    caplog.clear()
-    showing = TEMPLATE.read_text().replace("message.content", "message.thinking | default('') + message.content")
-    (tmp_path / "showing.jinja").write_text(showing)
-    reader = opened(chat_file(rows), tmp_path / "showing.jinja")
-    shown = load_tokenizer(str(MODEL)).decode(reader.first_ready[0].input_ids)
-    assert ("Is it? Yes." in shown) and told not in caplog.messages
+QWEN3 = TEMPLATE.with_name("qwen3.jinja")
+SHOWING = TEMPLATE.read_text().replace("message.content", "message.thinking | default('') + message.content")
+ASKED, PLAIN = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}
+WITHIN = {"role": "assistant", "content": "<think>\nIs it? Yes.\n</think>\n\nIt is."}
+ENDING = {"role": "user", "content": "What is <|im_end|>?"}
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "words", "found", "remark"),
+    [
+        (TEMPLATE, [ASKED, THOUGHT], "Yes.", 0, THOUGHTS),
+        (SHOWING, [ASKED, THOUGHT], "Yes.", 1, None),
+        (TEMPLATE, [ASKED, WITHIN], "Yes.", 1, None),
+        (QWEN3, [ASKED, THOUGHT], "Yes.", 1, None),
+        (QWEN3, [ASKED, THOUGHT, ASKED, PLAIN], "Yes.", 0, THOUGHTS),
+        (QWEN3, [ASKED, WITHIN, ASKED, PLAIN], "Yes.", 0, THOUGHTS),
+        (TEMPLATE, [ENDING, PLAIN], "<|im_end|>", 4, SPECIAL),
+        (TEMPLATE, [ASKED, PLAIN, ASKED, PLAIN], "<|im_end|>", 5, None),
+        (TEMPLATE, [PLAIN, ASKED, PLAIN], "<|im_start|>assistant\nIt is.", 2, UNASKED),
+        (TEMPLATE, [{"role": "system", "content": "Be brief."}, PLAIN], "user", 0, UNASKED),
+    ],
+)
+def test_what_the_model_reads_otherwise_is_counted(opened, chat_file, caplog, template, talk, words, found, remark):
+    """Each kind once, the first time that it is found; ``words`` stand so often in the tokens themselves."""
+    reader = opened(chat_file([{"messages": each} for each in ([ASKED, PLAIN], talk, talk)]), template)
+    tokenizer = load_tokenizer(str(MODEL))
+    for one in reader.first_ready[1:]:
+        pieces = "".join(map(tokenizer.decode, one.input_ids.tolist()))
+        assert pieces.count(words) == found
+    told = [message for message in caplog.messages if message.startswith("From source row")]
+    assert told == ([f"From source row 0 on, 2 of 3 conversations have {remark}"] if remark else [])
+    reader.align(0, 3)
+    assert len([message for message in caplog.messages if message.startswith("From source row")]) == len(told)
 
 
 def folder_of(folder, files: dict[str, int]):
