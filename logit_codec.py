@@ -1,8 +1,8 @@
 """The storage format's arithmetic: numbers to columns and back. FORMAT.md is the specification.
 
-Everything is a pure function of NumPy arrays, and this file needs nothing else: it can be copied out alone.
-Probabilities are of the whole vocabulary, log-probabilities in nats. An *absent* entry has token id ``ABSENT`` as a
-number, and code 0 beside id 0 in a column.
+All functions are pure functions of NumPy arrays, and this file needs only NumPy: it can be copied and used alone.
+Probabilities are over the whole vocabulary, log-probabilities in nats. An *absent* entry has token id ``ABSENT`` in
+arrays, and code 0 with id 0 in stored columns.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ CODE_PROBS = np.sin(np.pi * _CODES / 510) ** 6
 with np.errstate(divide="ignore"):
     CODE_LOG_PROBS = 6 * np.log(np.sin(np.pi * _CODES / 510))
 CODE_SURPRISALS = np.append(0.0, -CODE_LOG_PROBS[1:])  # -log p, nats, 0 for the absent entry
-_PROBS_AND_PARTS = CODE_PROBS + 1j * CODE_PROBS * CODE_SURPRISALS  # p and -p log p, summed at once in half the time
-# Half-way points of the law: probabilities from _BOUNDS[q - 1] up to _BOUNDS[q] have nearest code q.
+_PROBS_AND_PARTS = CODE_PROBS + 1j * CODE_PROBS * CODE_SURPRISALS  # p and -p log p: one complex sum takes half the time
+# Half-way points between codes: probabilities from _BOUNDS[q - 1] up to _BOUNDS[q] have nearest code q.
 _BOUNDS = np.sin(np.pi * (_CODES[:-1] + 0.5) / 510) ** 6
-_UP, _DOWN = np.append(_BOUNDS, np.inf), np.append([-np.inf, -np.inf], _BOUNDS[1:])  # where q becomes q + 1, q - 1
+_UP, _DOWN = np.append(_BOUNDS, np.inf), np.append([-np.inf, -np.inf], _BOUNDS[1:])  # q becomes q + 1, q - 1
 
 
 ROW_NUMBERS = ("mean_nll", "mean_entropy", "top1_rate", "max_surprisal")
-RANGES = {  # of these; a float32 logsumexp may put a certain token a last bit above 0
+RANGES = {  # of these; rounding of logsumexp to float32 may put the log-probability of a certain token just above 0
     **dict.fromkeys(("mean_nll", "max_surprisal"), (-1e-3, np.inf)),
     **{"mean_entropy": (0.0, float(np.finfo(np.float32).max)), "top1_rate": (0.0, 1.0)},
 }
-NUMBERS_TOLERANCE = 1e-6  # of a row's numbers, times their size where that is above 1: float32 has 6e-8
+NUMBERS_TOLERANCE = 1e-6  # for a row's numbers: absolute up to 1, relative above; float32 rounds by 6e-8
 
 
 class RowError(ValueError):
@@ -43,11 +43,11 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Distributions:
-    """What the model said at n positions, before quantisation.
+    """The model's output at n positions, before quantisation.
 
-    ``top_ids`` (n, K) int64 in rank order and ``sampled_ids`` (n, S) int64 ascending, ``ABSENT`` where there is
-    none; ``top_probs`` and ``sampled_probs`` float64 of the same shapes; ``logsumexp`` and ``token_log_probs``
-    (n,) float64, nats.
+    ``top_ids`` (n, K) int64 in rank order and ``sampled_ids`` (n, S) int64 ascending, ``ABSENT`` for absent entries;
+    ``top_probs`` and ``sampled_probs`` float64 of the same shapes; ``logsumexp`` and ``token_log_probs`` (n,) float64,
+    nats.
     """
 
     top_ids: np.ndarray
@@ -109,7 +109,7 @@ def carried_codes(probabilities: np.ndarray, present: np.ndarray) -> np.ndarray:
     """
     lengths = (present * np.arange(1, present.shape[1] + 1)).max(1, initial=0)
     order, widest = np.argsort(-lengths, kind="stable"), lengths.max(initial=0)
-    # Longest first, so that the rows that have a k-th entry lie together; an entry's column is contiguous.
+    # Longest first, so that the rows that have a k-th entry are adjacent; transposed, so that column k is contiguous.
     columns, kept = (np.ascontiguousarray(part[order, :widest].T) for part in (probabilities, present))
     rows = len(order) - np.searchsorted(np.sort(lengths), np.arange(widest), side="right")
     found = np.zeros((widest, len(order)), np.uint8)
@@ -151,8 +151,8 @@ def unpack_indices(low, high) -> np.ndarray:
     """Token ids, int32 (n,): ``low | high_bits << 16``.
 
     ``low`` holds n 16-bit numbers (list, array, or little-endian bytes), ``high`` ceil(n/4) bytes with four
-    2-bit entries each, the first in bits 0-1 (bytes, list or array). Bytes that ``with_format("numpy")`` or
-    ``"torch"`` has cut the zeros off are whole again. Raises ValueError where lengths or numbers don't fit.
+    2-bit entries each, the first in bits 0-1 (bytes, list or array). Trailing zeros that ``with_format("numpy")`` or
+    ``"torch"`` has cut off are restored. Raises ValueError if lengths or numbers do not fit.
 
     >>> unpack_indices([65535, 0, 0, 1], b"\\x1b").tolist()
     [262143, 131072, 65536, 1]
@@ -165,7 +165,7 @@ def unpack_indices(low, high) -> np.ndarray:
 
 
 def _as_numbers(values, dtype, column: str) -> np.ndarray:
-    """A column's values as ``dtype``. Raises RowError where that is of whole numbers and a value is none of them."""
+    """A column's values as ``dtype``. Raises RowError if that is an integer type and a value is not one of it."""
     if isinstance(values, (bytes, bytearray, memoryview)):
         return np.frombuffer(values, dtype)
     array, dtype = np.asarray(values), np.dtype(dtype)
@@ -179,8 +179,8 @@ def _as_numbers(values, dtype, column: str) -> np.ndarray:
 
 
 def _whole(packed, low, length: int):
-    """Bytes as they were stored beside the ids ``low``. The formats "numpy", whose bytes are ``numpy.bytes_``, and
-    "torch", whose bytes are plain and ids a tensor, cut off the zeros at their end."""
+    """The bytes as they were stored with the ids ``low``. The formats "numpy" (bytes are ``numpy.bytes_``) and "torch"
+    (bytes are plain, ids a tensor) cut off trailing zeros."""
     if isinstance(packed, np.bytes_) or (isinstance(packed, bytes) and type(low).__module__ == "torch"):
         return bytes(packed).ljust(length, b"\0")
     return packed
@@ -204,7 +204,7 @@ def nucleus_cut(probabilities: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def select_nucleus(log_probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Ids kept of one position's log-probabilities (V,) in nats, int64, most probable first: the plain reference."""
+    """Ids kept of one position's log-probabilities (V,) in nats, int64, most probable first: reference version."""
     storable = log_probs[:MAX_TOKEN_ID]
     ranked = np.argsort(-storable, kind="stable")[:top_k]
     ranked = ranked[np.isfinite(storable[ranked])]
@@ -212,9 +212,9 @@ def select_nucleus(log_probs: np.ndarray, top_k: int, top_p: float) -> np.ndarra
 
 
 def draw_tail(probabilities: np.ndarray, kept_ids: np.ndarray, uniform: float, num_sampled: int) -> np.ndarray:
-    """Systematic draws in id order from what was not kept, int64 (S,), all ``ABSENT`` where nothing is left.
+    """Systematic draws in id order from the ids not kept, int64 (S,), all ``ABSENT`` if no probability is left.
 
-    ``probabilities`` float64 (V,). The plain reference of FORMAT.md, "What is stored at a position".
+    ``probabilities`` float64 (V,). The reference version of FORMAT.md, "What is stored at a position".
     """
     tail = np.array(probabilities[:MAX_TOKEN_ID], np.float64)
     tail[kept_ids] = 0
@@ -226,9 +226,9 @@ def draw_tail(probabilities: np.ndarray, kept_ids: np.ndarray, uniform: float, n
 
 
 def draw_uniforms(seed: int, source_index: int, count: int, stream: int = 0) -> np.ndarray:
-    """The conversation's uniforms, float64 (count,), one an extracted token, the same on every machine.
+    """The conversation's uniforms, float64 (count,), one per extracted token, the same on every machine.
 
-    ``stream`` 0 is the extraction's; each thinning has the next one, independent of those before.
+    The extraction uses ``stream`` 0; each thinning uses the next one, which is independent of the earlier ones.
     """
     return np.random.Generator(np.random.Philox(key=[seed, source_index], counter=[0, 0, 0, stream])).random(count)
 
@@ -239,7 +239,7 @@ def draw_uniforms(seed: int, source_index: int, count: int, stream: int = 0) -> 
 def encode_rows(distributions: Distributions, lengths: list[int], target_ids: np.ndarray) -> list[dict]:
     """The numeric columns of consecutive stored rows with ``lengths`` positions each, at least 1 (their sum is n).
 
-    ``target_ids`` int (n,) are the extracted tokens. One dict a row, by column name: ``*_logits_quantized`` and
+    ``target_ids`` int (n,) are the extracted tokens. One dict per row, by column name: ``*_logits_quantized`` and
     ``*_indices_high`` bytes, ``*_indices_low`` uint16, ``logsumexp`` and ``token_log_probs`` float32 (nats),
     ``num_tokens`` int, and the ``ROW_NUMBERS`` float. Raises ValueError for ids above 2**18 - 1.
     """
@@ -282,7 +282,7 @@ def entry_columns(kind: str, codes: np.ndarray, ids: np.ndarray) -> dict:
 def position_entropies(top_codes: np.ndarray, sampled_codes: np.ndarray) -> np.ndarray:
     """E[-log p] at n positions as FORMAT.md estimates it, nats, float64 (n,), from codes uint8 (n, K) and (n, S).
 
-    The nucleus exactly and the tail by its draws, unbiased; without draws the nucleus' part alone, a lower bound.
+    The nucleus exactly and the tail by its draws, unbiased; without draws only the nucleus' part, a lower bound.
     """
     totals = _PROBS_AND_PARTS[top_codes].sum(axis=1)
     shares = np.maximum(0.0, 1.0 - totals.real) / max(1, sampled_codes.shape[1])
@@ -292,9 +292,9 @@ def position_entropies(top_codes: np.ndarray, sampled_codes: np.ndarray) -> np.n
 def numbers_of_rows(
     entropies: np.ndarray, is_first: np.ndarray, token_log_probs: np.ndarray, lengths: list[int]
 ) -> dict[str, list[float]]:
-    """The ``ROW_NUMBERS`` of consecutive rows with ``lengths`` positions each, by name, as float32 has them.
+    """The ``ROW_NUMBERS`` of consecutive rows with ``lengths`` positions each, by name, rounded to float32.
 
-    ``is_first`` bool (n,) is where the target token is the first entry of the nucleus; the others are in nats.
+    ``is_first`` bool (n,): whether the target token is the first entry of the nucleus; the others are in nats.
     """
     starts, surprisals = np.cumsum([0, *lengths[:-1]]), 0.0 - token_log_probs.astype(np.float64)
     means = (np.add.reduceat(values, starts) / lengths for values in (surprisals, entropies, is_first.astype(float)))
@@ -305,9 +305,9 @@ def numbers_of_rows(
 def dequantize_all_logits(sample: dict, index: int) -> PositionDistribution:
     """The stored distribution, nucleus and sampled tail, at one position of a row; others are not decoded.
 
-    ``sample`` is a stored row as any reader returns it; ``index`` counts its extracted tokens, negative ones
-    from the end. Raises IndexError outside the row and RowError where the columns' lengths disagree, or a number at
-    the position is outside its column's type.
+    ``sample`` is a stored row as any reader returns it; ``index`` counts its extracted tokens, from the end if it is
+    negative. Raises IndexError outside the row, and RowError if the columns' lengths disagree or a number at the
+    position does not fit its column's type.
     """
     n = int(sample["num_tokens"])
     if not -n <= index < n:
@@ -347,9 +347,9 @@ def _entries_at(sample: dict, kind: str, index: int, n: int) -> tuple[np.ndarray
 
 
 def _entry_values(row: dict, kind: str, n: int) -> tuple:
-    """The low, high and code columns of a row with ``n`` positions, with the zeros that a format has cut off.
+    """The low, high and code columns of a row with ``n`` positions, with trailing zeros that a format cut off restored.
 
-    Codes of a nucleus reach into the last position at least, where one is not 0. Raises RowError where they don't.
+    The last position's nucleus has a code other than 0, so its codes must reach into that; raises RowError otherwise.
     """
     low, high, codes = (row[f"{kind}_{name}"] for name in ("indices_low", "indices_high", "logits_quantized"))
     whole, least = _whole(codes, low, len(low)), len(low) // n * (n - 1) + 1
@@ -361,7 +361,7 @@ def _entry_values(row: dict, kind: str, n: int) -> tuple:
 def row_entries(row: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and codes uint8, (n, K) of a stored row's nucleus (``kind`` "top") or (n, S) of its draws ("sampled").
 
-    Raises ValueError where the columns' lengths disagree.
+    Raises ValueError if the columns' lengths disagree.
     """
     n = int(row["num_tokens"])
     low, high, codes = _entry_values(row, kind, n)
@@ -372,8 +372,8 @@ def row_entries(row: dict, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def decode_row(row: dict) -> DecodedRow:
     """All positions of a stored row at once.
 
-    ``row`` is as any reader returns it. Raises ValueError where the columns' lengths disagree; ``validate_row`` says
-    which does.
+    ``row`` is as any reader returns it. Raises ValueError if the columns' lengths disagree; ``validate_row`` says
+    which one is wrong.
     """
     arrays = {}
     for kind in ("top", "sampled"):
@@ -388,7 +388,7 @@ def decode_row(row: dict) -> DecodedRow:
 
 
 def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_number: int | None = None) -> None:
-    """Raise RowError where a stored row breaks FORMAT.md, "What a reader refuses" (its numeric columns).
+    """Raise RowError if a stored row violates FORMAT.md, "What a reader refuses" (numeric columns).
 
     ``top_k``, ``num_sampled`` and ``vocab_size`` are those of ``extraction.json``; ``row_number`` is for the message.
     """
@@ -399,14 +399,14 @@ def validate_row(row: dict, top_k: int, num_sampled: int, vocab_size: int, row_n
     for kind, width in (("top", top_k), ("sampled", num_sampled)):
         _check_entries(row, kind, n * width, vocab_size, row_number)
     log_probs = _check_numbers(row, "token_log_probs", n, np.float64, row_number)
-    if not (log_probs <= 1e-3).all():  # a float32 logsumexp may put a certain token a last bit above 0
+    if not (log_probs <= 1e-3).all():  # rounding of logsumexp to float32 may put a certain token just above 0
         raise RowError("token_log_probs", f"{log_probs.max()}", "log-probabilities, at most 0", row_number)
     if not np.isfinite(_check_numbers(row, "logsumexp", n, np.float64, row_number)).all():
         raise RowError("logsumexp", "a number that is not finite", "finite nats", row_number)
     for name, (least, most) in RANGES.items():
-        numbers = np.asarray(row.get(name))  # of a row, or of several
+        numbers = np.asarray(row.get(name))  # one row's number, or those of several rows
         if numbers.dtype.kind not in "fiu":
-            raise RowError(name, "null, or no number", f"{least:g} to {most:g}", row_number)
+            raise RowError(name, "null, or not a number", f"{least:g} to {most:g}", row_number)
         if not ((least <= numbers) & (numbers <= most)).all():
             raise RowError(name, f"{numbers.min()}", f"{least:g} to {most:g}", row_number)
 
@@ -420,7 +420,7 @@ def _check_numbers(row: dict, column: str, expected: int, dtype, row_number: int
     try:
         return _as_numbers(value, dtype, column)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RowError(column, f"null, or no {np.dtype(dtype)}", f"{expected} numbers", row_number) from error
+        raise RowError(column, f"null, or not {np.dtype(dtype)}", f"{expected} numbers", row_number) from error
 
 
 def _check_entries(row: dict, kind: str, count: int, vocab_size: int, row_number: int | None) -> None:

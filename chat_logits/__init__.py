@@ -5,14 +5,14 @@
     chat_logits.extract(chat_logits.ExtractConfig(model_id=…, dataset_id=…, output_dir=…))
     logits = chat_logits.open_logits("user/my-logits-dataset")
 
-Nothing heavy is imported before it is used.
+Heavy packages are imported only when they are used.
 """
 
 import importlib
 import os
 
-# Read when CUDA is first used. A batch's logits have another size each time, for which the allocator would keep as many
-# blocks (54 GiB for batches of 6) unless its segments can grow.
+# Read when CUDA is first used. The logits of each batch differ in size; unless its segments can grow, the allocator
+# keeps a block for every size (54 GiB for batches of 6).
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 __all__ = ["ExtractConfig", "Extraction", "extract", "open_logits"]

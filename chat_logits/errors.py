@@ -1,7 +1,7 @@
-"""What the toolkit raises when it can say what was wrong and what to do about it.
+"""Errors that the toolkit raises when it can say what was wrong and what to do about it.
 
-All commands print such an error as its message alone and leave with its ``exit_status``; anything else is a
-bug, and keeps its traceback under ``debug``.
+The commands print only the message of such an error and exit with its ``exit_status``. Any other exception is a bug;
+its traceback is shown with ``debug``.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ class ToolkitError(Exception):
 
 
 class UsageError(ToolkitError):
-    """Wrong use: an option, a template or a dataset that the caller has to change."""
+    """Wrong use: the caller has to change an option, a template or a dataset."""
 
     exit_status = 2
 
 
 def first_names(names: list[str]) -> str:
-    """Names in a message, of many the first ones.
+    """Names for a message, only the first ones if there are many.
 
     >>> first_names(["seed", "split"]), first_names(["seed", "split", "dtype", "top_k", "top_p"])
     ('seed, split', 'seed, split, dtype and 2 others')
@@ -33,6 +33,6 @@ def first_names(names: list[str]) -> str:
 
 
 def refuse_without(package: str, least: str, what: str) -> None:
-    """Raise ToolkitError where a package that only ``what`` needs is not installed; ``least`` is its lowest version."""
+    """Raise ToolkitError if a package that only ``what`` needs is not installed; ``least`` is its lowest version."""
     if importlib.util.find_spec(package) is None:
         raise ToolkitError(f"{what} needs {package}, which is not installed: pip install '{package}>={least}'")

@@ -1,7 +1,7 @@
-"""Processes beside this one that carry out calls for it: threads of one interpreter would take turns with the caller's.
+"""Helper processes that carry out calls for this one: threads of one interpreter would take turns with the caller's.
 
-A helper ends as soon as its input does, whatever it is doing: none is left behind by a process that is killed. Large
-arrays go through memory that both processes see, where the system has such (Linux); all else goes through pipes.
+A helper exits as soon as its input is closed, whatever it is doing, so a killed process leaves no helpers running.
+Large arrays go through shared memory where the system supports it (Linux); everything else goes through pipes.
 """
 
 import logging
@@ -23,20 +23,20 @@ from chat_logits.pipes import start_python, take_pipes
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 5  # of pickles: the first whose arrays may lie elsewhere
-ALIGNED = 64  # bytes: where each of the arrays begins
-LARGE = 2**16  # bytes of an array from which on it goes through shared memory: what a pipe holds
+PROTOCOL = 5  # pickle protocol: the first one with out-of-band buffers
+ALIGNED = 64  # bytes: alignment of each array
+LARGE = 2**16  # bytes: arrays of at least this size go through shared memory; it is what a pipe holds
 
 
 class Helpers:
-    """``count`` processes that all know ``carry_out``, each carrying out a call at a time, from any thread.
+    """``count`` processes that all have ``carry_out`` and run one call at a time; any thread may call them.
 
-    ``carry_out`` and what it is called with and answers are pickled. ``what`` says for people what it does, such as
+    ``carry_out``, its arguments and its results are pickled. ``what`` describes its work in messages, such as
     "aligns conversations".
     """
 
     def __init__(self, count: int, what: str, carry_out: Callable):
-        known = pickle.dumps(carry_out, PROTOCOL)  # raises what forbids it before a process is started
+        known = pickle.dumps(carry_out, PROTOCOL)  # if this is impossible, it raises before a process is started
         self.processes = [_Process(what, known) for _ in range(count)]
         self._free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._logged: set[tuple[int, str]] = set()
@@ -44,8 +44,8 @@ class Helpers:
             self._free.put(process)
 
     def ask(self, *arguments: Any) -> Any:
-        """What ``carry_out`` gives for the arguments, in the next process that is free. Raises what it raises there,
-        and ToolkitError where the process has ended."""
+        """The result of ``carry_out`` for the arguments, computed in the next free process. Raises what it raises
+        there, and ToolkitError if the process has ended."""
         process = self._free.get()
         try:
             answer, logged = process.ask(arguments)
@@ -59,22 +59,22 @@ class Helpers:
         return answer
 
     def close(self) -> None:
-        """End them, whatever is under way."""
+        """Kill the processes, even during a call."""
         for process in self.processes:
             process.kill()
 
 
 class Pickled(NamedTuple):
-    """A value, and where those of its arrays lie that are apart, in shared memory."""
+    """A pickled value, and where its large arrays lie in shared memory (begin and end)."""
 
     value: bytes
     spans: list[tuple[int, int]]
 
 
 class SharedMemory:
-    """A file without a name through which one process gives another the large arrays of a value, one value at a time.
+    """An anonymous file by which one process passes the large arrays of a value to another, one value at a time.
 
-    Where the system has no such files, ``descriptor`` is None, and values have all their arrays with them.
+    If the system does not have such files, ``descriptor`` is None and the arrays stay in the pickled value.
     """
 
     def __init__(self, descriptor: int | None):
@@ -83,7 +83,7 @@ class SharedMemory:
 
     @classmethod
     def new(cls) -> "SharedMemory":
-        """One of this process, which keeps it as long as a thread may be using it."""
+        """New shared memory; this process keeps it open as long as a thread may be using it."""
         try:
             descriptor = os.memfd_create("chat_logits")
         except (AttributeError, OSError):  # not on this system, or not in this container
@@ -93,7 +93,7 @@ class SharedMemory:
         return shared
 
     def put(self, value: Any) -> Pickled:
-        """What gives the value in the other process, once; arrays of the value before are overwritten."""
+        """What the other process needs to take the value, once; it overwrites the previous value's arrays."""
         apart: list[np.ndarray] = []
 
         def stays(buffer: pickle.PickleBuffer) -> bool:
@@ -113,11 +113,11 @@ class SharedMemory:
         return Pickled(pickled, spans)
 
     def take(self, given: Pickled) -> Any:
-        """The value. Its large arrays are valid until the next one is put."""
+        """The value. Its large arrays are valid until the next value is put."""
         return pickle.loads(given.value, buffers=self._at(given.spans))
 
     def take_copy(self, given: Pickled) -> Any:
-        """The value, for good."""
+        """The value with copies of its arrays, which stay valid."""
         return pickle.loads(given.value, buffers=[array.copy() for array in self._at(given.spans)])
 
     def _at(self, spans: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -137,7 +137,7 @@ class _Process:
         self.process = start_python(__name__, "main", *descriptors, env=environment, pass_fds=descriptors)
 
     def ask(self, arguments: tuple) -> tuple[Any, list[tuple[int, str]]]:
-        """The answer, an exception where there is none, and the levels and messages of what was logged."""
+        """The answer or, if the call failed, the exception; and the levels and messages of what was logged."""
         questions, answers = self.process.stdin, self.process.stdout
         assert questions and answers
         question = self._there.put(arguments)
@@ -149,7 +149,7 @@ class _Process:
             questions.flush()
             return self._back.take_copy(pickle.load(answers))
         except BaseException as error:
-            self.process.kill()  # if it has not ended: a part of a question or of an answer may be in a pipe
+            self.process.kill()  # if it still runs: part of a question or of an answer may be in a pipe
             status = self.process.wait()
             if isinstance(error, (EOFError, OSError, pickle.UnpicklingError)):
                 raise ToolkitError(f"a process that {self._what} ended: {status}") from error
@@ -157,7 +157,7 @@ class _Process:
 
     def kill(self) -> None:
         self.process.kill()
-        with suppress(OSError), self.process:  # waits, and closes its pipes; what was not yet sent has nowhere to go
+        with suppress(OSError), self.process:  # waits and closes the pipes; flushing unsent data fails
             pass
 
 
@@ -165,9 +165,9 @@ class _Process:
 
 
 def main(*descriptors: str) -> None:
-    """The process: what is to be carried out, then calls upon calls, each answered before the next.
+    """The helper process: it receives the function, then calls, and answers each one before the next.
 
-    The descriptors are those of shared memory, if there is such.
+    ``descriptors`` are those of the shared memory, if there is any.
     """
     questions, answers = take_pipes()
     log = Log()
@@ -182,7 +182,7 @@ def main(*descriptors: str) -> None:
 
 
 def _receive(questions: IO[bytes], received: queue.SimpleQueue) -> None:
-    """Take what comes, and end the process with it."""
+    """Queue what arrives; when the input ends, end the process."""
     status = 1
     try:
         while True:
@@ -212,7 +212,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 class Log(logging.Handler):
-    """What the process logs goes with its answers."""
+    """Keeps what the process logs, to be sent with its next answer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Hub's repositories by name and commit, and its client: what every room may ask of it."""
+"""The Hub's repositories by name and commit, and its client; any room may use this."""
 
 import functools
 import logging
@@ -9,22 +9,23 @@ from pathlib import Path
 
 from chat_logits.errors import ToolkitError
 from chat_logits.hub_errors import Failure, HubUnreachable, explain_hub_error
+from chat_logits.paths import near_here
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHORT_WAIT = re.compile(r"[0-9]")  # seconds that the client may sleep within a request
-PATIENCE = (15.0, 300.0, 60.0, 60.0)  # seconds to connect, for an answer, for a packet to leave, for a connection
+SHORT_WAIT = re.compile(r"[0-9]")  # values of Retry-After, in seconds, that the client may sleep within a request
+PATIENCE = (15.0, 300.0, 60.0, 60.0)  # timeouts in seconds: to connect, read, write, and get a pooled connection
 
 logger = logging.getLogger(__name__)
 
-_last_sign = [time.monotonic()]  # of the Hub, or to it
+_last_sign = [time.monotonic()]  # when a request to the Hub or a response from it last began
 
 
 def configure_client() -> Callable[[], None]:
-    """Give the Hub's client limits to its patience, for this process: its own would wait for a dead line for ever.
+    """Set timeouts on the Hub's client in this process. By default it would wait forever on a dead connection.
 
-    For processes that push. Its warnings, which name signed addresses and break progress bars, are not shown. What is
-    returned puts all of it back, and the client's bars too, which commits take away. Call that once no other thread
-    is in a request: its connection is closed.
+    For processes that push. The client's warnings, which contain signed addresses and break progress bars, are not
+    shown. Returns a function that restores all of this, and the client's progress bars, which commits disable. Call it
+    only when no other thread is in a request, as it closes the connections.
     """
     import huggingface_hub
     from huggingface_hub.utils import _http
@@ -41,20 +42,20 @@ def configure_client() -> Callable[[], None]:
             show_downloads()
 
     huggingface_hub.set_client_factory(_patient_client)
-    constants.HF_HUB_DISABLE_XET = True  # its uploads have no limit to their patience
+    constants.HF_HUB_DISABLE_XET = True  # Xet's uploads have no timeout
     hub_logging.set_verbosity_error()
     return put_back
 
 
 def shows_downloads() -> bool:
-    """Whether the Hub's client shows bars of its downloads."""
+    """Whether the Hub's client shows progress bars for downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     return not are_progress_bars_disabled()
 
 
 def show_downloads() -> None:
-    """Have the Hub's client show them."""
+    """Make the Hub's client show progress bars for downloads."""
     from huggingface_hub.utils import enable_progress_bars
 
     enable_progress_bars()
@@ -78,13 +79,13 @@ def _note_sign(_: object) -> None:
 
 
 def seconds_of_silence() -> float:
-    """Since a request of this process to the Hub began, or an answer did, with ``configure_client``'s client."""
+    """Seconds since a request of this process to the Hub, or a response, last began (``configure_client``'s client)."""
     return time.monotonic() - _last_sign[0]
 
 
 def _refuse_long_waits(response) -> None:
-    """Raise what the Hub's client raises where it would sleep for as long as an answer asks, whatever else there is to
-    do; who has asked decides."""
+    """Raise the Hub client's error instead of letting the client sleep for as long as the response asks: the caller
+    decides whether to wait."""
     from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
     if response.status_code != 429 and response.status_code < 500:
@@ -96,12 +97,12 @@ def _refuse_long_waits(response) -> None:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a recorded revision is a Hub commit; a local folder's is a hash of 64 digits."""
+    """Whether a recorded revision is a Hub commit (40 hex digits); that of a local folder is a hash of 64 digits."""
     return bool(COMMIT.fullmatch(revision))
 
 
 def find_license(repo_id: str, kind: str, commit: str | None) -> str | None:
-    """The licence that a model's or dataset's card states, None where it states none or cannot be read."""
+    """The licence in the card of a model or dataset, None if it states none or cannot be read."""
     import huggingface_hub
 
     card = {"model": huggingface_hub.ModelCard, "dataset": huggingface_hub.DatasetCard}[kind]
@@ -110,12 +111,12 @@ def find_license(repo_id: str, kind: str, commit: str | None) -> str | None:
             return card.load(Path(repo_id) / "README.md").data.get("license")
         metadata = huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=commit).card_data
         return (metadata or {}).get("license")
-    except Exception:  # a note on the card is not worth a run
+    except Exception:  # a missing licence on the card is not worth failing a run
         return None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this may be, by its form, the id of a Hub repository."""
+    """Whether the name has the form of a Hub repository's id."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -126,10 +127,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
-    """The commit (40 hex digits) that ``revision`` of a Hub repository names now, or named when it was cached.
+    """The commit (40 hex digits) that ``revision`` of a Hub repository names now, or, if the Hub cannot be reached,
+    the one in the cache.
 
-    A commit is taken as it is: a thousand workers are given one. ``repo_type`` is "model" or "dataset". Raises
-    ToolkitError where the Hub refuses.
+    A commit is returned without a request, as a thousand workers may be given one. ``repo_type`` is "model" or
+    "dataset". Raises ToolkitError if the Hub refuses.
     """
     import huggingface_hub
 
@@ -138,7 +140,7 @@ def resolve_commit(repo_id: str, repo_type: str, revision: str | None) -> str:
     try:
         return huggingface_hub.HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha
     except Exception as error:
-        explained = explain_hub_error(error, f"{repo_type} {repo_id}")
+        explained = explain_hub_error(error, f"{repo_type} {repo_id}{near_here(repo_id)}")
         if Failure(error).is_unreachable:
             return _cached_commit(repo_id, repo_type, revision, explained)
         raise explained from error
@@ -152,11 +154,11 @@ def _cached_commit(repo_id: str, repo_type: str, revision: str | None, explained
             repo_id, repo_type=repo_type, revision=revision, local_files_only=True
         )
     except Exception as error:
-        raise HubUnreachable(f"{explained}, and nothing in the cache here serves in its place") from error
+        raise HubUnreachable(f"{explained}, and it is not in the local cache") from error
     _tell_cached(str(explained), Path(folder).name)
     return Path(folder).name
 
 
 @functools.cache  # once in a process
 def _tell_cached(explained: str, commit: str) -> None:
-    logger.warning("%s. The commit that is in the cache here is used: %s", explained, commit)
+    logger.warning("%s. The commit in the local cache is used: %s", explained, commit)

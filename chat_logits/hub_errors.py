@@ -1,9 +1,11 @@
-"""What the Hub's clients raise, in words: which repository, what the Hub answered, what to do, whether to try again."""
+"""Errors of the Hub's clients explained: which repository, what the Hub answered, what to do, whether to retry."""
 
+import errno
 import functools
 import importlib
 import json
 import math
+import os
 import random
 import re
 import time
@@ -12,32 +14,37 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.paths import is_there
 
 FIRST_PAUSE = 1.0  # seconds until the second attempt
-SAID, SHOWN = 200, 500  # characters of the Hub's own sentence, and of what a library says
+SAID, SHOWN = 200, 500  # characters shown of the Hub's error message, and of a library's
 FOR_EVER = 10.0**8  # seconds: three years, which a lock can still wait for
-PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may be answered otherwise later
+# Environment variables that move one cache each, while HF_HOME moves all
+CACHES = ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may succeed later
 Answer = TypeVar("Answer")
-# Tokens, and what gives an address the right to be written to.
-SECRETS = re.compile(r"hf_\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
+# Access tokens, in lower case (HF_HOME is not one), and the query that lets a signed address be written to.
+SECRETS = re.compile(r"(?-i:hf_)\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
 
 
 class HubUnreachable(ToolkitError):
-    """No answer at all: no network, no Hub, or offline mode."""
+    """The Hub did not answer: no network, the Hub is down, or offline mode."""
 
 
 class HubRefused(ToolkitError):
-    """An answer that only people can change: a token without the right, a repository that is gone."""
+    """The Hub refused, and a retry cannot help: the token lacks a permission, or the repository is gone."""
 
 
 def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitError] = ToolkitError) -> ToolkitError:
-    """A ToolkitError for an exception of the Hub's clients, or of type ``otherwise`` if it is not of the Hub.
+    """A ToolkitError for an exception of the Hub's clients, or one of type ``otherwise`` for any other exception.
 
-    ``name`` names the repository as the caller knows it, such as ``dataset user/name``. The clients wrap the
-    Hub's answer differently, so the chain of causes is searched.
+    ``name`` is the repository in the caller's words, such as ``dataset user/name``. The clients wrap the Hub's
+    response in different ways, so the chain of causes is searched.
     """
     if isinstance(error, ToolkitError):
         return error
@@ -50,21 +57,40 @@ def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitEr
         return HubUnreachable(f"{name}: the Hub cannot be reached")
     if failure.is_html:
         return HubUnreachable(
-            f"{name}: HTML in place of the Hub's JSON. A network that wants a login, or a proxy, may have answered"
+            f"{name}: HTML instead of the Hub's JSON, perhaps from a proxy or from a network's login page"
         )
     if failure.is_broken:
         return HubUnreachable(f"{name}: the connection to the Hub broke ({str(error) or 'no answer in time'})")
     if failure.has(HFValidationError):
-        return UsageError(f"{name}: no such file or folder, and no Hub id (USER/NAME) either")
+        return UsageError(f"{name}: no such file or folder, and not a Hub id (USER/NAME) either")
+    if refused := next(filter(None, map(_refused_cache, failure.causes)), None):
+        return refused
     return otherwise(f"{name}: {_in_one_line(error)}")
 
 
 def _in_one_line(error: BaseException) -> str:
-    """The first paragraph of what a library says: some go on with advice that is not about the toolkit."""
+    """The first paragraph of a library's message: some continue with advice that does not apply to the toolkit."""
     said = " ".join(re.split(r"\n\s*\n", str(error).strip())[0].split())
     return (
         said[:SHOWN] if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said[:SHOWN]}".rstrip()
     )
+
+
+def _refused_cache(error: BaseException) -> UsageError | None:
+    """The error for a cache of the libraries that the system does not let us write to; None for any other error."""
+    from huggingface_hub import constants
+
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return None
+    refused = Path(error.filename).resolve()
+    caches = {name: os.environ[name] for name in CACHES if os.environ.get(name)} | {"HF_HOME": constants.HF_HOME}
+    for name, folder in caches.items():
+        cache = Path(folder).resolve()
+        is_denied = refused.is_relative_to(cache) and error.errno in DENIED
+        if is_denied or (cache.is_relative_to(refused) and not is_there(cache)):
+            fault = f"{folder}: a cache cannot be written there ({error.strerror})"
+            return UsageError(f"{fault}. Set {name} to a folder that can be written.")
+    return None
 
 
 def redact(text: str) -> str:
@@ -76,17 +102,17 @@ def redact(text: str) -> str:
     import huggingface_hub
 
     token = None
-    with suppress(OSError):  # no folder to look for it in
+    with suppress(OSError):  # there is no folder to look for it in
         token = huggingface_hub.get_token()
     return SECRETS.sub("…", text.replace(token, "…") if token else text)
 
 
 def explain_loading(error: BaseException, name: str) -> ToolkitError:
-    """As ``explain_hub_error``, for models and tokenizers, which may bring code of their own."""
+    """As ``explain_hub_error``, for models and tokenizers, which may come with their own code."""
     if "trust_remote_code" in str(error):
         return UsageError(
-            f"{name}: it brings Python code of its own, which would run here. Read that code first; then allow it with "
-            "`trust_remote_code`."
+            f"{name}: it comes with its own Python code, which would run here. Read that code first; then allow it "
+            "with `trust_remote_code`."
         )
     if type(error).__name__ == "SafetensorError":
         return ToolkitError(f"{name}: its safetensors are damaged, or were not fetched ({error}). Copy it again.")
@@ -94,10 +120,10 @@ def explain_loading(error: BaseException, name: str) -> ToolkitError:
 
 
 def failure_kind(error: BaseException) -> str:
-    """What a failed step at the Hub promises of another attempt: a key of ``Retries``, or "final".
+    """Whether a failed request to the Hub is worth a retry: a field of ``Retries``, or "final".
 
-    "passing" is trouble of the line or the Hub, "refused" an answer that only people can change, "unknown" any error
-    that is neither of the Hub nor the toolkit's own.
+    "passing" is a temporary failure of the network or the Hub, "refused" a response that a retry cannot change,
+    "unknown" any error that is neither the Hub's nor the toolkit's own.
     """
     if isinstance(error, ToolkitError):
         return "passing" if isinstance(error, HubUnreachable) else "final"
@@ -112,12 +138,12 @@ def failure_kind(error: BaseException) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a step that failed so may go well later, without anybody's doing."""
+    """Whether a step that failed with this error may succeed on a retry."""
     return failure_kind(error) in ("passing", "unknown")
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds that the Hub asks to wait: its ``Retry-After``, or until its rate limit starts anew; None if neither."""
+    """Seconds that the Hub asks to wait: ``Retry-After``, or the time until its rate limit resets; None if neither."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     answer = Failure(error).answer
@@ -131,7 +157,7 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def _seconds_of(asked: str) -> float | None:
-    """Seconds from now that a ``Retry-After`` names, as a number or as a date; None for what is neither.
+    """Seconds to wait by a ``Retry-After``, which is a number or a date; None if it is neither.
 
     >>> _seconds_of("7"), _seconds_of("Wed, 21 Oct 2015 07:28:00 GMT"), _seconds_of("²")
     (7.0, 0.0, None)
@@ -146,13 +172,13 @@ def _seconds_of(asked: str) -> float | None:
 
 @dataclass(frozen=True)
 class Retries:
-    """Whether a step at the Hub that failed is tried again, and after how long. The caller does the waiting.
+    """Whether a failed step at the Hub is retried, and after how long. The caller does the waiting.
 
     ``passing``, ``unknown`` and ``refused`` are how many failures in a row of each kind (``failure_kind``) are followed
-    by another attempt. A pause is twice as long as the one before, with jitter, ``longest`` seconds at most; or what
-    the Hub asks for, where that is more, up to ``longest_asked`` seconds. ``huggingface_hub`` by itself repeats single
-    requests for half a minute, most uploads' among them; these are for what is left then, and for what has to look at
-    the Hub anew.
+    by another attempt. The pause doubles each time, with jitter, up to ``longest`` seconds; if the Hub asks for a
+    longer one, that is used, up to ``longest_asked`` seconds. ``huggingface_hub`` itself repeats single requests,
+    including most uploads, for half a minute; these retries are for failures that last longer, and for steps that have
+    to look at the repository again.
     """
 
     passing: float
@@ -162,7 +188,7 @@ class Retries:
     longest_asked: float = 600.0
 
     def pause(self, error: BaseException, failures: Counter[str]) -> float | None:
-        """Seconds until the next attempt, None where there is none. Adds the error's kind to ``failures`` in a row."""
+        """Seconds until the next attempt, None to give up. Counts the error's kind in ``failures``."""
         kind = failure_kind(error)
         failures[kind] += 1
         asked = retry_after(error)
@@ -172,7 +198,7 @@ class Retries:
         return own if asked is None else max(own, asked + random.uniform(0, 1))
 
     def call(self, step: Callable[[], Answer], name: str) -> Answer:
-        """What ``step()`` gives in the end. Raises ToolkitError, about ``name``; HubRefused where it is refused."""
+        """The result of ``step()``, retried if need be. Raises ToolkitError about ``name``; HubRefused if refused."""
         failures: Counter[str] = Counter()
         while True:
             try:
@@ -186,18 +212,18 @@ class Retries:
                 time.sleep(wait)
 
 
-# A shard that is stored nowhere else: about half an hour.
+# For a shard that is stored nowhere else: about half an hour.
 UPLOAD = Retries(passing=45, unknown=3, longest_asked=1800.0)
-# A run that cannot begin without the Hub.
+# For a run that cannot begin without the Hub.
 START = Retries(passing=6, unknown=3, longest_asked=60.0)
-# A commit beside a run.
+# For a commit during a run.
 BESIDE = Retries(passing=math.inf, unknown=math.inf, refused=5, longest=300.0, longest_asked=math.inf)
-# A commit that a finished run waits for.
+# For a commit that a finished run waits for.
 LAST = Retries(passing=5, unknown=5, refused=5)
 
 
 class Failure:
-    """An exception with all that caused it: the clients wrap the Hub's answer differently."""
+    """An exception with its chain of causes: the clients wrap the Hub's response in different ways."""
 
     def __init__(self, error: BaseException):
         self.causes: list[BaseException] = []
@@ -211,42 +237,42 @@ class Failure:
 
     @property
     def answer(self) -> Any:
-        """The Hub's response, None where there was none."""
+        """The Hub's response, None if there was none."""
         responses = (getattr(cause, "response", None) for cause in self.causes)
         return next((response for response in responses if getattr(response, "status_code", None)), None)
 
     @property
     def status(self) -> int | None:
-        """The status of the Hub's answer, None where there was none."""
+        """The status of the Hub's response, None if there was none."""
         return self.answer.status_code if self.answer is not None else None
 
     @property
     def is_unreachable(self) -> bool:
-        """Whether no connection was made."""
+        """Whether no connection could be made."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         return self.has(_client().ConnectError, _client().ConnectTimeout, OfflineModeIsEnabled)
 
     @property
     def is_broken(self) -> bool:
-        """Whether the connection failed, made or not."""
+        """Whether the connection failed, before or after it was made."""
         client = _client()
         return self.has(client.NetworkError, client.TimeoutException, client.RemoteProtocolError)
 
     @property
     def is_html(self) -> bool:
-        """Whether a page came where JSON was expected."""
+        """Whether the response was HTML instead of JSON."""
         documents = [cause.doc for cause in self.causes if isinstance(cause, json.JSONDecodeError)]
         return any(document.lstrip()[:1] == "<" for document in documents)
 
     @property
     def said(self) -> str:
-        """The sentence that the Hub has given its refusal, in one line; empty without one."""
+        """The Hub's own error message in one line; empty without one."""
         if self.answer is None:
             return ""
         try:
             said = self.answer.headers.get("x-error-message") or self.answer.json()["error"]
-        except Exception:  # a body that was not read, or is of another form
+        except Exception:  # the body was not read, or has another form
             return ""
         return " ".join(said.split())[:SAID] if isinstance(said, str) else ""
 
@@ -281,7 +307,7 @@ def _advice(failure: Failure) -> str:
 
 
 def _refusal(failure: Failure) -> str:
-    """401, 403 and 404: which of a wrong name, a missing login and a missing right it is, as far as the Hub tells."""
+    """401, 403 and 404: a wrong name, a missing login or a missing permission, as far as the Hub's response shows."""
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -289,14 +315,14 @@ def _refusal(failure: Failure) -> str:
     said = f": {failure.said}" if failure.said else ""
     if not has_token and status in (401, 403):
         return (
-            f"not found on the Hub, or not yours to see: you are not logged in ({status}). Check the name; for a "
+            f"not found on the Hub, or not visible to you: you are not logged in ({status}). Check the name; for a "
             "repository that is private, or to be written to, log in with hf auth login, or set HF_TOKEN to a token."
         )
     if status == 401 and not failure.has(RepositoryNotFoundError):
         return f"the Hub rejected the token ({status}{said}). Log in anew with hf auth login, or set HF_TOKEN."
     if status == 403 and said:
-        return f"the Hub refuses ({status}{said}). Put that right there, or set HF_TOKEN to a token that has the right."
+        return f"the Hub refuses ({status}{said}). Fix this there, or set HF_TOKEN to a token with the permission."
     return (
-        f"not found on the Hub, or not yours to see ({status}). "
+        f"not found on the Hub, or not visible to you ({status}). "
         "Check the name; for a private repository set HF_TOKEN to a token that may read or write it."
     )

@@ -1,7 +1,7 @@
-"""An option, told once: a dataclass field with its type, default, range and one-line help.
+"""Options, each defined in one place: a dataclass field with its type, default, range and one-line help.
 
-The command line, config files, the checks and the docs are made from these. Messages name an option in backquotes, as
-in "`top_k` 0: expected 1 or more"; the commands print it as it is typed there.
+The command line, config files, checks and docs are made from these. Messages name an option in backquotes, as in
+"`top_k` 0: expected 1 or more"; the commands print it as it is typed there.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a config: its name, its ``kind`` (a key of ``KINDS``), its default, and what holds of its values.
+    """One option of a config: its name, its ``kind`` (a key of ``KINDS``), its default, and the limits of its values.
 
-    ``unset`` says in the help what the default amounts to, where that is not the value itself.
+    ``unset`` describes the default in the help if the value itself does not.
     """
 
     name: str
     kind: type
-    default: Any  # dataclasses.MISSING where the option is required
+    default: Any  # dataclasses.MISSING if the option is required
     help: str
     unset: str = ""
     group: str = ""
@@ -50,7 +50,7 @@ class Option:
     most: float | None = None
     check_value: Callable[[Any], None] | None = None
     count: int | None = None  # texts of a tuple, None for any number
-    example: str | None = None  # a value as it is typed, "" of a switch; options with one are basic: help begins there
+    example: str | None = None  # a value as it is typed, "" for a switch; options with one are basic and come first
 
     @property
     def is_basic(self) -> bool:
@@ -62,13 +62,13 @@ class Option:
 
     @property
     def full_help(self) -> str:
-        """The help with the default at its end."""
+        """The help, ending with the default."""
         default = f"{self.default:g}" if isinstance(self.default, float) else self.default
         return f"{self.help} ({'required' if self.is_required else f'default: {self.unset or default}'})"
 
     @property
     def range(self) -> str:
-        """The values there may be, in words; empty where all of the kind are."""
+        """The allowed values in words; empty if all of the kind are allowed."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.above is not None:
@@ -78,7 +78,7 @@ class Option:
         return f"{self.least} or more" if self.least is not None else ""
 
     def check(self, value: Any) -> Any:
-        """The value as a config keeps it. Raises UsageError for a wrong type or a value out of range."""
+        """The value as a config stores it. Raises UsageError for a wrong type or a value out of range."""
         if value is None and self.default is None:
             return None
         value = self._as_kind(value)
@@ -89,7 +89,7 @@ class Option:
             raise UsageError(f"`{self.name}` {value}: expected {self.range}")
         if self.check_value:
             self.check_value(value)
-        # A shell leaves ~ as it is in --output_dir=~/out, and so does YAML.
+        # A shell does not expand ~ in --output_dir=~/out, nor does YAML.
         is_in_home = self.metavar in PLACES and isinstance(value, str) and value.startswith("~")
         return expanded(value, self.name) if is_in_home else value
 
@@ -111,7 +111,7 @@ class Option:
         return UsageError(f"`{self.name}` {value!r}: expected {KINDS[self.kind]}{of_range}")
 
     def read(self, text: str | list[str] | bool) -> Any:
-        """The checked value of what a command line has for it: a text, texts for a tuple, True or False for a switch.
+        """The checked value of a command-line argument: a text, texts for a tuple, True or False for a switch.
 
         >>> Option("top_k", int, 64, "", least=1).read("8")
         8
@@ -125,13 +125,13 @@ class Option:
 
 
 def option(default: Any = dataclasses.MISSING, **about: Any) -> Any:
-    """A field of a config, required without a default; ``about`` has the fields of ``Option`` from ``help`` on."""
+    """A field of a config, required if it has no default; ``about`` has the fields of ``Option`` from ``help`` on."""
     made = {"default_factory": dict} if default == {} else {"default": default}
     return dataclasses.field(**made, kw_only=True, metadata=about)
 
 
 def options_of(config: type) -> dict[str, Option]:
-    """The options of a config's class by name, in its order."""
+    """The options of a config class by name, in its order."""
     return _options_of(config)
 
 
@@ -150,17 +150,17 @@ def _options_of(config: type) -> dict[str, Option]:
 
 
 def _kind(hint: Any) -> type:
-    """The key of ``KINDS`` in an annotation such as ``int | None`` or ``tuple[str, ...]``."""
+    """The key of ``KINDS`` for an annotation such as ``int | None`` or ``tuple[str, ...]``."""
     kinds = [part for part in typing.get_args(hint) if part is not types.NoneType]
     hint = kinds[0] if isinstance(hint, types.UnionType) else hint
     return typing.get_origin(hint) or hint
 
 
 class Config:
-    """What dataclasses of options have in common: values checked as they are made, and shown where they are chosen.
+    """Base of dataclasses of options: values are checked on creation, and ``repr`` shows those that are not defaults.
 
-    ``given`` are the names of the options that a value was given for, be it the default; None counts as left out.
-    Raises UsageError, naming option, value and range.
+    ``given`` are the names of the options that were given a value, even the default one; None counts as not given.
+    Raises UsageError, which names option, value and range.
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
@@ -175,7 +175,7 @@ class Config:
             object.__setattr__(self, name, one.check(getattr(self, name)))
 
     def chosen(self) -> dict[str, Any]:
-        """The options with other values than their defaults."""
+        """The options whose values are not their defaults."""
         values = {name: (getattr(self, name), one.default) for name, one in options_of(type(self)).items()}
         return {name: value for name, (value, default) in values.items() if value != default}
 

@@ -1,4 +1,4 @@
-"""Processes of Python that answer this one through pipes."""
+"""Python processes that communicate with this one through pipes."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import IO, Any
 
-# -P: no module of the folder that this process happens to be in. With -m, answers would be of __main__'s types.
+# -P: do not import modules from the current folder. With -m, pickled answers would have types of __main__.
 PYTHON = (sys.executable, "-P", "-c")
 BEGIN = """
 import json, signal, sys
@@ -18,22 +18,23 @@ from {module} import {function}
 
 
 def start_python(module: str, function: str, *arguments: object, **options: Any) -> subprocess.Popen:
-    """A process that calls a function of a module, found where this process finds it, with arguments as text.
+    """Start a process that calls a module's function with the arguments as texts, with this process's ``sys.path``.
 
-    Its standard input and output are pipes; ``options`` are more of ``subprocess.Popen``. Ctrl-C is this process's to
-    act on.
+    Its standard input and output are pipes; ``options`` are further ones of ``subprocess.Popen``. It ignores Ctrl-C,
+    which this process handles.
     """
-    path = [folder for folder in sys.path if isinstance(folder, str)]  # Python passes over others, too
+    path = [folder for folder in sys.path if isinstance(folder, str)]  # Python ignores other entries, too
     code = BEGIN.format(module=module, function=function)
     command = [*PYTHON, code, json.dumps(path), *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
 
 def take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """In such a process: standard input, and standard output for answers alone; all else goes to standard error.
+    """In the started process: standard input, and standard output for answers only; other output goes to standard
+    error.
 
-    Answers are buffered, with PYTHONUNBUFFERED too: a bare pipe takes a part of what is written, and the rest is lost,
-    where the process is stopped meanwhile (Ctrl-Z).
+    Answers are buffered even with PYTHONUNBUFFERED: if the process is stopped during a write (Ctrl-Z), a raw pipe
+    takes only part of it, and the rest is lost.
     """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Temporary folders. A process that is killed leaves its own, and the next process on the machine removes them."""
+"""Temporary folders. A killed process leaves its folders behind; the next process on the machine removes them."""
 
 import shutil
 import tempfile
@@ -10,24 +10,24 @@ from pathlib import Path
 import filelock
 
 PREFIX, LOCK = "extract-logits-", ".lock"
-YOUNG = 60.0  # seconds within which a folder may not be locked yet
+YOUNG = 60.0  # seconds: a newer folder may not be locked yet
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, removed with all that is in it when the context ends, or the process."""
+    """A temporary folder, removed with its contents when the context or the process ends."""
     _remove_leftovers()
     with (
         tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name,
-        filelock.FileLock(Path(name) / LOCK, thread_local=False),  # whichever thread ends the context
+        filelock.FileLock(Path(name) / LOCK, thread_local=False),  # any thread may end the context
     ):
         yield Path(name)
 
 
 def _remove_leftovers() -> None:
-    """Those of dead processes: nobody holds their locks."""
+    """Remove folders of dead processes: no process holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError, filelock.Timeout):  # in use, or somebody else's
+        with suppress(OSError, filelock.Timeout):  # in use, or another user's
             if (folder / LOCK).exists() and time.time() - folder.stat().st_mtime > YOUNG:
                 with filelock.FileLock(folder / LOCK, timeout=0):
                     shutil.rmtree(folder)

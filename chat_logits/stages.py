@@ -1,10 +1,10 @@
-"""What is under way, told as it begins, so that nobody has to guess what a command that says nothing is doing.
+"""Log lines for the stages of a command as they begin, so that it is never silent about what it is doing.
 
     with stage("Loading %s on %s", model_id, device):
         ...
 
-Each stage is a line of the log. Whoever prints that may also show that it goes on: ``Stages.going_on`` is entered for
-as long as a stage lasts.
+Each stage is one log line. ``Stages.going_on`` is a context entered for as long as a stage lasts; the code that prints
+the log can use it to show that the stage is still running.
 """
 
 import logging
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class Stages:
-    """How it is shown that a stage goes on; by default it is not."""
+    """How it is shown that a stage is still running; by default it is not shown."""
 
     going_on: Callable[[], AbstractContextManager] = nullcontext
 
 
 @contextmanager
 def stage(text: str, *values: object) -> Iterator[None]:
-    """Within, what ``text`` (with its %-``values``) says is under way."""
+    """Log ``text`` (with its %-``values``) as the stage that runs within this context."""
     logger.info(f"{text} …", *values)
     with Stages.going_on() if logger.isEnabledFor(logging.INFO) else nullcontext():
         yield
@@ -31,7 +31,7 @@ def stage(text: str, *values: object) -> Iterator[None]:
 
 @contextmanager
 def every(seconds: float, do: Callable[[], object]) -> Iterator[None]:
-    """Within, ``do()`` is called by a thread so often, until it finds that it cannot write."""
+    """Within, a thread calls ``do()`` every so many seconds, until that raises OSError (it cannot write)."""
     ended = threading.Event()
 
     def repeat() -> None:

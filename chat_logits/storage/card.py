@@ -6,10 +6,10 @@ from chat_logits.hub import is_commit
 from chat_logits.storage.manifest import Manifest, quantization_text
 from chat_logits.storage.shard_list import ShardEntry, mean_nll
 
-THIS_FOLDER = "path/to/this/folder"  # what the snippets of a card name that is in no repository
+THIS_FOLDER = "path/to/this/folder"  # the name in a card's snippets if the dataset is not in a repository
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-# What the Hub takes for `license` (https://huggingface.co/docs/hub/repositories-licenses); anything else is `other`,
-# with its name beside.
+# Values that the Hub accepts for `license` (https://huggingface.co/docs/hub/repositories-licenses); anything else is
+# `other`, with its name in `license_name`.
 LICENSES = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -41,16 +41,16 @@ The token table of one conversation, with chat-logits, the toolkit that made thi
 ```python
 from explore_logits import execute_analysis
 
-execute_analysis({place}, sample_index=0)
+execute_analysis({arguments}, sample_index=0)
 ```
 
-Without it, the numbers by `pip install datasets` and the toolkit's one file `logit_codec.py`, copied beside the script:
+Without it, read the numbers with `pip install datasets` and the toolkit's `logit_codec.py`, copied next to the script:
 
 ```python
 from datasets import load_dataset
 from logit_codec import dequantize_all_logits
 
-row = load_dataset({place}, split="{split}")[0]
+row = load_dataset({arguments}, split="{split}")[0]
 position = dequantize_all_logits(row, 0)  # token_ids, log_probs, weights, tail_mass, …
 ```
 
@@ -92,18 +92,18 @@ CHOICE = """
 {rows:,} of the rows of another dataset (run {fingerprint:.16}), {why}: FORMAT.md, "Filtered datasets".
 """
 NO_NUMBERS = "The extraction has just begun."
-UNFINISHED = "\n\nThe extraction is not finished: source rows are missing that it is to have."
+UNFINISHED = "\n\nThe extraction is not finished: source rows are still missing."
 
 
 def run_state(fingerprint: str, entries: list[ShardEntry]) -> str:
-    """In a line, which rows there are. It is part of the card."""
+    """One line that identifies the rows present. It is part of the card."""
     return f"run {fingerprint[:16]}, {len(entries)} shards, {sum(entry.num_bytes for entry in entries)} bytes"
 
 
-def place_in_code(repo_id: str | None = None, branch: str | None = None) -> str:
-    """The arguments by which the snippets name the dataset: a repository, or the folder that the card lies in.
+def arguments_in_code(repo_id: str | None = None, branch: str | None = None) -> str:
+    """The arguments that name the dataset in the snippets: a repository, or the folder that the card is in.
 
-    >>> place_in_code("user/logits", "main"), place_in_code("user/logits", "k64"), place_in_code()
+    >>> arguments_in_code("user/logits", "main"), arguments_in_code("user/logits", "k64"), arguments_in_code()
     ('"user/logits"', '"user/logits", revision="k64"', '"path/to/this/folder"')
     """
     revision = f', revision="{branch}"' if branch not in (None, "main") else ""
@@ -111,11 +111,11 @@ def place_in_code(repo_id: str | None = None, branch: str | None = None) -> str:
 
 
 def render_card(
-    manifest: Manifest, entries: list[ShardEntry], place: str = place_in_code(), is_finished: bool = True
+    manifest: Manifest, entries: list[ShardEntry], arguments: str = arguments_in_code(), is_finished: bool = True
 ) -> str:
-    """The card's text where ``entries`` are the shards there are; a run that has just begun has no numbers yet.
+    """The card's text; ``entries`` are the shards present. A run that has just begun has no numbers yet.
 
-    ``place`` is as ``place_in_code`` gives it; ``is_finished`` says whether the run has come to its end.
+    ``arguments`` are those from ``arguments_in_code``; ``is_finished`` says whether the run is finished.
     """
     stated = manifest.licenses or {}
     licenses = {f"{kind}_license": stated.get(kind) or "not stated" for kind in ("model", "dataset")}
@@ -124,16 +124,16 @@ def render_card(
     origin += _choice(manifest, entries)
     weights = f" (weights {quantization_text(manifest.quantization)})" if manifest.quantization else ""
     numbers = _numbers(entries) + ("" if is_finished else UNFINISHED)
-    texts = {"weights": weights, "metadata": metadata, "numbers": numbers, "place": place, "origin": origin}
+    texts = {"weights": weights, "metadata": metadata, "numbers": numbers, "arguments": arguments, "origin": origin}
     return CARD.format(**manifest.as_json(), **licenses, **texts)
 
 
 def card_metadata(manifest: Manifest, entries: list[ShardEntry]) -> DatasetCardData:
-    """What the Hub filters by and links to. Folders on somebody's machine are named in the text alone.
+    """Metadata that the Hub filters by and links to. Local folders are named only in the card's text.
 
-    The licence is the source dataset's: the rows hold its texts, and of the model only numbers. ``description``
-    changes with the rows: ``datasets`` takes a local folder for one it has in its cache if name and ``configs`` are the
-    same, whatever is in the files.
+    The licence is the source dataset's: the rows hold its texts, and only numbers from the model. ``description``
+    changes with the rows, because ``datasets`` uses its cache of a local folder if name and ``configs`` are the same,
+    even if the files have changed.
     """
     config = {
         "config_name": "default",
@@ -172,7 +172,7 @@ def size_category(rows: int) -> str:
 
 
 def _choice(manifest: Manifest, entries: list[ShardEntry]) -> str:
-    """Of a filtered dataset, which rows it has."""
+    """For a filtered dataset, a sentence on which rows it has; else ""."""
     if not manifest.filtered_from:
         return ""
     last = manifest.filtered_from[-1]

@@ -1,6 +1,6 @@
-"""Some columns of a stored dataset, of all rows or of a few, without the others.
+"""Read only some columns of a stored dataset, for all rows or a few.
 
-Of a shard on the Hub come the footer and the bytes of these columns, nothing between them.
+For a shard on the Hub, only the footer and the bytes of these columns are fetched.
 """
 
 import io
@@ -19,26 +19,26 @@ from chat_logits.storage.footer import RowGroupSizes, read_footer, row_group_siz
 from chat_logits.storage.shard_reading import named_damage, opened_shard, refuse_bomb, row_ranges, source_range
 
 AT_ONCE = 8  # requests for the pieces of a shard
-FIRST_TAIL, MORE = 2**14, 1024  # bytes of a footer that are asked for first: of the first shard, beyond the last one's
-FOOTERS = 128  # of shards that are kept, the least recently used one going first
+FIRST_TAIL, MORE = 2**14, 1024  # bytes requested first for a footer: for the first one; beyond the last one's size
+FOOTERS = 128  # footers cached; the least recently used one is dropped first
 
 
 class ColumnReader:
-    """Reads columns of a dataset's shards; any thread may ask. The footers of the shards asked for last are kept."""
+    """Reads columns of a dataset's shards; any thread may use it. The footers of recently used shards are cached."""
 
     def __init__(self, dataset: StoredDataset):
         self._dataset = dataset
         self._footers: OrderedDict[int, tuple[bytes, list[RowGroupSizes]]] = OrderedDict()
         self._tail = FIRST_TAIL
-        self._lock = threading.Lock()  # around both; nothing is read within
+        self._lock = threading.Lock()  # protects both; no file is read while it is held
         self.firsts = list(itertools.accumulate((shard.num_rows for shard in dataset.shards), initial=0))
 
     def shard(self, number: int, names: Sequence[str], only: Sequence[int] | None = None) -> pa.Table:
-        """Columns of ``shards[number]``, all its rows or those ``only`` (within it, in this order).
+        """Columns of ``shards[number]``, for all its rows or for those in ``only`` (numbers within it, in this order).
 
-        ``names`` are columns, or paths within them such as "messages.list.element.role". The rows' own checksums are
-        over all columns, and are not compared; those of Parquet's pages are. Raises DamagedShard and what the Hub's
-        reading raises.
+        ``names`` are columns, or paths within them such as "messages.list.element.role". The rows' own checksums cover
+        all columns and so are not compared; those of Parquet's pages are. Raises DamagedShard, and what reading from
+        the Hub raises.
         """
         shard, fingerprint = self._dataset.shards[number], self._dataset.manifest.fingerprint
         with self._dataset.opened(shard.path) as source, named_damage(shard.path):
@@ -52,17 +52,17 @@ class ColumnReader:
                 for group in groups:
                     refuse_bomb(sizes[group], group, shard.path)
                 if remote is not None:
-                    remote.fetch([place for group in groups for place in _places(sizes[group], names)])
-                # A thread of Arrow's that lets go of a Python file once Python has ended kills the process.
+                    remote.fetch([bounds for group in groups for bounds in _byte_ranges(sizes[group], names)])
+                # An Arrow thread that releases a Python file object after Python has shut down would crash the process.
                 table = file.read_row_groups(groups, columns=list(names), use_threads=remote is None)
-            table.validate(full=True)  # texts that are no UTF-8 among it
+            table.validate(full=True)  # also checks that texts are UTF-8
         if only is None:
             return table
         kept = list(itertools.chain.from_iterable(ranges[group] for group in groups))
         return table.take([kept.index(row) for row in only])
 
     def rows(self, rows: Sequence[int], names: Sequence[str]) -> list[dict | ToolkitError]:
-        """Columns of some stored rows, each as a dict, or as the error that reading it raised."""
+        """Columns of some stored rows: a dict for each, or the error that reading it raised."""
         found: dict[int, dict | ToolkitError] = {}
         for number, (first, end) in enumerate(itertools.pairwise(self.firsts)):
             offsets = [row - first for row in rows if first <= row < end]
@@ -72,7 +72,7 @@ class ColumnReader:
         return [found[row] for row in rows]
 
     def _apart(self, number: int, offsets: list[int], names: Sequence[str]) -> list:
-        """Rows of a shard together, or one by one where a damaged one is among them: it is to spoil no other."""
+        """Rows of a shard, read together, or one by one if one is damaged, so that the others can still be read."""
         try:
             return self.shard(number, names, offsets).to_pylist()
         except ToolkitError as error:
@@ -99,30 +99,30 @@ def _is_path(source) -> bool:
     return isinstance(source, (str, Path))
 
 
-def _places(group: RowGroupSizes, names: Sequence[str]) -> list[tuple[int, int]]:
-    """From where to where the columns lie, neighbours together."""
+def _byte_ranges(group: RowGroupSizes, names: Sequence[str]) -> list[tuple[int, int]]:
+    """The byte ranges of the columns, with adjacent ones merged."""
     wanted = [column for column in group.columns if column.name in names or ".".join(column.path) in names]
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for column in sorted(wanted, key=lambda column: column.start):
-        if places and places[-1][1] == column.start:
-            places[-1] = places[-1][0], column.end
+        if ranges and ranges[-1][1] == column.start:
+            ranges[-1] = ranges[-1][0], column.end
         else:
-            places.append((column.start, column.end))
-    return places
+            ranges.append((column.start, column.end))
+    return ranges
 
 
 class _Pieces(io.RawIOBase):
-    """A file on the Hub, of which pieces are fetched together before they are read."""
+    """A file on the Hub of which some pieces are fetched, in parallel, before they are read."""
 
     def __init__(self, file):
         self._file, self.size, self._place = file, file.size, 0
         self._pieces: dict[int, bytes] = {}  # by their first byte
 
-    def fetch(self, places: list[tuple[int, int]]) -> None:
-        """Fetch these pieces, some at once."""
+    def fetch(self, ranges: list[tuple[int, int]]) -> None:
+        """Fetch these pieces, several at once."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            data = pool.map(lambda place: self._file._fetch_range(*place), places)
-            self._pieces = {start: piece for (start, _), piece in zip(places, data, strict=True)}
+            data = pool.map(lambda bounds: self._file._fetch_range(*bounds), ranges)
+            self._pieces = {start: piece for (start, _), piece in zip(ranges, data, strict=True)}
 
     def seekable(self) -> bool:
         return True

@@ -1,7 +1,7 @@
 """A stored logit dataset, a folder or a Hub repository at one commit, read a row at a time.
 
-FORMAT.md, "Files", is the specification. From the Hub come ``extraction.json``, ``shards.json``, and of a shard the
-footer and the one row group that has the row, or one after another where all rows are read.
+FORMAT.md, "Files", is the specification. From the Hub, ``extraction.json`` and ``shards.json`` are fetched, and for
+each shard the footer and the row group with the row, or all row groups in turn if all rows are read.
 """
 
 import bisect
@@ -31,7 +31,8 @@ from logit_codec import ROW_NUMBERS, RowError, validate_row
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[int] | np.ndarray  # numbers of stored rows
-READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub in one request, where all of it is read
+MOST_ROWS = 2**24  # of a shard: a writer has a whole shard in memory, tens of gigabytes at this size
+READ_AHEAD = 8 * 2**20  # bytes of a shard on the Hub per request, if all of it is read
 
 
 class DamagedRow(ToolkitError):
@@ -40,9 +41,9 @@ class DamagedRow(ToolkitError):
 
 @dataclass(frozen=True, repr=False)
 class StoredDataset:
-    """A logit dataset opened at one revision: its ``extraction.json`` and what is in each shard.
+    """A logit dataset opened at one revision: its ``extraction.json`` and its list of shards.
 
-    ``is_finished`` is whether these are all of the extraction's.
+    ``is_finished`` is whether these are all shards of the extraction.
     """
 
     dataset_id: str
@@ -61,7 +62,7 @@ class StoredDataset:
 
     @functools.cached_property
     def _firsts(self) -> list[int]:
-        """The number of each shard's first row, and of the one that would follow the last."""
+        """The number of each shard's first row, and, at the end, the number of rows."""
         return list(itertools.accumulate((shard.num_rows for shard in self.shards), initial=0))
 
     @functools.cached_property
@@ -94,11 +95,11 @@ class StoredDataset:
         return itertools.chain.from_iterable(map(self.shard_rows, range(len(self.shards))))
 
     def count(self, rows: Rows | None = None) -> int:
-        """How many rows ``numbered_rows`` gives."""
+        """The number of rows that ``numbered_rows`` gives."""
         return self.num_rows if rows is None else len(rows)
 
     def numbered_rows(self, rows: Rows | None = None) -> Iterator[tuple[int, dict]]:
-        """All stored rows, or those whose numbers ascend in ``rows``, each with its number."""
+        """All stored rows, or those with the ascending numbers ``rows``, each with its number."""
         return enumerate(self.rows()) if rows is None else self.chosen_rows(rows)
 
     def shard_rows(self, number: int) -> Iterator[dict]:
@@ -111,14 +112,14 @@ class StoredDataset:
                 yield row
 
     def shard_notes(self, number: int) -> tuple[list[dict], int]:
-        """What ``shards[number]`` says of the source rows and turns that are not in it, as ``write_shard`` takes it."""
+        """What ``shards[number]`` records about source rows and turns not stored in it, as ``write_shard`` takes it."""
         path = self.shards[number].path
         with self.opened(path) as source:
             return shard_notes(source, path, self.manifest.fingerprint)
 
     def row_groups(self, shards: Sequence[ShardEntry]) -> Iterator[tuple[int, list[dict]]]:
-        """The rows of some of the shards in order, checked as ``read_row`` does, some at a time, each with the first
-        one's number; their lists of numbers are arrays. A shard on the Hub is read in few large requests.
+        """The rows of some of the shards in order, checked as ``read_row`` does, in groups, each with the number of its
+        first row; lists of numbers are arrays. A shard on the Hub is read with a few large requests.
         """
         for shard in shards:
             first = self._first_by_path[shard.path]
@@ -129,9 +130,9 @@ class StoredDataset:
                     first += len(rows)
 
     def chosen_rows(self, rows: Rows) -> Iterator[tuple[int, dict]]:
-        """Some of the stored rows, whose numbers ascend, each with its number; otherwise as ``row_groups`` has them.
+        """The stored rows with these ascending numbers, each with its number, in the form of ``row_groups``.
 
-        Row groups that have none of them are not read.
+        Row groups without any of them are not read.
         """
         chosen = np.asarray(rows, np.int64)
         for shard, first in zip(self.shards, self._firsts, strict=False):
@@ -148,13 +149,13 @@ class StoredDataset:
                     yield number, row
 
     def _named(self, shard: ShardEntry) -> tuple[str, str, int, int]:
-        """What ``read_row_groups`` holds a shard's file against."""
+        """What ``read_row_groups`` compares a shard's file with."""
         return shard.path, self.manifest.fingerprint, self.manifest.rows_per_shard, shard.num_rows
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the shards by column, compressed, and of what is in no column (``shard_reading.FOOTER``).
+        """Compressed bytes of the shards by column, and of everything outside the columns (``shard_reading.FOOTER``).
 
-        From the shards' footers; nothing else of them is read.
+        Only the shards' footers are read.
         """
         fingerprint, total = self.manifest.fingerprint, Counter[str]()
         for shard in self.shards:
@@ -163,7 +164,7 @@ class StoredDataset:
         return dict(total)
 
     def refuse_empty(self) -> None:
-        """Raise ToolkitError where there is no row."""
+        """Raise ToolkitError if there are no rows."""
         if not self.num_rows:
             why = "nothing was extracted from its source" if self.is_finished else "its extraction is not finished"
             raise ToolkitError(f"{self.dataset_id}: it has no rows{'' if self.is_finished else ' yet'}; {why}")
@@ -176,8 +177,7 @@ class StoredDataset:
             raise DamagedRow(str(error)) from error
 
     def _validate_all(self, rows: list[dict], first: int) -> None:
-        """``_validate`` of rows whose lists of numbers are arrays, by one check of all: each alone takes ten times as
-        long."""
+        """``_validate`` rows whose lists of numbers are arrays, in one check: one by one takes ten times as long."""
         try:
             self._validate(_joined(rows, self.manifest), first)
         except (DamagedRow, ValueError, TypeError):
@@ -186,8 +186,8 @@ class StoredDataset:
 
     @contextmanager
     def opened(self, path: str, cache_type: str = "none", **options):
-        """The shard as a file that is there, or one on the Hub of which only what is asked for is fetched, or with
-        these options of fsspec's cache."""
+        """The shard as a local path, or as an open file on the Hub. Of the latter only what is read is fetched, unless
+        these options of fsspec's cache say otherwise."""
         if self.revision is None:
             yield _local_file(self.dataset_id, path)
             return
@@ -206,7 +206,7 @@ class StoredDataset:
 
 
 def _joined(rows: list[dict], manifest: Manifest) -> dict:
-    """Rows one behind another, as one row that is valid where they are. Raises ValueError where there is none."""
+    """Concatenate rows into one that is valid if they all are. Raises ValueError if that is not possible."""
     counts = [row["num_tokens"] for row in rows]
     if not all(counts):
         raise ValueError("a row without tokens")
@@ -220,7 +220,7 @@ def _joined(rows: list[dict], manifest: Manifest) -> dict:
 
 
 def _widths(top_k: int, num_sampled: int) -> dict[str, float]:
-    """Numbers or bytes of each column at a position."""
+    """Numbers or bytes of each column per position."""
     kinds = {"top": top_k, "sampled": num_sampled}
     codes_and_low = {
         f"{kind}_{name}": width for kind, width in kinds.items() for name in ("logits_quantized", "indices_low")
@@ -237,46 +237,54 @@ def open_dataset(dataset_id: str, revision: str | None = None) -> StoredDataset:
     revision = None if is_local else _commit_of(dataset_id, revision)
     manifest = Manifest.read(_fetch(dataset_id, EXTRACTION_FILE, revision), dataset_id)
     shards, is_finished = read_shard_list(_fetch(dataset_id, SHARDS_FILE, revision), dataset_id)
+    _refuse_overfull(shards, min(manifest.rows_per_shard, MOST_ROWS), dataset_id)
     dataset = StoredDataset(dataset_id, revision, manifest, shards, is_finished=is_finished)
     if not is_finished:
-        _tell_unfinished(dataset_id, count_text(dataset.num_rows, "conversation"))
+        is_derived = bool(manifest.thinned_from or manifest.filtered_from)
+        _tell_unfinished(dataset_id, count_text(dataset.num_rows, "conversation"), is_derived)
     return dataset
 
 
+def _refuse_overfull(shards: list[ShardEntry], most: int, dataset_id: str) -> None:
+    """Raise ToolkitError for a shard with more rows than allowed, before memory is allocated for them."""
+    if overfull := next((shard for shard in shards if shard.num_rows > most), None):
+        found = f"{overfull.num_rows:,} rows in {overfull.path}"
+        raise ToolkitError(f"{dataset_id}: {SHARDS_FILE} lists {found}, expected {most:,} at most")
+
+
 @functools.cache  # once in a process
-def _tell_unfinished(dataset_id: str, rows: str) -> None:
-    logger.warning(
-        "%s: its extraction is not finished (%s so far); run the same extract command to resume it", dataset_id, rows
-    )
+def _tell_unfinished(dataset_id: str, rows: str, is_derived: bool) -> None:
+    found = "its extraction is not finished (%s so far); run the same extract command to resume it"
+    if is_derived:
+        found = "it was made before the extraction was finished (%s); finish that one, then make this one anew"
+    logger.warning(f"%s: {found}", dataset_id, rows)
 
 
 def _commit_of(dataset_id: str, revision: str | None) -> str:
-    """The commit of a Hub dataset. Raises UsageError, with the nearest folder, where a folder seems to be meant."""
+    """The commit of a Hub dataset. Raises UsageError, which names the nearest folder, if a folder seems to be meant."""
     path = Path(dataset_id)
-    with suppress(RuntimeError):  # of a user that is not there
+    with suppress(RuntimeError):  # ~name of an unknown user
         path = path.expanduser()
     if path.is_file():
         raise UsageError(f"{dataset_id}: a file, expected the folder that extraction.json is in, such as {path.parent}")
     nearest = _nearest_folder(path)
     if _is_path(dataset_id):
-        raise UsageError(
-            f"{dataset_id}: no such folder" + (f"; the nearest that is there is {nearest}" if nearest else "")
-        )
+        raise UsageError(f"{dataset_id}: no such folder" + (f"; the nearest one is {nearest}" if nearest else ""))
     try:
         return resolve_commit(dataset_id, "dataset", revision)
     except ToolkitError as error:
         if nearest is None or not (nearest / EXTRACTION_FILE).is_file():
             raise
-        raise type(error)(f"{error}\nNor is there such a folder; the nearest that is there is {nearest}") from error
+        raise type(error)(f"{error}\nThere is no such folder either; the nearest one is {nearest}") from error
 
 
 def _is_path(name: str) -> bool:
-    """Whether this can be nothing but a path."""
+    """Whether this can only be a path."""
     return name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1
 
 
 def _nearest_folder(path: Path) -> Path | None:
-    """The folder with the most similar path, part by part, None where nothing is similar."""
+    """The folder with the most similar path, part by part, None if nothing is similar."""
     found = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
         if not (found / part).is_dir():
@@ -289,7 +297,7 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _fetch(dataset_id: str, name: str, revision: str | None) -> Path:
-    """A small file on this machine, fetched from the Hub if need be."""
+    """The local path of a small file, which is fetched from the Hub if needed."""
     if revision is None:
         return _local_file(dataset_id, name)
     import huggingface_hub
@@ -307,13 +315,13 @@ def _local_file(dataset_id: str, name: str) -> Path:
 
 
 def _missing(dataset_id: str, name: str) -> ToolkitError:
-    meaning = "so it is no logit dataset" if name == EXTRACTION_FILE else "so it is not whole"
+    meaning = "so it is not a logit dataset" if name == EXTRACTION_FILE else "so it is incomplete"
     return ToolkitError(f"{dataset_id}: no {name} in it, {meaning}")
 
 
 @contextmanager
 def _explained(dataset_id: str, name: str):
-    """What the Hub's clients raise, in words."""
+    """Raise errors of the Hub's clients with an explanation."""
     import huggingface_hub
 
     try:

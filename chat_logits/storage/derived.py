@@ -1,4 +1,4 @@
-"""A dataset that is made from another, shard by shard: a whole new folder, or none."""
+"""Make a dataset from another one, shard by shard: the new folder is complete, or it is not made."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard import write_shard
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, shards_text
 
-NOT_CHOSEN = "not chosen"  # why a source row of a filtered dataset is skipped that its origin has
+NOT_CHOSEN = "not chosen"  # skip reason of a source row that the origin of a filtered dataset has
 
 
 def write_derived(
     dataset: StoredDataset, manifest: Manifest, folder: Path, change: Callable[[dict], dict]
 ) -> list[ShardEntry]:
-    """Write what ``change`` makes of each row of a dataset, with the shards, skipped rows and turns that it has.
+    """Write a dataset with each row changed by ``change``; shards, skipped rows and turns left out stay the same.
 
-    ``manifest`` is the new dataset's. The folder, new or empty, gets its name once all of it is written. One shard at a
-    time is in memory. Raises ToolkitError where it cannot be written, and what reading raises.
+    ``manifest`` is the new dataset's. ``folder`` is new or empty, and nothing is in it until all is written. One shard
+    at a time is in memory. Raises ToolkitError if the folder cannot be written, and what reading raises.
     """
     entries: list[ShardEntry] = []
     with _new_dataset(manifest, folder, dataset.num_rows, entries, dataset.is_finished) as (building, bar):
@@ -44,8 +44,8 @@ def write_derived(
 def write_filtered(dataset: StoredDataset, rows: Rows, manifest: Manifest, folder: Path) -> list[ShardEntry]:
     """Write some of a dataset's rows, by their ascending numbers, as they are (FORMAT.md, "Filtered datasets").
 
-    ``manifest`` is the new dataset's. A shard has the number that it had; the rows that are not wanted are among its
-    skipped source rows, and shards without any row are left out. Otherwise as ``write_derived``.
+    ``manifest`` is the new dataset's. Shards keep their numbers; the rows that are not chosen are added to a shard's
+    skipped source rows, and shards without rows are left out. Otherwise as ``write_derived``.
     """
     entries: list[ShardEntry] = []
     with _new_dataset(manifest, folder, len(rows), entries, dataset.is_finished) as (building, bar):
@@ -63,21 +63,21 @@ def write_filtered(dataset: StoredDataset, rows: Rows, manifest: Manifest, folde
 
 
 def _by_shard(dataset: StoredDataset, rows: Rows) -> Iterator[tuple[int, int]]:
-    """Places of the shards that have any of these rows, and how many each has."""
+    """Indices of the shards that have any of these rows, and how many each has."""
     ends = np.cumsum([shard.num_rows for shard in dataset.shards])
     numbers, counts = np.unique(np.searchsorted(ends, np.asarray(rows), side="right"), return_counts=True)
     return zip(numbers.tolist(), counts.tolist(), strict=True)
 
 
 def _skipped(dataset: StoredDataset, number: int, kept: set[int]) -> list[dict]:
-    """The source rows of a shard that are not ``kept``, with the reason."""
+    """The source rows of a shard that are not ``kept``, each with the reason."""
     stored = ColumnReader(dataset).shard(number, ["source_index"])["source_index"].to_pylist()
     left_out = [{"row": row, "reason": NOT_CHOSEN} for row in stored if row not in kept]
     return sorted([*dataset.shard_notes(number)[0], *left_out], key=lambda entry: entry["row"])
 
 
 def _turns_left_out(row: dict, manifest: Manifest) -> int:
-    """The assistant's turns of a stored row that are marked not to be trained on, where marks count."""
+    """How many of the assistant's turns in a stored row are marked not to be trained on; 0 with ``all_turns``."""
     if manifest.all_turns:
         return 0
     return sum(is_left_out(message) for message in from_stored(row["messages"]) if message["role"] == "assistant")
@@ -87,7 +87,7 @@ def _turns_left_out(row: dict, manifest: Manifest) -> int:
 def _new_dataset(
     manifest: Manifest, folder: Path, num_rows: int, entries: list[ShardEntry], is_finished: bool
 ) -> Iterator[tuple[Path, tqdm]]:
-    """Within, shards are written to a hidden folder, a bar of ``num_rows`` beside; then the lists of ``entries``."""
+    """Gives a hidden folder for the shards and a bar over ``num_rows``; list and card are written at the end."""
     with folder_written_whole(folder) as building:
         write_text(building / EXTRACTION_FILE, manifest.text)
         with tqdm(total=num_rows, unit=" conversations", leave=False, delay=1) as bar:

@@ -1,7 +1,7 @@
-"""The sizes that a Parquet file's footer names, read from the footer's own bytes.
+"""The sizes in a Parquet file's footer, read from the footer's bytes.
 
-pyarrow ends the whole process where a damaged footer's column is asked for; the bytes are Thrift's compact protocol, of
-which a few fields are enough.
+pyarrow crashes the whole process when it reads a column of some damaged footers, so the footer's bytes are parsed here:
+Thrift's compact protocol, of which only a few fields are needed.
 """
 
 import io
@@ -13,17 +13,17 @@ from typing import Any
 # Fields of parquet.thrift: of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
 ROW_GROUPS, COLUMNS, NUM_ROWS, META_DATA = 4, 1, 3, 3
 TYPE, ENCODINGS, PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, PAGES, DICTIONARY = 1, 2, 3, 5, 6, 7, 9, 11
-MAGIC, TAIL = b"PAR1", 2**16  # at both ends of a file; bytes that are read at first, as pyarrow does
-DEEPEST = 16  # structs within structs
-WIDTHS = {1: 4, 2: 8, 4: 4}  # INT32, INT64, FLOAT: bytes of a value
-PLAIN = {0, 3, 4}  # PLAIN, RLE, BIT_PACKED: encodings of texts in which each is written out
-LEVELS = 4  # bytes of a value's definition and repetition level
+MAGIC, TAIL = b"PAR1", 2**16  # both ends of a file; bytes that are read first, as in pyarrow
+DEEPEST = 16  # levels of nested structs
+WIDTHS = {1: 4, 2: 8, 4: 4}  # INT32, INT64, FLOAT: bytes per value
+PLAIN = {0, 3, 4}  # PLAIN, RLE, BIT_PACKED: encodings that write out each text
+LEVELS = 4  # bytes of a value's definition and repetition levels
 
 
 @dataclass(frozen=True)
 class ColumnSizes:
-    """A column of a row group by the footer: its name and its place in the file, and bytes there and, at most, in
-    memory. ``path`` is the column's, with those within it that lead to its values."""
+    """A column of a row group, according to the footer: its values, its place in the file, its bytes there, and its
+    bytes in memory at most. ``path`` is the column's name, then the nested fields that lead to its values."""
 
     path: tuple[str, ...]
     num_values: int
@@ -42,7 +42,7 @@ class ColumnSizes:
 
 @dataclass(frozen=True)
 class RowGroupSizes:
-    """A row group by the footer."""
+    """A row group, according to the footer."""
 
     num_rows: int
     columns: list[ColumnSizes]
@@ -57,9 +57,9 @@ class RowGroupSizes:
 
 
 def read_footer(source, tail_bytes: int = TAIL) -> bytes:
-    """The footer of a path or an open file, as a Parquet file that has nothing else. Raises ValueError without one.
+    """The footer of a path or an open file, in the form of a Parquet file without data. Raises ValueError without one.
 
-    ``tail_bytes`` are read at first, and all of it then where it is longer.
+    ``tail_bytes`` are read first; if the footer is longer, it is then read in full.
     """
     if isinstance(source, (str, Path)):
         with Path(source).open("rb") as file:
@@ -78,7 +78,7 @@ def _last(source, size: int, count: int) -> bytes:
 
 
 def row_group_sizes(footer: bytes) -> list[RowGroupSizes]:
-    """The row groups in ``read_footer``'s bytes. Raises ValueError or LookupError for what is no footer."""
+    """The row groups in ``read_footer``'s bytes. Raises ValueError or LookupError if they are not a footer."""
     fields = _Compact(footer[4:-8]).struct()
     try:
         return [

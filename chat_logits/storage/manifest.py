@@ -1,4 +1,4 @@
-"""``extraction.json``: what a run is.
+"""``extraction.json``, the description of a run.
 
 FORMAT.md, "Files", is the specification.
 """
@@ -18,45 +18,16 @@ from logit_codec import MAX_TOKEN_ID
 
 FORMAT_VERSION = 2
 EXTRACTION_FILE, CARD_FILE = "extraction.json", "README.md"
-# The keys that decide the rows. Ids and paths don't (revisions do), nor do versions and budgets.
-FINGERPRINT_KEYS = (
-    "format_version",
-    "top_k",
-    "top_p",
-    "num_sampled",
-    "seed",
-    "vocab_size",
-    "rows_per_shard",
-    "model_revision",
-    "gguf_file",
-    "tokenizer_fingerprint",
-    "dataset_config",
-    "split",
-    "dataset_revision",
-    "max_samples",
-    "max_length",
-    "columns",
-    "system_prompt",
-    "chat_template",
-    "tools_template",
-    "template_kwargs",
-    "template_date",
-    "skipped_token_ids",
-    "all_turns",
-    "dtype",
-    "head_dtype",
-    "attn_implementation",
-)
-# Of these, those that have a value decide the rows too.
+# Keys that may be missing, but determine the rows if they have a value.
 IF_PRESENT = ("base_revision", "quantization", "keep_end_of_turn", "thinned_from", "filtered_from")
-# Of each dataset that a thinned one comes from
+# For each dataset that a thinned one comes from
 ORIGIN_KEYS = {"fingerprint": str, "top_k": int, "top_p": float, "num_sampled": int}
-# Of each dataset that a filtered one has its rows from: the condition that they fulfil, or their numbers there
+# For each dataset that a filtered one has its rows from: the condition that the rows meet, or their numbers there
 CHOICE_KEYS = {"fingerprint": str, "condition": str | None, "rows": list | None}
-# What each revision is of
+# The id that each revision belongs to
 ID_OF = {"model_revision": "model_id", "dataset_revision": "dataset_id"}
-CONTENT_HASH, REVISION_SHOWN = 64, 10  # characters: of a SHA-256 in hex, where a commit has 40; of both in a message
-# How the weights came to have fewer bits, and the configuration of it
+CONTENT_HASH, REVISION_SHOWN = 64, 10  # characters of a SHA-256 in hex (a commit has 40), and of either in a message
+# How the weights were quantised, and the configuration for that
 QUANTIZATION_KEYS = {"weights": str, "config": dict}
 LEAST = {"tensor_parallel": 2, "top_k": 1, "num_sampled": 0, "vocab_size": 1, "rows_per_shard": 1}
 DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -64,9 +35,9 @@ DATES, DATE = {"template_date"}, re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What a run reads and does with it, as far as it is known before the model is loaded.
+    """A run's inputs and settings, as far as they are known before the model is loaded.
 
-    The fields are keys of ``extraction.json``, in the order of the file; FORMAT.md says what each is.
+    The fields are keys of ``extraction.json``, in the order of the file; FORMAT.md explains each.
     """
 
     format_version: int = FORMAT_VERSION
@@ -105,8 +76,8 @@ class RunInputs:
 class Manifest(RunInputs):
     """All of ``extraction.json``: what is needed to decode, align and repeat a run.
 
-    Keys that decide no rows may be missing in the file of another writer, and are None then; ``others`` are keys that
-    are not the format's. ``from_json`` checks types and ranges.
+    Keys that do not affect the rows may be missing in another writer's file and are None then; ``others`` has keys that
+    are not part of the format. ``from_json`` checks types and ranges.
     """
 
     rows_per_shard: int
@@ -122,29 +93,26 @@ class Manifest(RunInputs):
     others: dict = field(default_factory=dict, repr=False)
 
     @classmethod
-    def read(cls, path: Path, place: str) -> "Manifest":
-        """The manifest in the file ``path`` of a dataset that messages call ``place``. Raises ToolkitError."""
-        return cls.from_json(read_json(path, f"{place}: {EXTRACTION_FILE}"), place)
+    def read(cls, path: Path, name: str) -> "Manifest":
+        """The manifest in the file ``path`` of a dataset that messages call ``name``. Raises ToolkitError."""
+        return cls.from_json(read_json(path, f"{name}: {EXTRACTION_FILE}"), name)
 
     @classmethod
-    def from_json(cls, content: Mapping, place: str) -> "Manifest":
+    def from_json(cls, content: Mapping, name: str) -> "Manifest":
         """The manifest with this content.
 
-        Raises ToolkitError where it is of another version, lacks a key, or has a value that the key cannot have.
+        Raises ToolkitError if it has another version, lacks a key, or has an invalid value for a key.
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             again = "; another version of the toolkit wrote it: extract again" if isinstance(version, int) else ""
-            raise ToolkitError(f"{place}: format_version {version!r:.{SHOWN}}, expected {FORMAT_VERSION}{again}")
-        required = [key for key in KEYS if key in FINGERPRINT_KEYS or key in ("model_id", "dataset_id")]
-        if missing := [key for key in required if key not in content]:
-            raise ToolkitError(f"{place}: {EXTRACTION_FILE} has no {first_names(missing)}")
+            raise ToolkitError(f"{name}: format_version {version!r:.{SHOWN}}, expected {FORMAT_VERSION}{again}")
+        if missing := [key for key in KEYS if key not in OPTIONAL and key not in content]:
+            raise ToolkitError(f"{name}: {EXTRACTION_FILE} has no {first_names(missing)}")
         known = {key: content[key] for key in KEYS if key in content}
         for key, value in known.items():
             if not _fits(key, value):
-                raise ToolkitError(
-                    f"{place}: {EXTRACTION_FILE} has {key} {value!r:.{SHOWN}}, expected {_expected(key)}"
-                )
+                raise ToolkitError(f"{name}: {EXTRACTION_FILE} has {key} {value!r:.{SHOWN}}, expected {_expected(key)}")
         return cls(**known, others={key: value for key, value in content.items() if key not in KEYS})
 
     def as_json(self) -> dict:
@@ -159,14 +127,14 @@ class Manifest(RunInputs):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the run: SHA-256 (hex) of the canonical JSON of the keys that decide the rows."""
+        """The run's fingerprint: SHA-256 (hex) of the canonical JSON of the keys that determine the rows."""
         deciding = {key: getattr(self, key) for key in (*FINGERPRINT_KEYS, *IF_PRESENT)}
         present = {key: value for key, value in deciding.items() if value is not None or key not in IF_PRESENT}
         return hashlib.sha256(canonical(present)).hexdigest()
 
     @property
     def extracted(self) -> dict:
-        """``top_k``, ``top_p`` and ``num_sampled`` of the extraction, which for a thinned dataset are not its own."""
+        """``top_k``, ``top_p`` and ``num_sampled`` of the extraction, which a thinned dataset may have changed."""
         first = (self.thinned_from or [vars(self)])[0]
         return {key: first[key] for key in ("top_k", "top_p", "num_sampled")}
 
@@ -177,14 +145,14 @@ class Manifest(RunInputs):
         return replace(self, top_k=top_k, top_p=top_p, num_sampled=num_sampled, thinned_from=thinned_from)
 
     def filtered(self, condition: str | None, rows: Iterable[int]) -> "Manifest":
-        """The manifest of a dataset with some of this one's rows (FORMAT.md, "Filtered datasets"): those that fulfil
-        the ``condition``, or else these."""
+        """The manifest of a dataset with some of this one's rows (FORMAT.md, "Filtered datasets"): those that meet the
+        ``condition`` or, if it is None, the given ``rows``."""
         listed = None if condition is not None else [int(row) for row in rows]
         choice = {"fingerprint": self.fingerprint, "condition": condition, "rows": listed}
         return replace(self, filtered_from=[*(self.filtered_from or []), choice])
 
     def differences(self, wanted: RunInputs, **more: object) -> list[str]:
-        """How this run differs from one that is wanted: a text for each key that decides the rows.
+        """How this run differs from the ``wanted`` one: a text for each differing key that determines the rows.
 
         ``wanted`` may be a whole manifest; ``more`` are keys that it lacks.
         """
@@ -204,8 +172,9 @@ class Manifest(RunInputs):
 
 
 KEYS = {item.name: item.type for item in fields(Manifest) if item.name != "others"}
-OPTIONAL = {*IF_PRESENT, "mask_source", "versions", "licenses"}
-OPTIONAL |= {"batch_tokens", "batch_logit_rows", "prefix_cache", "tensor_parallel"}
+OPTIONAL = {item.name for item in fields(Manifest) if item.default is None}
+# Keys that determine the rows. Ids and paths do not (revisions do), nor do versions and budgets, which are optional.
+FINGERPRINT_KEYS = tuple(key for key in KEYS if key not in OPTIONAL | {"model_id", "dataset_id"})
 
 
 def _fits(key: str, value: object) -> bool:
@@ -294,11 +263,11 @@ def quantization_text(quantization: dict) -> str:
     return ", ".join(filter(None, parts))
 
 
-def another_run(place: str, differences: Iterable[str], kind: str) -> UsageError:
-    """The refusal of a place, of a ``kind`` such as "repository", that holds another run."""
+def another_run(name: str, differences: Iterable[str], kind: str) -> UsageError:
+    """The error for a folder or repository (``kind``) of this name that holds another run."""
     reasons = "; ".join(differences)
     return UsageError(
-        f"{place}: holds another run ({reasons}). Choose another {kind}, or replace that run with `overwrite`."
+        f"{name}: holds another run ({reasons}). Choose another {kind}, or replace that run with `overwrite`."
     )
 
 

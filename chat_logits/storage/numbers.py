@@ -1,6 +1,6 @@
-"""Some columns of a stored logit dataset, all rows of them: what sorting and filtering need, without reading the rest.
+"""Read whole columns of a stored logit dataset: what sorting and filtering need, without reading the rest.
 
-A row's checksum is over all of its columns and is not held against some of them; page CRCs are.
+A row's checksum covers all of its columns, so it cannot be checked here; Parquet's page CRCs are checked.
 """
 
 import math
@@ -18,37 +18,42 @@ NUMBER_COLUMNS = ("source_index", "num_tokens", *ROW_NUMBERS)
 
 
 def read_columns(dataset: StoredDataset, names: Sequence[str], rows: Rows | None = None) -> pa.Table:
-    """``row``, int64 and from 0, and these columns of FORMAT.md, in this order, of every stored row, or of ``rows``,
-    which ascend.
+    """A table of ``row`` (int64, from 0) and these columns of FORMAT.md, in this order, for every stored row or for the
+    ascending ``rows``.
 
-    Of each shard, the footer and these columns are read; none of shards without any of ``rows``.
-    Raises ToolkitError as ``StoredDataset.read_row`` does, where there are no rows, and for a number that no row has.
+    Only the footer and these columns of each shard are read; shards without any of ``rows`` are not read.
+    Raises ToolkitError as ``StoredDataset.read_row`` does, if there are no rows, and for a value that a column cannot
+    have.
     """
     dataset.refuse_empty()
-    wanted = np.arange(dataset.num_rows) if rows is None else np.asarray(rows, np.int64)
+    wanted = None if rows is None else np.asarray(rows, np.int64)
     parts = [pa.schema([SCHEMA.field(name) for name in names]).empty_table()]
     reader, first = ColumnReader(dataset), 0
     for number, shard in enumerate(dataset.shards):
-        start, end = np.searchsorted(wanted, [first, first + shard.num_rows])
+        ends = [first, first + shard.num_rows]
+        start, end = ends if wanted is None else np.searchsorted(wanted, ends)
         if start < end:
             part = reader.shard(number, names).select(names)
-            parts.append(part if end - start == len(part) else part.take(pa.array(wanted[start:end] - first)))
+            if wanted is not None and end - start < len(part):
+                part = part.take(pa.array(wanted[start:end] - first))
+            parts.append(part)
         first += shard.num_rows
     table = pa.concat_tables(parts)
+    wanted = np.arange(first) if wanted is None else wanted  # only now, as the footers have confirmed the count
     for name in set(names) & {*NUMBER_COLUMNS}:
         _check(table[name], name, wanted)
     return table.add_column(0, "row", pa.array(wanted))
 
 
 def number_table(dataset: StoredDataset, rows: Rows | None = None) -> pa.Table:
-    """Numbers of each row, or of ``rows``, which ascend: ``row``, ``source_index``, ``num_tokens``, ``mean_nll``,
-    ``perplexity`` (float64, e to the power of that), ``mean_entropy``, ``top1_rate`` and ``max_surprisal``; nats and
-    shares, as FORMAT.md has them."""
+    """Numbers of each row, or of the ascending ``rows``: ``row``, ``source_index``, ``num_tokens``, ``mean_nll``,
+    ``perplexity`` (float64, exp of ``mean_nll``), ``mean_entropy``, ``top1_rate`` and ``max_surprisal``; nats and
+    shares, as in FORMAT.md."""
     return with_perplexity(read_columns(dataset, NUMBER_COLUMNS, rows))
 
 
 def with_perplexity(table: pa.Table) -> pa.Table:
-    """A table that has ``mean_nll``, and ``perplexity`` behind it."""
+    """The table, which has ``mean_nll``, with ``perplexity`` added after that."""
     at = table.schema.get_field_index("mean_nll") + 1
     with np.errstate(over="ignore"):  # infinite above 709 nats
         perplexities = np.exp(_values(table["mean_nll"]).astype(np.float64))
@@ -61,7 +66,7 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _check(column: pa.ChunkedArray, name: str, rows: np.ndarray) -> None:
-    """Raise DamagedRow, with its number of ``rows``, for a value that the column cannot have."""
+    """Raise DamagedRow, with the row's number from ``rows``, for a value that the column cannot have."""
     if column.null_count:
         row = rows[column.is_null().to_pylist().index(True)]
         raise DamagedRow(f"column {name} of row {row}: found null, expected a number")

@@ -1,4 +1,4 @@
-"""Which finished shards of a folder were whole when they were seen last, so that resuming a run need not read them."""
+"""A record of finished shards that were complete when last seen, so that resuming a run need not read them."""
 
 import json
 import zlib
@@ -14,7 +14,7 @@ RECORD = ".checked.json"
 class ShardRecord:
     """The finished shards of the run ``fingerprint`` in ``folder``, so that resuming it need not read them again.
 
-    A shard is taken as recorded where the file has still the size and the time of change that it was written with.
+    A shard's record is used if its file still has the size and modification time that it was recorded with.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -22,7 +22,7 @@ class ShardRecord:
         self._known: dict[str, tuple[int, ShardEntry]] = {}
 
     def load(self) -> None:
-        """Take up what an earlier process has left; nothing where that is damaged or about another run."""
+        """Load the record of an earlier process; a damaged one, or one of another run, is ignored."""
         path = self.folder / RECORD
         try:
             content = read_json(path, RECORD) if path.is_file() else {}
@@ -34,24 +34,24 @@ class ShardRecord:
             self._known = {entry.path: (changed, entry) for changed, entry in entries}
 
     def note(self, entry: ShardEntry) -> None:
-        """Remember a shard that is whole now."""
+        """Record a shard that is complete now."""
         changed, size = self._state(entry.path)
         if changed and size == entry.num_bytes:
             self._known[entry.path] = (changed, entry)
 
     def unchanged(self, path: str) -> ShardEntry | None:
-        """The entry of a shard that is as it was when it was noted, else None."""
+        """The entry of a shard whose file has not changed since it was recorded, else None."""
         changed, entry = self._known.get(path, (None, None))
         return entry if entry and self._state(path) == (changed, entry.num_bytes) else None
 
     def text(self) -> str:
-        """The record's file."""
+        """The content of the record's file."""
         shards = [[changed, entry.as_json()] for changed, entry in self._known.values()]
         content = {"fingerprint": self.fingerprint, "shards": shards}
         return json.dumps({**content, "crc32": zlib.crc32(canonical(content))}, ensure_ascii=False)
 
     def _state(self, path: str) -> tuple[int, int]:
-        """Time of change (ns) and size of a file, zeros where it is not seen (yet)."""
+        """Modification time (ns) and size of a file, zeros if it is not visible (yet)."""
         try:
             state = (self.folder / path).stat()
         except OSError:

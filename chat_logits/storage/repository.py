@@ -1,4 +1,4 @@
-"""A Hub dataset repository at one branch: what is in it, and commits that change it."""
+"""One branch of a Hub dataset repository: its contents, and commits to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ from chat_logits.hub_errors import UPLOAD
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, ShardList, read_shard_list
 
-# What makes a repository without a run somebody's dataset; a card, a licence or notes do not.
+# Files that show that a repository without a run holds another dataset; a card, a licence or notes do not.
 DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bin", ".safetensors")
 
 
 @dataclass
 class RemoteState:
-    """A branch as it was seen: its newest commit, its files' paths, and the run that they are of, if any.
+    """The state of a branch when it was read: its newest commit, its files' paths, and the run in it, if any.
 
-    ``files`` serve the first commit of a run, and are not kept up after it. ``entries`` are the shards that are listed
-    and there, ``card`` the card's text; ``is_finished`` is what the list says of the run. ``head`` is None where
-    repository or branch are missing; ``damage`` says why the record of a run cannot be read.
+    ``files`` are for the first commit of a run and are not updated after it. ``entries`` are the shards that are both
+    listed and present, ``card`` is the card's text; ``is_finished`` is what the list says about the run. ``head`` is
+    None if repository or branch are missing; ``damage`` says why ``extraction.json`` cannot be read.
     """
 
     head: str | None
@@ -41,7 +41,7 @@ class RemoteState:
 
 
 class Repository:
-    """The repository ``repo_id`` at ``branch``; ``private`` if it has to be made."""
+    """The repository ``repo_id`` at ``branch``; if it has to be created, it is ``private`` or not."""
 
     def __init__(self, repo_id: str, branch: str | None, private: bool):
         self.repo_id, self.branch, self.private = repo_id, branch or "main", private
@@ -50,7 +50,7 @@ class Repository:
 
     @property
     def at(self) -> str:
-        """What tells it from all others."""
+        """A text that identifies repository and branch."""
         return f"{self.repo_id}@{self.branch}"
 
     @property
@@ -58,7 +58,7 @@ class Repository:
         return f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{self.branch}"
 
     def look(self) -> RemoteState:
-        """What is there now. Raises what the Hub's client raises, UsageError for a repository with other data."""
+        """The current state. Raises what the Hub's client raises, and UsageError for a repository with other data."""
         try:
             head = self._api.repo_info(self.repo_id, repo_type="dataset", revision=self.branch).sha
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -78,7 +78,7 @@ class Repository:
         return RemoteState(head, files, manifest, entries, card, is_finished=is_finished)
 
     def make(self) -> None:
-        """Make repository and branch where they are missing; a branch begins where main began, without main's data."""
+        """Create repository and branch if missing; a new branch starts at main's first commit, without main's data."""
         self._api.create_repo(self.repo_id, repo_type="dataset", private=self.private, exist_ok=True)
         branches = self._api.list_repo_refs(self.repo_id, repo_type="dataset").branches
         if self.branch not in [branch.name for branch in branches]:
@@ -88,7 +88,7 @@ class Repository:
             )
 
     def _shard_list(self, files: frozenset[str], head: str) -> ShardList:
-        """What is listed; nothing where that is missing or damaged: it is made anew."""
+        """The list of shards; empty if the file is missing or damaged, as it will be rewritten."""
         if SHARDS_FILE not in files:
             return ShardList([], False)
         try:
@@ -97,18 +97,18 @@ class Repository:
             return ShardList([], False)
 
     def upload(self, name: str, file: Path) -> huggingface_hub.CommitOperationAdd:
-        """Send a file without a commit; gives what names it in one, which any process may then make.
+        """Upload a file without a commit; returns the operation for a commit, which any process may then make.
 
-        Tries again where the line or the Hub fails. Raises ToolkitError in the end.
+        Retries if the network or the Hub fails. Raises ToolkitError if the retries fail, too.
         """
         addition = huggingface_hub.CommitOperationAdd(name, file)
         arguments = {"repo_type": "dataset", "revision": self.branch}
         step = partial(self._api.preupload_lfs_files, self.repo_id, [addition], **arguments)
         UPLOAD.call(step, self.name)
-        addition._remote_oid = None  # the client leaves out what is there now, and a commit before may delete that
+        addition._remote_oid = None  # the client would omit a file that is there, but an earlier commit may delete it
         if addition._is_uploaded:
             return addition
-        return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # a branch that has such files in git itself
+        return huggingface_hub.CommitOperationAdd(name, file.read_bytes())  # the branch stores such files in git itself
 
     def commit(
         self,
@@ -118,10 +118,11 @@ class Repository:
         parent: str | None,
         check: Callable[[], None] | None = None,
     ) -> str:
-        """One commit on top of ``parent``: files by their paths, texts, or what ``upload`` gave. Returns its hash.
+        """Make one commit on top of ``parent`` and return its hash. ``additions`` are paths, texts, or what ``upload``
+        returned, by their names in the repository.
 
-        ``check`` is called once the files' checksums are known, which the Hub holds what is sent against. Raises what
-        it and the Hub's client raise; 412 where ``parent`` is not the newest commit any more.
+        ``check`` is called once the files' checksums are known; the Hub compares what is sent with these. Raises what
+        ``check`` and the Hub's client raise; 412 if ``parent`` is no longer the newest commit.
         """
         adds = [_addition(name, content) for name, content in additions.items()]
         if check:

@@ -1,6 +1,6 @@
-"""One shard, a Parquet file: its columns, its rows' checksums, and how it is written, whole or not at all.
+"""One shard, a Parquet file: its columns, its rows' checksums, and how it is written, completely or not at all.
 
-FORMAT.md, "Files", is the specification; ``shard_reading`` reads it.
+FORMAT.md, "Files", is the specification; ``shard_reading`` reads shards.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from chat_logits.storage.shard_list import ShardEntry, shard_path
 from logit_codec import ROW_NUMBERS
 
 ROWS_PER_GROUP = 16
-MOST_ENTRIES = 2**31 - 1  # of a column in a file: Arrow's offsets are int32
-LEVEL = 6  # of Zstandard: 1.7 times as fast as 9 for 0.2% more bytes; 3 takes 2.2% more, twice as fast again
+MOST_ENTRIES = 2**31 - 1  # of a column in a file, as Arrow's offsets are int32
+LEVEL = 6  # of Zstandard: 1.7 times as fast as 9 with 0.2% more bytes; 3 is twice as fast again with 2.2% more
 METADATA_KEY = "logit_extraction"
 
 _ENTRIES = [
@@ -55,12 +55,12 @@ _SPLIT_STREAMS = ("top_indices_low", "sampled_indices_low", "logsumexp", "token_
 
 
 class DamagedShard(ToolkitError):
-    """A shard that is not what was written: cut, changed, or another run's."""
+    """A shard that is not as it was written (truncated or changed), or belongs to another run."""
 
 
 class ShardAround(NamedTuple):
-    """A shard but for its rows: ``skipped`` has "row" and "reason", and of a bad record "place", too; of the marked
-    turns ``turns_left_out`` were not extracted. ``path`` is in the run's folder."""
+    """A shard without its rows. Each entry of ``skipped`` has "row" and "reason", and for a bad record also "place";
+    ``turns_left_out`` marked turns were not extracted. ``path`` is relative to the run's folder."""
 
     path: str
     fingerprint: str
@@ -69,19 +69,19 @@ class ShardAround(NamedTuple):
     turns_left_out: int
 
 
-class Rows(Protocol):
-    """Stored rows, in order, on their way into a shard's file."""
+class ShardRows(Protocol):
+    """Stored rows, in order, that are to be written to a shard's file."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the file will not exceed."""
+        """An upper bound of the file's size in bytes."""
 
     def write(self, file: Path, shard: ShardAround) -> ShardEntry:
-        """Write the shard's file, in a folder that is there."""
+        """Write the shard's file, in an existing folder."""
 
 
-class TableRows:
-    """Rows in this process, of a table of ``SCHEMA``."""
+class ArrowRows:
+    """Rows held in this process as a table with ``SCHEMA``."""
 
     def __init__(self, table: pa.Table):
         self._table = table
@@ -100,16 +100,16 @@ def write_shard(
     folder: Path,
     manifest: Manifest,
     shard: int,
-    rows: list[dict] | Rows,
+    rows: list[dict] | ShardRows,
     skipped: list[dict],
-    check_place: Callable[[], None] = lambda: None,
+    check_still_ours: Callable[[], None] = lambda: None,
     turns_left_out: int = 0,
 ) -> ShardEntry:
     """Write one finished shard of a run: its stored rows, in order, and which source rows were ``skipped``, and why.
 
     ``skipped`` and ``turns_left_out`` are as in ``ShardAround``.
-    ``check_place`` raises where the folder is not the run's: asked before anything is written, and again before the
-    shard gets its name. Raises DiskFull where there is no room.
+    ``check_still_ours`` raises if the folder is not the run's any more; it is called before anything is written, and
+    again before the shard gets its name. Raises DiskFull if there is no space.
     """
     around = ShardAround(
         shard_path(manifest.split, shard),
@@ -118,17 +118,17 @@ def write_shard(
         skipped,
         turns_left_out,
     )
-    given = TableRows(table_from(rows)) if isinstance(rows, list) else rows
+    given = ArrowRows(table_from(rows)) if isinstance(rows, list) else rows
     with (
         room_or_stop(folder, given.num_bytes),
-        written_whole(folder / around.path, is_shared=True, check_place=check_place) as temporary,
+        written_whole(folder / around.path, is_shared=True, check_still_ours=check_still_ours) as temporary,
     ):
         make_folders(folder, Path(around.path).parent)
         return given.write(temporary, around)
 
 
 def refuse_overfull(manifest: Manifest, shard: int, tokens: int) -> None:
-    """Raise ToolkitError where a shard of so many extracted ``tokens`` would have longer columns than a file can."""
+    """Raise ToolkitError if this many extracted ``tokens`` would make a shard's columns too long for a file."""
     entries = tokens * max(manifest.top_k, manifest.num_sampled)
     if entries > MOST_ENTRIES:
         rows = manifest.rows_per_shard
@@ -140,13 +140,13 @@ def refuse_overfull(manifest: Manifest, shard: int, tokens: int) -> None:
 
 
 def table_from(rows: list[dict]) -> pa.Table:
-    """The rows as a table. NumPy joins the numbers, which ``from_pylist`` takes one by one: thirty times as slow."""
+    """The rows as a table. NumPy joins the numbers: ``from_pylist`` takes them one by one, thirty times as slowly."""
     columns = [_column([row[column.name] for row in rows], column.type) for column in SCHEMA]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def table_bytes(rows: list[dict]) -> np.ndarray:
-    """The rows as a table on its way to another process, uint8."""
+    """The rows as a table serialised for another process, uint8."""
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, SCHEMA) as writer:
         writer.write_table(table_from(rows))
@@ -154,7 +154,7 @@ def table_bytes(rows: list[dict]) -> np.ndarray:
 
 
 def table_of(batches: list[np.ndarray]) -> pa.Table:
-    """The table of rows that come as ``table_bytes``, in the order of their source rows."""
+    """One table from several ``table_bytes``, in the order of their source rows."""
     tables = [pa.ipc.open_stream(pa.py_buffer(batch)).read_all() for batch in batches]
     together = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
     return together.take(pc.sort_indices(together["source_index"]))
@@ -200,12 +200,12 @@ def _write_table(path: Path, table: pa.Table, metadata: dict) -> None:
     )
     with writer:
         writer.add_key_value_metadata({METADATA_KEY: canonical(metadata).decode()})
-        if len(table):  # an empty row group would be one that `datasets` cannot read
+        if len(table):  # `datasets` cannot read an empty row group
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
 
 
 def row_checksums(table: pa.Table) -> list[int]:
-    """One CRC-32 a row, over its columns as FORMAT.md lays them out; whatever damage a reader meets, it shows here."""
+    """One CRC-32 per row, over its columns as FORMAT.md lays them out; damage anywhere in the row changes it."""
     checksums = [0] * len(table)
     for column in table.schema:
         parts = _row_bytes(table[column.name].combine_chunks(), column.type)

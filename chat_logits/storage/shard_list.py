@@ -18,12 +18,12 @@ SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What ``shards.json`` says of a shard; ``nll`` is the target tokens' total negative log-likelihood in nats, None
-    where that is infinite, as JSON has no such number, or not told.
+    """The entry of a shard in ``shards.json``. ``nll`` is the target tokens' total negative log-likelihood in nats,
+    None if it is infinite, which JSON cannot hold, or not given.
 
-    ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` of the
-    stored conversations are marked not to be trained on.
-    Reading needs the first two alone; other writers may leave out the rest.
+    ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` counts
+    turns of the stored conversations that are marked not to be trained on. Reading needs only the first two fields;
+    other writers may omit the rest.
     """
 
     path: str
@@ -43,7 +43,7 @@ class ShardEntry:
 
     @property
     def source_rows(self) -> int:
-        """Source rows that the shard covers, skipped ones among them."""
+        """Number of source rows that the shard covers, including skipped ones."""
         return self.num_rows + sum(self.skipped.values())
 
     def as_json(self) -> dict:
@@ -57,35 +57,35 @@ def shard_path(split: str, shard: int) -> str:
 
 
 def shard_number(path: str) -> int | None:
-    """The number in a shard's path, None for a path that is no shard's."""
+    """The number in a shard's path, None if it is not the path of a shard."""
     match = SHARD_PATH.fullmatch(path)
     return int(match[1]) if match else None
 
 
 class ShardList(NamedTuple):
-    """What a ``shards.json`` says: the entries, in order, and whether the run that wrote them came to its end."""
+    """The content of a ``shards.json``: the entries, in order, and whether the run that wrote them is finished."""
 
     entries: list[ShardEntry]
     is_finished: bool
 
 
 def mean_nll(entries: Collection[ShardEntry]) -> float | None:
-    """Of all target tokens in these shards, nats; None without tokens, and where a shard's ``nll`` is None."""
+    """Mean over all target tokens in these shards, nats; None without tokens, or if a shard's ``nll`` is None."""
     totals = [entry.nll for entry in entries if entry.num_tokens]
     known = [total for total in totals if total is not None]
     return sum(known) / sum(entry.num_tokens for entry in entries) if known and len(known) == len(totals) else None
 
 
 def shards_text(entries: Iterable[ShardEntry], is_finished: bool = True) -> str:
-    """``shards.json`` as it is written, for these shards in order."""
+    """The text of ``shards.json`` for these shards in order."""
     shards = [entry.as_json() for entry in entries]
     mark = {} if is_finished else {"unfinished": True}
     return json_text({"shards": shards, "crc32": zlib.crc32(canonical(shards)), **mark})
 
 
-def read_shard_list(path: Path, place: str) -> ShardList:
-    """What a ``shards.json`` says. Raises ToolkitError where it is not what was written."""
-    name = f"{place}: {SHARDS_FILE}"
+def read_shard_list(path: Path, dataset: str) -> ShardList:
+    """The content of a ``shards.json``. Raises ToolkitError if it is damaged or not valid."""
+    name = f"{dataset}: {SHARDS_FILE}"
     listing = read_json(path, name)
     shards = listing.get("shards")
     if not isinstance(shards, list) or not all(map(_is_entry, shards)):

@@ -1,4 +1,4 @@
-"""One shard read: whole against its checksums, or a row or a row group at a time, never more than it may ask for.
+"""Read a shard: all of it with its checksums, or a row or a row group at a time, with limits on the memory it may take.
 
 FORMAT.md, "Files", is the specification.
 """
@@ -21,14 +21,14 @@ from chat_logits.storage.shard import METADATA_KEY, SCHEMA, DamagedShard, entry_
 from chat_logits.storage.shard_list import ShardEntry
 
 MIB = 2**20
-# What a file may ask a reader for: uncompressed bytes of a row group, some whatever its size and so many for each byte
-# that it has (real ones: up to 5), and bytes of one row's messages and tools.
+# Limits for a reader: uncompressed bytes of a row group, as a fixed amount plus so many per byte in the file (real ones
+# have up to 5), and bytes of one row's messages and tools.
 GROUP_LEAST, GROUP_RATIO, MESSAGES = 128 * MIB, 100, 64 * MIB
-FOOTER = "footer"  # beside the columns in a shard's sizes: what is in none of them
+FOOTER = "footer"  # key in a shard's sizes, next to the columns, for everything outside them
 
 
 def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) -> ShardEntry:
-    """Read a whole shard against its checksums and return its entry. Raises DamagedShard with the reason."""
+    """Read a whole shard, check its checksums, and return its entry. Raises DamagedShard with the reason."""
     file = folder / path
     with opened_shard(file, path, fingerprint) as (parquet, described, groups):
         for number, group in enumerate(groups):
@@ -46,10 +46,10 @@ def check_shard(folder: Path, path: str, fingerprint: str, rows_per_shard: int) 
 def read_shard_rows(
     source, path: str, fingerprint: str, rows_per_shard: int, num_rows: int, only: int | None = None
 ) -> Iterator[dict]:
-    """The rows of a shard of ``num_rows`` rows in order, or row ``only`` alone, by single row groups.
+    """The rows of a shard with ``num_rows`` rows in order, or just row ``only``, one row group at a time.
 
-    Of ``rows_per_shard`` source rows it has those that its number says. ``source`` is a path or an open file, ``path``
-    its name in messages. Raises DamagedShard.
+    With ``rows_per_shard``, the shard's number determines which source rows it may have. ``source`` is a path or an
+    open file, ``path`` its name in messages. Raises DamagedShard.
     """
     with opened_shard(source, path, fingerprint) as (file, described, sizes):
         covered = source_range(described, path, rows_per_shard)
@@ -69,10 +69,10 @@ def read_shard_rows(
 def read_row_groups(
     source, path: str, fingerprint: str, rows_per_shard: int, num_rows: int, only: Collection[int] | None = None
 ) -> Iterator[list[dict]]:
-    """The rows of a shard in order, a row group at a time, their lists of numbers as arrays over Arrow's buffers.
+    """The rows of a shard in order, one row group at a time, with lists of numbers as arrays over Arrow's buffers.
 
-    For reading many rows, or those of ``only``: ten times as fast as ``read_shard_rows``, whose other arguments it
-    takes. A row group without any of them is not read. Raises DamagedShard.
+    For many rows, or those in ``only``: ten times as fast as ``read_shard_rows``, which has the same other arguments.
+    A row group without any of the rows is not read. Raises DamagedShard.
     """
     with opened_shard(source, path, fingerprint) as (file, described, sizes):
         covered = source_range(described, path, rows_per_shard)
@@ -90,7 +90,7 @@ def read_row_groups(
 
 
 def _row_values(column: pa.Array) -> list:
-    """A column's values by row, those of numbers as arrays."""
+    """A column's values by row; lists of numbers as arrays."""
     if not is_of_numbers(column.type):
         return column.to_pylist()
     values, offsets = np.from_dlpack(column.values), np.from_dlpack(column.offsets)
@@ -98,7 +98,7 @@ def _row_values(column: pa.Array) -> list:
 
 
 def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
-    """What a shard says of source rows that are not in it, ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
+    """What a shard records about source rows not in it: ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
     them. ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
     """
     with opened_shard(source, path, fingerprint) as (_, described, _):
@@ -106,7 +106,7 @@ def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
 
 
 def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
-    """Bytes of a shard by column, compressed, nested ones under their column's name, and of ``FOOTER``.
+    """Compressed bytes of a shard by column (nested fields count for their column), and of ``FOOTER``.
 
     ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
     """
@@ -120,9 +120,11 @@ def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
 
 @contextmanager
 def opened_shard(source, path: str, fingerprint: str, footer: bytes | None = None, pre_buffer: bool = True):
-    """The shard as a Parquet file, its footer's own metadata and its row groups' sizes; schema and metadata checked.
+    """The shard as an open Parquet file, its own metadata from the footer, and the sizes of its row groups; schema and
+    metadata are checked.
 
-    ``footer`` is ``read_footer``'s where it has been read; without ``pre_buffer`` no byte is read between columns.
+    ``footer`` is the result of ``read_footer`` if it was read before; without ``pre_buffer``, no bytes between the
+    columns are read.
     """
     if isinstance(source, (str, Path)):
         refuse_special(Path(source), path)
@@ -135,13 +137,13 @@ def opened_shard(source, path: str, fingerprint: str, footer: bytes | None = Non
 
 
 def refuse_special(file: Path, name: str) -> None:
-    """Raise DamagedShard for what is there and no file of a disk: reading a pipe or a device may have no end."""
+    """Raise DamagedShard if the path exists but is not a regular file: reading a pipe or a device may never end."""
     if file.exists() and not file.is_file():
         raise DamagedShard(f"{name}: a folder, a pipe or a device, expected a file")
 
 
 def refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
-    """Raise DamagedShard where a row group would take far more memory than its bytes in the file: before it is read."""
+    """Raise DamagedShard, before it is read, for a row group that would take far more memory than bytes in the file."""
     most = GROUP_LEAST + GROUP_RATIO * group.stored
     if group.num_rows > min(column.num_values for column in group.columns):
         raise DamagedShard(f"{path}: row group {number} has {group.num_rows:,} rows, and a column with fewer values")
@@ -153,7 +155,7 @@ def refuse_bomb(group: RowGroupSizes, number: int, path: str) -> None:
 
 
 def row_ranges(file: pq.ParquetFile, described: dict, num_rows: int, path: str) -> list[range]:
-    """The rows of each row group; other writers' groups have other sizes."""
+    """The rows of each row group; other writers may use other sizes. Raises DamagedShard for a wrong count."""
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     if min(sizes, default=0) < 0 or not sum(sizes) == described["num_rows"] == num_rows:
         raise DamagedShard(f"{path}: {sum(sizes)} rows, expected {num_rows} (shards.json)")
@@ -161,8 +163,8 @@ def row_ranges(file: pq.ParquetFile, described: dict, num_rows: int, path: str) 
 
 
 def source_range(described: dict, path: str, rows_per_shard: int) -> range:
-    """The source rows that a shard may have, by its number. Raises DamagedShard where it says that it has others: it
-    was copied or renamed."""
+    """The source rows that a shard may have, by its number. Raises DamagedShard if its metadata says otherwise, as it
+    was copied or renamed then."""
     first = ShardEntry(path, 0).shard * rows_per_shard
     if described.get("first_row", first) != first:
         raise DamagedShard(f"{path}: it has source rows from {described['first_row']} on, expected those from {first}")
@@ -170,8 +172,8 @@ def source_range(described: dict, path: str, rows_per_shard: int) -> range:
 
 
 def check_order(source_rows: pa.ChunkedArray, covered: range, path: str) -> None:
-    """Raise DamagedShard where the column source_index of a row group has nulls, is not ascending, or leaves what the
-    shard may cover."""
+    """Raise DamagedShard if the column source_index of a row group has nulls, is not ascending, or has rows that the
+    shard may not have."""
     if source_rows.null_count:
         raise DamagedShard(f"{path}: column source_index has a null, expected the number of a source row")
     numbers = np.from_dlpack(source_rows.combine_chunks())  # to_numpy would import pandas
@@ -184,7 +186,7 @@ def check_order(source_rows: pa.ChunkedArray, covered: range, path: str) -> None
 
 
 def _check_rows(rows: pa.Table, first: int, described: dict, path: str) -> None:
-    """Raise DamagedShard where one of consecutive rows, from row ``first`` of the shard on, is not what was written."""
+    """Raise DamagedShard if one of these consecutive rows, from row ``first`` of the shard on, is not as written."""
     if rows["messages"].nbytes + rows["tools"].nbytes > MESSAGES:
         for i in range(len(rows)):
             _refuse_long(rows.slice(i, 1), first + i, path)
@@ -207,7 +209,7 @@ def _refuse_long(row: pa.Table, offset: int, path: str) -> None:
 
 @contextmanager
 def named_damage(path: str):
-    """Within, what reading a damaged file raises is a DamagedShard that names it."""
+    """Within, errors from reading a damaged file become a DamagedShard that names it."""
     try:
         yield
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
@@ -216,17 +218,17 @@ def named_damage(path: str):
         from huggingface_hub.errors import HfHubHTTPError
 
         if isinstance(error, HfHubHTTPError):
-            raise  # the Hub's, not the file's
-        if error.errno:  # the disk's: the file may be whole
+            raise  # an error of the Hub, not of the file
+        if error.errno:  # an error of the disk: the file may be fine
             raise ToolkitError(f"{path}: it cannot be read now: {error}") from error
         raise DamagedShard(f"{path}: damaged Parquet file: {str(error)[:200]}") from error
 
 
 def _described(file: pq.ParquetFile, path: str, fingerprint: str) -> dict:
-    """The footer's own metadata, checked."""
+    """The shard's own metadata from the footer, checked."""
     text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
     if text is None:
-        raise DamagedShard(f"{path}: no metadata {METADATA_KEY!r}, so it is no shard of a logit dataset")
+        raise DamagedShard(f"{path}: no metadata {METADATA_KEY!r}, so it is not a shard of a logit dataset")
     described = json.loads(text)
     if not _is_described(described):
         raise DamagedShard(f"{path}: metadata {METADATA_KEY!r} is not what the format asks for")
@@ -252,7 +254,7 @@ def _is_described(metadata) -> bool:
 
 
 def check_schema(schema: pa.Schema, name: str) -> None:
-    """Raise DamagedShard where columns or types are not the format's."""
+    """Raise DamagedShard if columns or types are not those of the format."""
     if schema.names != SCHEMA.names:
         raise DamagedShard(f"{name}: columns {', '.join(schema.names)}; expected {', '.join(SCHEMA.names)}")
     for column, expected in zip(schema, SCHEMA, strict=True):

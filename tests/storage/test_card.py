@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import DatasetCard
 
-from chat_logits.storage.card import card_metadata, place_in_code, render_card, run_state, size_category
+from chat_logits.storage.card import arguments_in_code, card_metadata, render_card, run_state, size_category
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.manifest import Manifest
 from chat_logits.storage.shard_list import ShardEntry, read_shard_list
@@ -27,7 +27,8 @@ def entries(quick_run) -> list[ShardEntry]:
 
 def test_the_hub_reads_what_it_filters_and_links_by(manifest, entries):
     licenses = {"model": "mit", "dataset": "cc-by-4.0"}
-    card = DatasetCard(render_card(replace(manifest, licenses=licenses, **HUB), entries, place_in_code("user/logits")))
+    arguments = arguments_in_code("user/logits")
+    card = DatasetCard(render_card(replace(manifest, licenses=licenses, **HUB), entries, arguments))
     assert card.data.to_dict() == {
         "license": "cc-by-4.0",
         "task_categories": ["text-generation"],
@@ -86,7 +87,7 @@ def test_sizes_are_the_hubs_categories(rows, category):
     ],
 )
 def test_the_snippets_name_the_dataset_itself(manifest, entries, repository, named):
-    card = render_card(manifest, entries, place_in_code(*repository))
+    card = render_card(manifest, entries, arguments_in_code(*repository))
     assert f"execute_analysis({named}, sample_index=0)" in card
     assert f'load_dataset({named}, split="train")[0]' in card
 

@@ -1,7 +1,10 @@
-"""Columns of a dataset read by many threads at once: the footers that are kept are no thread's own."""
+"""Columns of a dataset read by many threads at once, whose footers are no thread's own, and of one that has fewer rows
+than it says."""
 
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from runs import SHARDS
@@ -9,6 +12,8 @@ from runs import SHARDS
 from chat_logits.storage import columns
 from chat_logits.storage.columns import ColumnReader
 from chat_logits.storage.dataset import open_dataset
+from chat_logits.storage.numbers import number_table
+from chat_logits.storage.shard import DamagedShard
 
 
 @pytest.fixture
@@ -44,3 +49,17 @@ def test_the_footers_kept_are_those_asked_for_last(quick_run, monkeypatch):
     for number in (0, 1, 2, 0, 3, 0, 1):  # the third makes room for 3, and so has 1 gone, which was asked for before 0
         reader.shard(number, ["num_tokens"])
     assert [int(path.stem[-1]) for path in fetched] == [0, 1, 2, 3, 1]
+
+
+def test_rows_that_are_listed_alone_take_no_memory(quick_run):
+    """Their numbers alone would be 128 MiB."""
+    stored = open_dataset(str(quick_run))
+    lying = replace(stored, shards=[replace(shard, num_rows=2**22) for shard in stored.shards[:4]])
+    assert lying.num_rows * 8 == 2**27
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedShard, match=r"train-00000\.parquet: \d rows, expected 4194304"):
+            number_table(lying)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

@@ -1,14 +1,18 @@
-"""Folders that are there whole or not at all, built by processes that are killed, or that build at the same time."""
+"""Folders that are there whole or not at all, built by processes that are killed, or that build at the same time; and
+places that are none for them."""
 
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPO
 
-from chat_logits.errors import ToolkitError
-from chat_logits.storage.disk import folder_written_whole, write_lines
+from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.extraction.folder import RunFolder
+from chat_logits.storage.disk import folder_written_whole, refuse_filled, write_lines
 
 BUILDER = """
 import sys
@@ -59,7 +63,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(build, tmp_path, 
     with caplog.at_level("INFO", "chat_logits"):
         write(tmp_path / "out")
     assert names_in(tmp_path) == ["other", "out"] and names_in(tmp_path / "out") == ["file"]
-    assert f"Removed {left}, which a process that was killed has left." in caplog.text
+    assert f"Removed {left}, which a killed process left behind." in caplog.text
 
 
 def test_what_a_live_process_builds_is_left_to_it(build, tmp_path):
@@ -74,12 +78,61 @@ def test_what_a_live_process_builds_is_left_to_it(build, tmp_path):
     assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["its"]
 
 
-def test_of_two_processes_the_first_that_is_done_gives_the_folder(build, tmp_path):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_of_two_processes_the_first_that_is_done_gives_the_folder(build, tmp_path, is_there):
+    if is_there:
+        (tmp_path / "out").mkdir()
     slow = build(tmp_path / "out")
     write(tmp_path / "out")
     _, said = slow.communicate("")
     assert slow.returncode == 1 and "out: it cannot be written: Directory not empty" in said
     assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["file"]
+
+
+def test_an_empty_folder_stays_where_it_is(build, tmp_path, monkeypatch):
+    """As a mount point has to, and the user's own place. What a killed process has left there counts for nothing."""
+    place = tmp_path / "out"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    before = place.stat()
+    monkeypatch.chdir(place)
+    for folder in (Path(), tmp_path / "link", place):
+        killed = build(folder.absolute())
+        killed.kill()
+        killed.wait()
+        assert [path.name for path in place.glob(".*.tmp/*")] == ["its"]
+        refuse_filled(folder, "save")
+        write(folder)
+        assert names_in(place) == ["file"] and Path.cwd().samefile(place)
+        with pytest.raises(UsageError, match=r"`save` .*: holds files, such as file"):
+            refuse_filled(folder, "save")
+        (place / "file").unlink()
+    assert place.stat().st_ino == before.st_ino and names_in(tmp_path) == ["link", "out"]
+
+
+def test_a_name_may_be_as_long_as_a_name_may_be(tmp_path):
+    folder = tmp_path / ("ß" * 127)
+    refuse_filled(folder, "save")
+    write(folder)
+    assert names_in(folder) == ["file"] and len(names_in(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("/proc/nope", "/proc/nope: /proc is not a folder that can be written to (No such file or directory)"),
+        ("/proc/self/fdinfo/x", "/proc/self/fdinfo is not a folder that can be written to (No such file or directory)"),
+        ("/proc/version/x", "/proc/version is not a folder that can be written to (Not a directory)"),
+        ("x" * 300, f"{'x' * 80}: File name too long; expected the name of a file or a folder"),
+        ("out/\udcff", r"out/\udcff: its name is not UTF-8; expected the name of a file or a folder"),
+    ],
+)
+def test_a_place_that_no_folder_can_be_at_is_told_before_anything_is_done(tmp_path, monkeypatch, place, told):
+    monkeypatch.chdir(tmp_path)
+    for refuse in (lambda: refuse_filled(Path(place), "output_dir"), lambda: RunFolder(Path(place))):
+        with pytest.raises(UsageError, match=f"`output_dir` .*{re.escape(told)}$"):
+            refuse()
+    assert names_in(tmp_path) == []
 
 
 def test_names_are_taken_as_they_are(build, tmp_path):

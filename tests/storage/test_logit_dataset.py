@@ -60,7 +60,7 @@ def test_rows_outside_are_refused(real_extraction, index):
         open_dataset(str(real_extraction)).read_row(index)
 
 
-@pytest.mark.parametrize(("name", "what"), [("extraction.json", "no logit dataset"), ("shards.json", "not whole")])
+@pytest.mark.parametrize(("name", "what"), [("extraction.json", "not a logit dataset"), ("shards.json", "incomplete")])
 def test_a_folder_without_the_files_around_is_refused(copy, name, what):
     (copy / name).unlink()
     with pytest.raises(ToolkitError, match=f"no {name} in it, so it is {what}"):
@@ -73,7 +73,7 @@ def test_a_shard_that_is_missing_or_of_another_length_is_named(copy):
     with pytest.raises(ToolkitError, match=r"train-00000\.parquet: 30 rows, expected 32"):
         open_dataset(str(copy)).read_row(0)
     shard_of(copy).unlink()
-    with pytest.raises(ToolkitError, match=r"no data/00000/train-00000\.parquet in it, so it is not whole"):
+    with pytest.raises(ToolkitError, match=r"no data/00000/train-00000\.parquet in it, so it is incomplete"):
         open_dataset(str(copy)).read_row(0)
 
 
@@ -89,13 +89,18 @@ def test_row_groups_of_any_size_are_read(copy, real_extraction, size):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("extraction.json", [], "holds no JSON object"),
+        ("extraction.json", [], "does not hold a JSON object"),
         ("extraction.json", {}, "format_version None, expected 2"),
         ("extraction.json", {"top_k": "64"}, "top_k '64', expected"),
         ("extraction.json", {"skipped_token_ids": None}, "skipped_token_ids None, expected"),
         ("shards.json", {}, "lists no shards"),
         ("shards.json", {"shards": [{"path": "../x", "num_rows": 32}]}, "lists no shards"),
         ("shards.json", {"shards": [{"path": "data/x", "num_rows": "32"}]}, "lists no shards"),
+        (
+            "shards.json",
+            {"shards": [{"path": "data/00000/train-00007.parquet", "num_rows": 10**12}]},
+            "shards.json lists 1,000,000,000,000 rows in data/00000/train-00007.parquet, expected 256 at most",
+        ),
         ("shards.json", {"shards": []}, "it has no rows; nothing was extracted from its source"),
         ("shards.json", {"shards": [], "unfinished": True}, "it has no rows yet; its extraction is not finished"),
     ],
@@ -111,9 +116,9 @@ def test_damaged_files_around_are_named(copy, name, content, message):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("./outputs/dmeo", r"no such folder; the nearest that is there is outputs/demo$"),
+        ("./outputs/dmeo", r"no such folder; the nearest one is outputs/demo$"),
         ("a/b/c", "no such folder$"),
-        ("outptus/demo", r"\nNor is there such a folder; the nearest that is there is outputs/demo$"),
+        ("outptus/demo", r"\nThere is no such folder either; the nearest one is outputs/demo$"),
         (
             "outputs/demo/extraction.json",
             "a file, expected the folder that extraction.json is in, such as outputs/demo$",
@@ -131,7 +136,7 @@ def test_a_folder_that_is_not_there_is_told_with_the_nearest_that_is(
 
 def test_damaged_json_is_named(copy):
     (copy / "extraction.json").write_text("{")
-    with pytest.raises(ToolkitError, match=r"extraction\.json is no JSON"):
+    with pytest.raises(ToolkitError, match=r"extraction\.json is not JSON"):
         open_dataset(str(copy))
 
 

@@ -227,7 +227,7 @@ def test_a_token_without_any_probability_leaves_the_listing_json(quick_run, tmp_
 @pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
 def test_a_number_that_json_has_not_is_neither_read_nor_written(tmp_path, number):
     (tmp_path / "shards.json").write_text(f'{{"shards": [{{"path": "data/00000/a-00000.parquet", "nll": {number}}}]}}')
-    with pytest.raises(ToolkitError, match=f"here: shards.json is no JSON: {number} is no finite number"):
+    with pytest.raises(ToolkitError, match=f"here: shards.json is not JSON: {number} is not a finite number"):
         read_shard_list(tmp_path / "shards.json", "here")
     for written in (canonical, json_text):
         with pytest.raises(ValueError, match="not JSON compliant"):
