@@ -1,4 +1,4 @@
-"""Write a logit dataset's targets for other trainers, draws from the tail and all, as Parquet files.
+"""Write a logit dataset's targets for other trainers, including the draws from the tail, as Parquet files.
 
     python export_targets.py outputs/demo --format axolotl --output_dir outputs/for_axolotl
 
@@ -32,10 +32,10 @@ def export_targets(
 ) -> Exported:
     """Write the targets of a logit dataset, a folder or a Hub id (at ``revision``), to the folder ``output_dir``.
 
-    ``format`` is plain, axolotl, distillkit or trl. ``tokenizer_id`` says where the recorded tokenizer lies now; with
-    ``trust_remote_code`` it may run code of its own. ``options`` are those of ``chat_logits.training.export``:
+    ``format`` is plain, axolotl, distillkit or trl. ``tokenizer_id`` says where the recorded tokenizer is now; with
+    ``trust_remote_code`` it may run its own code. ``options`` are those of ``chat_logits.training.export``:
     ``student_vocab_size``, ``sequence_length``, ``hard_weight``, ``end_of_turn``, ``allow_biased``, ``chat_template``.
-    Raises ToolkitError, with what to do about it.
+    Raises ToolkitError, which says what to do.
     """
     dataset, tokenizer = open_with_tokenizer(logit_dataset_id, revision, tokenizer_id, trust_remote_code)
     return export_opened(dataset, tokenizer, output_dir, format, **options)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What ``export-targets`` runs where the package is installed: the process ends with the command's exit status."""
+    """The entry point of ``export-targets``: the process ends with the command's exit status."""
     leave(main())
 
 

@@ -28,10 +28,10 @@ def _run(_options: TrainOptions, given: dict) -> None:
     refuse_missing(TrainConfig, values)
     config = TrainConfig(**values)
     refuse_without(*ACCELERATE, "training")
-    config.check_output_dir()  # as ``train`` does, which comes after the imports
-    if os.environ.get("RANK", "0") != "0":  # torchrun's: of several processes, the first says how it goes
+    config.check_output_dir()  # ``train`` does this, too, but only after the imports
+    if os.environ.get("RANK", "0") != "0":  # set by torchrun: only the first process reports progress
         logging.getLogger("chat_logits").setLevel(logging.ERROR)
-    with stage("Importing torch and transformers"):  # help and wrong options don't wait for them
+    with stage("Importing torch and transformers"):  # late, so that help and wrong options do not wait for them
         from chat_logits.display.tables import default_console
         from chat_logits.display.training_page import training_page
         from chat_logits.display.training_tables import print_training
@@ -40,9 +40,9 @@ def _run(_options: TrainOptions, given: dict) -> None:
     try:
         result = train(config)
     except KeyboardInterrupt:
-        logger.info("Stopped. The same command goes on with --resume.")
+        logger.info("Stopped. The same command with --resume continues.")
         raise
-    if result.rank == 0:  # of several processes, one speaks
+    if result.rank == 0:  # only the first process prints
         print_training(result, default_console())
         write_result(str(Path(config.output_dir) / PAGE), training_page(result))
     logger.info(
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What ``train-student`` runs where the package is installed: the process ends with the command's exit status."""
+    """The entry point of ``train-student``: the process ends with the command's exit status."""
     leave(main())
 
 

@@ -1,24 +1,24 @@
-"""How many entries does a student need? What fewer of them take and cost, on a dataset's own rows.
+"""How many entries does a student need? The size and the error of smaller settings, on a dataset's own rows.
 
 The target of a student is a vector w over the vocabulary (FORMAT.md, "Reading a position"), and the gradient of the
-forward KL with respect to the logits is softmax(logits) − w. What the draws add to it is chance, whatever the student:
-its mean square is the sum of the variances of w's parts. By systematic sampling an id whose weights total x times the
-spacing of the thresholds is drawn ⌊x⌋ or ⌈x⌉ times, the latter with probability x − ⌊x⌋ (Madow 1949, On the theory of
-systematic sampling, II). So with S draws of the tail mass T the variance is exactly
+forward KL with respect to the logits is softmax(logits) − w. The draws add a random error to it, which is the same for
+every student: its mean square is the sum of the variances of w's components. Systematic sampling draws an id whose
+weights total x times the spacing of the thresholds ⌊x⌋ or ⌈x⌉ times, the latter with probability x − ⌊x⌋ (Madow 1949,
+On the theory of systematic sampling, II). So with S draws of the tail mass T the variance is exactly
 
-    E‖w' − w‖² = (T/S)² Σ_ids f·(1 − f),    f the fraction of x = S·p/T
+    E‖w' − w‖² = (T/S)² Σ_ids f·(1 − f),    f the fractional part of x = S·p/T
 
-For a thinned target, p is the stored one's weight of the id: that is known. For the stored target itself it is the
-model's probability, known of the ids that were drawn alone; as an id is drawn x times in the mean, the sum over all ids
-is estimated without bias by that of f·(1 − f)/x over the draws. The two add up, since the second stage is unbiased
-whatever the first has drawn.
+For a thinned target, p is the id's weight in the stored target, which is known. For the stored target itself, p is the
+model's probability, known only for the ids that were drawn; since an id is drawn x times on average, the sum of
+f·(1 − f)/x over the draws is an unbiased estimate of the sum over all ids. The two variances add up, since the second
+stage is unbiased whatever the first one drew.
 """
 
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
+from chat_logits.analysis.bars import bar
 from chat_logits.analysis.thinning import (
     Entries,
     Setting,
@@ -41,15 +41,15 @@ BUDGET_ROWS = 64
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """A setting on the rows that were looked at.
+    """A setting, measured on a sample of rows.
 
-    ``bytes_per_token`` are of a shard that was really written; ``stored`` is the mean share of the probability in the
-    nucleus. Of the target, relative to the norm of the model's own: ``deviation`` is what thinning adds by chance,
-    ``whole_deviation`` all of it, that of the draws stored included, and ``bias`` what does not average out. The first
-    two are None without draws, where the nucleus is taken as all there is, renormalised; ``nucleus_kl`` is the mean
-    KL(renormalised nucleus ‖ model) in nats, −ln of its share, which is what such a student is taught to be off.
-    ``bias_is_bound`` where the dataset itself has no draws: at least so much. ``is_best`` where no other setting with
-    draws takes fewer bytes without deviating more.
+    ``bytes_per_token`` is measured on a shard that was really written; ``stored`` is the mean share of the probability
+    in the nucleus. The target's errors are relative to the norm of the model's distribution: ``deviation`` is the
+    random error that thinning adds, ``whole_deviation`` all random error, including that of the stored draws, and
+    ``bias`` the error that does not average out. The first two are None without draws: then the renormalised nucleus is
+    the whole target, and ``nucleus_kl`` is its mean KL(renormalised nucleus ‖ model) in nats, −ln of the nucleus'
+    share. With ``bias_is_bound`` the bias is a lower bound, as the dataset itself has no draws. ``is_best`` if no other
+    setting with draws takes fewer bytes without a larger deviation.
     """
 
     top_k: int
@@ -67,7 +67,7 @@ class BudgetLine:
 
 @dataclass(frozen=True, repr=False)
 class Budget:
-    """A ladder of settings for a dataset, as it is stored first, on ``num_conversations`` spread over it."""
+    """A ladder of settings for a dataset, the stored one first, on ``num_conversations`` spread over it."""
 
     dataset_id: str
     num_conversations: int
@@ -85,22 +85,22 @@ class Budget:
 
 
 def measure_budget(dataset: StoredDataset, count: int = BUDGET_ROWS) -> Budget:
-    """What a ladder of settings takes and costs, on ``count`` rows spread evenly over the dataset, with a progress bar.
+    """The size and error of a ladder of settings, on ``count`` rows spread evenly over the dataset; shows progress.
 
-    Raises ToolkitError where there are no rows.
+    Raises ToolkitError if there are no rows.
     """
     dataset.refuse_empty()
     indices = spread(dataset.num_rows, count)
-    rows = [dataset.read_row(index) for index in tqdm(indices, "Reading", unit=" rows", leave=False, delay=1)]
+    rows = [dataset.read_row(index) for index in bar(indices, "Reading", unit=" rows", leave=False, delay=1)]
     norm, own = (sum(values) for values in zip(*(_norm_and_own(Entries.of(row)) for row in rows), strict=True))
-    settings = tqdm(ladder(stored_setting(dataset.manifest)), "Thinning", unit=" settings", leave=False, delay=1)
+    settings = bar(ladder(stored_setting(dataset.manifest)), "Thinning", unit=" settings", leave=False, delay=1)
     lines = [_line(rows, setting, dataset.manifest, norm, own) for setting in settings]
     tokens = sum(row["num_tokens"] for row in rows)
     return Budget(dataset.dataset_id, len(rows), tokens, _with_best(lines))
 
 
 def ladder(stored: Setting) -> list[Setting]:
-    """The settings to look at, the stored one first.
+    """The settings to measure, the stored one first.
 
     >>> ladder(Setting(6, 4, 0.9))
     [Setting(top_k=6, num_sampled=4, top_p=0.9), Setting(top_k=4, num_sampled=4, top_p=0.9), \
@@ -126,7 +126,7 @@ def _line(rows: list[dict], setting: Setting, manifest: Manifest, norm: float, o
         nucleus_kl=nucleus_kl,
         deviation=float(np.sqrt(variance / norm)) if has_draws else None,
         whole_deviation=float(np.sqrt((variance + own) / norm)) if has_draws else None,
-        # What nobody knows of the tail is missing above and below: it can bring what is above 1 down to it, no further.
+        # The tail is unknown in numerator and denominator, so a ratio above 1 can only be bounded by 1.
         bias=0.0 if has_draws else float(np.sqrt(min(1, bias / norm) if is_bound else bias / norm)),
         bias_is_bound=is_bound,
     )
@@ -154,7 +154,8 @@ def _with_best(lines: list[BudgetLine]) -> list[BudgetLine]:
 
 
 def _norm_and_own(entries: Entries) -> tuple[float, float]:
-    """‖w‖² of the model's distribution and the variance of the stored draws, estimated without bias, over positions."""
+    """‖w‖² of the model's distribution and the variance of the stored draws, summed over positions; both are unbiased
+    estimates."""
     share, probabilities = _draws(entries)
     norm = (CODE_PROBS[entries.top_codes] ** 2).sum() + (share * probabilities).sum()
     x = np.divide(probabilities, share, out=np.zeros_like(probabilities), where=(share > 0) & (probabilities > 0))
@@ -169,7 +170,7 @@ def _draws(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _setting_sums(entries: Entries, setting: Setting, top_p: float) -> np.ndarray:
-    """Over the positions: share of the nucleus, its −ln, the variance that a setting adds, the bias² without draws."""
+    """Sums over positions: the nucleus' share, its −ln, the variance that a setting adds, the bias² without draws."""
     kept = kept_entries(entries, setting, top_p)
     probabilities = CODE_PROBS[entries.top_codes]
     mass = np.clip((probabilities * kept).sum(axis=1), np.finfo(float).tiny, 1)
@@ -181,7 +182,7 @@ def _setting_sums(entries: Entries, setting: Setting, top_p: float) -> np.ndarra
 
 
 def _added_variance(entries: Entries, kept: np.ndarray, setting: Setting) -> float:
-    """E‖w' − w‖² over the uniforms of thinning, w the stored target and w' the thinned one, over positions."""
+    """E‖w' − w‖² over the uniforms of thinning, summed over positions; w is the stored target, w' the thinned one."""
     if not setting.num_sampled:
         return 0.0
     tail = tail_list(entries, kept)
@@ -195,6 +196,6 @@ def _added_variance(entries: Entries, kept: np.ndarray, setting: Setting) -> flo
 
 
 def _fraction_variance(x: np.ndarray) -> np.ndarray:
-    """The variance of a count that is ⌊x⌋ or ⌈x⌉ and x in the mean."""
+    """The variance of a count that is ⌊x⌋ or ⌈x⌉, and x on average."""
     fraction = x - np.floor(x)
     return fraction * (1 - fraction)

@@ -1,5 +1,5 @@
-"""One conversation of two logit datasets with the same tokenizer, token by token: how far apart their models are, and
-where. dataset_comparison.py is for all conversations.
+"""One conversation in two logit datasets with the same tokenizer, token by token: how far apart their models are, and
+where. dataset_comparison.py compares all conversations.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,11 @@ from chat_logits.words import count_text
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Sequence):
-    """A conversation's tokens, all of them, in order, as both models see them; a sequence of ``TokenComparison``.
+    """All tokens of a conversation, in order, as both models see them; a sequence of ``TokenComparison``.
 
-    ``sample_index`` and ``other_sample_index`` are its rows, ``differences`` the runs'. ``top_n`` predictions
-    a token and model are shown, and with ``only`` the n extracted tokens with the largest KL alone, the largest first.
+    ``sample_index`` and ``other_sample_index`` are its rows, ``differences`` those between the runs. ``top_n``
+    predictions are shown per token and model, and with ``only`` just the n extracted tokens with the largest KL, the
+    largest first.
     """
 
     tokens: list[TokenComparison]
@@ -74,12 +75,12 @@ class Comparison(Sequence):
 
     @property
     def head(self) -> dict:
-        """Which rows of which datasets it is of, how their runs differ, and the totals."""
+        """The datasets and rows, how their runs differ, and the totals."""
         names = ("first", "other", "sample_index", "other_sample_index", "source_index", "differences", "totals")
         return {name: getattr(self, name) for name in names}
 
     def as_dict(self) -> dict:
-        """Plain values: which rows of which datasets, how their runs differ, the totals, and the tokens shown."""
+        """Plain values: the datasets and rows, how their runs differ, the totals, and the tokens shown."""
         return {**self.head, "tokens": self.to_dicts()}
 
 
@@ -92,11 +93,11 @@ def compare_analyses(
     top_n: int = 5,
     only: int | None = None,
 ) -> Comparison:
-    """Row ``sample_index`` of ``first`` (negative ones from the end) beside the other's row of the same source row.
+    """Compare row ``sample_index`` of ``first`` (negative: from the end) with the other's row of the same source row.
 
     ``tokenizer`` is the recorded one; ``chat_template`` is as for ``align_row``, ``top_n`` and ``only`` as in
-    ``Comparison``. Raises UsageError for datasets of two tokenizers, ToolkitError where the other has not got the
-    conversation, or has it with other tokens.
+    ``Comparison``. Raises UsageError for datasets with different tokenizers, ToolkitError if the other does not have
+    the conversation, or has it with other tokens.
     """
     row, other_index, other_row = _same_conversation(first, other, sample_index)
     sample_index %= first.num_rows

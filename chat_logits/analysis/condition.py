@@ -1,7 +1,7 @@
-"""A condition that chooses rows, such as ``mean_nll > 4``: DuckDB parses and evaluates it, and may do nothing else.
+"""A condition that chooses rows, such as ``mean_nll > 4``: DuckDB parses and evaluates it, and can do nothing else.
 
-Before anything is evaluated, the parsed expression is held against what a condition may have: the columns below,
-constants, comparisons, and the functions in ``FUNCTIONS``. The connection reads no file and no network.
+Before it is evaluated, the parsed expression is checked: only the columns below, constants, comparisons, and the
+functions in ``FUNCTIONS`` are allowed. The connection cannot access files or the network.
 """
 
 import json
@@ -19,7 +19,7 @@ from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.numbers import NUMBER_COLUMNS, read_columns, with_perplexity
 from chat_logits.storage.shard import SCHEMA
 
-# Columns of a condition, and the stored column that each is read from; None for what is known without.
+# Columns of a condition, and the stored column that each is read from; None if none has to be read.
 COLUMNS = {
     "row": None,
     **{name: name for name in NUMBER_COLUMNS},
@@ -32,10 +32,16 @@ CLASSES = "COLUMN_REF CONSTANT COMPARISON CONJUNCTION BETWEEN CASE CAST TYPE OPE
 FUNCTIONS = """+ - * / // % ** ^ || ~~ !~~ ~~* !~~* ~~~ like_escape ilike_escape not_like_escape not_ilike_escape
 abs ceil ceiling floor round trunc sign exp ln log log2 log10 sqrt pow power greatest least isnan isinf isfinite
 length len strlen lower upper trim contains prefix suffix starts_with ends_with regexp_matches regexp_full_match"""
-# What the tree of a query has beside its one expression
-BARE = {
-    **{"type": "SELECT_NODE", "modifiers": [], "cte_map": {"map": []}, "group_sets": []},
-    **dict.fromkeys(("where_clause", "having", "qualify", "sample")),
+# What the tree of a query with one expression has besides that
+BARE: dict[str, object] = {
+    "type": "SELECT_NODE",
+    "modifiers": [],
+    "cte_map": {"map": []},
+    "group_sets": [],
+    "where_clause": None,
+    "having": None,
+    "qualify": None,
+    "sample": None,
 }
 LONGEST = 10_000  # characters
 
@@ -59,24 +65,24 @@ class Condition:
 
     @cached_property
     def columns(self) -> set[str]:
-        """Of ``COLUMNS``, those that it is about."""
+        """The columns of ``COLUMNS`` that it uses."""
         return {node["column_names"][0].lower() for node in _nodes(self._tree) if node["class"] == "COLUMN_REF"}
 
     def rows_of(self, dataset: StoredDataset) -> np.ndarray:
-        """Numbers of the stored rows of which it is true, int64 and ascending. Only ``columns`` are read."""
+        """Numbers of the stored rows for which it is true, int64 and ascending. Only ``columns`` are read."""
         table = read_columns(dataset, _stored(self.columns) or ["source_index"])
         found = self._answer(table, f"SELECT row FROM rows WHERE {self._inside} ORDER BY row")
         return np.array(found, np.int64).reshape(-1)
 
     @property
     def _inside(self) -> str:
-        """In brackets that no comment takes away."""
+        """The text in brackets, which a comment in it cannot swallow."""
         return f"(\n{self.text}\n)"
 
     @cached_property
     def _tree(self) -> dict:
         """The parsed expression."""
-        for text in (self.text, self._inside):  # without brackets first: one may end before it begins
+        for text in (self.text, self._inside):  # without brackets first: the text may close them, as in "1) + (2"
             ((found,),) = self._answer(None, "SELECT json_serialize_sql(?)", [f"SELECT {text}\nFROM rows"])
             try:
                 tree = json.loads(found)
@@ -91,7 +97,7 @@ class Condition:
         return node["select_list"][0]
 
     def _refuse(self, node: dict) -> None:
-        """Raise UsageError for what a condition may not have."""
+        """Raise UsageError if the node is not allowed in a condition."""
         kind, names, function = node["class"], node.get("column_names", []), node.get("function_name", "")
         if kind not in CLASSES.split():
             raise self._error(f"{kind.lower()} is not for conditions")
@@ -101,7 +107,7 @@ class Condition:
             raise self._error(f"the function {function} is not for conditions")
 
     def _answer(self, table: pa.Table | None, query: str, values: list[str] | None = None) -> list[tuple]:
-        """What DuckDB gives for a query of ``rows``, and of nothing else: no files, no network, no settings."""
+        """DuckDB's answer to a query of ``rows`` alone: no files, no network, no settings."""
         try:
             import duckdb
         except ImportError as error:
@@ -140,7 +146,7 @@ def _stored(columns: set[str]) -> list[str]:
 
 
 def _one_row(columns: set[str]) -> pa.Table:
-    """What ``read_columns`` gives for these columns, of one row that is made up."""
+    """A table as from ``read_columns`` for these columns, with one made-up row."""
     names = _stored(columns)
     values: dict = {"messages": [], "tools": None}
     arrays = [pa.array([values.get(name, 0)], SCHEMA.field(name).type) for name in names]

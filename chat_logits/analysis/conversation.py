@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from chat_logits.analysis.row import row_numbers
+from chat_logits.analysis.row import token_statistics
 from chat_logits.analysis.tokens import (
     PROMPT,
     TokenAnalysis,
@@ -27,11 +27,11 @@ UNCHANGED = object()
 
 @dataclass(frozen=True, repr=False)
 class Analysis(Sequence):
-    """A conversation's tokens, all of them, in order; a sequence of ``TokenAnalysis``.
+    """All tokens of a conversation, in order; a sequence of ``TokenAnalysis``.
 
-    ``messages`` are the conversation as it is stored, ``sample_index`` its row. What is shown follows from ``top_n``
-    predictions a token, ``show_prompt`` (None: its end in a table, all of it elsewhere), and ``only``: the n most
-    surprising tokens, or those extracted ones for which a function of a ``TokenAnalysis`` is true. Raises UsageError
+    ``messages`` are the conversation as it is stored, ``sample_index`` its row. These decide what is shown: ``top_n``
+    predictions a token; ``show_prompt`` (None: its end in a table, all of it elsewhere); and ``only``: the n most
+    surprising tokens, or the extracted tokens for which a function of a ``TokenAnalysis`` is true. Raises UsageError
     for numbers below 1.
     """
 
@@ -54,7 +54,7 @@ class Analysis(Sequence):
         return len(self.tokens)
 
     def __getitem__(self, index):
-        """A token, or, of a slice, the same analysis with some of the tokens."""
+        """A token, or, for a slice, the same analysis with these tokens."""
         found = self.tokens[index]
         return replace(self, tokens=found) if isinstance(index, slice) else found
 
@@ -120,14 +120,14 @@ def analyze_token_probabilities(
 
     ``extraction`` is a dataset's ``manifest``, or the content of its ``extraction.json``.
 
-    Reconstruction and masking are ``align_row``'s, which raises AlignmentError where the tokens are not those
-    extracted from; the remaining tokens then match the stored distributions one to one.
+    ``align_row`` reconstructs and masks the tokens, and raises AlignmentError if they are not those extracted from; the
+    remaining tokens match the stored distributions one to one.
     """
     return _analyzed(row, align_row(row, tokenizer, extraction, chat_template), tokenizer, top_n)
 
 
 def _analyzed(row: dict, alignment: Alignment, tokenizer, top_n: int) -> list[TokenAnalysis]:
-    numbers = row_numbers(row, alignment.input_ids[alignment.positions])
+    numbers = token_statistics(row, alignment.input_ids[alignment.positions])
     return with_predictions(label_tokens(alignment, tokenizer), numbers, tokenizer, top_n)
 
 
@@ -136,7 +136,7 @@ def analyze_row(
 ) -> Analysis:
     """The analysis of a stored row, number ``sample_index`` of its dataset.
 
-    ``aligner`` is of the dataset and of ``tokenizer``; ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``.
+    ``aligner`` is for the dataset and ``tokenizer``; ``shown`` are ``show_prompt`` and ``only`` of ``Analysis``.
     """
     return Analysis(
         tokens=_analyzed(row, aligner.align(row, sample_index), tokenizer, top_n),

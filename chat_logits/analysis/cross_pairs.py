@@ -1,4 +1,4 @@
-"""Two rows of one conversation with different tokenizers: their answers in spans, and what is left out of them."""
+"""Two rows of one conversation with different tokenizers: their answers in spans, and what is left out."""
 
 import math
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from chat_logits.analysis.cross_records import BitTotals, LeftOut, bit_totals
 from chat_logits.analysis.cross_sides import Side, SideRow
 from chat_logits.analysis.spans import Share, Span, Tokenization, spans_of, told
+from chat_logits.data.stored_messages import from_stored
 
 OUTSIDE = "outside of the answers' texts"
 NATS = math.log(2)  # in a bit
@@ -58,7 +59,7 @@ def pair_of(first: SideRow, other: SideRow) -> Pair:
 
 
 def _spans(first: SideRow, other: SideRow, number: int, length: int) -> list[Span]:
-    """The spans of an answer of so many bytes; one that is left out where one of the rows has not got the answer."""
+    """The spans of an answer of ``length`` bytes; a single one that is left out if a row does not have the answer."""
     if not length:
         return []
     found, other_found = first.answer(number), other.answer(number)
@@ -70,7 +71,7 @@ def _spans(first: SideRow, other: SideRow, number: int, length: int) -> list[Spa
 
 
 def _left_out(first: SideRow, other: SideRow, answers: list[Answer]) -> list[LeftOut]:
-    """By reason, with each extracted token that is not compared in one of them."""
+    """What is left out, by reason; each extracted token that is not compared is counted once."""
     counts: dict[str, list[int]] = {}
     rest = [set(side.placed.alignment.positions.tolist()) for side in (first, other)]
     for answer in answers:
@@ -90,7 +91,7 @@ def _count(counts: dict[str, list[int]], reason: str, numbers: list[int]) -> Non
 
 
 def joined_by_reason(parts: Iterable[LeftOut]) -> list[LeftOut]:
-    """One of each reason, that with the most bytes first."""
+    """One ``LeftOut`` per reason, the one with the most bytes first."""
     counts: dict[str, list[int]] = {}
     for part in parts:
         _count(counts, part.reason, [part.num_answers, part.num_bytes, part.num_tokens, part.other_num_tokens])
@@ -109,9 +110,9 @@ def count_rewrites(side: Side, row: SideRow, answers: list[Answer], name: str) -
 
 
 def has_same_messages(row: dict, other_row: dict) -> bool:
-    """Whether two rows have the same roles and contents, those of system messages apart."""
+    """Whether two rows have the same messages, including tool calls; system messages are ignored."""
     said, other_said = (
-        [(message["role"], message["content"]) for message in each["messages"] if message["role"] != "system"]
+        [message for message in from_stored(each["messages"]) if message["role"] != "system"]
         for each in (row, other_row)
     )
     return said == other_said

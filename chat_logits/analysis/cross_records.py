@@ -1,4 +1,4 @@
-"""The records that a comparison across tokenizers is made of. All bits are of the first's and the other's −log₂ p.
+"""The records of a comparison across tokenizers. All bits are −log₂ p of the first and of the other model.
 
 A ``difference`` is the other's bits minus the first's: above 0, the other model was more surprised.
 """
@@ -14,15 +14,15 @@ from chat_logits.words import count_text
 
 
 def difference_of(bits: float, other_bits: float) -> float:
-    """The other's minus the first's, 0 where both are infinite."""
+    """The other's minus the first's, 0 if both are infinite."""
     return 0.0 if bits == other_bits else other_bits - bits
 
 
 @dataclass(frozen=True)
 class BitTotals:
-    """Over all spans that are compared: their bytes of UTF-8, each dataset's tokens and bits, and the bits a byte.
+    """Over all spans that are compared: their bytes of UTF-8, each dataset's tokens and bits, and the bits per byte.
 
-    Each ratio is of the totals, nan without a byte.
+    Ratios are of totals, nan without a byte.
     """
 
     num_spans: int
@@ -50,9 +50,10 @@ def bit_totals(
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What is not compared for one reason: bytes of the answers, and the tokens of each dataset that were extracted.
+    """What is not compared for one reason: bytes of the answers, and each dataset's extracted tokens.
 
-    ``num_answers`` are left out whole. Tokens outside of the answers' texts, such as ends of turns, have no bytes here.
+    ``num_answers`` counts answers that are left out whole. Tokens outside of the answers' texts, such as ends of turns,
+    have no bytes here.
     """
 
     reason: str
@@ -77,7 +78,7 @@ class Surprised:
 
 @dataclass(frozen=True)
 class SpanToken:
-    """A token of a span; ``log_prob`` in nats, None where it was not extracted; ``text`` is as in ``TokenAnalysis``."""
+    """A token of a span; ``log_prob`` in nats, None if it was not extracted; ``text`` is as in ``TokenAnalysis``."""
 
     position: int
     token_id: int
@@ -87,10 +88,10 @@ class SpanToken:
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Bytes ``start`` to ``end`` of a message, number ``message`` of the conversation, and both datasets' tokens there.
+    """Bytes ``start`` to ``end`` of message number ``message`` of the conversation, and both datasets' tokens there.
 
-    ``index`` counts the conversation's spans. With a ``reason`` it is left out and has no bits. ``text`` has bytes of
-    characters that are not whole in it as surrogate escapes (PEP 383).
+    ``index`` counts the conversation's spans. A span with a ``reason`` is left out and has no bits. In ``text``, bytes
+    of partial characters are surrogate escapes (PEP 383).
     """
 
     index: int
@@ -122,11 +123,11 @@ class TextSpan:
 
 @dataclass(frozen=True, repr=False)
 class SpanComparison(Sequence):
-    """A conversation's answers as two models with tokenizers of their own see them; a sequence of ``TextSpan``.
+    """A conversation's answers as two models with different tokenizers see them; a sequence of ``TextSpan``.
 
-    All bytes of the answers are in one of them, in order. ``has_other_system`` where the system messages differ;
+    The spans cover all bytes of the answers, in order. ``has_other_system`` if the system messages differ;
     ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other characters;
-    ``differences`` are the runs'.
+    ``differences`` are those between the runs.
     """
 
     spans: list[TextSpan]
@@ -167,15 +168,24 @@ class SpanComparison(Sequence):
         return sorted(compared, key=lambda span: -abs(span.difference or 0.0))[: self.only]
 
     def to_dicts(self) -> list[dict]:
-        """A dict per shown span; numbers of spans that are left out are None."""
+        """A dict per shown span; spans that are left out have None as numbers."""
         return [span.as_dict() for span in self.shown]
 
     @property
     def head(self) -> dict:
-        """Which rows of which datasets it is of, how their runs differ, the totals, and what is left out."""
+        """The datasets and rows, how their runs differ, the totals, and what is left out."""
         names = (
-            *("first", "other", "sample_index", "other_sample_index", "source_index", "differences"),
-            *("has_other_system", "rewrites", "other_rewrites", "totals", "left_out"),
+            "first",
+            "other",
+            "sample_index",
+            "other_sample_index",
+            "source_index",
+            "differences",
+            "has_other_system",
+            "rewrites",
+            "other_rewrites",
+            "totals",
+            "left_out",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -211,7 +221,7 @@ class SurprisingSpan:
 
 @dataclass(frozen=True)
 class ConversationBits:
-    """A conversation in bits a byte; ``question`` is how its first user turn begins."""
+    """A conversation in bits per byte; ``question`` is the beginning of its first user turn."""
 
     sample_index: int
     other_sample_index: int
@@ -226,15 +236,15 @@ class ConversationBits:
 
 @dataclass(frozen=True, repr=False)
 class CrossComparison:
-    """Two datasets with tokenizers of their own over all the conversations that they share.
+    """Two datasets with different tokenizers over all the conversations that they share.
 
     ``num_conversations`` are shared and compared, and ``conversations`` has a record of each, in order. ``error`` is
-    the standard error of the totals' difference, from the conversations' sums, nan for a single one. ``only_in_first``
-    and ``only_in_other`` count source rows of one alone, ``num_different`` those of both whose messages are not the
-    same, ``num_without_spans`` those with nothing to compare. ``num_other_system`` of those compared have another
-    system message there; ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens decode to other
-    characters. ``first_spans`` and ``other_spans`` are those where that model was more surprised, the largest first;
-    ``differences`` is what differs between the runs. Where some of the first's rows were chosen for it,
+    the standard error of the totals' difference, from the conversations' sums, nan for a single conversation.
+    ``only_in_first`` and ``only_in_other`` count source rows that only one dataset has, ``num_different`` shared ones
+    with different messages, ``num_without_spans`` those with nothing to compare. ``num_other_system`` of the compared
+    ones have different system messages; ``rewrites`` and ``other_rewrites`` count answers that each dataset's tokens
+    decode to other characters. ``first_spans`` and ``other_spans`` are the spans where that model was more surprised,
+    the largest first; ``differences`` is what differs between the runs. If only some of the first's rows were chosen,
     ``chosen_from`` is how many it has.
     """
 

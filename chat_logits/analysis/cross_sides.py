@@ -1,4 +1,4 @@
-"""One dataset's side of a comparison across tokenizers: its rows' answers as pieces of their own bytes."""
+"""One dataset's side of a comparison across tokenizers: its rows' answers, cut into pieces of bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from chat_logits.data.tokenizer import unknown_token_id
 from chat_logits.storage.dataset import StoredDataset
 
 EDGE_REASON = "a token goes beyond the answer"
-UNKNOWN_REASON = "a token for what the vocabulary has not"
+UNKNOWN_REASON = "an unknown token"
 
 
 @dataclass(frozen=True)
 class SideRow:
     """A stored row of one dataset, with its tokens' places.
 
-    ``log_probs`` float64 (T,) are those of all tokens, in nats, nan where a token was not extracted; ``reasons`` are
-    the alignment's, and of extracted tokens that say nothing of the text.
+    ``log_probs`` float64 (T,) are those of all tokens, in nats, nan for tokens that were not extracted; ``reasons`` are
+    the alignment's, plus one for extracted unknown tokens.
     """
 
     row: dict
@@ -29,7 +29,7 @@ class SideRow:
     reasons: list[str | None]
 
     def answer(self, number: int) -> Tokenization | str:
-        """The pieces of an answer, the one of this number, or the reason why it cannot be compared."""
+        """The pieces of the answer with this number, or the reason why it cannot be compared."""
         place = self.placed.answers[number]
         if isinstance(place, str):
             return place
@@ -57,7 +57,7 @@ class SideRow:
         return not np.isnan(self.log_probs[token])
 
     def tokens_of_turn(self, number: int) -> list[int]:
-        """The positions of the tokens in an answer's turn; none where its turn is not known."""
+        """The positions of the tokens in an answer's turn; none if the turn is unknown."""
         if not self.placed.turns:
             return []
         start, end = self.placed.turns[number]
@@ -74,8 +74,8 @@ class Side:
         self._unknown_id = unknown_token_id(tokenizer)
 
     def place(self, rows: Sequence[dict], numbers: Sequence[int]) -> list[SideRow]:
-        """The rows of these ``numbers`` with their tokens' places. Raises AlignmentError as ``RowAligner.align`` does,
-        with the dataset."""
+        """The rows, of these ``numbers``, with their tokens' places. Raises AlignmentError as ``RowAligner.align``
+        does, naming the dataset."""
         try:
             placed = list(self._aligner.placed(rows, numbers))
         except AlignmentError as error:
@@ -93,7 +93,7 @@ class Side:
         return SideRow(row, place_row(row["messages"], rendered, alignment, extents, to_pieces), log_probs, reasons)
 
     def rewrites(self, row: SideRow, tokens: Sequence[int], text: str) -> bool:
-        """Whether the tokens, by their positions, write another text than this one, white space apart."""
+        """Whether the tokens at these positions decode to a text other than this one, ignoring white space."""
         ids = row.placed.alignment.input_ids[list(tokens)].tolist()
         written = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return "".join(written.split()) != "".join(text.split())

@@ -1,8 +1,8 @@
 """Two logit datasets over the same conversations with different tokenizers, compared by the text of their tokens.
 
-Target-token log-probabilities are added up over the spans that both tokenizations bound (``spans``), in bits per byte
-of UTF-8. ``compare_spans`` is for one conversation, ``compare_bits`` for all of them, ``compare_any`` for whichever
-comparison two datasets allow.
+Target-token log-probabilities are added up over spans between boundaries that both tokenizations have (``spans``), in
+bits per byte of UTF-8. ``compare_spans`` is for one conversation, ``compare_bits`` for all of them; ``compare_any``
+makes whichever comparison two datasets allow.
 """
 
 import itertools
@@ -47,7 +47,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.words import count_text
 
-LISTED_SPANS, BEFORE = 10, 48  # spans listed of each model, and characters before one
+LISTED_SPANS, BEFORE = 10, 48  # spans listed for each model, and characters shown before one
 
 
 def compare_any(
@@ -63,11 +63,11 @@ def compare_any(
     rows: Rows | None = None,
     other_rows: Rows | None = None,
 ) -> Comparison | DatasetComparison | SpanComparison | CrossComparison:
-    """Token by token where ``other_tokenizer`` is None, as both datasets have one; else by their text.
+    """Compare token by token if ``other_tokenizer`` is None (both datasets have the same), else by their text.
 
-    With a ``sample_index`` that row of the first alone. ``chat_template`` is the first's, as for ``align_row``;
-    ``top_n`` and ``only`` as in ``Comparison``; ``watch``, ``rows`` and ``other_rows`` as for ``compare_datasets``.
-    Raises UsageError for a ``top_n`` of two tokenizers' predictions.
+    With a ``sample_index``, only that row of the first. ``chat_template`` is the first's, as for ``align_row``;
+    ``top_n`` and ``only`` are as in ``Comparison``; ``watch``, ``rows`` and ``other_rows`` as for ``compare_datasets``.
+    Raises UsageError for a ``top_n`` with two tokenizers.
     """
     if other_tokenizer is None and sample_index is None:
         return compare_datasets(first, other, tokenizer, chat_template, watch, rows, other_rows)
@@ -87,9 +87,9 @@ def compare_any(
 
 
 def compare_spans(first: Side, other: Side, sample_index: int = 0, only: int | None = None) -> SpanComparison:
-    """Row ``sample_index`` of the first (negative ones from the end) beside the other's row of the same source row.
+    """Compare row ``sample_index`` of the first (negative: from the end) with the other's row of the same source row.
 
-    Raises ToolkitError where the other has not got the conversation, or has it with other messages.
+    Raises ToolkitError if the other does not have the conversation, or has it with other messages.
     """
     row = first.dataset.read_row(sample_index)
     sample_index %= first.dataset.num_rows
@@ -164,10 +164,10 @@ def compare_bits(
     rows: Rows | None = None,
     other_rows: Rows | None = None,
 ) -> CrossComparison:
-    """Compare every conversation of both datasets, in one pass; memory grows by a record a conversation.
+    """Compare every conversation of both datasets, in one pass; memory grows by one record per conversation.
 
     ``watch``, ``rows`` and ``other_rows`` are as for ``compare_datasets``.
-    Raises ToolkitError where there is no conversation, or no span, to compare.
+    Raises ToolkitError if there is no conversation, or no span, to compare.
     """
     tally = _BitTally(first, other)
     counts = [first.dataset.count(rows), other.dataset.count(other_rows)]
@@ -195,12 +195,12 @@ class _BitTally:
         self.totals: list[BitTotals] = []
         self.conversations: list[ConversationBits] = []
         self.left_out: list[LeftOut] = []
-        # By who was more surprised, the first or the other: counts, and a heap of (bits, −place in order, record).
+        # By which model was more surprised, the first or the other: counts, and a heap of (bits, −order, record).
         self.surprised = [Surprised(0, 0, 0, 0.0)] * 2
         self.spans: tuple[list, list] = ([], [])
 
     def add_all(self, pairs: list[tuple[int, dict, int, dict]]) -> None:
-        """Count conversations in, which are rendered and tokenized together."""
+        """Add conversations; they are rendered and tokenized together."""
         self.num_paired += len(pairs)
         alike = [pair for pair in pairs if has_same_messages(pair[1], pair[3])]
         self.num_different += len(pairs) - len(alike)
@@ -212,7 +212,7 @@ class _BitTally:
             self.add(sample_index, other_index, pair_of(*pair))
 
     def add(self, sample_index: int, other_index: int, pair: Pair) -> None:
-        """Count a conversation in."""
+        """Add a conversation."""
         self.left_out = joined_by_reason([*self.left_out, *pair.left_out])
         totals = pair.totals
         if not totals.num_spans:
@@ -227,7 +227,7 @@ class _BitTally:
             self._add_surprised(who, sample_index, other_index, pair, totals)
 
     def _add_surprised(self, who: int, sample_index: int, other_index: int, pair: Pair, totals: BitTotals) -> None:
-        """The spans in which the first, or the other, was more surprised."""
+        """Add the spans in which the first (``who`` 0) or the other (1) was more surprised."""
         sign = (-1, 1)[who]
         found = [
             (sign * difference_of(span.first.nll, span.other.nll) / NATS, answer, span)
@@ -275,7 +275,7 @@ class _BitTally:
         )
 
     def comparison(self, counts: list[int], is_part: bool) -> CrossComparison:
-        """The comparison of the two datasets, of which ``counts`` rows each, once every row has been added."""
+        """The comparison of the two datasets, with ``counts`` rows each, once every row has been added."""
         totals = _added(self.totals)
         return CrossComparison(
             first=source_of(self.first.dataset),
@@ -321,9 +321,10 @@ def _added(totals: list[BitTotals]) -> BitTotals:
 
 
 def standard_error(totals: list[BitTotals]) -> float:
-    """Of the difference in bits per byte of all, from the conversations' sums, as spans of one are alike; nan of one.
+    """The standard error of the overall difference in bits per byte, nan for a single conversation.
 
-    The ratio estimator's: Cochran, "Sampling Techniques", 6.3.
+    It is computed from the conversations' sums, as spans within a conversation are correlated, by the variance of a
+    ratio estimator: Cochran, "Sampling Techniques", 6.3.
     """
     n, size = len(totals), sum(each.num_bytes for each in totals)
     if n < 2:

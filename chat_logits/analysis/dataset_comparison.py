@@ -46,10 +46,10 @@ LISTED_TOKENS, LISTED_CONVERSATIONS = 20, 5
 class DatasetComparison:
     """Two datasets over all the conversations that they share.
 
-    ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count the others, and
-    ``num_different`` those of both whose tokens are not the same, which are left out. ``tokens`` and ``conversations``
-    are those with the largest KL and mean KL, the largest first; ``differences`` is what differs between the runs.
-    Where some of the first's rows were chosen for it, ``chosen_from`` is how many it has.
+    ``num_conversations`` are shared and compared; ``only_in_first`` and ``only_in_other`` count those that only one
+    dataset has, and ``num_different`` shared ones with different tokens, which are left out. ``tokens`` and
+    ``conversations`` are those with the largest KL and mean KL, the largest first; ``differences`` is what differs
+    between the runs. If only some of the first's rows were chosen, ``chosen_from`` is how many it has.
     """
 
     first: Source
@@ -86,10 +86,10 @@ def compare_datasets(
 ) -> DatasetComparison:
     """Compare every conversation of both datasets, in one pass and bounded memory.
 
-    ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only the conversations with tokens that are
-    listed are rebuilt. ``watch(rows, total)`` goes through the first's rows. ``rows`` and ``other_rows`` are the
-    numbers, ascending, of those to compare, None for all. Raises UsageError for datasets of two tokenizers,
-    ToolkitError where no conversation is shared.
+    ``tokenizer`` and ``chat_template`` are as in ``compare_analyses``; only conversations with listed tokens are
+    rebuilt. ``watch(rows, total)`` iterates over the first's rows. ``rows`` and ``other_rows`` are the ascending
+    numbers of the rows to compare, None for all. Raises UsageError for datasets with different tokenizers, ToolkitError
+    if no conversation is shared.
     """
     refuse_other_tokenizer(first, other)
     tally = _ComparisonTally(RowAligner(tokenizer, first.manifest, chat_template).align, tokenizer)
@@ -119,12 +119,12 @@ class _ComparisonTally:
         self.num_conversations = 0
         self.sums = np.zeros(6)
         self.counts = np.zeros(len(KL_EDGES), np.int64)
-        # Heaps of (KL, −place in order, record): the least of those kept comes first.
+        # Heaps of (KL, −order, record): the least of those kept comes first.
         self.tokens: list[tuple[float, int, DivergentToken]] = []
         self.conversations: list[tuple[float, int, DivergentConversation]] = []
 
     def add(self, sample_index: int, row: dict, compared: RowComparison) -> None:
-        """Count a conversation in."""
+        """Add a conversation."""
         self.num_conversations += 1
         self._keep_tokens(sample_index, row, compared)
         sums = comparison_sums(compared)
@@ -146,7 +146,7 @@ class _ComparisonTally:
     def comparison(
         self, first: StoredDataset, other: StoredDataset, num_different: int, counts: list[int], is_part: bool
     ) -> DatasetComparison:
-        """The comparison of the two datasets, of which ``counts`` rows each, once every row has been added."""
+        """The comparison of the two datasets, with ``counts`` rows each, once every row has been added."""
         in_both = self.num_conversations + num_different
         return DatasetComparison(
             first=source_of(first),

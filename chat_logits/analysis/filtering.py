@@ -1,6 +1,6 @@
-"""Some rows of a dataset, listed, or taken out of it: as a filtered logit dataset, as messages, or as source indices.
+"""Some rows of a dataset, listed or saved: as a filtered logit dataset, as messages, or as source indices.
 
-FORMAT.md, "Filtered datasets", is the specification of the first.
+FORMAT.md, "Filtered datasets", specifies the first.
 """
 
 import json
@@ -18,13 +18,13 @@ from chat_logits.storage.disk import refuse_filled, write_lines
 from chat_logits.storage.numbers import number_table, read_columns
 from chat_logits.words import count_text
 
-MESSAGES, INDICES = ".jsonl", ".txt"  # endings of the files that a choice of rows is saved to
-OTHER_FILES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # which would not be what their names say
+MESSAGES, INDICES = ".jsonl", ".txt"  # endings of files that rows are saved to
+OTHER_FILES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # endings of formats that are not written
 
 
 @dataclass(frozen=True)
 class FoundRow:
-    """A stored row's numbers, as FORMAT.md has them, and how its first user message begins."""
+    """A stored row's numbers, as in FORMAT.md, and the beginning of its first user message."""
 
     row: int
     source_index: int
@@ -39,8 +39,8 @@ class FoundRow:
 
 @dataclass(frozen=True, repr=False)
 class Filtering:
-    """The rows of a dataset of which a ``condition`` is true (None: that were chosen otherwise), and where they were
-    ``saved`` (None: nowhere)."""
+    """The rows of a dataset for which a ``condition`` is true (None: chosen otherwise), and where they were ``saved``
+    (None: nowhere)."""
 
     dataset_id: str
     condition: str | None
@@ -61,9 +61,9 @@ class Filtering:
 
 
 def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None) -> Filtering:
-    """The rows of which a condition is true (``Condition``), saved as by ``save_rows`` where ``save`` is a place.
+    """The rows for which a condition is true (``Condition``), saved by ``save_rows`` if ``save`` is given.
 
-    Raises UsageError for what is no condition and for a place that cannot be saved to, before anything is read.
+    Raises UsageError for an invalid condition and for a place that cannot be saved to, before anything is read.
     """
     wanted = Condition(condition)
     if save is not None:
@@ -82,17 +82,18 @@ def filter_rows(dataset: StoredDataset, condition: str, save: str | None = None)
 
 
 def found_rows(dataset: StoredDataset, rows: Rows) -> list[FoundRow]:
-    """The numbers and questions of these stored rows, which ascend."""
+    """The numbers and questions of these stored rows, in ascending order."""
     numbers = number_table(dataset, rows).to_pylist()
     messages = read_columns(dataset, ["messages"], rows)["messages"].to_pylist()
     return [FoundRow(**row, question=question_of(one)) for row, one in zip(numbers, messages, strict=True)]
 
 
-# --- out of the dataset ---
+# --- saving ---
 
 
 def check_rows(dataset: StoredDataset, rows: Rows) -> np.ndarray:
-    """Numbers of stored rows, int64, ascending, each once. Raises UsageError for others, and for none."""
+    """The numbers of stored rows as int64, ascending, each once. Raises UsageError for other values, ToolkitError for
+    none."""
     try:
         numbers = np.unique(np.asarray(rows if isinstance(rows, np.ndarray) else list(rows)))
     except (TypeError, ValueError) as error:
@@ -119,9 +120,9 @@ def check_place(save: str) -> None:
 
 def save_rows(dataset: StoredDataset, rows: Rows, save: str, condition: str | None = None) -> None:
     """Write some stored rows, by their numbers, to ``save``: FILE.jsonl gets their messages, FILE.txt their source
-    indices, and any other name is the folder of a filtered dataset, whose ``condition`` is recorded.
+    indices, and any other name is the folder of a filtered dataset, which records the ``condition``.
 
-    Raises UsageError as ``check_place`` and ``check_rows``, ToolkitError where it cannot be written.
+    Raises UsageError as ``check_place`` and ``check_rows`` do, ToolkitError if it cannot be written.
     """
     check_place(save)
     numbers = check_rows(dataset, rows)
@@ -137,7 +138,7 @@ def save_rows(dataset: StoredDataset, rows: Rows, save: str, condition: str | No
 
 def write_dataset(dataset: StoredDataset, rows: Rows, folder: str, condition: str | None = None) -> None:
     """Write a filtered dataset of these rows to a new or an empty folder. ``condition`` is what they were chosen by;
-    without one, their numbers are recorded. Raises as ``save_rows``."""
+    without one, their numbers are recorded. Raises as ``save_rows`` does."""
     from chat_logits.storage.derived import write_filtered  # with the card, imports huggingface_hub
 
     numbers = check_rows(dataset, rows)
@@ -146,8 +147,8 @@ def write_dataset(dataset: StoredDataset, rows: Rows, folder: str, condition: st
 
 
 def messages_of(dataset: StoredDataset, rows: Rows) -> Iterator[dict]:
-    """``source_index``, ``messages`` and, where there are any, ``tools`` (a list) of these rows, as they were read from
-    the source: what an extraction takes again."""
+    """``source_index``, ``messages`` and, if any, ``tools`` (a list) of these rows, as they were read from the source:
+    they can be extracted again."""
     for _, row in dataset.chosen_rows(rows):
         tools = {} if row["tools"] is None else {"tools": json.loads(row["tools"])}
         yield {"source_index": row["source_index"], "messages": from_stored(row["messages"]), **tools}

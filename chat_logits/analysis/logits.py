@@ -15,7 +15,7 @@ from chat_logits.analysis.cross_records import CrossComparison, SpanComparison
 from chat_logits.analysis.cross_tokenizer import compare_any
 from chat_logits.analysis.dataset_comparison import DatasetComparison
 from chat_logits.analysis.filtering import Filtering, found_rows, messages_of, save_rows, source_indices
-from chat_logits.analysis.opening import open_beside, tokenizer_of
+from chat_logits.analysis.opening import WrongKind, open_beside, tokenizer_of
 from chat_logits.analysis.summary import DatasetSummary, summarize
 from chat_logits.analysis.tokens import Totals
 from chat_logits.data.row_alignment import RowAligner
@@ -33,16 +33,12 @@ class NoSuchRow(UsageError, IndexError):
     """A conversation that is not there."""
 
 
-class WrongKind(UsageError, TypeError):
-    """A value of a type that does not fit."""
-
-
 class Logits(Sequence):
     """A logit dataset, or some of its conversations; ``rows`` are their numbers among the stored rows (None: all).
 
-    ``logits[0]`` is a ``Conversation``, a slice or a list of places the ``Logits`` with those. Nothing is read before
-    it is needed, and the tokenizer is opened for tokens alone; the other arguments are those of ``open_logits``.
-    Methods raise ToolkitError, with what to do about it.
+    ``logits[0]`` is a ``Conversation``; a slice or a list of indices gives ``Logits`` with those. Nothing is read
+    before it is needed, and the tokenizer is only opened for tokens; the other arguments are those of ``open_logits``.
+    Methods raise ToolkitError, which says what to do.
     """
 
     def __init__(
@@ -55,7 +51,7 @@ class Logits(Sequence):
         condition: str | None = None,
     ):
         self.dataset = dataset
-        self.condition = condition  # that chose the rows, all of those that fulfil it
+        self.condition = condition  # the rows are all those for which it is true
         self._rows = rows
         self._options = (chat_template, tokenizer_id, trust_remote_code)
 
@@ -82,7 +78,7 @@ class Logits(Sequence):
         return (Conversation(self, int(row)) for row in self.stored_rows)
 
     def __getitem__(self, index):
-        """A conversation by its place, negative ones from the end, or those of a slice or a list of places."""
+        """A conversation by its index, negative from the end, or those of a slice or a list of indices."""
         if isinstance(index, slice):
             return self._with(self.stored_rows[index])
         if isinstance(index, list | tuple | np.ndarray):
@@ -127,8 +123,8 @@ class Logits(Sequence):
         return number_table(self.dataset)
 
     def where(self, condition: str) -> "Logits":
-        """Those of which a condition is true: a DuckDB expression over the columns of ``Condition``, such as
-        ``mean_nll > 4`` or ``question ILIKE '%roof%' AND num_tokens < 200``."""
+        """The conversations for which a condition is true: a DuckDB expression over the columns of ``Condition``, such
+        as ``mean_nll > 4`` or ``question ILIKE '%roof%' AND num_tokens < 200``."""
         found = Condition(condition).rows_of(self.dataset)
         if self._rows is None:
             return self._with(found, condition)
@@ -136,7 +132,7 @@ class Logits(Sequence):
         return self._with(self._rows[np.isin(self._rows, found)], both)
 
     def listed(self) -> Any:
-        """A ``Filtering``: the conversations with their numbers, and how their first user messages begin."""
+        """A ``Filtering``: the conversations with their numbers and the beginnings of their first user messages."""
         entropy_is_bound = not self.manifest.num_sampled
         rows = found_rows(self.dataset, np.unique(self.stored_rows))
         return self._shown(
@@ -151,10 +147,10 @@ class Logits(Sequence):
     def compare(
         self, other: "Logits | str | Path", revision: str | None = None, tokenizer_id: str | None = None
     ) -> DatasetComparison | CrossComparison:
-        """The conversations beside another dataset's: a ``Logits``, a folder, or a Hub id at ``revision``.
+        """Compare the conversations with another dataset's: a ``Logits``, a folder, or a Hub id at ``revision``.
 
-        Those of some rows beside the other's of the same source rows, or beside those of them that a part of the other
-        has. With another tokenizer, of which ``tokenizer_id`` may say where it lies now, by their text.
+        Conversations are matched by source row; only rows that this and the other ``Logits`` have chosen are compared.
+        Datasets with different tokenizers are compared by their text; ``tokenizer_id`` may say where the other's is.
         """
         rows = self._part("comparison")
         dataset, tokenizer = self._opened_beside(other, revision, tokenizer_id)
@@ -177,28 +173,28 @@ class Logits(Sequence):
     def _opened_beside(
         self, other: object, revision: str | None, tokenizer_id: str | None
     ) -> tuple[StoredDataset, Any]:
-        """The other dataset, and its tokenizer where that is another one."""
+        """The other dataset, and its tokenizer if it is a different one."""
         other = other.logits if isinstance(other, Conversation) else other
         if isinstance(other, Logits):
             same = other.manifest.tokenizer_fingerprint == self.manifest.tokenizer_fingerprint
             return other.dataset, None if same else other.tokenizer
         if isinstance(other, str | Path):
             return open_beside(self.dataset, str(other), revision, tokenizer_id, self._options[2])
-        raise WrongKind(f"{other!r:.60}: expected a logit dataset, opened, or a folder or a Hub id")
+        raise WrongKind(f"a {type(other).__name__}: expected a logit dataset, opened, or its folder or Hub id")
 
     def _part(self, noun: str) -> np.ndarray | None:
-        """The rows, ascending, each once; None where they are all. Raises UsageError where there are none."""
+        """The rows, ascending, each once; None for all. Raises UsageError if there are none."""
         if self._rows is None:
             return None
         if not len(self._rows):
             raise UsageError(f"{self!r}: there is nothing to make a {noun} of; expected one conversation or more")
         return np.unique(self._rows)
 
-    # --- out ---
+    # --- saving ---
 
     def save(self, place: str | Path) -> None:
-        """Write the conversations out: to FILE.jsonl their messages, to FILE.txt their source indices, or to a new
-        folder a filtered logit dataset, with the stored rows as they are. ``~`` is the user's own folder."""
+        """Save the conversations: their messages to FILE.jsonl, their source indices to FILE.txt, or to a new folder a
+        filtered logit dataset with the stored rows as they are. ``~`` is the user's home folder."""
         if not isinstance(place, str | Path):
             raise WrongKind(f"save({place!r:.40}): expected FILE.jsonl, FILE.txt or a folder")
         save_rows(self.dataset, self.stored_rows, expanded(place, "save"), self.condition)
@@ -225,15 +221,14 @@ class Logits(Sequence):
         return RowAligner(self.tokenizer, self.manifest, self._options[0])
 
     def _shown(self, result: Any) -> Any:
-        """A result as it is given away."""
+        """The result to return; ``ShownLogits`` makes it show itself."""
         return result
 
 
 class Conversation(Sequence):
-    """Stored row number ``row`` of a dataset: a sequence of its tokens. What an ``Analysis`` has, it has too.
+    """Stored row number ``row`` of a dataset: a sequence of its tokens, with all attributes of an ``Analysis``.
 
-    The row is read and analysed when it is first asked for something of it. Two are equal where they are the same row
-    of the same dataset.
+    The row is read and analysed when it is first needed. Two are equal if they are the same row of the same dataset.
     """
 
     def __init__(self, logits: Logits, row: int):
@@ -246,11 +241,11 @@ class Conversation(Sequence):
 
     @cached_property
     def analysis(self) -> Analysis:
-        """With five predictions a token."""
+        """Its ``Analysis`` with five predictions a token."""
         return self.analyze()
 
     def analyze(self, top_n: int = 5, **shown) -> Analysis:
-        """Its ``Analysis`` with ``top_n`` predictions a token; ``shown`` are ``show_prompt`` and ``only`` of that."""
+        """Its ``Analysis`` with ``top_n`` predictions a token; ``shown`` are its ``show_prompt`` and ``only``."""
         logits = self.logits
         found = analyze_row(logits.dataset, self.stored, self.row, logits.aligner, logits.tokenizer, top_n, **shown)
         return logits._shown(found)
@@ -262,7 +257,7 @@ class Conversation(Sequence):
 
     @property
     def messages(self) -> list[dict]:
-        """As they were read from the source."""
+        """The messages as they were read from the source."""
         return from_stored(self.stored["messages"])
 
     @property
@@ -283,8 +278,8 @@ class Conversation(Sequence):
         top_n: int | None = None,
         only: int | None = None,
     ) -> Comparison | SpanComparison:
-        """Beside another dataset's row of the same source row; ``other`` is as for ``Logits.compare``, ``top_n`` and
-        ``only`` as in ``compare_any``."""
+        """Compare it with another dataset's row of the same source row; ``other`` is as for ``Logits.compare``,
+        ``top_n`` and ``only`` as in ``compare_any``."""
         return self.logits._row_beside(self.row, other, revision, tokenizer_id, top_n, only)
 
     def __len__(self) -> int:
@@ -311,13 +306,13 @@ class Conversation(Sequence):
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        if hasattr(type(self), name):  # a property of its own has raised AttributeError: again, for what it says
+        if hasattr(type(self), name):  # a property raised AttributeError; call it again to get that error
             return object.__getattribute__(self, name)
         return getattr(self.analysis, name)
 
 
 def _whole(index) -> int | None:
-    """A whole number of any kind, None for all else."""
+    """A whole number of any type as an int, None for anything else."""
     try:
         return None if isinstance(index, bool) else operator.index(index)
     except TypeError:

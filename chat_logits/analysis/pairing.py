@@ -1,11 +1,10 @@
-"""Two datasets' rows of the same source rows, and what else their comparisons share."""
+"""Pair two datasets' rows by source row, and other functions that their comparisons share."""
 
 import bisect
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 
-from tqdm import tqdm
-
+from chat_logits.analysis.bars import bar
 from chat_logits.analysis.divergence import Source
 from chat_logits.analysis.runs import RunDifference, run_differences
 from chat_logits.errors import ToolkitError, UsageError
@@ -14,15 +13,25 @@ from chat_logits.storage.json_files import SHOWN, canonical
 
 # Keys of extraction.json that decide which tokens a conversation has and which of them are extracted
 DECIDE_TOKENS = (
-    *("keep_end_of_turn", "all_turns", "skipped_token_ids", "chat_template", "tools_template", "template_kwargs"),
-    *("template_date", "system_prompt", "columns", "dataset_config", "split", "dataset_revision"),
+    "keep_end_of_turn",
+    "all_turns",
+    "skipped_token_ids",
+    "chat_template",
+    "tools_template",
+    "template_kwargs",
+    "template_date",
+    "system_prompt",
+    "columns",
+    "dataset_config",
+    "split",
+    "dataset_revision",
 )
 Watch = Callable[[Iterable, int], Iterator]
 Numbered = Iterable[tuple[int, dict]]
 
 
 def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
-    """Raise UsageError where two datasets' ids are not of one tokenizer."""
+    """Raise UsageError if two datasets' ids are not of the same tokenizer."""
     expected, fingerprint = (dataset.manifest.tokenizer_fingerprint for dataset in (first, other))
     if fingerprint != expected:
         raise UsageError(
@@ -32,9 +41,10 @@ def refuse_other_tokenizer(first: StoredDataset, other: StoredDataset) -> None:
 
 
 def row_of(dataset: StoredDataset, source_index: int, likely: int) -> tuple[int, dict]:
-    """The stored row of a source row and its number, which is ``likely`` unless the datasets lack different rows.
+    """The number and the stored row of a source row.
 
-    Rows are in the order of their source rows.
+    The number is ``likely`` unless different rows are missing in the two datasets; rows are in the order of their
+    source rows.
     """
     row = dataset.read_row(likely) if likely < dataset.num_rows else None
     if row is not None and row["source_index"] == source_index:
@@ -69,24 +79,24 @@ def why_other_tokens(first: StoredDataset, other: StoredDataset) -> str:
 
 
 def _difference_text(difference: RunDifference) -> str:
-    """The key, and both values where they are short; an extraction.json without the key has null."""
+    """The key, and both values if they are short; null for an extraction.json without the key."""
     values = [canonical(value).decode() for value in (difference.first, difference.other)]
     return f"{difference.key} ({' and '.join(values)})" if max(map(len, values)) <= SHOWN else difference.key
 
 
 def source_of(dataset: StoredDataset) -> Source:
-    """The dataset and the model that it is of."""
+    """The dataset and its model."""
     return Source(dataset.dataset_id, dataset.manifest.model_id)
 
 
 def show_progress(rows: Iterable, total: int) -> Iterator:
-    """Go through the rows; a terminal is told how far, from a second on."""
-    with tqdm(rows, "Comparing", total, unit=" conversations", leave=False, delay=1) as bar:
-        yield from bar
+    """Iterate over the rows, with a progress bar from one second on."""
+    with bar(rows, "Comparing", total, unit=" conversations", leave=False, delay=1) as watched:
+        yield from watched
 
 
 def paired_rows(rows: Numbered, other_rows: Numbered) -> Iterator[tuple[int, dict, int, dict]]:
-    """The rows of the same source rows, each with its number; both are in the order of their source rows."""
+    """Pairs of rows of the same source row, each with its number; both inputs are in the order of source rows."""
     others: Iterator[tuple[int, dict | None]] = iter(other_rows)
     end: tuple[int, dict | None] = (0, None)
     other_index, other_row = next(others, end)

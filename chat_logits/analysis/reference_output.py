@@ -1,4 +1,4 @@
-"""A conversation's reference forward pass, and what a stored row is held against of it."""
+"""A conversation's reference forward pass, and the parts of it that a stored row is compared with."""
 
 from collections.abc import Iterator
 
@@ -8,19 +8,19 @@ from logit_codec import MAX_TOKEN_ID, DecodedRow
 
 SHIFTS = (-1, 0, 1)  # the model's output one position earlier, in place, one position later
 IN_PLACE = SHIFTS.index(0)
-PIECE_BYTES = 2**28  # of float32 logits at once, on the model's device and again on the host
+PIECE_BYTES = 2**28  # of float32 logits at once, on the model's device and on the host
 
 
 def dtype_name(model) -> str:
-    """As ``extraction.json`` records it."""
+    """The model's dtype as ``extraction.json`` records it."""
     return str(model.dtype).removeprefix("torch.")
 
 
 class Output:
-    """A conversation's reference forward pass, a piece of its outputs at hand.
+    """A conversation's reference forward pass, with one piece of its outputs in memory.
 
-    ``logits`` float32 (m, V) on the host are those of the outputs ``at`` (m,), at first as many of the last as a piece
-    has. Of all outputs are ``logsumexp`` float64 (T,) and ``tolerance``, what a logit may differ by, in nats.
+    ``logits`` float32 (m, V) on the host are those of the outputs ``at`` (m,), at first the last piece. ``logsumexp``
+    float64 (T,) is over all outputs, and so is ``tolerance``, the difference allowed for a logit, in nats.
     """
 
     def __init__(self, model, input_ids: np.ndarray, asked: "Asked | None" = None):
@@ -38,24 +38,24 @@ class Output:
         self.tolerance = TOLERANCE[model.dtype] * max(1.0, largest.max().item())
 
     def _pieces(self, at: np.ndarray) -> Iterator[slice]:
-        """Take the outputs ``at`` (n,) at hand, a piece after another: which they are of these."""
+        """Load the outputs ``at`` (n,) piece by piece; yields the slice of ``at`` in each piece."""
         for start in range(0, len(at), self._most):
             part = slice(start, start + self._most)
             self.at, self.logits = at[part], self._outputs.rows(at[part]).numpy()
             yield part
 
     def storable(self, row: int) -> np.ndarray:
-        """Log-probabilities of all storable ids at the ``row``-th output at hand, float64."""
+        """Log-probabilities of all storable ids at the ``row``-th output in memory, float64."""
         return self.logits[row, :MAX_TOKEN_ID].astype(np.float64) - self.logsumexp[self.at[row]]
 
     def each_storable(self, at: np.ndarray) -> Iterator[np.ndarray]:
-        """The same at the outputs ``at`` (n,), one after another."""
+        """The same for each of the outputs ``at`` (n,)."""
         for _ in self._pieces(at):
             yield from map(self.storable, range(len(self.at)))
 
 
 def _sums_and_largest(logits: np.ndarray, nothing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of logits (m, V) each row's logsumexp, and its largest size but for masks, both float64 (m,)."""
+    """Each row's logsumexp of logits (m, V), and its largest absolute value except masked logits; float64 (m,)."""
     import torch
 
     sums, largest = [], []
@@ -67,11 +67,11 @@ def _sums_and_largest(logits: np.ndarray, nothing: float) -> tuple[np.ndarray, n
 
 
 class Asked:
-    """What a row needs of its conversation's outputs, looked up while they pass by; log-probabilities are float64.
+    """What a row needs of its conversation's outputs, collected piece by piece; log-probabilities are float64.
 
-    Those of the ``tokens`` (3, n) and of the stored nucleus, ``top`` (3, n, K), at each of SHIFTS from the outputs
-    ``before`` (n,) of ``length`` in all. In place, those of the stored draws, ``sampled`` (n, S), and ``best`` (n, K),
-    the largest, whose ids are ``ranked``.
+    At each of SHIFTS from the outputs ``before`` (n,), out of ``length`` in all: those of the ``tokens`` (3, n) and of
+    the stored nucleus, ``top`` (3, n, K). In place: those of the stored draws, ``sampled`` (n, S), and the largest
+    ones, ``best`` (n, K), with ids ``ranked``.
     """
 
     def __init__(self, stored: DecodedRow, tokens: np.ndarray, before: np.ndarray, length: int):
@@ -85,7 +85,7 @@ class Asked:
         self.ranked: np.ndarray = np.empty(stored.top_ids.shape, int)
 
     def look_at(self, output: Output) -> None:
-        """At the outputs at hand, which are one behind another."""
+        """Look up what is needed of the outputs in memory, which are consecutive."""
         rows = self.at - output.at[0]
         is_here = (rows >= 0) & (rows < len(output.at))
         for shift, here in enumerate(map(np.flatnonzero, is_here)):

@@ -1,4 +1,4 @@
-"""A stored row as numbers per token: probabilities, ranks, entropies. NumPy alone."""
+"""A stored row as numbers per token: probabilities, ranks, entropies. Needs only NumPy."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from logit_codec import CODE_PROBS, numbers_of_rows, position_entropies, row_ent
 
 
 @dataclass(frozen=True)
-class RowNumbers:
+class TokenStatistics:
     """The numbers of a stored row's n extracted tokens, in nats; float64 (n,) unless said otherwise.
 
-    ``log_probs`` are the target tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 where they are not
-    among the ``kept`` (int64) entries; ``tail_mass`` the probability outside the nucleus. Without draws
+    ``log_probs`` are the target tokens'; ``ranks`` int64 their places in the nucleus from 1, or 0 if they are not among
+    the ``kept`` (int64) entries; ``tail_mass`` is the probability outside the nucleus. Without draws
     ``entropy_is_bound``: the ``entropies`` are lower bounds. ``top_ids`` int32 and ``top_probs`` (n, K) are the nucleus
-    in rank order, absent entries last with probability 0.
+    in rank order, with absent entries last at probability 0.
     """
 
     log_probs: np.ndarray
@@ -28,21 +28,21 @@ class RowNumbers:
 
     @property
     def of_row(self) -> dict[str, float]:
-        """The row's ``mean_nll``, ``mean_entropy``, ``top1_rate`` and ``max_surprisal``, as its columns have them."""
+        """The row's ``mean_nll``, ``mean_entropy``, ``top1_rate`` and ``max_surprisal``, as in its columns."""
         numbers = numbers_of_rows(self.entropies, self.ranks == 1, self.log_probs, [len(self.log_probs)])
         return {name: value for name, (value,) in numbers.items()}
 
 
-def row_numbers(row: dict, token_ids: np.ndarray) -> RowNumbers:
-    """The numbers of a stored row whose extracted tokens are ``token_ids``, int (n,).
+def token_statistics(row: dict, token_ids: np.ndarray) -> TokenStatistics:
+    """The numbers of a stored row with extracted tokens ``token_ids``, int (n,).
 
-    Entropy is FORMAT.md's estimate of an expectation, E[f] with f = −log p: the nucleus exactly, the tail by its draws,
-    unbiased. Without draws it is the nucleus' part alone, a lower bound.
+    Entropy is FORMAT.md's estimate of an expectation, E[f] with f = −log p: exact for the nucleus, unbiased from the
+    draws for the tail. Without draws it is the nucleus' part alone, a lower bound.
     """
     (top_ids, top_codes), (_, sampled_codes) = row_entries(row, "top"), row_entries(row, "sampled")
     present, top_probs = top_codes > 0, CODE_PROBS[top_codes]
     is_target = (top_ids == token_ids[:, None]) & present
-    return RowNumbers(
+    return TokenStatistics(
         log_probs=np.asarray(row["token_log_probs"], np.float64),
         ranks=np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1, 0),
         kept=present.sum(axis=1),

@@ -1,11 +1,11 @@
-"""One stored conversation against a reference forward pass: differences, column by column, and the cause to name."""
+"""One stored conversation against a reference forward pass: differences, column by column, and their cause."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from chat_logits.analysis.reference_output import IN_PLACE, SHIFTS, Asked, Output, dtype_name, ranked_ids
-from chat_logits.analysis.row import row_numbers
+from chat_logits.analysis.row import token_statistics
 from chat_logits.data.alignment import Alignment
 from chat_logits.storage.manifest import Manifest
 from logit_codec import (
@@ -19,19 +19,19 @@ from logit_codec import (
     nucleus_cut,
 )
 
-# Largest mean KL of a row, nats. Codes cost 3e-4, and rounded logits half the variance of their errors: SmolLM2's 2e-5
-# in float16 and 2e-3 in bfloat16. Another position's distribution costs nats.
+# Largest mean KL of a row, nats. The codes cause 3e-4, and rounded logits half the variance of their errors: for
+# SmolLM2 2e-5 in float16 and 2e-3 in bfloat16. Another position's distribution causes whole nats.
 KL_LIMITS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
-POSITION_FACTOR = 10  # a single position's KL may be larger by so much
-NO_TAIL = 1e-30  # of the probability: below, float32 may find nothing to draw
-LEAST_REST = 1e-9  # of the probability, for the rest where the codes leave nothing
+POSITION_FACTOR = 10  # a single position's KL may be larger by this factor
+NO_TAIL = 1e-30  # probability below which float32 may find nothing to draw
+LEAST_REST = 1e-9  # probability of the rest if the codes leave nothing
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A column at whose positions ``wrong``, bool (n,), the model differs; ``detail`` describes the first.
+    """A column that differs from the model at the positions ``wrong``, bool (n,); ``detail`` describes the first one.
 
-    Of a number of the whole row, no position is wrong.
+    For a number of the whole row, no position is marked as wrong.
     """
 
     column: str
@@ -41,9 +41,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class RowCheck:
-    """A row's errors in nats, float64 (3, n) with a line for each of SHIFTS, and its faults in order of diagnosis.
+    """A row's errors in nats, float64 (3, n) for each of SHIFTS, and its faults in order of diagnosis.
 
-    ``in_order``, bool (n,), is where the nucleus' ids are the model's, ``tolerance`` what a logit may differ by.
+    ``in_order``, bool (n,), says where the nucleus' ids are the model's; ``tolerance`` is the difference allowed for a
+    logit.
     """
 
     row: int
@@ -55,7 +56,7 @@ class RowCheck:
 
     @property
     def shift(self) -> int | None:
-        """Which of SHIFTS most of the stored distributions fit, where they do not fit in place."""
+        """The index in SHIFTS that most of the stored distributions fit, if they do not fit in place."""
         medians = np.median(self.errors["kl"], axis=1)
         best = int(medians.argmin())
         return best if medians[best] <= self.kl_limit < medians[IN_PLACE] else None
@@ -68,7 +69,7 @@ class RowCheck:
 
     @property
     def cause(self) -> str:
-        """A line about what is wrong with the row, which has faults."""
+        """A line about what is wrong with a row that has faults."""
         if self.shift is not None:
             return self._shift_cause(self.shift)
         columns = list(dict.fromkeys(fault.column for fault in self.faults))
@@ -86,7 +87,7 @@ class RowCheck:
 
 
 def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Manifest) -> RowCheck:
-    """Hold stored row ``index``, aligned, against the reference forward pass of its conversation alone."""
+    """Compare stored row ``index``, aligned, with a reference forward pass over its conversation alone."""
     stored, tokens = decode_row(row), alignment.input_ids[alignment.positions]
     asked = Asked(stored, tokens, alignment.positions - 1, len(alignment.input_ids))
     output = Output(model, alignment.input_ids, asked)
@@ -101,7 +102,7 @@ def check_row(index: int, row: dict, alignment: Alignment, model, manifest: Mani
     limit = KL_LIMITS[dtype_name(model)]
     faults += nucleus.faults(errors["kl"][IN_PLACE], limit)
     faults += _draw_faults(row, stored, output, asked, manifest, nucleus.right_ids)
-    faults = faults or _number_faults(row, tokens)  # which columns that are wrong would make wrong, too
+    faults = faults or _number_faults(row, tokens)  # wrong columns would make these wrong, too
     return RowCheck(index, tolerance, limit, errors, nucleus.in_order, faults)
 
 
@@ -115,13 +116,13 @@ def _divergences(true: np.ndarray, stored: np.ndarray) -> np.ndarray:
 
 
 def _distance(stored: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of log-probabilities, which may both be -inf."""
+    """The distance of log-probabilities, 0 if both are -inf."""
     with np.errstate(invalid="ignore"):
         return np.where(stored == expected, 0.0, np.abs(stored - expected))
 
 
 def _fault(column: str, wrong: np.ndarray, noun: str, stored, low, high=None) -> list[Fault]:
-    """A list of one fault, or of none; all arrays are (n,) or (n, m), ``low`` to ``high`` is what was expected."""
+    """A list of one fault or none; all arrays are (n,) or (n, m), and ``low`` to ``high`` was expected."""
     if not wrong.any():
         return []
     first, positions = tuple(np.argwhere(wrong)[0].tolist()), np.any(wrong.reshape(len(wrong), -1), axis=1)
@@ -134,9 +135,9 @@ def _fault(column: str, wrong: np.ndarray, noun: str, stored, low, high=None) ->
 
 
 def _number_faults(row: dict, tokens: np.ndarray) -> list[Fault]:
-    """The row's own numbers against those of its columns; ``tokens`` (n,) are the extracted ones."""
+    """Compare the row's own numbers with those computed from its columns; ``tokens`` (n,) are the extracted ones."""
     faults = []
-    for name, expected in row_numbers(row, tokens).of_row.items():
+    for name, expected in token_statistics(row, tokens).of_row.items():
         found = row[name]
         if not (found == expected or abs(found - expected) <= NUMBERS_TOLERANCE * max(1.0, abs(expected))):
             detail = f"found {found:.8g}, expected {expected:.8g} from the row's other columns"
@@ -149,15 +150,15 @@ def _codes(row: dict, kind: str) -> np.ndarray:
 
 
 def _code_range(log_probs: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest code of a right writer: of what is within tolerance, and one more for the carry."""
+    """The lowest and the highest correct code: of probabilities within tolerance, and one more for the carry."""
     low, high = (nearest_codes(np.exp(log_probs + error)) for error in (-tolerance, tolerance))
     return np.maximum(low - 1, 1), np.minimum(high + 1, 255)
 
 
 class _Nucleus:
-    """A row's stored nucleus beside the model's: ids rank by rank, how many are kept, codes.
+    """A row's stored nucleus compared with the model's: ids rank by rank, how many are kept, codes.
 
-    At each rank the two ids need only be as probable as each other: ties have no order.
+    At each rank the two ids only need to be equally probable: ties have no order.
     """
 
     def __init__(self, row: dict, stored: DecodedRow, asked: Asked, tolerance: float, manifest: Manifest):
@@ -177,14 +178,14 @@ class _Nucleus:
 
     @property
     def right_ids(self) -> list[np.ndarray]:
-        """The ids kept at each position; the model's where the stored ones are wrong."""
+        """The ids kept at each position; the model's if the stored ones are wrong."""
         right = self.in_order & self.is_cut
         return [
             self.ids[i, : self.sizes[i]] if right[i] else self.ranked[i, : self.size[i]] for i in range(len(self.ids))
         ]
 
     def faults(self, kl: np.ndarray, limit: float) -> list[Fault]:
-        """Codes are judged where the ids are right; ``kl`` is in place, (n,)."""
+        """The nucleus' faults. Codes are only checked where the ids are right; ``kl`` is in place, (n,)."""
         outside = (self.codes > 0) & ((self.codes < self.lowest) | (self.codes > self.highest))
         outside &= self.in_order[:, None]
         most = np.full(len(kl), limit if kl.mean() > limit else POSITION_FACTOR * limit)
@@ -198,7 +199,7 @@ class _Nucleus:
 
 
 def _is_cut_by_codes(codes: np.ndarray, sizes: np.ndarray, top_p: float) -> np.ndarray:
-    """Where a thinned nucleus ends as its own codes have it: at ``top_p``, or at K; bool (n,)."""
+    """Whether a thinned nucleus ends where its own codes reach ``top_p``, or at K; bool (n,)."""
     totals = np.cumsum(CODE_PROBS[codes], axis=1)
     before, after = (
         np.where(at >= 0, np.take_along_axis(totals, np.maximum(at, 0)[:, None], axis=1)[:, 0], 0)
@@ -215,7 +216,8 @@ def _size(log_probs: np.ndarray, top_p: float) -> np.ndarray:
 def _draw_faults(
     row: dict, stored: DecodedRow, output: Output, asked: Asked, manifest: Manifest, kept: list[np.ndarray]
 ) -> list[Fault]:
-    """The draws against those that the row's uniforms give from what is not ``kept``, and their codes."""
+    """Compare the draws with those that the row's uniforms give from the ids that are not ``kept``; check their
+    codes."""
     codes, ids, before = _codes(row, "sampled"), stored.sampled_ids, asked.at[IN_PLACE]
     drawn = np.where(codes > 0, ids, ABSENT)
     uniforms = draw_uniforms(manifest.seed, row["source_index"], len(before))
@@ -239,14 +241,14 @@ def _draw_faults(
 def _draws(
     log_probs: np.ndarray, kept: np.ndarray, uniform: float, stored: np.ndarray, count: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ``count`` draws at one position, and which of the ids ``stored`` (m,) each threshold gives within tolerance:
-    bool (m, count)."""
+    """The ``count`` draws at one position, and whether each threshold may give each of the ids ``stored`` (m,) within
+    tolerance: bool (m, count)."""
     tail = np.exp(log_probs)
     tail[kept] = 0
     running = np.cumsum(tail)
     thresholds = (uniform + np.arange(count)) / max(1, count) * running[-1]
     drawn = np.minimum(np.searchsorted(running, thresholds, side="right"), len(tail) - 1)
-    slack = np.exp(2 * tolerance)  # a total over another
+    slack = np.exp(2 * tolerance)  # allowed ratio of two totals
     starts, ends, there = (values[stored][:, None] for values in (running - tail, running, tail))
     fits = (starts <= thresholds * slack) & (ends >= thresholds / slack) & (there > 0) & (stored != ABSENT)[:, None]
     return drawn, fits | (running[-1] <= NO_TAIL)
@@ -255,8 +257,9 @@ def _draws(
 def _thinned_draws(
     log_probs: np.ndarray, manifest: Manifest, kept: np.ndarray, uniform: float, stored: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of the ids ``stored`` (S,) at one position of a thinned dataset, the nearest of the extraction's draws,
-    and whether it can be neither one of those nor a dropped one of its nucleus. Which thinning takes is not checked.
+    """For each of the ids ``stored`` (S,) at one position of a thinned dataset: the nearest of the extraction's draws,
+    and whether it is wrong, that is, neither one of those draws nor an id dropped from the nucleus. Which of them
+    thinning picks is not checked.
     """
     extracted = manifest.extracted
     if not len(stored):

@@ -1,4 +1,4 @@
-"""What a run's record says of it, and how two runs' records differ."""
+"""A run's record, and how two runs' records differ."""
 
 import datetime
 from dataclasses import dataclass
@@ -7,20 +7,35 @@ from pathlib import Path
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest, quantization_text
 
-# Keys of extraction.json in the order in which a reader asks for them; all others follow in the file's.
+# Keys of extraction.json that readers want first; all others follow in the file's order.
 FIRST_KEYS = (
-    *("model_id", "model_revision", "base_revision", "gguf_file", "quantization"),
-    *("dtype", "head_dtype", "attn_implementation"),
-    *("tokenizer_fingerprint", "chat_template", "tools_template", "template_kwargs", "template_date", "system_prompt"),
-    *("top_k", "top_p", "num_sampled", "thinned_from", "seed"),
+    "model_id",
+    "model_revision",
+    "base_revision",
+    "gguf_file",
+    "quantization",
+    "dtype",
+    "head_dtype",
+    "attn_implementation",
+    "tokenizer_fingerprint",
+    "chat_template",
+    "tools_template",
+    "template_kwargs",
+    "template_date",
+    "system_prompt",
+    "top_k",
+    "top_p",
+    "num_sampled",
+    "thinned_from",
+    "seed",
 )
 
 
 @dataclass(frozen=True)
 class RunDifference:
-    """A key of ``extraction.json`` that two runs have different values of; None where a record has none.
+    """A key of ``extraction.json`` with different values in two runs; None if a record does not have it.
 
-    What is in an object, such as the version of a package, goes by its path: ``versions.torch``.
+    Entries of an object, such as a package's version, are named by their path: ``versions.torch``.
     """
 
     key: str
@@ -29,7 +44,7 @@ class RunDifference:
 
 
 def run_differences(first: Manifest, other: Manifest) -> list[RunDifference]:
-    """The keys in which two records differ, those of the model first."""
+    """The keys in which two records differ, those about the model first."""
     values, other_values = (dict(_flat(manifest.as_json())) for manifest in (first, other))
     keys = list(dict.fromkeys([*values, *other_values]))
     keys.sort(key=lambda key: _order(key.partition(".")[0]))
@@ -42,11 +57,11 @@ def _order(key: str) -> int:
 
 
 def _are_same(first: object, other: object) -> bool:
-    return first == other and isinstance(first, bool) == isinstance(other, bool)  # True is no 1
+    return first == other and isinstance(first, bool) == isinstance(other, bool)  # True == 1, but not here
 
 
 def _flat(content: dict, path: str = "") -> list[tuple[str, object]]:
-    """Keys with their values, those of objects by path."""
+    """Keys with their values; entries of objects are named by path."""
     pairs: list[tuple[str, object]] = []
     for key, value in content.items():
         pairs += _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
@@ -55,9 +70,9 @@ def _flat(content: dict, path: str = "") -> list[tuple[str, object]]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where a dataset's rows come from, and how; texts and numbers as ``extraction.json`` has them.
+    """Where a dataset's rows come from, and how they were made; texts and numbers are as in ``extraction.json``.
 
-    ``revision`` is the dataset's own commit on the Hub, None for a folder, whose ``written`` is when its
+    ``revision`` is the dataset's own commit on the Hub, None for a folder; for a folder, ``written`` is when its
     ``extraction.json`` was written (ISO 8601, UTC).
     """
 

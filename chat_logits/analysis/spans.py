@@ -1,7 +1,7 @@
-"""Two tokenizations of one text: the spans that both bound, and what the tokens in them add up to.
+"""Two tokenizations of one text: spans between boundaries that both have, and the sums over the tokens in them.
 
-Between two neighbouring boundaries that both tokenizations have, each says the same bytes in tokens of its own, so that
-the sums of their log-probabilities are of one and the same event. Everything counts bytes of the text's UTF-8.
+Between two neighbouring boundaries that both tokenizations have, each covers the same bytes with its own tokens, so the
+sums of their log-probabilities are of the same event. All positions count bytes of the text's UTF-8.
 """
 
 import bisect
@@ -15,10 +15,10 @@ NOT_THERE = "the template leaves it out"
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes ``start`` to ``end`` of a text and the tokens, by their positions, that stand for them together.
+    """Bytes ``start`` to ``end`` of a text and the positions of the tokens that together stand for them.
 
-    ``nll`` is the sum of −log p, nats, of those of them that were extracted; ``reason`` says why the bytes cannot be
-    compared, None where they can.
+    ``nll`` is the sum of −log p, nats, over the extracted ones; ``reason`` says why the bytes cannot be compared, None
+    if they can.
     """
 
     start: int
@@ -30,7 +30,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A text's pieces in order, none over another; bytes ``start`` to ``end`` of the text are in its rendering."""
+    """A text's pieces in order, without overlaps; bytes ``start`` to ``end`` of the text are in its rendering."""
 
     pieces: Sequence[Piece]
     start: int
@@ -39,9 +39,9 @@ class Tokenization:
 
 @dataclass
 class Share:
-    """What one tokenization has in a span: the sum of −log p, nats, of its extracted tokens, and all tokens' positions.
+    """One tokenization's share of a span: the sum of −log p, nats, over extracted tokens, and all tokens' positions.
 
-    ``covered`` bytes are those of pieces that can be compared; ``reason`` is that of the first other piece.
+    ``covered`` is the number of bytes in pieces that can be compared; ``reason`` is that of the first other piece.
     """
 
     nll: float = 0.0
@@ -52,9 +52,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes ``start`` to ``end`` of a text, and what each tokenization has there.
+    """Bytes ``start`` to ``end`` of a text, and each tokenization's share.
 
-    With a ``reason`` they are not compared, as one of the tokenizations, or both, have not all of them extracted.
+    With a ``reason`` they are not compared: in one of the tokenizations, or both, some of them were not extracted.
     """
 
     start: int
@@ -67,7 +67,7 @@ class Span:
 def spans_of(first: Tokenization, other: Tokenization, length: int) -> list[Span]:
     """The ``length`` bytes of a text, cut wherever both tokenizations have a boundary, in order.
 
-    Neighbouring spans that are left out for one reason are one span.
+    Neighbouring spans that are left out for the same reason are merged.
     """
     cuts = sorted({0, length} | (_boundaries(first) & _boundaries(other)))
     spans: list[Span] = []
@@ -87,7 +87,7 @@ def _boundaries(tokenization: Tokenization) -> set[int]:
 
 
 def _shares(tokenization: Tokenization, cuts: list[int]) -> list[Share]:
-    """What the tokenization has between each two neighbouring cuts, none of which is within a piece."""
+    """The tokenization's share between each two neighbouring cuts; no cut is within a piece."""
     shares = [Share() for _ in cuts[1:]]
     for piece in tokenization.pieces:
         share = shares[bisect.bisect_right(cuts, piece.start) - 1]
@@ -101,7 +101,7 @@ def _shares(tokenization: Tokenization, cuts: list[int]) -> list[Share]:
 
 
 def _reason(start: int, end: int, sides: tuple[Tokenization, Tokenization], shares: Sequence[Share]) -> str | None:
-    """Why the span is left out, None where both tokenizations have all of it."""
+    """Why the span is left out, None if both tokenizations have all of it."""
     why = [
         None
         if share.covered == end - start
@@ -112,7 +112,7 @@ def _reason(start: int, end: int, sides: tuple[Tokenization, Tokenization], shar
 
 
 def told(first: str | None, other: str | None) -> str | None:
-    """The reasons of two sides as one, which says whose it is; None where neither has one."""
+    """The reasons of both sides as one text that names the side; None if neither has one."""
     if first == other:
         return first and f"both: {first}"
     return "; ".join(f"{name}: {why}" for name, why in (("first", first), ("other", other)) if why)

@@ -1,6 +1,6 @@
-"""A whole logit dataset in numbers, read once from its first row to its last.
+"""A whole logit dataset in numbers, in one pass over its rows.
 
-What is kept on the way has the size of the vocabulary, however many rows there are.
+Memory depends on the size of the vocabulary, not on the number of rows.
 """
 
 import heapq
@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from chat_logits.analysis.row import RowNumbers, perplexity_of, row_numbers
+from chat_logits.analysis.bars import bar
+from chat_logits.analysis.row import TokenStatistics, perplexity_of, token_statistics
 from chat_logits.analysis.runs import RunRecord, run_record
 from chat_logits.analysis.tokens import Prediction, first_prediction, text_and_before
 from chat_logits.data.alignment import Alignment
@@ -23,7 +23,7 @@ from chat_logits.data.tokenizer import token_text
 from chat_logits.storage.dataset import Rows, StoredDataset
 from chat_logits.words import count_text
 
-BINS = 10  # of calibration
+BINS = 10  # of the calibration
 NATS = np.arange(21) / 2  # lower ends of the histograms' bins
 EXTREMES, LOSSES = 5, 20  # conversations and tokens that are listed
 TOP = 5  # of top5_rate
@@ -31,9 +31,9 @@ TOP = 5  # of top5_rate
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values are in each bin, those from ``edges[i]`` up to, and without, ``edges[i + 1]``.
+    """How many values are in each bin, from ``edges[i]`` up to, but not including, ``edges[i + 1]``.
 
-    One that ``is_open_ended`` has no edge behind its last bin.
+    If it ``is_open_ended``, the last bin has no upper edge.
     """
 
     edges: list[float]
@@ -42,21 +42,21 @@ class Histogram:
 
     @property
     def bins(self) -> list[tuple[float, float | None, int]]:
-        """Each bin's lower edge, upper edge (None where it is open) and count."""
+        """Each bin's lower edge, upper edge (None if it is open) and count."""
         highs = [*self.edges[1:], None] if self.is_open_ended else self.edges[1:]
         return list(zip(self.edges[: len(self.counts)], highs, self.counts, strict=True))
 
 
 def count_in_bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Counts by open-ended bins, int64 like ``edges``, whose last is their lower end; what is below is in the first."""
+    """Counts per bin, int64; ``edges`` are the lower ends, the last bin is open, smaller values go to the first."""
     return np.bincount(np.maximum(np.searchsorted(edges, values, side="right") - 1, 0), minlength=len(edges))
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The positions whose most probable token has a probability from ``low`` to ``high``, ``confidence`` in the mean.
+    """The positions whose most probable token has a probability from ``low`` to ``high``; ``confidence`` is its mean.
 
-    ``accuracy`` is how often it is the target token; both are None where ``count`` is 0.
+    ``accuracy`` is how often it is the target token; both are None if ``count`` is 0.
     """
 
     low: float
@@ -68,7 +68,8 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class ConversationSummary:
-    """A conversation, its row and its source row; ``question`` begins its first user message, "" without one."""
+    """A conversation, its row and its source row; ``question`` is the beginning of its first user message, "" without
+    one."""
 
     sample_index: int
     source_index: int
@@ -82,8 +83,8 @@ class TokenLoss:
     """A target token of row ``sample_index``, at ``position`` in the conversation and ``index`` among the row's
     extracted tokens, and the text ``before`` it.
 
-    ``log_prob`` is its own, in nats; ``prediction`` the nucleus' first entry, None where the nucleus is empty. Texts
-    have a character's lone bytes as surrogate escapes (PEP 383).
+    ``log_prob`` is its own, in nats; ``prediction`` the nucleus' first entry, None if the nucleus is empty. In texts,
+    bytes of partial characters are surrogate escapes (PEP 383).
     """
 
     sample_index: int
@@ -97,7 +98,7 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class VocabularyLoss:
-    """A token of the vocabulary wherever it is the target: nats in all, as ``share`` of all loss, and each time.
+    """A token of the vocabulary as a target: its total loss in nats, its ``share`` of all loss, and its mean loss.
 
     Its largest loss is in row ``sample_index``, at ``index`` among the row's extracted tokens.
     """
@@ -126,14 +127,15 @@ class DatasetSummary:
     """What a logit dataset holds and how well the model knew it.
 
     Means are over the extracted tokens, in nats; rates and ``stored`` (the probability within the nucleus) are shares
-    of 1. A target token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, though it may be
-    among the first five: with any, ``top5_is_bound``, and the rate is at least so much. Where nothing was drawn from
-    the tails, ``entropy_is_bound``, and each entropy is at least so much. Calibration is the most probable token's
-    against the text; ``calibration_error`` is the expected one (Guo et al. 2017, equation 3). ``kept`` is of the
-    nucleus' entries, 0 to K. Conversations go by perplexity, few ones are in both lists; tokens go by their loss, those
-    of the vocabulary by their total loss. ``turns_left_out`` of the assistant are marked not to be trained on, and were
-    not extracted. ``run`` is the record of where the rows come from. Of rows that were chosen, ``chosen_from`` is how
-    many the dataset has; their bytes are not known, as columns of many rows are compressed together.
+    of 1. A target token outside a nucleus of fewer than five entries is not counted in ``top5_rate``, although it may
+    be among the five most probable ones: if there are any, ``top5_is_bound``, and the rate is a lower bound. Without
+    draws from the tails, ``entropy_is_bound``, and each entropy is a lower bound. Calibration compares the most
+    probable token's probability with the text; ``calibration_error`` is the expected calibration error (Guo et al.
+    2017, equation 3). ``kept`` counts nucleus entries per position, 0 to K. Conversations are ranked by perplexity (if
+    there are few, they are in both lists), tokens by their loss, and vocabulary tokens by their total loss.
+    ``turns_left_out`` counts the assistant's turns that are marked not to be trained on, and were not extracted.
+    ``run`` records where the rows come from. If only some rows were chosen, ``chosen_from`` is how many the dataset
+    has; their bytes are not known, as columns of many rows are compressed together.
     """
 
     dataset_id: str
@@ -176,7 +178,7 @@ class DatasetSummary:
 
 
 def _show_progress(rows: Iterable, total: int) -> Iterator:
-    return iter(tqdm(rows, total=total, dynamic_ncols=True, unit=" conversations"))
+    return iter(bar(rows, total=total, dynamic_ncols=True, unit=" conversations"))
 
 
 def summarize(
@@ -186,11 +188,11 @@ def summarize(
     watch: Callable[[Iterable, int], Iterator] = _show_progress,
     rows: Rows | None = None,
 ) -> DatasetSummary:
-    """The summary of a dataset, or of ``rows``, whose numbers ascend; tokens are rebuilt as by ``RowAligner``.
+    """The summary of a dataset, or of ``rows`` by ascending numbers; ``RowAligner`` rebuilds the tokens.
 
-    ``chat_template`` (a path or text) replaces the recorded one; ``watch(rows, total)`` goes through the rows, and may
-    tell how far it is. Raises ToolkitError where the dataset has no rows,
-    and what reading and aligning raise, with the row.
+    ``chat_template`` (a path or text) replaces the recorded one; ``watch(rows, total)`` iterates over the rows, and may
+    show progress. Raises ToolkitError if the dataset has no rows, and the errors of reading and aligning, which name
+    the row.
     """
     aligner, tally = RowAligner(tokenizer, dataset.manifest, chat_template), _Tally(tokenizer)
     total = dataset.count(rows)
@@ -204,7 +206,7 @@ class _Tally:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.text = tokenizer, partial(token_text, tokenizer)
-        self.sums: Counter = Counter()  # by the names of the means that they become
+        self.sums: Counter = Counter()  # by the name of the mean that each becomes
         self.reliability = np.zeros((3, BINS))  # positions, probabilities, target tokens
         self.entropies, self.surprisals = np.zeros((2, len(NATS)), np.int64)
         self.kept: Any = 0  # becomes (K + 1,) int64
@@ -219,7 +221,7 @@ class _Tally:
 
     def add(self, sample_index: int, row: dict, alignment: Alignment) -> None:
         token_ids = alignment.input_ids[alignment.positions]
-        numbers = row_numbers(row, token_ids)
+        numbers = token_statistics(row, token_ids)
         losses = -numbers.log_probs
         self.turns_left_out += alignment.turns_left_out
         self.sums.update(
@@ -239,7 +241,7 @@ class _Tally:
         self._add_conversation(sample_index, row, losses)
         self._add_losses(sample_index, alignment, numbers)
 
-    def _add_distributions(self, numbers: RowNumbers) -> None:
+    def _add_distributions(self, numbers: TokenStatistics) -> None:
         confidence = numbers.top_probs[:, 0]
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         for i, weights in enumerate((None, confidence, numbers.ranks == 1)):
@@ -249,7 +251,7 @@ class _Tally:
         self.kept = self.kept + np.bincount(numbers.kept, minlength=numbers.top_probs.shape[1] + 1)
 
     def _add_places(self, sample_index: int, token_ids: np.ndarray, losses: np.ndarray) -> None:
-        """Where each token of the vocabulary has its largest loss: row and index in it, the first of equal ones."""
+        """Update where each vocabulary token has its largest loss: the row, and the index in it; the first of ties."""
         falling = np.argsort(-losses, kind="stable")
         ids, first = np.unique(token_ids[falling], return_index=True)
         worst = falling[first]
@@ -264,7 +266,7 @@ class _Tally:
         self.most_confident = heapq.nsmallest(EXTREMES, [*self.most_confident, summary], lambda one: one.perplexity)
         self.least_confident = heapq.nlargest(EXTREMES, [*self.least_confident, summary], lambda one: one.perplexity)
 
-    def _add_losses(self, sample_index: int, alignment: Alignment, numbers: RowNumbers) -> None:
+    def _add_losses(self, sample_index: int, alignment: Alignment, numbers: TokenStatistics) -> None:
         positions, log_probs = alignment.positions, numbers.log_probs
         least = self.largest_losses[-1].log_prob if len(self.largest_losses) == LOSSES else np.inf
         candidates = []
@@ -276,7 +278,7 @@ class _Tally:
         self.largest_losses = heapq.nsmallest(LOSSES, [*self.largest_losses, *candidates], lambda one: one.log_prob)
 
     def summary(self, dataset: StoredDataset, count: int, is_part: bool) -> DatasetSummary:
-        """What was added, ``count`` rows, of which there is at least one."""
+        """The summary of the ``count`` rows that were added, at least one."""
         tokens, sizes = int(self.token_counts.sum()), {} if is_part else dataset.sizes()
         means = {name: float(total) / tokens for name, total in self.sums.items()}
         _, confidence, right = self.reliability

@@ -1,4 +1,4 @@
-"""Stored rows with fewer entries, from what is in them: no model is needed.
+"""Thin stored rows to fewer entries, without the model.
 
 FORMAT.md, "Thinned datasets", is the specification, and says why the tail stays unbiased.
 """
@@ -45,7 +45,7 @@ class Entries:
 
     @classmethod
     def of(cls, row: dict) -> "Entries":
-        """Those of a stored row."""
+        """The entries of a stored row."""
         return cls(*row_entries(row, "top"), *row_entries(row, "sampled"))
 
     @property
@@ -55,11 +55,11 @@ class Entries:
 
     @property
     def mean_entropy(self) -> float:
-        """Of a row, as its column has it."""
+        """The row's mean entropy, as in its column."""
         return float(np.float32(position_entropies(self.top_codes, self.sampled_codes).mean()))
 
     def columns(self) -> dict:
-        """The six columns of a row."""
+        """A row's six columns of ids and codes."""
         return {
             **entry_columns("top", self.top_codes, self.top_ids),
             **entry_columns("sampled", self.sampled_codes, self.sampled_ids),
@@ -67,9 +67,9 @@ class Entries:
 
 
 class TailList(NamedTuple):
-    """What a thinned tail is drawn from, in id order, (n, K + S): ids, codes, and the ``weights`` float64 of its items.
+    """The items that a thinned tail is drawn from, in id order, (n, K + S): ids, codes, and ``weights`` float64.
 
-    Places that hold nothing come last, with weight 0 and code 0.
+    Empty places come last, with weight 0 and code 0.
     """
 
     ids: np.ndarray
@@ -78,14 +78,15 @@ class TailList(NamedTuple):
 
 
 def kept_entries(entries: Entries, setting: Setting, top_p: float) -> np.ndarray:
-    """Which entries of the nucleus a setting keeps, bool (n, K), where ``top_p`` is the total it was cut at."""
+    """Which entries of the nucleus a setting keeps, bool (n, K); ``top_p`` is the total that it was cut at."""
     kept = entries.top_codes > 0
     kept[:, setting.top_k :] = False
     return kept & nucleus_cut(CODE_PROBS[entries.top_codes], setting.top_p) if setting.top_p < top_p else kept
 
 
 def tail_list(entries: Entries, kept: np.ndarray) -> TailList:
-    """The new tail where these entries are ``kept``: the others by their probabilities, the draws by equal shares."""
+    """The new tail if these entries are ``kept``: the dropped ones with their probabilities, the draws with equal
+    shares."""
     dropped, drawn = (entries.top_codes > 0) & ~kept, entries.sampled_codes > 0
     share = entries.tail_mass / max(1, entries.sampled_codes.shape[1])
     weights = np.hstack([CODE_PROBS[entries.top_codes] * dropped, share[:, None] * drawn])
@@ -98,30 +99,31 @@ def tail_list(entries: Entries, kept: np.ndarray) -> TailList:
 
 
 def thin_entries(entries: Entries, setting: Setting, top_p: float, uniforms: np.ndarray) -> Entries:
-    """The entries that are left with a setting; ``top_p`` is the total that they were cut at, ``uniforms`` (n,)."""
+    """The entries thinned to a setting; ``top_p`` is the total that they were cut at, ``uniforms`` (n,)."""
     kept, width = kept_entries(entries, setting, top_p), setting.top_k
     tail = tail_list(entries, kept)
     picked = _systematic(tail.weights, uniforms, setting.num_sampled)
     ids, codes = (np.take_along_axis(values, picked, axis=1) for values in (tail.ids, tail.codes))
-    if setting.num_sampled == entries.sampled_codes.shape[1]:  # and nothing dropped: the draws as they are
+    if setting.num_sampled == entries.sampled_codes.shape[1]:  # if nothing is dropped, draws stay the same
         is_whole = (kept == (entries.top_codes > 0)).all(axis=1)[:, None]
         ids, codes = np.where(is_whole, entries.sampled_ids, ids), np.where(is_whole, entries.sampled_codes, codes)
     return Entries((entries.top_ids * kept)[:, :width], (entries.top_codes * kept)[:, :width], ids, codes)
 
 
 def _systematic(weights: np.ndarray, uniforms: np.ndarray, count: int) -> np.ndarray:
-    """Which items (n, count) systematic sampling picks of lists with ``weights`` (n, m); the first of an empty one."""
+    """The items (n, count) that systematic sampling picks from lists with ``weights`` (n, m); the first of an empty
+    list."""
     running = np.cumsum(weights, axis=1)
     thresholds = (uniforms[:, None] + np.arange(count)) / max(1, count) * running[:, -1:]
     picked = np.empty(thresholds.shape, np.int64)
     for j in range(count):
         picked[:, j] = (running <= thresholds[:, j : j + 1]).sum(axis=1)
-    last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(axis=1)  # which no threshold passes but by rounding
+    last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(axis=1)  # thresholds pass it only by rounding
     return np.minimum(picked, np.where(weights.any(axis=1), last, 0)[:, None])
 
 
 def thin_row(row: dict, setting: Setting, manifest: Manifest) -> dict:
-    """A stored row of the dataset with this manifest, thinned to a setting that ``check_setting`` lets pass."""
+    """A stored row of the dataset with this manifest, thinned to a setting that ``check_setting`` accepts."""
     stream = len(manifest.thinned_from or []) + 1
     uniforms = draw_uniforms(manifest.seed, row["source_index"], row["num_tokens"], stream)
     numbers = {name: np.asarray(row[name], np.float32) for name in ("logsumexp", "token_log_probs")}
@@ -130,7 +132,8 @@ def thin_row(row: dict, setting: Setting, manifest: Manifest) -> dict:
 
 
 def read_setting(thin: Sequence) -> tuple[Setting, str]:
-    """The setting and the folder in (K, S, P, folder), numbers or texts of them. Raises UsageError for all else."""
+    """The setting and the folder from (K, S, P, folder), given as numbers or texts. Raises UsageError for anything
+    else."""
     words = " ".join(map(str, thin))
     try:
         top_k, num_sampled, top_p, folder = thin
@@ -143,7 +146,7 @@ def read_setting(thin: Sequence) -> tuple[Setting, str]:
 
 
 def check_setting(setting: Setting, manifest: Manifest) -> None:
-    """Raise UsageError for a setting that no dataset has, or that the one with this manifest cannot be thinned to."""
+    """Raise UsageError for an invalid setting, and for one that the dataset with this manifest cannot be thinned to."""
     if setting.top_k < 1 or setting.num_sampled < 0 or not 0 < setting.top_p <= 1:
         raise UsageError(f"`thin` {_words(setting)}: expected K of 1 or more, S of 0 or more, P above 0 and up to 1")
     if setting.num_sampled and not manifest.num_sampled:
@@ -158,7 +161,7 @@ def check_setting(setting: Setting, manifest: Manifest) -> None:
 
 
 def stored_setting(manifest: Manifest) -> Setting:
-    """A dataset's own."""
+    """A dataset's own setting."""
     return Setting(manifest.top_k, manifest.num_sampled, manifest.top_p)
 
 
@@ -171,7 +174,7 @@ def _words(setting: Setting) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Thinning:
-    """A thinned dataset in ``folder`` beside the one that it was made from; bytes are of all shards."""
+    """A thinned dataset in ``folder``, and the one that it was made from; bytes are those of all shards."""
 
     dataset_id: str
     folder: str
@@ -193,9 +196,9 @@ class Thinning:
 
 
 def thin_dataset(dataset: StoredDataset, setting: Setting, folder: str) -> Thinning:
-    """Write a dataset, thinned, to a new or an empty folder.
+    """Write a thinned dataset to a new or an empty folder.
 
-    Raises UsageError for a folder that holds anything and as ``check_setting``, ToolkitError where there are no rows.
+    Raises UsageError for a folder that is not empty and as ``check_setting`` does, ToolkitError if there are no rows.
     """
     from chat_logits.storage.derived import write_derived  # with the card, imports huggingface_hub
 

@@ -1,4 +1,4 @@
-"""What kind of text a token writes: beginnings of words, their rest, numbers, signs."""
+"""The kind of text that a token stands for: beginnings of words, their rest, numbers, signs."""
 
 import numpy as np
 import regex
@@ -9,7 +9,7 @@ WORD, CONTINUATION, OTHER_SCRIPT = "beginning of a word", "rest of a word", "oth
 NUMBER, SIGNS, WHITE, MIXED = "number", "punctuation, symbols", "white space", "letters or digits with signs"
 BYTES, SPECIAL = "part of a character", "special token"
 TOKEN_CLASSES = (WORD, CONTINUATION, OTHER_SCRIPT, NUMBER, SIGNS, WHITE, MIXED, BYTES, SPECIAL)
-# In this order; the first that a token's text is wholly of.
+# In this order; the first one that matches a token's whole text counts.
 _PATTERNS = {
     WHITE: regex.compile(r"\s*"),
     BYTES: regex.compile(r"(?s).*[\udc80-\udcff].*"),
@@ -21,12 +21,12 @@ _PATTERNS = {
 
 
 def token_class(text: str, before: str = "") -> str:
-    """The class of a token, one of ``TOKEN_CLASSES`` but the last, by its own ``text`` and that of the token
+    """The class of a token, one of ``TOKEN_CLASSES`` except the last, by its own ``text`` and that of the token
     ``before`` it, as ``token_text`` gives them.
 
-    Letters of Latin script begin a word behind white space or a sign, and are the rest of one behind a letter or digit.
-    Letters of any other script are one class, as many are written without spaces. Letters or digits with anything else
-    are mixed, as are letters with digits.
+    Letters of Latin script begin a word after white space or a sign, and are the rest of one after a letter or digit.
+    Letters of any other script are one class, as many scripts are written without spaces. Letters or digits with
+    anything else are mixed, as are letters with digits.
 
     >>> token_class(" well"), token_class("known", "-"), token_class("ing", " walk"), token_class("'s", " it")
     ('beginning of a word', 'beginning of a word', 'rest of a word', 'letters or digits with signs')
@@ -37,7 +37,7 @@ def token_class(text: str, before: str = "") -> str:
 
 
 class TokenClasses:
-    """The classes of a tokenizer's tokens, each text looked at once."""
+    """The classes of a tokenizer's tokens; each text is classified once."""
 
     def __init__(self, tokenizer):
         self._tokenizer, self._special = tokenizer, special_token_ids(tokenizer)

@@ -1,4 +1,4 @@
-"""A conversation's tokens: which were extracted, and what the model predicted in the place of each."""
+"""A conversation's tokens: which were extracted, and what the model predicted at each."""
 
 import itertools
 import math
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from chat_logits.analysis.row import RowNumbers, perplexity_of
+from chat_logits.analysis.row import TokenStatistics, perplexity_of
 from chat_logits.data import alignment as chat_alignment
 from chat_logits.data.tokenizer import token_text
 
 EXTRACTED, SKIPPED, PROMPT = "extracted", "skipped", "prompt"
 PROMPT_END = 4  # prompt tokens that a table shows before each answer
-CONTEXT_TOKENS = 12  # tokens before a token whose text says where it stands
+CONTEXT_TOKENS = 12  # tokens of context shown before a token
 LONE_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as surrogate escapes
 
 
@@ -28,14 +28,14 @@ class Prediction:
 
 @dataclass(frozen=True, repr=False)
 class TokenAnalysis:
-    """A token of the conversation and, where it was extracted, the distribution that predicts it (the target token).
+    """A token of the conversation and, if it was extracted, the distribution that predicts it (the target token).
 
-    ``position`` is its place among the conversation's input ids, and ``index``, where it was extracted, among the row's
-    extracted tokens, as ``dequantize_all_logits`` takes it; both from 0. ``status`` is "extracted", "skipped" (with the
-    ``reason``) or "prompt". ``log_prob`` is the target token's, exact, in nats; ``rank`` its place in the nucleus from
-    1, or None where it is not among the ``kept`` stored entries; ``tail_mass`` the probability outside the nucleus;
-    ``entropy`` in nats, nucleus plus unbiased tail, or a lower bound where no tail was drawn (``entropy_is_bound``).
-    ``text`` has a character's lone bytes as surrogate escapes (PEP 383).
+    ``position`` is its place among the conversation's input ids, and ``index``, if it was extracted, its place among
+    the row's extracted tokens, as for ``dequantize_all_logits``; both from 0. ``status`` is "extracted", "skipped"
+    (with the ``reason``) or "prompt". ``log_prob`` is the target token's, exact, in nats; ``rank`` its place in the
+    nucleus from 1, or None if it is not among the ``kept`` stored entries; ``tail_mass`` is the probability outside the
+    nucleus; ``entropy`` is in nats, nucleus plus unbiased tail, or a lower bound without draws (``entropy_is_bound``).
+    In ``text``, bytes of partial characters are surrogate escapes (PEP 383).
     """
 
     position: int
@@ -67,7 +67,7 @@ class TokenAnalysis:
 
     @property
     def probability(self) -> float | None:
-        """The target token's, exact."""
+        """The target token's probability, exact."""
         return None if self.log_prob is None else math.exp(self.log_prob)
 
     def as_dict(self) -> dict:
@@ -78,7 +78,7 @@ class TokenAnalysis:
 
 @dataclass(frozen=True)
 class Totals:
-    """An answer in five numbers: rates and ``stored`` are shares of 1, entropy is in nats, maybe a lower bound."""
+    """An answer in five numbers: rates and ``stored`` are shares of 1; the entropy, in nats, may be a lower bound."""
 
     num_tokens: int
     perplexity: float
@@ -88,8 +88,8 @@ class Totals:
     entropy_is_bound: bool
 
 
-def first_prediction(numbers: RowNumbers, i: int, tokenizer) -> Prediction | None:
-    """The most probable stored token at an extracted position, None where none is stored."""
+def first_prediction(numbers: TokenStatistics, i: int, tokenizer) -> Prediction | None:
+    """The most probable stored token at an extracted position, None if none is stored."""
     token_id = int(numbers.top_ids[i, 0])
     if not numbers.kept[i]:
         return None
@@ -104,21 +104,21 @@ def text_and_before(input_ids: np.ndarray, position: int, tokenizer) -> tuple[st
 
 
 def text_before(index: int, tokens: Sequence[TokenAnalysis]) -> str:
-    """As ``text_and_before`` has it, where the texts are known."""
+    """The end of the text before a token, as ``text_and_before`` gives it, for tokens with known texts."""
     return whole_characters([token.text for token in tokens[max(0, index - CONTEXT_TOKENS) : index]])
 
 
 def whole_characters(texts: list[str]) -> str:
-    """Consecutive tokens' texts joined, with characters whole that are spread over several of them.
+    """Consecutive tokens' texts joined; characters that are spread over several tokens become whole.
 
-    Bytes at the ends are left out: their characters begin before the first token, or go on after the last.
+    Partial characters at the ends are left out: they begin before the first token, or continue after the last.
     """
     joined = "".join(texts).encode(errors="surrogateescape").decode(errors="surrogateescape")
     return joined.strip(LONE_BYTES)
 
 
 def near_answers(statuses: list[str]) -> list[bool]:
-    """For every token of a conversation, whether a table shows it: all but prompts, of which it shows the ends."""
+    """Whether a table shows each token of a conversation: all except prompts, but also the ends of these."""
     return [any(status != PROMPT for status in statuses[i : i + PROMPT_END + 1]) for i in range(len(statuses))]
 
 
@@ -133,7 +133,9 @@ def label_tokens(alignment: chat_alignment.Alignment, tokenizer) -> list[TokenAn
     return tokens
 
 
-def with_predictions(tokens: list[TokenAnalysis], numbers: RowNumbers, tokenizer, top_n: int) -> list[TokenAnalysis]:
+def with_predictions(
+    tokens: list[TokenAnalysis], numbers: TokenStatistics, tokenizer, top_n: int
+) -> list[TokenAnalysis]:
     """The tokens, the extracted ones with the row's ``numbers``, one to one."""
     return [
         token if token.index is None else _with_numbers(token, numbers, token.index, tokenizer, top_n)
@@ -141,7 +143,7 @@ def with_predictions(tokens: list[TokenAnalysis], numbers: RowNumbers, tokenizer
     ]
 
 
-def _with_numbers(token: TokenAnalysis, numbers: RowNumbers, i: int, tokenizer, top_n: int) -> TokenAnalysis:
+def _with_numbers(token: TokenAnalysis, numbers: TokenStatistics, i: int, tokenizer, top_n: int) -> TokenAnalysis:
     shown = min(top_n, int(numbers.kept[i]))
     return replace(
         token,

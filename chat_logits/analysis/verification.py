@@ -1,17 +1,18 @@
-"""Does a stored logit dataset hold up against the live model? Reference forward passes, one conversation at a time.
+"""Verify a stored logit dataset against the live model, by reference forward passes, one conversation at a time.
 
-row -> its tokens -> the model's output -> differences, column by column -> the one cause to name
+row -> its tokens -> the model's output -> differences, column by column -> the cause
 """
 
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from chat_logits.analysis.bars import bar
 from chat_logits.analysis.opening import recorded_place
 from chat_logits.analysis.reference_output import IN_PLACE, SHIFTS, dtype_name
 from chat_logits.analysis.row_check import KL_LIMITS, POSITION_FACTOR, RowCheck, check_row
@@ -19,6 +20,7 @@ from chat_logits.data.hashing import hash_files
 from chat_logits.data.row_alignment import AlignmentError, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
+from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
 from chat_logits.storage.manifest import Manifest
@@ -27,8 +29,8 @@ from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
-CLEARLY = 2  # errors in place must be smaller by this factor than one position off
-NEARLY_ALL = 0.9  # of the rows: then it is not the rows that are wrong
+CLEARLY = 2  # errors in place must be smaller by this factor than those one position off
+NEARLY_ALL = 0.9  # if this share of the rows is wrong, the model is probably another one
 FIGURES = ("kl_mean", "kl_row", "kl_position", "logsumexp", "token_log_probs", "in_order")
 
 
@@ -36,11 +38,12 @@ FIGURES = ("kl_mean", "kl_row", "kl_position", "logsumexp", "token_log_probs", "
 class Verification:
     """The stored numbers of ``num_rows`` rows against a model's own.
 
-    ``figures`` are in nats but for ``in_order``, a share of the positions: ``kl_mean`` over all of them, ``kl_row`` the
-    largest mean of a row, ``kl_position`` the largest; ``logsumexp`` and ``token_log_probs`` are the differences
-    nearest to their limits, or furthest beyond. ``limits`` has the same keys but ``kl_mean``. ``shifts`` has the mean
-    errors of "kl", "logsumexp" and "token_log_probs" against the output one position earlier, in place, one later.
-    ``causes`` are lines, of a row or of the whole. Figures are NaN where no row could be held against the model.
+    ``figures`` are in nats, except ``in_order``, a share of the positions: ``kl_mean`` is the mean over all positions,
+    ``kl_row`` the largest mean of a row, ``kl_position`` the largest of a position; ``logsumexp`` and
+    ``token_log_probs`` are the differences nearest to their limits, or furthest beyond. ``limits`` has the same keys
+    except ``kl_mean``. ``shifts`` has the mean errors of "kl", "logsumexp" and "token_log_probs" against the output one
+    position earlier, in place, and one later. Each of ``causes`` is a line about a row or about all rows. Figures are
+    NaN if no row could be compared with the model.
     """
 
     dataset_id: str
@@ -75,22 +78,26 @@ def verify(
     model_id: str | None = None,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
+    device: str | None = None,
+    device_map: str | None = None,
 ) -> Verification:
-    """Hold ``count`` rows, spread evenly over the dataset, against the model that it was extracted from.
+    """Compare ``count`` rows, spread evenly over the dataset, with the model that they were extracted from.
 
-    The model is the recorded one, or the one at ``model_id`` (a folder or a Hub id), on the first accelerator;
-    ``chat_template`` is as for ``align_row``. Raises ToolkitError where the model cannot be had or has another
-    vocabulary; all else that does not hold up is among the causes.
+    The model is the recorded one, or the one at ``model_id`` (a folder or a Hub id), on the first accelerator, on
+    ``device``, or spread by ``device_map``; ``chat_template`` is as for ``align_row``. Raises ToolkitError if the model
+    cannot be loaded or has another vocabulary, UsageError if that is the model at ``model_id``; any other difference is
+    among the causes.
     """
     if count < 1:
         raise UsageError(f"`verify` {count}: expected 1 row or more")
     dataset.refuse_empty()
-    model = load_recorded_model(dataset, model_id, trust_remote_code)
-    return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
+    with scratch_folder() if device_map else nullcontext() as offload_folder:
+        model = load_recorded_model(dataset, model_id, trust_remote_code, device, device_map, offload_folder)
+        return check_rows(dataset, model, tokenizer, spread(dataset.num_rows, count), chat_template)
 
 
 def spread(num_rows: int, count: int) -> list[int]:
-    """``count`` row numbers from the first to the last, or all there are.
+    """``count`` row numbers, spread evenly from the first to the last, or all if there are fewer.
 
     >>> spread(10, 4), spread(2, 4)
     ([0, 3, 6, 9], [0, 1])
@@ -99,37 +106,54 @@ def spread(num_rows: int, count: int) -> list[int]:
     return [i * (num_rows - 1) // max(1, count - 1) for i in range(count)]
 
 
-def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, trust_remote_code: bool = False):
-    """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``."""
+def load_recorded_model(
+    dataset: StoredDataset,
+    model_id: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    device_map: str | None = None,
+    offload_folder: Path | None = None,
+):
+    """The model of ``extraction.json`` in its dtype and attention, from its recorded place or from ``model_id``.
+
+    ``device``, ``device_map`` and ``offload_folder`` are as for ``load_model``.
+    """
     with stage("Importing torch and transformers"):
-        from chat_logits.model import loading, quantization
+        from chat_logits.model.devices import choose_device
+        from chat_logits.model.loading import load_model
+        from chat_logits.model.quantization import option_of
 
     source, revision = recorded_place(dataset, model_id, "model_id")
     manifest = dataset.manifest
-    gguf_file, dtype, attention = manifest.gguf_file, manifest.dtype, manifest.attn_implementation
+    dtype = manifest.dtype
     if dtype not in KL_LIMITS:
         raise ToolkitError(f"extraction.json has dtype {dtype[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
-    device = loading.choose_device(None)
+    if device and device_map:
+        raise UsageError(f"`device` {device}: `device_map` chooses the devices; leave one of the two out")
+    found = choose_device(device)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
     base = manifest.base_revision if is_commit(manifest.base_revision or "") else None
-    with stage("Loading %s on %s", shown, device):
-        model = loading.load_model(
+    with stage("Loading %s %s", shown, "over all devices" if device_map else f"on {found}"):
+        model = load_model(
             source,
             revision,
-            gguf_file,
-            dtype,
-            device,
-            attention,
-            trust_remote_code,
+            gguf_file=manifest.gguf_file,
+            dtype=dtype,
+            device=found,
+            device_map=device_map,
+            offload_folder=offload_folder,
+            attn_implementation=manifest.attn_implementation,
+            trust_remote_code=trust_remote_code,
             base_revision=base,
             head_dtype=manifest.head_dtype,
-            quantization=quantization.option_of(manifest.quantization),
+            quantization=option_of(manifest.quantization),
         )
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if vocab_size != manifest.vocab_size:
-        raise ToolkitError(
+        raise (UsageError if model_id else ToolkitError)(
             f"model {source}: a vocabulary of {vocab_size}, expected {manifest.vocab_size}; it is not the model "
-            f"extracted from, which was {manifest.model_id} at {manifest.model_revision[:12]}."
+            f"extracted from, which was {manifest.model_id} at {manifest.model_revision[:12]}. Name another with "
+            "`model_id`."
         )
     return model
 
@@ -137,8 +161,8 @@ def load_recorded_model(dataset: StoredDataset, model_id: str | None = None, tru
 def check_rows(
     dataset: StoredDataset, model, tokenizer, indices: Sequence[int], chat_template: str | None = None
 ) -> Verification:
-    """Hold these rows against a loaded model, with a progress bar on stderr."""
-    from chat_logits.model.loading import input_device
+    """Compare these rows with a loaded model, with a progress bar on stderr."""
+    from chat_logits.model.devices import input_device
 
     checks, causes = _check_each(dataset, model, RowAligner(tokenizer, dataset.manifest, chat_template), indices)
     figures, limits, shifts = _figures(checks)
@@ -162,7 +186,7 @@ def _check_each(
 ) -> tuple[list[RowCheck], list[str]]:
     """The checks of the rows, and a line for each row that cannot be checked."""
     checks, causes = [], []
-    for index in tqdm(indices, unit=" conversations", dynamic_ncols=True):
+    for index in bar(indices, unit=" conversations", dynamic_ncols=True):
         try:
             row = dataset.read_row(index)
             alignment = aligner.align(row, index)
@@ -179,7 +203,7 @@ def _check_each(
 
 
 def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
-    """Figures, their limits, and the mean errors at SHIFTS, as ``Verification`` has them."""
+    """Figures, their limits, and the mean errors at SHIFTS, as in ``Verification``."""
     names = ("kl", "logsumexp", "token_log_probs")
     if not checks:
         return dict.fromkeys(FIGURES, math.nan), {}, dict.fromkeys(names, [math.nan] * len(SHIFTS))
@@ -200,7 +224,7 @@ def _figures(checks: list[RowCheck]) -> tuple[dict, dict, dict]:
 
 
 def _causes(checks: list[RowCheck], manifest: Manifest, source: str) -> list[str]:
-    """A line a row with faults; but one line for all of them where the model is another one."""
+    """A line for each row with faults, or one line for all of them if the model is probably another one."""
     faulty = [check for check in checks if check.faults]
     strangers = [check for check in faulty if check.is_all_wrong]
     if not strangers or len(strangers) < NEARLY_ALL * len(checks):
@@ -222,7 +246,7 @@ def _other_model(manifest: Manifest, source: str) -> str:
 
 
 def _undecided(shifts: dict[str, list[float]]) -> list[str]:
-    """A cause where the shift test cannot tell that the numbers are in place."""
+    """A cause for each number that the shift test cannot show to be in place."""
     return [
         f"{name}: {in_place:.2g} nats off in place, {before:.2g} one position earlier, {after:.2g} one later; expected "
         "in place clearly best. Check more rows."

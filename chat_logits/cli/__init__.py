@@ -1,4 +1,4 @@
-"""The commands' first moments: until signals end them in order, Ctrl-C ends them with a line."""
+"""The start of the commands: until signals can end them in an orderly way, Ctrl-C ends them with one line."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 COMMANDS = ("extract_logits", "explore_logits", "export_targets", "train_student")
-SIGNALLED = 128  # and the signal's number: what shells give
+SIGNALLED = 128  # plus the signal's number: the exit status, as in shells
 
 
 def leave_at_once(number: int, _frame: object = None) -> None:
-    """End the process, whatever it is doing."""
+    """End the process at once, whatever it is doing."""
     with suppress(OSError):  # a terminal that is closed
         os.write(2, b"Stopped.\n")
     os._exit(SIGNALLED + number)

@@ -1,4 +1,4 @@
-"""How the commands begin and end: what they print on the way, exit status, errors in a line or two, signals."""
+"""How the commands begin and end: log output, exit status, errors in a line or two, signals."""
 
 import errno
 import logging
@@ -29,15 +29,16 @@ from chat_logits.paths import refuse_unfit
 from chat_logits.stages import Stages
 from chat_logits.storage.disk import nearest_existing, written_whole
 
-STDOUT = "-"  # as the name of a file to write
-# Where no other file can take a file's place: it is mounted alone, its folder is not to be written, its name is long.
+STDOUT = "-"  # standard output, as the name of a file to write
+# Errors when a file cannot be replaced by a temporary one: it is a mount point, its folder is read-only, its name is
+# too long.
 IN_PLACE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 ITS_FUTURE = re.compile("deprecated|will be removed|in (a|the) future|future (version|release)")
 Options = TypeVar("Options", bound=CommonOptions)
 
 
 class Stopped(KeyboardInterrupt):
-    """By a signal, whose ``number`` this is."""
+    """Stopped by the signal with this ``number``."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -45,7 +46,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def called_as(script: str) -> str:
-    """The command's name in its help: ``script``, or as it is called where the package is installed."""
+    """The command's name in its help: ``script``, or the installed command's name if it was called by that."""
     name = Path(sys.argv[0]).stem
     return name if name == Path(script).stem.replace("_", "-") else script
 
@@ -59,9 +60,9 @@ def run_command(
 ) -> int:
     """Parse ``argv``, call ``command(options, given)`` and return the exit status.
 
-    ``options`` are the last of ``kinds``, ``given`` all that are on the command line. A traceback is printed only with
-    ``--debug``. ``closed_pipe`` is the status where nobody reads what is printed any more: 0 for a command that only
-    prints.
+    ``options`` are of the last of ``kinds``, ``given`` are all options on the command line. A traceback is printed only
+    with ``--debug``. ``closed_pipe`` is the exit status if the reader of the output has closed it: 0 for a command that
+    only prints.
     """
     open_closed_streams()
     show_all_characters()
@@ -86,7 +87,7 @@ def run_command(
 
 
 def _read(kind: type[Config], parser: CommandParser, argv: list[str]) -> tuple[Any, dict]:
-    """The options as their dataclass, and what is on the command line. Raises UsageError for what cannot be."""
+    """The options as their dataclass, and those on the command line. Raises UsageError for invalid ones."""
     given = parser.given(argv)
     values = read_options(kind, given)
     refuse_missing(kind, values)
@@ -94,11 +95,11 @@ def _read(kind: type[Config], parser: CommandParser, argv: list[str]) -> tuple[A
 
 
 def _check_environment() -> None:
-    """Raise UsageError where the Hub's client has no place on this machine."""
+    """Raise UsageError if the cache folders of the Hub's client cannot exist on this machine."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         place = os.environ.get(name)
         if place and not nearest_existing(Path(place).expanduser()).is_dir():
-            raise UsageError(f"{name} {place}: no folder, and none can be made there. Set it to one, or unset it.")
+            raise UsageError(f"{name} {place}: not a folder, and none can be made there. Set it to one, or unset it.")
 
 
 def _explained(error: Exception, debug: bool) -> str:
@@ -110,20 +111,20 @@ def _explained(error: Exception, debug: bool) -> str:
 
 
 def _made_fit(text: str, kinds: tuple[type[Config], ...]) -> str:
-    """A message as it is printed: options as they are typed, no secrets, and nothing that would act in a terminal."""
+    """A message as it is printed: options as they are typed, without secrets and terminal control codes."""
     return _shown(redact(as_typed(text, kinds)))
 
 
 def _shown(text: str) -> str:
-    from chat_logits.display.text import visible_lines  # with NumPy, which help does not wait for
+    from chat_logits.display.text import visible_lines  # imports NumPy, which --help does not need
 
     return visible_lines(text)
 
 
 class _FitRecord(logging.LogRecord):
-    """What any library logs, which may be a dataset's, a model's or the Hub's words.
+    """A log record of any library; its text may come from a dataset, a model or the Hub, so control codes are shown.
 
-    What transformers tells of its own future is for who writes programs with it: no handler's level is so low.
+    Deprecation notices of transformers are for developers; their level is set below every handler's.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -136,7 +137,7 @@ class _FitRecord(logging.LogRecord):
 
 
 class _BesideBars(logging.Handler):
-    """Prints what the package tells on standard error, as it is, without disturbing progress bars."""
+    """Prints the package's log messages on standard error without disturbing progress bars."""
 
     def __init__(self, kinds: tuple[type[Config], ...], going_on: GoingOn):
         super().__init__()
@@ -149,7 +150,8 @@ class _BesideBars(logging.Handler):
 
 @contextmanager
 def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
-    """Within, what the package logs from this level on is printed; nothing that any library says acts there."""
+    """Within, the package's log from this level on is printed; control codes in any library's messages are made
+    visible."""
     going_on = GoingOn()
     package, handler = logging.getLogger("chat_logits"), _BesideBars(kinds, going_on)
     before, format_warning = (package.level, package.propagate), warnings.formatwarning
@@ -159,7 +161,7 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
     package.addHandler(handler)
     package.setLevel(level.upper())
     package.propagate = False
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels that it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of missing kernels
     if package.isEnabledFor(logging.INFO):
         Stages.going_on = going_on
     try:
@@ -177,7 +179,7 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Within, the first signal to stop raises Stopped, for an end in order; the second leaves at once."""
+    """Within, the first stopping signal raises Stopped, for an orderly end; the second ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -193,7 +195,7 @@ def stop_on_signals() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in stopping_signals()}
     try:
         yield
-    except KeyboardInterrupt as interrupt:  # of a library that waits in C, and does not say for which signal
+    except KeyboardInterrupt as interrupt:  # from a library that waits in C and does not say which signal came
         raise Stopped(received[0] if received else signal.SIGINT) from interrupt
     finally:
         for number, handler in before.items():
@@ -201,24 +203,26 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def leave_torch_out() -> None:
-    """For a process that only tokenizes: transformers and datasets import torch wherever it is installed, which takes
-    seconds and 250 MB. From here on, and for the whole process, both go without."""
+    """Keep transformers and datasets from importing torch, for the rest of the process.
+
+    For processes that only tokenize: the import takes seconds and 250 MB.
+    """
     if "torch" in sys.modules:
         return
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of models that would need torch
-    os.environ["USE_TORCH"] = "0"  # to datasets
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # about models that would need torch
+    os.environ["USE_TORCH"] = "0"  # read by datasets
     modules: dict[str, Any] = sys.modules
-    modules["torch"] = None  # Python's own way to say that a module is not there
+    modules["torch"] = None  # Python's own way to mark a module as not available
     from transformers.utils.import_utils import is_torch_available
 
-    is_torch_available()  # which remembers what it finds
+    is_torch_available()  # it caches its result
     del sys.modules["torch"]
 
 
 def leave(status: int) -> None:
-    """Leave the process without waiting for threads, of which one may be at a read that never ends."""
+    """Exit without waiting for threads, as one may be blocked in a read that never ends."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # nobody reads, a full disk, closed
+        with suppress(OSError, AttributeError):  # without a reader, on a full disk, or closed
             stream.flush()
     os._exit(status)
 
@@ -226,10 +230,10 @@ def leave(status: int) -> None:
 # --- files that a command is asked to write ---
 
 
-def check_places(**files: str | None) -> None:
-    """Raise UsageError where a file cannot be written, by the option that names it, before any work is done for it.
+def check_output_files(**files: str | None) -> None:
+    """Raise UsageError, with the option's name, if a file cannot be written, before any work is done for it.
 
-    ``STDOUT`` in the place of JSON is standard output.
+    For the option ``json``, ``STDOUT`` stands for standard output.
     """
     named = {option: file for option, file in files.items() if file is not None}
     written = {option: file for option, file in named.items() if (option, file) != ("json", STDOUT)}
@@ -240,17 +244,17 @@ def check_places(**files: str | None) -> None:
     for option, file in written.items():
         path = Path(file)
         if not file or file == STDOUT or path.is_dir() or not path.parent.is_dir():
-            fault = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "no name of a file"
+            fault = f"the folder {path.parent} is missing" if not path.parent.is_dir() else "not the name of a file"
             raise UsageError(f"`{option}` {file}: {fault}, expected a file to write")
 
 
 def write_result(file: str, text: str) -> None:
-    """Write a finished file and say so; one that is there stays whole. Raises ToolkitError where the disk refuses."""
+    """Write a file and print its name; an existing file is replaced as a whole. Raises ToolkitError if that fails."""
     try:
         _write(Path(file), text)
     except OSError as error:
         raise ToolkitError(f"{file}: it cannot be written: {error.strerror}") from error
-    except RuntimeError as error:  # links in a circle
+    except RuntimeError as error:  # a loop of links
         raise ToolkitError(f"{file}: it cannot be written: {error}") from error
     print(f"Wrote {file}", file=sys.stderr)
 
@@ -259,7 +263,7 @@ def _write(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():  # a pipe or a terminal
         path.write_text(text, encoding="utf-8")
         return
-    target = path.resolve()  # a link stays one
+    target = path.resolve()  # so that a link stays a link
     try:
         with written_whole(target) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -11,20 +11,20 @@ from chat_logits.cli.parser import CommonOptions
 from chat_logits.errors import UsageError
 from chat_logits.options import Config, Option, options_of
 
-# Options of the commands that are no part of a run
+# Options of the commands that are not part of a run
 COMMAND_LINE_ALONE = {"config", "preview", "plan", "plan_for", *options_of(CommonOptions)}
 
 
 @dataclass(frozen=True)
 class FileOption:
-    """A checked value, and the line of the file that it is in."""
+    """A checked value, and its line in the file."""
 
     value: Any
     line: int
 
 
 def read_config_file(path: str, kind: type[Config]) -> dict[str, FileOption]:
-    """The options of a config that a file sets. Raises UsageError where it is no such file."""
+    """The options of a config that a file sets. Raises UsageError if it is not such a file."""
     root = _parse(path)
     if root is None:
         return {}
@@ -49,9 +49,9 @@ def _parse(path: str) -> yaml.Node | None:
         raise UsageError(f"`config` {path}: expected UTF-8 text ({error})") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UsageError(f"{path}, line {mark.line + 1 if mark else 1}: no YAML ({error.problem})") from error
+        raise UsageError(f"{path}, line {mark.line + 1 if mark else 1}: not YAML ({error.problem})") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"`config` {path}: no YAML ({error})") from error
+        raise UsageError(f"`config` {path}: not YAML ({error})") from error
 
 
 def _read(where: str, typed: str, node: yaml.Node, kind: type[Config]) -> Any:
@@ -62,19 +62,19 @@ def _read(where: str, typed: str, node: yaml.Node, kind: type[Config]) -> Any:
         return _checked(options[name], _value(node))
     except UsageError as error:
         raise UsageError(f"{where}: {str(error).replace('`', '')}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, say
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date, for example
         raise UsageError(f"{where}: {name}: {getattr(error, 'problem', error)}") from error
 
 
 def _unknown(name: str, options: dict[str, Option]) -> str:
     if name in COMMAND_LINE_ALONE:
-        return f"for the command line alone; give it there, as --{name}"
+        return f"for the command line only; give it there, as --{name}"
     near = difflib.get_close_matches(name, options, 1)
     return "no such option" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _checked(one: Option, value: Any) -> Any:
-    """The checked value. YAML 1.1 takes some numbers for texts, such as 1e-1: these are read as typed."""
+    """The checked value. YAML 1.1 reads some numbers as text, such as 1e-1: these are parsed as on the command line."""
     return one.read(value) if isinstance(value, str) and one.kind in (int, float) else one.check(value)
 
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from chat_logits.cli.command_line import called_as, check_places
+from chat_logits.cli.command_line import called_as, check_output_files
 from chat_logits.cli.parser import CommandParser, RebuildOptions
 from chat_logits.errors import UsageError
 from chat_logits.options import option, options_of
 
-# What each way of looking at a dataset does not take, as what it would say of it is said otherwise or not at all.
+# The options that each mode does not take, as they have no meaning for it.
 _ROWS = ("sample_index", "surprising", "show_prompt", "top_n")
-_TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # no token is rebuilt
+_TOKENS = ("chat_template", "tokenizer_id", "trust_remote_code")  # not for modes that rebuild no tokens
 NOT_WITH = {
     "browse": ("thin", "budget", "student", "verify", "summary", *_ROWS, "html", "json"),
     "where": ("thin", "budget", "student", "verify", "compare", "summary", *_ROWS, *_TOKENS, "html"),
@@ -20,13 +20,20 @@ NOT_WITH = {
     "compare": ("summary", "show_prompt"),
     "summary": _ROWS,
 }
-# What is of use beside another option alone.
-NEEDS = (
-    {"model_id": "verify", "budget_rows": "budget", "save": "where"}
-    | dict.fromkeys(("compare_revision", "compare_tokenizer_id"), "compare")
-    | dict.fromkeys(("student_revision", "student_rows"), "student")
-    | dict.fromkeys(("port", "no_open"), "browse")
-)
+# Options that need another option.
+NEEDS = {
+    "model_id": ("verify",),
+    "device": ("verify", "student"),
+    "device_map": ("verify",),
+    "budget_rows": ("budget",),
+    "save": ("where",),
+    "compare_revision": ("compare",),
+    "compare_tokenizer_id": ("compare",),
+    "student_revision": ("student",),
+    "student_rows": ("student",),
+    "port": ("browse",),
+    "no_open": ("browse",),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +55,7 @@ class ExploreOptions(RebuildOptions):
     top_n: int | None = option(None, help="predictions shown a token", unset="5", metavar="N", least=1)
     surprising: int | None = option(
         None,
-        help="show the N most surprising tokens alone; with --compare and --sample_index, the N tokens or spans "
+        help="show only the N most surprising tokens; with --compare and --sample_index, the N tokens or spans "
         "furthest apart",
         unset="all tokens",
         metavar="N",
@@ -75,8 +82,7 @@ class ExploreOptions(RebuildOptions):
     )
     compare_tokenizer_id: str | None = option(
         None,
-        help="folder or Hub id of the other dataset's tokenizer, if that is another one and its recorded model is not "
-        "there",
+        help="folder or Hub id of the other dataset's tokenizer, if it differs and the recorded model is not available",
         unset="its recorded model",
         metavar="ID",
     )
@@ -90,9 +96,21 @@ class ExploreOptions(RebuildOptions):
     )
     model_id: str | None = option(
         None,
-        help="folder or Hub id of the model for --verify, if the recorded one is not there",
+        help="folder or Hub id of the model for --verify, if the recorded one is not available",
         unset="the recorded one",
         metavar="ID",
+    )
+    device: str | None = option(
+        None,
+        help="where the model of --verify or --student computes: cpu, cuda, cuda:1, mps, …",
+        unset="the first accelerator, else cpu",
+        metavar="NAME",
+    )
+    device_map: str | None = option(
+        None,
+        help="spread the model of --verify over all devices, including the CPU and the disk; needs accelerate",
+        unset="one device",
+        choices=("auto", "balanced", "sequential"),
     )
     student: str | None = option(
         None,
@@ -109,7 +127,7 @@ class ExploreOptions(RebuildOptions):
     )
     budget: bool = option(
         False,
-        help="show what fewer stored entries would take, in bytes, and cost a student's gradient, in deviation",
+        help="show how many bytes fewer stored entries would take, and how far a student's gradient would deviate",
         unset="show none of it",
     )
     budget_rows: int | None = option(
@@ -124,7 +142,7 @@ class ExploreOptions(RebuildOptions):
     )
     where: str | None = option(
         None,
-        help="list the conversations of which a condition is true, such as 'mean_nll > 4', with their numbers",
+        help="list the conversations for which a condition is true, such as 'mean_nll > 4', with their numbers",
         unset="list none",
         metavar="CONDITION",
         example='"mean_nll > 4"',
@@ -138,20 +156,20 @@ class ExploreOptions(RebuildOptions):
     )
     browse: bool = option(
         False,
-        help="open the dataset in the browser, with --compare beside the other one: sort, filter, search and mark its "
-        "conversations; served to this machine alone, until Ctrl-C",
+        help="open the dataset in the browser, with --compare next to the other one: sort, filter, search and mark its "
+        "conversations; served only to this machine, until Ctrl-C",
         unset="print",
         example="",
     )
     port: int | None = option(
         None,
-        help="port of --browse; 0 for any that is free",
-        unset="8765, or the next that is free",
+        help="port of --browse; 0 for any free port",
+        unset="8765, or the next free port",
         metavar="N",
         least=0,
         most=65535,
     )
-    no_open: bool = option(False, help="with --browse, print the address alone", unset="open the browser")
+    no_open: bool = option(False, help="with --browse, only print the address", unset="open the browser")
     html: str | None = option(
         None,
         help="write a page that needs nothing else",
@@ -161,7 +179,7 @@ class ExploreOptions(RebuildOptions):
     )
     json: str | None = option(
         None,
-        help="write what is shown as JSON; - prints that alone",
+        help="write what is shown as JSON; - prints only the JSON",
         unset="none",
         metavar="FILE",
         example="-",
@@ -178,13 +196,13 @@ def build_parser() -> CommandParser:
         positional="logit_dataset_id",
         prog=called_as("explore_logits.py"),
         usage="%(prog)s ID [--sample_index N] [--summary] [--compare ID] [--where CONDITION] [--verify N] …",
-        description="Look at a logit dataset: each token of one answer beside what the model predicted in its place, "
+        description="Look at a logit dataset: each token of one answer next to what the model predicted in its place, "
         "or all of it with --summary, --where, --compare, --verify, --student or --budget.",
     )
 
 
 def mode_of(chosen: dict) -> str:
-    """What is to be done by the options chosen: a key of ``NOT_WITH``, or "row"."""
+    """The mode that the chosen options ask for: a key of ``NOT_WITH``, or "row"."""
     return next((mode for mode in NOT_WITH if mode in chosen), "row")
 
 
@@ -196,9 +214,9 @@ def check_options(options: ExploreOptions) -> None:
         if unfit:
             raise UsageError(f"`{mode}` does not go with `{unfit[0]}`")
     for name, needed in NEEDS.items():
-        if name in chosen and needed not in chosen:
-            raise UsageError(f"`{name}` is for `{needed}`")
+        if name in chosen and chosen.keys().isdisjoint(needed):
+            raise UsageError(f"`{name}` is for {' and '.join(f'`{each}`' for each in needed)}")
     of_rows = [name for name in ("top_n", "surprising") if name in chosen]
     if of_rows and "compare" in chosen and "sample_index" not in chosen:
         raise UsageError(f"`{of_rows[0]}` with `compare` is for one conversation: name it with `sample_index` N")
-    check_places(html=options.html, json=options.json)
+    check_output_files(html=options.html, json=options.json)

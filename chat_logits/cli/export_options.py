@@ -13,7 +13,7 @@ from chat_logits.words import count_text
 
 @dataclass(frozen=True, repr=False)
 class ExportOptions(TaughtOptions, RebuildOptions):
-    """What to export, for whom, and where to."""
+    """What to export, in which format, and where to."""
 
     logit_dataset_id: str = option(
         help="the logit dataset, a folder or a Hub id; the name of this option may be left out",
@@ -32,7 +32,7 @@ class ExportOptions(TaughtOptions, RebuildOptions):
     )
     student_vocab_size: int | None = option(
         None,
-        help="token ids that the student has; what the teacher gives to others is dropped, and counted",
+        help="number of the student's token ids; what the teacher gives to others is dropped, and counted",
         unset="all ids are kept",
         metavar="N",
         least=1,
@@ -40,14 +40,14 @@ class ExportOptions(TaughtOptions, RebuildOptions):
     )
     sequence_length: int | None = option(
         None,
-        help="tokens of each conversation with --format distillkit, to which they are padded; longer ones are left out",
+        help="tokens to which --format distillkit pads each conversation; longer ones are left out",
         unset="the longest conversation's",
         metavar="N",
         least=2,
         example="4096",
     )
     temperature: float = option(
-        1.0, help="of the targets: others than 1 are refused, as draws give no unbiased target at them", metavar="T"
+        1.0, help="of the targets; only 1 is accepted, as draws are not unbiased at any other", metavar="T"
     )
 
 
@@ -61,13 +61,13 @@ def build_parser() -> CommandParser:
         positional="logit_dataset_id",
         prog=called_as("export_targets.py"),
         usage="%(prog)s ID --format FORMAT --output_dir FOLDER [--student_vocab_size N] [--hard_weight SHARE] …",
-        description="Write a logit dataset's targets as Parquet files that other trainers read, draws from the tail "
-        "and all.",
+        description="Write a logit dataset's targets, including the draws from the tail, as Parquet files that other "
+        "trainers read.",
     )
 
 
 def report_of(exported: Exported) -> str:
-    """What was written and what was left out, in lines."""
+    """What was written and what was left out, as lines of text."""
     size = sum(file.stat().st_size for file in exported.files) / 1e6
     rows, targets = count_text(exported.num_rows, "conversation"), count_text(exported.num_positions, "target")
     lines = [f"Wrote {rows} with {targets} to {exported.folder} ({exported.format}, {size:.1f} MB)"]

@@ -1,4 +1,4 @@
-"""The options of ``extract_logits.py``: those of ``ExtractConfig``, and a few of the command's own."""
+"""The options of ``extract_logits.py``: those of ``ExtractConfig``, and a few of the command itself."""
 
 import logging
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class ExtractOptions(CommonOptions):
-    """The options of the command that are no part of a run."""
+    """The options of the command that are not part of a run."""
 
     config: str | None = option(
         None,
@@ -27,7 +27,7 @@ class ExtractOptions(CommonOptions):
     )
     preview: int | None = option(
         None,
-        help="print N conversations as they would be extracted, run no model, write nothing",
+        help="print N conversations as they would be extracted; run no model, write nothing",
         unset="off",
         group=EXTRACTED,
         metavar="N",
@@ -37,7 +37,7 @@ class ExtractOptions(CommonOptions):
     plan: bool = option(
         False,
         help="print what the run would need and take: bytes on a card, cards, tokens, bytes of output, hours; load no "
-        "weights, write nothing; without a dataset, the model's part",
+        "weights, write nothing; without a dataset, only the model's part",
         unset="off",
         group=COMPUTED,
     )
@@ -79,7 +79,7 @@ def read_config(options: ExtractOptions, given: dict) -> ExtractConfig:
 
 
 def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
-    """As ``read_config``, but the model's options alone where no dataset is named."""
+    """As ``read_config``, but only the model's options if no dataset is named."""
     values = _read_values(options, given)
     if "dataset_id" in values:
         refuse_missing(ExtractConfig, values)
@@ -87,7 +87,7 @@ def read_plan_config(options: ExtractOptions, given: dict) -> ModelConfig:
     refuse_missing(ModelConfig, values)
     of_model = {name: value for name, value in values.items() if name in options_of(ModelConfig)}
     if without := ", ".join(f"`{name}`" for name in values if name not in of_model):
-        logger.warning("No `dataset_id`: the plan is the model's part alone, without %s", without)
+        logger.warning("No `dataset_id`: the plan is only the model's part, without %s", without)
     return ModelConfig(**of_model)
 
 
@@ -105,6 +105,6 @@ def _read_values(options: ExtractOptions, given: dict) -> dict:
 
 
 def config_words(config: ExtractConfig) -> list[str]:
-    """The options, as words of a command line, that give this config."""
+    """The words of a command line that give this config."""
     options = options_of(ExtractConfig)
     return [word for name, value in config.chosen().items() for word in command_words(options[name], value)]

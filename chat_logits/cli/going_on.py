@@ -1,4 +1,4 @@
-"""Stages that go on, on standard error: in a terminal their seconds, which vanish with them, in a log a row of dots."""
+"""Shows on standard error that a stage is still running: seconds in a terminal, removed at its end; dots in a log."""
 
 import sys
 import threading
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from chat_logits.stages import every
 
 TICK = 1.0  # seconds from one sign to the next
-DOTS = 60  # of a line in a log
+DOTS = 60  # in one line of a log
 
 
 class GoingOn:
-    """Signs of life for stages, the innermost one's seconds. What is printed beside them goes through ``aside``."""
+    """Signs of life for stages: the seconds of the innermost one. Other output is printed within ``aside``."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -40,7 +40,7 @@ class GoingOn:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within, a line of another kind is printed, below what is there."""
+        """Within, another line may be printed, below what is there."""
         with self._lock:
             self._end_line()
             yield

@@ -1,4 +1,4 @@
-"""Command lines from options: both spellings, ``--top_k`` and ``--top-k``, and mistakes told in a line or two."""
+"""Command lines from options: both spellings, ``--top_k`` and ``--top-k``, and mistakes reported in a line or two."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from chat_logits.errors import UsageError
 from chat_logits.options import Config, Option, option, options_of
 
 HELP_ALL = "help_all"
-NO = "no_"  # before the name of a switch: turned off, where a config file turns it on
+NO = "no_"  # prefix that turns a switch off, for example one that a config file turns on
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,7 +20,9 @@ class CommonOptions(Config):
     """Options of every command."""
 
     log_level: str = option(
-        "info", help="what is told on standard error beside the results", choices=("debug", "info", "warning", "error")
+        "info",
+        help="what is logged to standard error, in addition to the results",
+        choices=("debug", "info", "warning", "error"),
     )
     debug: bool = option(False, help="show the traceback of an error", unset="its message")
 
@@ -31,27 +33,29 @@ class RebuildOptions(CommonOptions):
 
     chat_template: str | None = option(
         None,
-        help="template to rebuild the tokens with; must give those extracted from",
+        help="template to rebuild the tokens with; must give the tokens that were extracted from",
         unset="the recorded one",
         metavar="FILE_OR_TEXT",
     )
     tokenizer_id: str | None = option(
         None,
-        help="folder or Hub id of the tokenizer, if the recorded model is not there",
+        help="folder or Hub id of the tokenizer, if the recorded model is not available",
         unset="the recorded model",
         metavar="ID",
     )
     revision: str | None = option(
         None, help="branch, tag or commit of a Hub dataset", unset="its main branch", metavar="REV"
     )
-    trust_remote_code: bool = option(False, help="run Python code that tokenizer or model bring along", unset="refuse")
+    trust_remote_code: bool = option(
+        False, help="run Python code that comes with the tokenizer or model", unset="refuse"
+    )
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parses the ``options`` of a command into those that were given, as text. Raises UsageError.
 
-    ``groups`` are the headings of the help, in order. An argument without a name is that of ``positional``. ``--help``
-    shows the basic options with an example each, ``--help_all`` the others too.
+    ``groups`` are the headings of the help, in order. An argument without an option name is the value of
+    ``positional``. ``--help`` shows the basic options with an example each, ``--help_all`` all options.
     """
 
     def __init__(self, options: Iterable[Option], groups: Iterable[str] = (), positional: str = "", **about: Any):
@@ -91,7 +95,7 @@ class CommandParser(argparse.ArgumentParser):
         add(f"--{one.name}", help=help_text, metavar=parts, **more)
 
     def format_help(self, is_whole: bool = False) -> str:
-        """The help on the basic options, or on all of them."""
+        """The help for the basic options, or for all of them."""
         helps = {action: action.help for action in self._advanced}
         for action in () if is_whole else self._advanced:
             action.help = argparse.SUPPRESS
@@ -103,7 +107,7 @@ class CommandParser(argparse.ArgumentParser):
                 action.help = text
 
     def given(self, argv: list[str]) -> dict[str, str | list[str] | bool]:
-        """The options that are on a command line, by name, as they are written there."""
+        """The options on a command line, by name, with their values as they are written there."""
         argv = self._with_underscores(argv)
         known, rest = self.parse_known_args(argv)
         given = vars(known)
@@ -114,7 +118,7 @@ class CommandParser(argparse.ArgumentParser):
         return given
 
     def _with_underscores(self, argv: list[str]) -> list[str]:
-        """Names as they are in the help. Raises UsageError for one that is not there, with the nearest that is."""
+        """The words with option names spelled as in the help. Raises UsageError for an unknown name."""
         end = argv.index("--") if "--" in argv else len(argv)
         return [self._with_underscore(word) for word in argv[:end]] + argv[end:]
 
@@ -130,7 +134,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{dashes}{name}: no such option{meant}")
 
     def error(self, message: str) -> NoReturn:
-        """In place of argparse's page of usage."""
+        """Raise UsageError instead of printing argparse's usage page."""
         message = re.sub(r"^argument (-\S+): ", r"\1: ", message)
         raise UsageError(re.sub(r"ignored explicit argument (.*)", r"expected no value, found \1", message))
 
@@ -145,7 +149,7 @@ def example_of(one: Option) -> str:
 
 
 class _WholeHelp(argparse.Action):
-    """Prints the help on all options and ends the command, as ``--help`` does for the basic ones."""
+    """Prints the help for all options and ends the command, as ``--help`` does for the basic ones."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, CommandParser)
@@ -154,12 +158,12 @@ class _WholeHelp(argparse.Action):
 
 
 def read_options(kind: type[Config], given: dict[str, Any]) -> dict[str, Any]:
-    """Of the options given, those of this config, with their values checked."""
+    """Those of the given options that belong to this config, with checked values."""
     return {name: one.read(given[name]) for name, one in options_of(kind).items() if name in given}
 
 
 def refuse_missing(kind: type[Config], values: dict[str, Any]) -> None:
-    """Raise UsageError where a required option of the config has no value."""
+    """Raise UsageError if a required option of the config has no value."""
     missing = [f"`{name}`" for name, one in options_of(kind).items() if one.is_required and name not in values]
     if missing:
         raise UsageError(f"required: {', '.join(missing)}")
@@ -184,7 +188,7 @@ def command_words(option: Option, value: Any) -> list[str]:
 
 
 def as_typed(text: str, kinds: Iterable[type[Config]]) -> str:
-    """A message with its options, which are in backquotes, as they are typed on the command line.
+    """A message in which options in backquotes are replaced by the form that is typed on the command line.
 
     >>> as_typed("`debug` or `nothing`", [CommonOptions])
     '--debug or `nothing`'

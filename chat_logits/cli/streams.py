@@ -1,4 +1,4 @@
-"""Standard output and errors as a command needs them, whether they are closed, full, or lack characters."""
+"""Prepares standard output and standard error, which may be closed, full, or unable to show some characters."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from chat_logits.errors import ToolkitError
 
 
 def open_closed_streams() -> None:
-    """Standard output and errors that are closed go nowhere; else what is opened next would take their place."""
+    """Send closed standard output and error to the null device; else the next opened file would take their number."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -21,7 +21,7 @@ def open_closed_streams() -> None:
 
 
 def show_all_characters() -> None:
-    """A terminal without a character shows its code. A notebook's streams take all, and need no change."""
+    """Print characters that a terminal cannot show as escape codes. A notebook's streams accept all characters."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -33,7 +33,7 @@ def print_no_more() -> None:
 
 
 class _Stream:
-    """Standard output or errors; where it cannot be written, but for want of a reader, ``failed(error)`` is called."""
+    """Standard output or error; if writing fails other than by a closed pipe, ``failed(error)`` is called."""
 
     def __init__(self, stream: Any, failed: Callable[[OSError], None]):
         self._stream, self._failed = stream, failed
@@ -59,8 +59,8 @@ class _Stream:
 
 @contextmanager
 def named_failures() -> Iterator[None]:
-    """Within, a standard output that cannot be written is a ToolkitError, and a message that cannot be is lost: no run
-    ends for it."""
+    """Within, a failed write to standard output raises ToolkitError; a failed write to standard error is ignored, so
+    that it does not end a run."""
 
     def refuse(error: OSError) -> None:
         raise ToolkitError(f"standard output cannot be written: {error.strerror}") from error

@@ -10,7 +10,7 @@ from chat_logits.training.config import TAUGHT, TrainConfig
 
 @dataclass(frozen=True, repr=False)
 class TrainOptions(CommonOptions):
-    """The options of the command that are no part of a training."""
+    """The options of the command that are not part of the training."""
 
 
 KINDS = (TrainConfig, TrainOptions)
@@ -22,6 +22,6 @@ def build_parser() -> CommandParser:
         [one for kind in KINDS for one in options_of(kind).values()],
         groups=(READ, TAUGHT, WRITTEN, COMPUTED),
         prog=called_as("train_student.py"),
-        description="Train a student on a logit dataset: its token probabilities come as close as they can to the "
-        "teacher's.",
+        description="Train a student on a logit dataset, so that its token probabilities come as close as possible to "
+        "the teacher's.",
     )

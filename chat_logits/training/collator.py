@@ -1,7 +1,7 @@
-"""Examples to batches: packed one behind another into a single row, or padded side by side.
+"""Examples to batches: packed one after another into a single row, or padded to rows of one length.
 
-Either batch has the lm_head meet the predicting positions alone: ``logits_to_keep`` are columns that a model of
-transformers passes to its head, and ``predicting`` says where among what comes out each target is predicted.
+With either batch, the lm_head is applied to the predicting positions alone: ``logits_to_keep`` are the columns that a
+transformers model passes to its head, and ``predicting`` is each target's place in the output.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from chat_logits.errors import UsageError
 from chat_logits.training.examples import IGNORED
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache")
-TARGETS = ("target_ids", "target_weights", "entropy", "tail_entropy")  # of examples, as they are
-PROBES = (range(1, 8), range(8, 14))  # token ids of two texts that any vocabulary has
-FLOAT32_NOISE, NOISE = 1e-4, 2e-2  # of the largest logit: sums in another order; in 16 bits, too
+TARGETS = ("target_ids", "target_weights", "entropy", "tail_entropy")  # copied from the examples
+PROBES = (range(1, 8), range(8, 14))  # token ids of two texts, which any vocabulary has
+FLOAT32_NOISE, NOISE = 1e-4, 2e-2  # relative to the largest logit: from the order of summation; with 16-bit rounding
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class PackingCollator:
 
     A batch has
 
-    - ``input_ids``, ``labels`` and ``position_ids`` (1, T) int64; positions begin anew with each example, by which
-      transformers' models keep examples apart, in flash attention's varlen kernels or by a block mask. They do so
-      without a cache alone: ``use_cache`` is False;
+    - ``input_ids``, ``labels`` and ``position_ids`` (1, T) int64; positions restart at 0 for each example, which lets
+      transformers' models keep examples apart, by flash attention's varlen kernels or a block mask. They do so only
+      without a cache: ``use_cache`` is False;
     - ``logits_to_keep`` (N,) int64, the columns that predict, and ``predicting`` (N,) int64, here 0 to N - 1;
     - ``target_ids`` (N, M) int32, ``target_weights`` (N, M) float32, ``entropy`` and ``tail_entropy`` (N,) float32
-      nats, as ``Targets``, and ``num_sampled`` (N,) int64, how many of the last columns are draws.
+      nats, as in ``Targets``, and ``num_sampled`` (N,) int64, how many of the last columns are draws.
 
-    Some models don't keep examples apart: ``refuse_packing`` tells which.
+    Some models do not keep examples apart: ``refuse_packing`` finds out.
     """
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -54,15 +54,15 @@ class PackingCollator:
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads B examples of ``training_dataset`` on the right to T tokens, with N predicted ones in all.
+    """Pads B examples of ``training_dataset`` on the right to T tokens, N of them predicted.
 
     A batch has
 
     - ``input_ids`` and ``labels`` (B, T) int64, padded with ``pad_token_id`` and -100, and ``attention_mask`` (B, T)
       int64;
     - ``logits_to_keep`` (U,) int64, the columns that predict in any example, and ``predicting`` (N,) int64, each
-      target's place in the logits (B, U, V) once these are (B·U, V);
-    - ``target_ids``, ``target_weights``, ``entropy``, ``tail_entropy`` and ``num_sampled`` as ``PackingCollator``'s.
+      target's place in the logits (B, U, V) reshaped to (B·U, V);
+    - ``target_ids``, ``target_weights``, ``entropy``, ``tail_entropy`` and ``num_sampled`` as in ``PackingCollator``.
     """
 
     pad_token_id: int = 0
@@ -83,7 +83,7 @@ class PaddingCollator:
 
 
 def model_inputs(batch: dict) -> dict:
-    """What of a collator's batch the model is called with; the rest is the loss'."""
+    """The model's arguments from a collator's batch; the rest is for the loss."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
@@ -109,11 +109,10 @@ def _padded(examples: list[dict], name: str, value: int) -> torch.Tensor:
 
 @torch.no_grad()
 def refuse_packing(model: torch.nn.Module) -> None:
-    """Raise UsageError for a model that does not keep packed examples apart: two short texts packed are given other
-    logits than the second one alone, beyond rounding.
+    """Raise UsageError for a model that does not keep packed examples apart.
 
-    So with state space and linear attention layers, which carry a state along the row, and with positions that are the
-    row's.
+    The second of two short packed texts must get the same logits as alone, up to rounding. It does not with state space
+    and linear attention layers, which carry a state along the row, and in models that count positions along the row.
     """
     name, was_training = type(model).__name__, model.training
     model.eval()  # without dropout

@@ -1,4 +1,4 @@
-"""A student's training: the options of this room."""
+"""The options of a student's training."""
 
 import json
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from chat_logits.storage.disk import refuse_filled
 from chat_logits.training.targets import END_OF_TURN
 
 TAUGHT = "what is taught"
-# In a student's folder: the record, and where transformers writes checkpoints, STATE last into each.
+# In a student's folder: the record, and the checkpoints of transformers, which writes STATE last into each.
 RECORD, CHECKPOINTS, STATE = "training.json", "checkpoints", "trainer_state.json"
-LOCK = ".lock"  # there while a training runs
+LOCK = ".lock"  # exists while a training runs
 
 
 @dataclass(frozen=True, repr=False)
 class TaughtOptions(Config):
-    """What of a logit dataset's rows is taught, by a training here or by another trainer's."""
+    """What is taught from a logit dataset's rows, by this package's training or another trainer."""
 
     hard_weight: float = option(
         0.0,
@@ -41,7 +41,7 @@ class TaughtOptions(Config):
 
 @dataclass(frozen=True, repr=False)
 class TrainConfig(TaughtOptions):
-    """A student, the logit dataset that teaches it, and how its steps are taken."""
+    """A student, the logit dataset that it learns from, and how it is trained."""
 
     logit_dataset_id: str = option(
         help="the logit dataset to learn from, a folder or a Hub id",
@@ -80,8 +80,8 @@ class TrainConfig(TaughtOptions):
     )
     resume: bool = option(
         False,
-        help="go on from the last checkpoint in the folder",
-        unset="begin anew",
+        help="continue from the last checkpoint in the folder",
+        unset="start again",
         group=WRITTEN,
         example="",
     )
@@ -90,16 +90,16 @@ class TrainConfig(TaughtOptions):
     )
     batch_tokens: int = option(
         4096,
-        help="tokens of a batch, prompts among them: conversations are packed one behind another up to so many",
+        help="tokens in a batch, including prompts: conversations are packed one after another up to this many",
         group=COMPUTED,
         metavar="TOKENS",
         least=1,
         example="8192",
     )
-    accumulate: int = option(1, help="batches of a step", group=COMPUTED, metavar="N", least=1)
+    accumulate: int = option(1, help="batches in a step", group=COMPUTED, metavar="N", least=1)
     epochs: int = option(
         1,
-        help="times each conversation is read",
+        help="how many times each conversation is read",
         group=COMPUTED,
         metavar="N",
         least=1,
@@ -145,7 +145,7 @@ class TrainConfig(TaughtOptions):
         False,
         help="leave the embeddings and the lm_head as they are: small batches at a high rate would lower tokens that "
         "are seldom drawn",
-        unset="train them, but for an adapter",
+        unset="train them, except with an adapter",
         group=COMPUTED,
     )
     dtype: str = option(
@@ -161,8 +161,8 @@ class TrainConfig(TaughtOptions):
     seed: int = option(0, help="of the held-out choice and of the order", group=COMPUTED, metavar="N", least=0)
 
     def check_output_dir(self) -> None:
-        """Raise UsageError where ``output_dir`` is the student's own folder, a file, or, for a new training, a folder
-        that holds something."""
+        """Raise UsageError if ``output_dir`` is the student's own folder, a file, or, for a new training, a folder that
+        is not empty."""
         folder = Path(self.output_dir)
         if Path(self.student_id).is_dir() and folder.resolve() == Path(self.student_id).resolve():
             raise UsageError(
@@ -171,7 +171,7 @@ class TrainConfig(TaughtOptions):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"`output_dir` {folder}: a file, expected a folder")
         if not self.resume and not _has_learnt_nothing(folder):
-            refuse_filled(folder, "output_dir", ", or `resume` to go on there")
+            refuse_filled(folder, "output_dir", ", or `resume` to continue there")
 
     @property
     def rate(self) -> float:
@@ -179,12 +179,12 @@ class TrainConfig(TaughtOptions):
 
 
 def checkpoint_states(folder: Path) -> list[Path]:
-    """The files that transformers has written last into the checkpoints of a student's folder."""
+    """The ``STATE`` files of the complete checkpoints in a student's folder."""
     return [*(folder / CHECKPOINTS).glob(f"checkpoint-*/{STATE}")]
 
 
 def _has_learnt_nothing(folder: Path) -> bool:
-    """Whether the folder holds nothing but what a training leaves that ended before its first checkpoint."""
+    """Whether the folder has only what a training leaves if it ended before its first checkpoint."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= {RECORD, CHECKPOINTS, LOCK} or checkpoint_states(folder):
         return False
@@ -193,7 +193,7 @@ def _has_learnt_nothing(folder: Path) -> bool:
 
 
 def _is_unfinished(record: Path) -> bool:
-    """Whether this is the record of a training here that never came to its end."""
+    """Whether this is the record of a training that did not finish."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):

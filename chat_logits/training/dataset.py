@@ -1,4 +1,4 @@
-"""A stored logit dataset as one of `datasets`: what a student is trained on, computed when it is read."""
+"""A stored logit dataset as a `datasets.Dataset` to train a student on; targets are computed when it is read."""
 
 import hashlib
 import logging
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chat_logits.analysis.opening import open_with_tokenizer
+from chat_logits.analysis.opening import open_given, open_with_tokenizer
 from chat_logits.data.row_alignment import RowAligner
 from chat_logits.data.templates import portable_template
 from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.storage.dataset import StoredDataset, open_dataset
+from chat_logits.hub_errors import explain_hub_error
+from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.json_files import canonical
 from chat_logits.storage.shard_list import ShardEntry
 from chat_logits.training.examples import INTEGERS, STORED, TOKENS, AlignedRows, ExampleMaker
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of the rows in the cache. Raise it with every change by which ``RowAligner`` or ``AlignedRows`` makes something else
-# of the same stored row: other tokens, positions or ends of turns. Rows that were cached before are then aligned anew.
+# Of the rows in the cache. Raise it whenever a change to ``RowAligner`` or ``AlignedRows`` gives a stored row other
+# tokens, positions or ends of turns: rows that were cached before are then aligned again.
 ALIGNING_VERSION = 1
 
 
@@ -47,26 +48,26 @@ def training_dataset(
     cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> "datasets.Dataset | datasets.IterableDataset":
-    """A logit dataset, a folder or a Hub id at ``revision``, whose examples are ``ExampleMaker``'s.
+    """A logit dataset, a folder or a Hub id at ``revision``, with the examples that ``ExampleMaker`` makes.
 
-    Not ``streaming``, all rows are read, checked and aligned at once, by ``num_proc`` processes, and kept as Arrow in
-    ``cache_dir`` (that of `datasets`), from where the next call takes them; ids and weights are computed from these
-    whenever an example is read, without tokenizer. ``streaming`` does it all on the way, in the DataLoader's workers,
-    shard by shard: nothing is written, and shards are what `datasets` splits, shuffles and counts when it resumes.
-    Either is pinned to the Hub's commit, and goes through `datasets`' own ``shuffle``, ``skip``, ``state_dict`` and
+    Without ``streaming``, all rows are read, checked and aligned at once, by ``num_proc`` processes, and kept as Arrow
+    in ``cache_dir`` (by default that of `datasets`), where the next call finds them; ids and weights are computed from
+    these whenever an example is read, without a tokenizer. With ``streaming``, all of this is done while reading, in
+    the DataLoader's workers, shard by shard: nothing is written, and `datasets` splits, shuffles and resumes by shards.
+    Both are pinned to the Hub's commit, and support `datasets`' own ``shuffle``, ``skip``, ``state_dict`` and
     ``split_dataset_by_node``.
 
-    ``tokenizer`` is the student's: a tokenizer of transformers, a folder or a Hub id; None for the extraction's own.
-    ``chat_template`` replaces the recorded one. ``hard_weight``, ``end_of_turn`` and ``allow_biased`` are
-    ``row_targets``'. Conversations of more than ``max_length`` tokens are skipped, with a warning that counts them.
+    ``tokenizer`` is the student's: a transformers tokenizer, a folder or a Hub id; None for the extraction's own.
+    ``chat_template`` replaces the recorded one. ``hard_weight``, ``end_of_turn`` and ``allow_biased`` are as in
+    ``row_targets``. Conversations of more than ``max_length`` tokens are skipped, with a warning that counts them.
 
-    Raises UsageError for an argument out of range, for rows without draws, and for a tokenizer with other tokens;
-    ToolkitError where a row is damaged or its tokens cannot be rebuilt, naming the row; of a streamed one, when it is
-    read.
+    Raises UsageError for an argument of the wrong type or out of range, for rows without draws, and for a tokenizer
+    with other tokens; ToolkitError if a row is damaged or its tokens cannot be rebuilt, naming the row (when streaming,
+    as soon as the row is read).
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not go together
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
     maker = ExampleMaker(hard_weight, end_of_turn, allow_biased)
-    stored, own_tokenizer = open_for_student(str(dataset_id), tokenizer, revision, trust_remote_code)
+    stored, own_tokenizer = open_for_student(dataset_id, tokenizer, revision, trust_remote_code)
     stored.refuse_empty()
     maker.refuse(stored.manifest.top_k, stored.manifest.num_sampled)
     template = portable_template(chat_template)
@@ -81,7 +82,7 @@ def training_dataset(
 
 
 def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: int | None) -> "datasets.Dataset":
-    """The aligned rows as a memory-mapped dataset, made where the cache has none of this identity."""
+    """The aligned rows as a memory-mapped dataset, made unless the cache has one of this identity."""
     import datasets
 
     integers = dict.fromkeys(INTEGERS, datasets.Value("int64"))
@@ -100,18 +101,20 @@ def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: i
         if isinstance(error.__cause__, ToolkitError):
             raise error.__cause__ from None
         raise
+    except OSError as error:
+        raise explain_hub_error(error, "the aligned rows") from error
 
 
 def _identity(stored: StoredDataset, chat_template: str | None) -> str:
-    """Of the aligned rows, hex: what was extracted, which shards there are, and how and by which code they are
-    aligned."""
+    """A hash of the aligned rows, hex: of what was extracted, the shards, and how and by which code version the rows
+    are aligned."""
     shards = [shard.as_json() for shard in stored.shards]
     content = [ALIGNING_VERSION, stored.manifest.as_json(), shards, chat_template, INTEGERS, TOKENS, STORED]
     return hashlib.sha256(canonical(content)).hexdigest()[:32]
 
 
 def _short_enough(aligned: "datasets.Dataset", max_length: int | None) -> "datasets.Dataset":
-    """The conversations of ``max_length`` tokens at most. Raises ToolkitError where none is left."""
+    """The conversations of at most ``max_length`` tokens. Raises ToolkitError if none is left."""
     if max_length is None:
         return aligned
     lengths = np.array(aligned.with_format("arrow")["length"])
@@ -127,7 +130,7 @@ def _short_enough(aligned: "datasets.Dataset", max_length: int | None) -> "datas
     return aligned.select(kept)
 
 
-# --- rows on their way ---
+# --- streamed rows ---
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class StreamedExamples:
                     yield dict(zip(examples, values, strict=True))
 
     def _is_short_enough(self, row: dict) -> bool:
-        """False for a row that is skipped: the first one is told of, then the tenth, the hundredth …"""
+        """False for a row that is skipped; a warning is logged for the first one, the tenth, the hundredth …"""
         if self.max_length is None or row["length"] <= self.max_length:
             return True
         self.counts["skipped"] += 1
@@ -157,7 +160,10 @@ class StreamedExamples:
         if str(count).strip("0") == "1":
             logger.warning(
                 "skipped so far: %d conversations of more than max_length %d tokens; row %d has %d",
-                *(count, self.max_length, row["row"], row["length"]),
+                count,
+                self.max_length,
+                row["row"],
+                row["length"],
             )
         return False
 
@@ -173,16 +179,16 @@ def _streamed(examples: StreamedExamples) -> "datasets.IterableDataset":
 
 
 def open_for_student(
-    dataset_id: str, given: Any, revision: str | None, trust_remote_code: bool, tokenizer_id: str | None = None
+    dataset_id: str | Path, given: Any, revision: str | None, trust_remote_code: bool, tokenizer_id: str | None = None
 ) -> tuple[StoredDataset, Any]:
-    """The dataset and a tokenizer that aligns it: ``given``, the student's, where that is the extraction's, or else
-    that one, which ``tokenizer_id`` may say the place of.
+    """The dataset and a tokenizer to align it with: ``given`` (the student's) if it is the same as the extraction's,
+    else the extraction's own, loaded from ``tokenizer_id`` if given.
 
-    Raises UsageError where the student's has other tokens.
+    Raises UsageError if the student's has other tokens.
     """
     if given is None:
         return open_with_tokenizer(dataset_id, revision, tokenizer_id, trust_remote_code)
-    stored = open_dataset(dataset_id, revision)
+    stored = open_given(dataset_id, revision)
     if isinstance(given, str | Path):
         given = load_tokenizer(str(given), trust_remote_code=trust_remote_code)
     if not getattr(given, "backend_tokenizer", None):
@@ -202,9 +208,9 @@ def open_for_student(
 
 
 def check_student_tokenizer(student: Any, extraction: Any) -> None:
-    """Raise UsageError where a student's tokenizer has another token than the extraction's at some id, or none.
+    """Raise UsageError if, for any id of the extraction's tokenizer, the student's has another token or none.
 
-    The student may have more tokens, and its lm_head more rows than tokens.
+    The student may have more tokens, and its lm_head may have more rows than tokens.
     """
     tokens = {token_id: token for token, token_id in student.get_vocab().items()}
     for token, token_id in sorted(extraction.get_vocab().items(), key=itemgetter(1)):

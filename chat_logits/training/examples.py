@@ -1,8 +1,7 @@
 """Stored rows to training examples, many at a time: aligned once, decoded whenever they are read.
 
-A row that has been aligned holds, beside its codes and ids as they are stored, its token ids and positions. What it
-takes to make an example of it is arithmetic on whole batches: neither tokenizer nor template, and no Python loop over
-tokens.
+An aligned row has its token ids and positions in addition to its codes and ids as they are stored. To make an example
+of it then takes only arithmetic on whole batches: no tokenizer, no template, and no Python loop over tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from chat_logits.training.targets import END_OF_TURN, Targets, weighted_ids, wit
 from logit_codec import unpack_indices
 
 IGNORED = -100  # the label of a token that is not taught
-# Columns of an aligned row: integers, and bytes of little-endian arrays.
+# Columns of an aligned row: integers, and little-endian arrays as bytes.
 INTEGERS = ("row", "source_index", "length", "num_tokens")
 TOKENS = ("input_ids", "positions", "turn_ends")  # int32
 KINDS = ("top", "sampled")
@@ -34,17 +33,17 @@ class AlignedRows:
     aligner: RowAligner
 
     def __call__(self, shards: Sequence[ShardEntry]) -> Iterator[dict]:
-        """The rows of ``shards`` in order, one a dict of ``INTEGERS``, ``TOKENS`` and ``STORED``.
+        """The rows of ``shards`` in order, each as a dict of ``INTEGERS``, ``TOKENS`` and ``STORED``.
 
-        "row" is the row's number in the dataset, "length" that of all its T tokens; "turn_ends" are the positions of
-        those ends of turns that were not extracted. Raises DamagedShard, DamagedRow and AlignmentError, which name the
+        "row" is the row's number in the dataset, "length" the number T of all its tokens; "turn_ends" are the positions
+        of the ends of turns that were not extracted. Raises DamagedShard, DamagedRow and AlignmentError, which name the
         row.
         """
         for batch in self.batches(shards):
             yield from batch
 
     def batches(self, shards: Sequence[ShardEntry]) -> Iterator[list[dict]]:
-        """The same, a row group's rows at a time."""
+        """The same rows, one row group at a time."""
         for first, rows in self.dataset.row_groups(shards):
             alignments = self._align(rows, range(first, first + len(rows)))
             yield [
@@ -72,7 +71,7 @@ def _aligned_row(number: int, row: dict, alignment: Alignment) -> dict:
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Makes examples of aligned rows. The fields are ``row_targets``'.
+    """Makes examples of aligned rows. The fields are as in ``row_targets``.
 
     Raises UsageError for a field out of range.
     """
@@ -86,21 +85,21 @@ class ExampleMaker:
             raise UsageError(f"end_of_turn {self.end_of_turn!r}: expected one of {', '.join(END_OF_TURN)}")
 
     def refuse(self, top_k: int, num_sampled: int) -> None:
-        """Raise UsageError where rows with so many entries a position cannot be taught from with these settings."""
+        """Raise UsageError if rows with this many entries a position cannot be taught with these settings."""
         top, sampled = (np.zeros((0, width), np.uint8) for width in (top_k, num_sampled))
         weighted_ids(top, top, sampled, sampled, np.zeros(0, np.int32), self.hard_weight, self.allow_biased)
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """Examples of aligned rows, both as columns. An example of T tokens, n of them taught, has
 
-        - ``input_ids`` (T,) int64, and ``labels`` (T,) int64, which are these where taught and -100 elsewhere;
+        - ``input_ids`` (T,) int64, and ``labels`` (T,) int64, equal to them where a token is taught and -100 elsewhere;
         - ``positions`` (n,) int64 of the taught tokens, each predicted one position earlier;
         - ``target_ids`` (n, M) int32, ``target_weights`` (n, M) float32, ``entropy`` and ``tail_entropy`` (n,) float32,
           nats: the ``token_ids``, ``weights`` and entropies of ``Targets``;
-        - ``num_sampled``, how many of the M columns, the last ones, are draws;
+        - ``num_sampled``, how many of the M columns are draws (the last ones);
         - ``source_index``, the source row.
 
-        Arrays are views of one that all rows of the call share.
+        The arrays are views of one array that all rows of a call share.
         """
         lengths, counts = (np.array(rows[name], np.int64) for name in ("length", "num_tokens"))
         ends_of_rows = np.cumsum(lengths)
@@ -128,7 +127,7 @@ class ExampleMaker:
         }
 
     def _targets(self, rows: dict[str, list], input_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> Targets:
-        """The targets of all rows, their ``positions`` in the rows' ``input_ids`` one after another."""
+        """The targets of all rows; ``positions`` are in the concatenated ``input_ids``."""
         positions = _joined(rows["positions"], "<i4") + np.repeat(starts, counts)
         top, sampled = (_entries(rows, kind, len(positions)) for kind in KINDS)
         taught = weighted_ids(*top, *sampled, input_ids[positions], self.hard_weight, self.allow_biased)

@@ -1,4 +1,4 @@
-"""A logit dataset as Parquet files that other trainers read: which trainer reads what is in ``export_formats``."""
+"""Export a logit dataset as Parquet files that other trainers read; ``export_formats`` has their columns."""
 
 import os
 from collections import Counter
@@ -24,9 +24,9 @@ from chat_logits.training.targets import Targets, row_targets
 class Exported:
     """What an export wrote, and what it left out.
 
-    ``num_rows`` conversations with ``num_positions`` targets, in the ``files`` of ``folder``. ``left_out`` counts
-    conversations by reason. ``positions_left_out`` are targets of which nothing is in the student's vocabulary;
-    ``lost`` is the weight of ids outside of it, over all positions that are written, ``most_lost`` at one of them.
+    ``num_rows`` conversations with ``num_positions`` targets are in the ``files`` of ``folder``. ``left_out`` counts
+    conversations by reason. ``positions_left_out`` counts targets without any id in the student's vocabulary; ``lost``
+    is the total weight of ids outside of it over all positions that are written, ``most_lost`` the largest at one.
     """
 
     folder: Path
@@ -56,15 +56,15 @@ def export_targets(
 ) -> Exported:
     """Write the targets of all rows to ``output_dir``, in the columns of ``format``, a key of ``FORMATS``.
 
-    ``dataset`` is open, with the ``tokenizer`` that it was extracted with; ``chat_template`` replaces the recorded one.
-    ``hard_weight``, ``end_of_turn`` and ``allow_biased`` are as in ``row_targets``. Of a student with
-    ``student_vocab_size`` ids, ids beyond are dropped, and conversations that contain one are left out.
-    ``sequence_length``, tokens, is for a format whose conversations have one length: longer ones are left out; None
-    is the longest one's.
+    ``tokenizer`` is the one that ``dataset`` was extracted with; ``chat_template`` replaces the recorded one.
+    ``hard_weight``, ``end_of_turn`` and ``allow_biased`` are as in ``row_targets``. If the student has only
+    ``student_vocab_size`` ids, other ids are dropped, and conversations that contain one are left out.
+    ``sequence_length``, tokens, is for a format in which all conversations have one length: longer ones are left out;
+    None for the length of the longest one.
 
-    Raises UsageError for what does not go together and for a folder that is not empty, ToolkitError where nothing is
-    left to write, where a row does not fit its tokens, and where the disk refuses. The folder is there whole or not at
-    all.
+    Raises UsageError for options that do not go together and for a folder that is not empty, ToolkitError if nothing is
+    left to write, a row does not fit its tokens, or the disk cannot be written. The folder is written completely or not
+    at all.
     """
     kind = FORMATS.get(format)
     if kind is None:
@@ -95,7 +95,7 @@ def _refuse_unfit(
     allow_biased: bool,
     temperature: float,
 ) -> None:
-    """Raise UsageError for what the targets of this dataset cannot be, and for an option of another format."""
+    """Raise UsageError for options that this dataset or this format does not allow."""
     if temperature != 1:
         raise UsageError(
             f"`temperature` {temperature:g}: expected 1. p^(1/T) is not linear in the weights, so no draws give an "
@@ -111,14 +111,14 @@ def _refuse_unfit(
 
 
 class _Limits(NamedTuple):
-    """What a conversation may be: None where there is no limit."""
+    """The limits on a conversation; None for no limit."""
 
     vocab_size: int | None
     tokens: int | None
     needs_plain_messages: bool
 
     def reason_against(self, row: dict, alignment: Alignment) -> str | None:
-        """Why a conversation is left out."""
+        """Why a conversation is left out, or None."""
         if self.vocab_size is not None and alignment.input_ids.max() >= self.vocab_size:
             return f"with token ids beyond the student's {self.vocab_size:,}"
         if self.tokens is not None and len(alignment.input_ids) > self.tokens:
@@ -130,14 +130,14 @@ class _Limits(NamedTuple):
 
 
 class _Examples:
-    """What of a dataset is written, told in ``exported`` on the way."""
+    """The examples of a dataset to write; counts are added to ``exported`` along the way."""
 
     def __init__(self, dataset: StoredDataset, aligner: RowAligner, options: dict, limits: _Limits, exported: Exported):
         self._dataset, self._aligner, self._options = dataset, aligner, options
         self._limits, self._exported = limits, exported
 
     def longest(self) -> int:
-        """Tokens of the longest conversation that is written; 1 where there is none."""
+        """The number of tokens of the longest conversation that is written; 1 if there is none."""
         fitting = (
             len(alignment.input_ids)
             for row, alignment in self._aligned("Measuring")
@@ -171,7 +171,7 @@ class _Examples:
         return ((row, self._aligner.align(row, number)) for number, row in enumerate(rows))
 
     def _within_vocabulary(self, targets: Targets) -> Targets:
-        """The targets without ids that the student does not have; what is left of a position is not scaled up."""
+        """The targets without the ids that the student does not have; the remaining weights are not scaled up."""
         size, exported = self._limits.vocab_size, self._exported
         if size is None or not (is_outside := targets.token_ids >= size).any():
             return targets

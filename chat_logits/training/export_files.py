@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 
 from chat_logits.storage.disk import written_whole
 
-GROUP_BYTES = 16 * 2**20  # of rows in memory that become a row group
-FILE_BYTES = 512 * 2**20  # of rows, before compression, after which another file begins
+GROUP_BYTES = 16 * 2**20  # rows in memory are written as a row group at this size
+FILE_BYTES = 512 * 2**20  # of rows before compression; then the next file begins
 
 
 def write_files(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write ``train-00000.parquet`` and so on; what is in memory at once is a row group."""
+    """Write ``train-00000.parquet`` and so on, with one row group in memory at a time."""
     groups = _groups(batches)
     group, number = next(groups, None), 0
     while group is not None:

@@ -1,7 +1,7 @@
-"""One conversation's targets as the columns that a trainer reads, a format for each trainer.
+"""One conversation's targets as the columns that a trainer reads, with one format for each trainer.
 
-Log-weights stand where these trainers expect log-probabilities: a position's weights total 1, so renormalising them
-changes nothing, and the draws carry the tail without bias.
+The columns that these trainers expect log-probabilities in hold log-weights: a position's weights total 1, so
+renormalising them changes nothing, and the draws represent the tail without bias.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import pyarrow as pa
 from chat_logits.training.examples import IGNORED
 from chat_logits.training.targets import Targets
 
-# The log-weight of an absent entry: finite in 16 bits, and exp of it is 0 in float32.
+# The log-weight of an absent entry: finite in 16 bits, and its exp is 0 in float32.
 ABSENT = -1e4
 
 INTS, BYTES = pa.list_(pa.int32()), pa.list_(pa.int8())
@@ -32,7 +32,7 @@ class Example:
 
 
 class Size(NamedTuple):
-    """What is the same for all conversations of a format with one shape: tokens, and entries a position."""
+    """The shape of all conversations in a format with one shape: tokens, and entries a position."""
 
     tokens: int
     entries: int
@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """Columns by name, and what makes a conversation into a row of them."""
+    """The columns, and the function that makes a row of them from a conversation."""
 
     schema: pa.Schema
     encode: Callable[[Example, Size], dict[str, pa.Array]]
@@ -69,7 +69,7 @@ def _plain(example: Example, _size: Size) -> dict[str, pa.Array]:
 
 
 def _axolotl(example: Example, _size: Size) -> dict[str, pa.Array]:
-    """Row t of the three is what the hidden state of token t is held against, so it predicts token t + 1."""
+    """Row t of the three target columns is compared with the hidden state of token t, so it predicts token t + 1."""
     entries = merged(example.targets)
     lengths = np.zeros(len(example.input_ids), np.int64)
     lengths[example.targets.positions - 1] = entries.counts
@@ -84,9 +84,10 @@ def _axolotl(example: Example, _size: Size) -> dict[str, pa.Array]:
 
 
 def _distillkit(example: Example, size: Size) -> dict[str, pa.Array]:
-    """Row t predicts token t + 1, and counts where ``labels[t]`` is 0 or more; all conversations have one shape.
+    """Row t predicts token t + 1, and counts if ``labels[t]`` is 0 or more; all conversations have one shape.
 
-    A row without a target has all its weight on id 0, so that its total is 1 and no product with the mask's 0 is NaN.
+    A row without a target has all its weight on id 0, so that its total is 1 and multiplying by the mask's 0 gives no
+    NaN.
     """
     entries, rows = merged(example.targets), example.targets.positions - 1
     token_ids = np.zeros((size.tokens, size.entries), np.int32)
@@ -137,19 +138,19 @@ FORMATS = {
 }
 
 
-# --- what they have in common ---
+# --- shared by the formats ---
 
 
 def labels_of(example: Example) -> np.ndarray:
-    """The input ids where a token is taught, else ``IGNORED``; (T,)."""
+    """The input ids of taught tokens, else ``IGNORED``; (T,)."""
     labels = np.full(len(example.input_ids), IGNORED)
     labels[example.targets.positions] = example.input_ids[example.targets.positions]
     return labels
 
 
 class Merged(NamedTuple):
-    """Present entries of n positions, one position after another: ``token_ids`` int32, ``log_weights`` float32, nats,
-    largest first within a position, and how many each has, ``counts`` (n,)."""
+    """The present entries of n positions, one position after another: ``token_ids`` int32 and ``log_weights`` float32,
+    nats, largest first within a position; ``counts`` (n,) is how many entries each position has."""
 
     token_ids: np.ndarray
     log_weights: np.ndarray
@@ -157,8 +158,8 @@ class Merged(NamedTuple):
 
 
 def merged(targets: Targets) -> Merged:
-    """Weights of the same id at a position added up: trainers that renormalise a student over the ids that are there,
-    or take logarithms of what is stored, read an id that comes twice as two tokens."""
+    """Add up the weights of the same id at a position: trainers that renormalise a student over the given ids, or take
+    logarithms of the stored weights, would treat a repeated id as two tokens."""
     rows, columns = np.nonzero(targets.weights)
     ids, weights = targets.token_ids[rows, columns], targets.weights[rows, columns].astype(np.float64)
     order = np.lexsort((ids, rows))
@@ -178,7 +179,7 @@ def _list(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """One row with a list of lists of numbers, which lie one after another in ``values``."""
+    """One row with a list of lists of numbers, which are concatenated in ``values``."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     inner = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).cast(kind))
     return pa.ListArray.from_arrays(pa.array([0, len(lengths)], pa.int32()), inner)

@@ -1,4 +1,4 @@
-"""How far a student is from what its batches teach; of held-out ones, that is the teacher's stored distributions."""
+"""A student's distance from the targets of its batches; those of held-out batches are the teacher's distributions."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from chat_logits.training.student import StudentLoss, split_batch
 
 @torch.no_grad()
 def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Distance:
-    """The student's distance over batches of this package's collators, whose tensors go to its device."""
+    """The student's distance over batches of this package's collators, which are moved to its device."""
     loss, was_training = StudentLoss(student), student.training
     student.eval()
     sums = DistanceSums()
@@ -25,7 +25,7 @@ def held_out(student: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
 
 
 def _sums(loss: StudentLoss, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Of each conversation of a batch, float64: the sums of ``BatchTarget.divergences``."""
+    """The sums of ``BatchTarget.divergences`` for each conversation of a batch, float64."""
     values = loss.divergences(student, batch)
     _, target = split_batch(batch)
     _, numbers = _conversations(batch)[target.rows].unique(return_inverse=True)
@@ -33,8 +33,8 @@ def _sums(loss: StudentLoss, student: torch.nn.Module, batch: Mapping[str, Any])
 
 
 def _conversations(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which conversation of a batch each of its places belongs to, int64 (B·T,): a row's, or, of packed ones, that
-    whose positions begin there or before."""
+    """The conversation that each place of a batch belongs to, int64 (B·T,): its row or, if packed, the last one that
+    begins there or before."""
     ids = batch["input_ids"]
     if "position_ids" in batch:
         return (batch["position_ids"] == 0).flatten().cumsum(0)

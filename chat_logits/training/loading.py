@@ -1,30 +1,37 @@
-"""The student: its tokenizer and its weights, float32, whole and to be trained."""
+"""Load the student to train: its tokenizer and its float32 weights."""
 
+import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from chat_logits.data.hashing import hash_files
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import resolve_commit
 from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.model.loading import load_model
+from chat_logits.storage.json_files import canonical
 from chat_logits.training.config import TrainConfig
+from chat_logits.training.record import Student
 
 logger = logging.getLogger(__name__)
 
 READ_TOGETHER = 1000  # conversations
 PROBE = range(1, 9)  # token ids that any vocabulary has
-NOISE = 1e-4  # of the largest logit, float32: sums in another order
+DECIDE_STUDENT = ("config.json", "*.safetensors", "*.bin")  # the files of a folder that its weights come from
+NOISE = 1e-4  # relative to the largest logit, float32, from the order of summation
 
 
 def student_tokenizer(config: TrainConfig) -> Any:
-    """The student's tokenizer, once its configuration says that it can be trained, before any weights are read.
+    """The student's tokenizer, after a check of its configuration, and before any weights are read.
 
-    Raises UsageError for a model that is no whole causal language model in floating point, ToolkitError where it, or
-    its tokenizer, is not there.
+    Raises UsageError for a model that is not a complete causal language model in floating point, ToolkitError if the
+    model or its tokenizer is missing.
     """
     name, revision = config.student_id, config.student_revision
     if name.endswith(".gguf"):
@@ -41,10 +48,25 @@ def student_tokenizer(config: TrainConfig) -> Any:
     return load_tokenizer(name, revision)
 
 
-def compare_vocabularies(config: TrainConfig, examples: Any, teacher_ids: int) -> None:
-    """Tell of ids that the student does not have of the teacher's ``teacher_ids``.
+def find_student(config: TrainConfig) -> Student:
+    """Which model the student is now. Raises ToolkitError if the Hub refuses."""
+    name = config.student_id
+    if Path(name).is_dir():
+        return Student(name, hash_student(Path(name)))
+    return Student(name, resolve_commit(name, "model", config.student_revision))
 
-    ``examples`` are ``training_dataset``'s. Raises UsageError where a conversation has a token that is among them.
+
+def hash_student(folder: Path) -> str:
+    """SHA-256 (hex) of a model's configuration and weights. Other files, and a folder inside it that a training writes
+    into, do not count."""
+    files = sorted(file for pattern in DECIDE_STUDENT for file in folder.glob(pattern))
+    return hashlib.sha256(canonical([[file.name, hash_files(file)] for file in files])).hexdigest()
+
+
+def compare_vocabularies(config: TrainConfig, examples: Any, teacher_ids: int) -> None:
+    """Log how many of the teacher's ``teacher_ids`` ids the student does not have.
+
+    ``examples`` come from ``training_dataset``. Raises UsageError if a conversation has a token with such an id.
     """
     size = load_config(config.student_id, config.student_revision).get_text_config().vocab_size
     if size >= teacher_ids:
@@ -60,9 +82,9 @@ def compare_vocabularies(config: TrainConfig, examples: Any, teacher_ids: int) -
 
 
 def load_student(config: TrainConfig) -> torch.nn.Module:
-    """The student in float32 on the CPU, with an adapter around where the options ask for one.
+    """The student in float32 on the CPU, with an adapter if ``lora_rank`` is set.
 
-    Raises UsageError where it is not causal or peft is missing, ToolkitError where its checkpoint is not whole.
+    Raises UsageError if it is not causal or peft is missing, ToolkitError if its checkpoint is incomplete.
     """
     student = load_model(config.student_id, config.student_revision, dtype="float32")
     _refuse_looking_ahead(config.student_id, student)
@@ -94,7 +116,7 @@ def _refuse_other_kinds(name: str, found: Any) -> None:
 
 @torch.no_grad()
 def _refuse_looking_ahead(name: str, student: torch.nn.Module) -> None:
-    """Raise UsageError where a token's logits depend on what stands after it."""
+    """Raise UsageError if a token's logits depend on later tokens."""
     ids = torch.tensor([list(PROBE)])
     whole, begun = (student(input_ids=part, use_cache=False).logits.float() for part in (ids, ids[:, :4]))
     if not (whole[:, :4] - begun).abs().max() <= NOISE * whole.abs().max():

@@ -1,15 +1,15 @@
 """Forward KL from a teacher's stored distribution to a student, from a few weighted token ids a position.
 
-With the teacher's p, the student's logits z and q = softmax(z), at temperature 1,
+For the teacher's p, the student's logits z and q = softmax(z), at temperature 1,
 
     KL(p‖q) = Σ p·log p − Σ p·z + logsumexp(z)·Σ p            (sums over the vocabulary; the last Σ p is 1)
 
-is linear in p but for its first term, which the student does not change. So a sparse target w whose mean is p, as
-``targets`` makes it of nucleus and draws, gives loss and gradient whose means are the exact ones:
+is linear in p except for the first term, which does not depend on the student. So a sparse target w with mean p, as
+``targets`` makes it from nucleus and draws, gives a loss and a gradient that are exact on average:
 
     loss = −entropy − Σ w·z[ids] + logsumexp(z)·Σ w           ∂loss/∂z = q·Σ w − scatter(ids, w)
 
-Sums are float32 whatever the inputs are; under autocast to bfloat16 what the head's products multiply is rounded to it.
+Sums are always float32; under autocast to bfloat16 the factors of the head's products are rounded to bfloat16.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from chat_logits.errors import UsageError
 from chat_logits.training.head import (
-    LogitTail,
+    LogitTransform,
     add_weight_gradient,
     chunk_rows,
     factors,
@@ -42,12 +42,12 @@ def sparse_kd_loss(
     temperature: float = 1.0,
     reverse: bool = False,
 ) -> torch.Tensor:
-    """Forward KL, nats, of n positions whose logits are at hand: a float32 scalar with a gradient for ``logits``.
+    """Forward KL, nats, over n positions, given their logits: a float32 scalar with a gradient for ``logits``.
 
-    ``logits`` (n, V) of any float dtype, after all that the student does to them; ``ids`` (n, M) of any integer dtype
-    and ``weights`` (n, M) are ``Targets``'; repeated ids add up, entries of weight 0 do nothing. Without the teacher's
-    ``entropy`` (n,), nats, the value is the cross-entropy, and the gradient the same. ``reduction`` is over positions:
-    their "mean" or "sum".
+    ``logits`` (n, V) of any float dtype are the student's final ones; ``ids`` (n, M) of any integer dtype and
+    ``weights`` (n, M) are as in ``Targets``; weights of repeated ids add up, entries of weight 0 are ignored. Without
+    the teacher's ``entropy`` (n,), nats, the value is the cross-entropy; the gradient is the same. ``reduction`` over
+    positions is "mean" or "sum".
 
     Raises UsageError for an id outside 0 to V - 1, for shapes that do not fit, for a ``temperature`` other than 1, and
     for ``reverse``: neither loss is linear in the target.
@@ -66,23 +66,23 @@ def fused_sparse_kd_loss(
     chunk: int | None = None,
     entropy: torch.Tensor | None = None,
     *,
-    tail: LogitTail | None = None,
+    transform: LogitTransform | None = None,
     scores: "PositionScores | None" = None,
     reduction: str = "mean",
     temperature: float = 1.0,
     reverse: bool = False,
 ) -> torch.Tensor:
-    """``sparse_kd_loss`` without the logits of all positions: ``chunk`` positions meet the head at once, by default as
-    many as have 40 MiB of logits on a CPU, and 512 MiB elsewhere.
+    """``sparse_kd_loss`` without the logits of all positions in memory: the head is applied to ``chunk`` positions at a
+    time, by default as many as have 40 MiB of logits on a CPU, and 512 MiB elsewhere.
 
-    ``hidden`` (n, H) are the head's own inputs; ``head`` is the student's lm_head (an ``nn.Linear``) or its weight
-    (V, H). ``tail`` is what the student does to its logits afterwards (``logit_tail(student)``), None for nothing.
-    ``scores`` are filled with what the chunks' logits say of each position. The gradients for ``hidden``, weight and
-    bias are computed on the way forward: beyond them, a float32 copy of the weight's where it is 16-bit, and a bfloat16
-    copy of the weight under autocast, memory is that of one chunk's logits, or of two's with a soft cap, and of half a
-    chunk's where the gradient is rounded to bfloat16.
+    ``hidden`` (n, H) are the head's inputs; ``head`` is the student's lm_head (an ``nn.Linear``) or its weight (V, H).
+    ``transform`` is what the student does to the head's output (``logit_transform(student)``), by default nothing.
+    ``scores``, if given, are filled in for each position. The gradients for ``hidden``, weight and bias are computed in
+    the forward pass. Memory is needed for these (the weight's in float32, even if the weight is 16-bit), for a bfloat16
+    copy of the weight under autocast, for one chunk's logits, or two with a soft cap, and for half a chunk's if the
+    gradient is rounded to bfloat16.
 
-    Raises UsageError as ``sparse_kd_loss``, and for a head that is no plain matrix.
+    Raises UsageError as ``sparse_kd_loss`` does, and for a head that is not a plain matrix.
     """
     weight, bias = weight_and_bias(head)
     _refuse_other_losses(temperature, reverse)
@@ -94,8 +94,8 @@ def fused_sparse_kd_loss(
             "(V, H) and 1 or more"
         )
     target = SparseTarget(ids.long(), weights.float())
-    with_gradients, tail = torch.is_grad_enabled(), tail or LogitTail()
-    losses = _FusedCrossEntropy.apply(hidden, weight, bias, target, chunk, tail, scores, with_gradients)
+    with_gradients, transform = torch.is_grad_enabled(), transform or LogitTransform()
+    losses = _FusedCrossEntropy.apply(hidden, weight, bias, target, chunk, transform, scores, with_gradients)
     return _reduced(losses, entropy, len(hidden), reduction)
 
 
@@ -107,12 +107,12 @@ class SparseTarget(NamedTuple):
 
 
 class PositionScores(NamedTuple):
-    """What a student says at n positions, whose last ``num_sampled`` (n,) int64 entries are draws.
+    """A student's scores at n positions; the last ``num_sampled`` (n,) int64 entries of each are draws.
 
-    ``cross_entropy`` (n,) float32, nats, is Σ -w·log q, and ``tail`` (n,) what the draws are of it: forward KL and the
-    tail's part of it once ``entropy`` and ``tail_entropy`` of ``Targets`` are taken off. ``agrees`` (n,) bool says
-    whether no token is more probable than the teacher's most probable one: the nucleus' first, or the target token
-    where that alone is taught.
+    ``cross_entropy`` (n,) float32, nats, is Σ -w·log q, and ``tail`` (n,) the draws' part of it: minus ``entropy`` and
+    ``tail_entropy`` of ``Targets`` they are forward KL and the tail's part of it. ``agrees`` (n,) bool says whether no
+    token is more probable than the teacher's most probable one: the nucleus' first, or the target token if only that is
+    taught.
     """
 
     num_sampled: torch.Tensor
@@ -122,12 +122,12 @@ class PositionScores(NamedTuple):
 
     @classmethod
     def empty(cls, num_sampled: torch.Tensor) -> "PositionScores":
-        """Those to be filled."""
+        """Scores to fill in."""
         values = torch.empty(len(num_sampled), device=num_sampled.device)
         return cls(num_sampled, values, values.clone(), torch.empty_like(num_sampled, dtype=torch.bool))
 
     def fill(self, rows: slice, logits: "ChunkLogits", weights: torch.Tensor, losses: torch.Tensor) -> None:
-        """Set those of a chunk, from its cross-entropies (c,) and the ``weights`` (c, M)."""
+        """Set the scores of a chunk, from its ``weights`` (c, M) and cross-entropies ``losses`` (c,)."""
         columns = torch.arange(weights.shape[1], 0, -1, device=weights.device)  # M for the first, 1 for the last
         drawn = weights * (columns <= self.num_sampled[rows, None])
         self.cross_entropy[rows] = losses
@@ -138,8 +138,8 @@ class PositionScores(NamedTuple):
 
 
 class ChunkLogits(NamedTuple):
-    """Of the logits (c, V) of a chunk: those of the target's ids ``picked`` (c, M), 0 where absent; the ``largest``
-    (c,), and their logsumexp, ``log_total`` (c,)."""
+    """From a chunk's logits (c, V): those of the target's ids, ``picked`` (c, M), 0 where absent; the ``largest`` (c,);
+    and their logsumexp, ``log_total`` (c,)."""
 
     picked: torch.Tensor
     largest: torch.Tensor
@@ -147,13 +147,13 @@ class ChunkLogits(NamedTuple):
 
 
 def _cross_entropies(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """logsumexp(z)·Σ w − Σ w·z[ids] at each position, float32 (n,), of float32 logits."""
+    """logsumexp(z)·Σ w − Σ w·z[ids] at each position, float32 (n,), for float32 logits."""
     picked = logits.gather(1, ids).where(weights != 0, 0)  # the logit of an absent entry's id may be infinite
     return logits.logsumexp(dim=1) * weights.sum(dim=1) - (weights * picked).sum(dim=1)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """The sum of the positions' cross-entropies, a float32 scalar, with its gradients computed on the way forward."""
+    """The sum of the positions' cross-entropies, a float32 scalar; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -163,7 +163,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         target: SparseTarget,
         chunk: int,
-        tail: LogitTail,
+        transform: LogitTransform,
         scores: PositionScores | None,
         with_gradients: bool,
     ) -> torch.Tensor:
@@ -179,7 +179,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 logits = raw_logits(hidden[rows], weight, bias)
-                slopes = tail.apply_(logits)
+                slopes = transform.apply_(logits)
                 weights = target.weights[rows]
                 losses, chunk_logits = _to_gradient(logits, target.ids[rows], weights)
                 if scores is not None:
@@ -204,7 +204,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ChunkLogits]:
-    """The cross-entropies (c,) of float32 logits (c, V), which become their gradients in place: q·Σ w − scatter(w)."""
+    """The cross-entropies (c,) of float32 logits (c, V), which are replaced by their gradients: q·Σ w − scatter(w)."""
     picked = logits.gather(1, ids).where(weights != 0, 0)
     mass = weights.sum(dim=1, keepdim=True)
     largest = logits.amax(dim=1, keepdim=True)
@@ -222,7 +222,7 @@ def _add_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
 ) -> None:
-    """Add what a chunk's gradient for the head's output, float32 (c, V), means for hidden states, weight and bias."""
+    """Backpropagate a chunk's gradient, float32 (c, V), to hidden states, weight and bias, and add it there."""
     of_hidden, of_weight, of_bias = gradients
     if of_bias is not None:
         of_bias += gradient.sum(dim=0)
@@ -236,7 +236,7 @@ def _add_gradients(
 
 
 def _reduced(total: torch.Tensor, entropy: torch.Tensor | None, n: int, reduction: str) -> torch.Tensor:
-    """The positions' sum less the teacher's entropies, or the mean of these."""
+    """The positions' sum minus the teacher's entropies, or the mean."""
     if entropy is not None:
         total = total - entropy.float().sum()
     return total / max(1, n) if reduction == "mean" else total
@@ -252,7 +252,7 @@ def _check(
     vocab_size: int,
     reduction: str,
 ) -> None:
-    """Raise UsageError for what does not fit ``rows`` (n, …)."""
+    """Raise UsageError for arguments that do not fit ``rows`` (n, …)."""
     ids, weights = target
     shapes = [tuple(rows.shape[:-1]), tuple(ids.shape), tuple(weights.shape)]
     fits = rows.dim() == ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(rows)
@@ -266,7 +266,7 @@ def _check(
 
 
 def _refuse_other_losses(temperature: float, reverse: bool) -> None:
-    """Raise UsageError for losses of which a sparse target gives no unbiased estimate."""
+    """Raise UsageError for losses that a sparse target cannot estimate without bias."""
     if temperature != 1:
         raise UsageError(
             f"temperature {temperature}: expected 1. p^(1/T) is not linear in the stored weights: at T = 2 the loss is "
@@ -274,6 +274,6 @@ def _refuse_other_losses(temperature: float, reverse: bool) -> None:
         )
     if reverse:
         raise UsageError(
-            "reverse: expected forward KL. KL(q‖p) needs log p of every token, which a sparse target has not; its "
-            "estimates deviate by 2.5 times their value"
+            "reverse: expected forward KL. KL(q‖p) needs log p of every token, which a sparse target does not "
+            "have; its estimates deviate by 2.5 times their value"
         )

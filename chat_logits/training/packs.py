@@ -1,4 +1,4 @@
-"""Conversations to batches of about as many tokens, whatever their lengths."""
+"""Pack conversations of any length into batches of about the same number of tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def plan_packs(lengths: Sequence[int], most: int, seed: int) -> list[list[int]]:
-    """Numbers of conversations, each once, in packs of ``most`` tokens at most; a longer one is a pack of its own.
+    """Each conversation's number once, in packs of at most ``most`` tokens; a longer one is a pack of its own.
 
-    In a random order, each goes into the first of the last open packs that has room for it.
+    In random order, each goes into the first of the last ``OPEN`` packs that has room for it.
     """
     open_packs: list[tuple[list[int], int]] = []
     done: list[list[int]] = []
@@ -26,11 +26,11 @@ def plan_packs(lengths: Sequence[int], most: int, seed: int) -> list[list[int]]:
     return done + [pack for pack, _ in open_packs]
 
 
-OPEN = 16  # packs at once that a conversation may still go into
+OPEN = 16  # packs that are filled at the same time
 
 
 class Packs:
-    """The packs of a ``training_dataset``, each a list of its examples: what a DataLoader with one a batch reads."""
+    """The packs of a ``training_dataset``, each a list of examples, for a DataLoader with one pack a batch."""
 
     def __init__(self, examples: Any, packs: list[list[int]]):
         self._examples, self._packs = examples, packs
@@ -44,7 +44,7 @@ class Packs:
 
 
 class OfOnePack:
-    """A collator's batch of the one pack that a DataLoader gives."""
+    """Gives a collator the one pack that a DataLoader gives."""
 
     def __init__(self, collator: Any):
         self._collator = collator

@@ -1,4 +1,4 @@
-"""The trainer of the command: it measures on held-out conversations, keeps the record and shows how far it is."""
+"""The command's trainer: it measures on held-out conversations, keeps the record and shows its progress."""
 
 import logging
 import math
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class MeasuringTrainer(StudentTrainer):
     """Evaluates by the distance from the teacher on held-out packs, and keeps the record up to date.
 
-    Each process measures all of them, since all have to take part where weights are sharded. Raises ToolkitError where
-    a loss or a distance is not finite: no step after it could be right, and no checkpoint is written of it.
+    Each process measures all of them, since all have to take part if weights are sharded. Raises ToolkitError if a loss
+    or a distance is not finite: later steps would be wrong, too, and no checkpoint of it is written.
     """
 
     def __init__(self, *args: Any, result: TrainingResult, **options: Any):
@@ -44,7 +44,7 @@ class MeasuringTrainer(StudentTrainer):
             self._progress.close()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Of the rate at each step; transformers' own would spend the first one at 0."""
+        """The schedule of the learning rate; transformers' own would take the first step at a rate of 0."""
         share = partial(rate_share, warm_up=self.args.warmup_steps, steps=num_training_steps)
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
         self._created_lr_scheduler = True
@@ -58,11 +58,11 @@ class MeasuringTrainer(StudentTrainer):
         return loss
 
     def measure(self, step: int) -> Distance:
-        """The student's distance after ``step`` steps, into the result and the record."""
+        """The student's distance after ``step`` steps, which is added to the result and the record."""
         if self.result.points and self.result.points[-1][0] == step:
             return self.result.points[-1][1]
         batches = (self.data_collator([self.eval_dataset[i]]) for i in range(len(self.eval_dataset)))
-        with self.accelerator.autocast():  # which the first step puts into the student's forward pass, too
+        with self.accelerator.autocast():  # the first step wraps the student's forward pass in it as well
             point = held_out(self.accelerator.unwrap_model(self.model), batches)
         if not math.isfinite(point.kl):
             self._refuse(f"step {step}: the held-out KL is {point.kl}")
@@ -79,7 +79,7 @@ class MeasuringTrainer(StudentTrainer):
         return {f"eval_{name}": value for name, value in asdict(point).items() if isinstance(value, float)}
 
     def tokens_per_second(self) -> float | None:
-        """Of the steps of this start, all processes together; None without a step."""
+        """Over the steps since this start, all processes together; None before the first step."""
         tokens = self.accelerator.reduce(torch.tensor(self._tokens, device=self.args.device)).item()
         return tokens / self.seconds if self.seconds else None
 
@@ -93,8 +93,8 @@ class MeasuringTrainer(StudentTrainer):
 
 
 def rate_share(step: int, warm_up: int, steps: int) -> float:
-    """What share of the learning rate a step has, from 0 on: rising to 1 at step ``warm_up``, then along a cosine to 0,
-    which the step after the last of ``steps`` would have.
+    """The share of the learning rate at a step, counted from 0: it rises to 1 at step ``warm_up``, then falls along a
+    cosine to 0 at step ``steps``, the one after the last.
 
     >>> [round(rate_share(step, 2, 6), 2) for step in range(7)]
     [0.33, 0.67, 1.0, 0.85, 0.5, 0.15, 0.0]
@@ -105,22 +105,22 @@ def rate_share(step: int, warm_up: int, steps: int) -> float:
 
 
 def _follow(schedule: LambdaLR, rate: float) -> None:
-    """Take the next step's rate from this start's options, where a checkpoint has brought those of another."""
+    """Use this start's learning rate for the next step instead of the checkpoint's."""
     schedule.base_lrs = [rate] * len(schedule.base_lrs)
     for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # which is what is logged
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what is logged
 
 
 class Progress(TrainerCallback):
-    """A progress bar over steps, with the last loss that was trained on, and the seconds that the steps took."""
+    """A progress bar over steps with the last training loss; it also measures the seconds that the steps take."""
 
     def __init__(self, trainer: MeasuringTrainer):
         self._trainer, self._bar = trainer, tqdm(disable=True)
 
     def on_train_begin(self, args, state, _control, lr_scheduler, **_):
         _follow(lr_scheduler, args.learning_rate)
-        state.compute_steps(args, state.max_steps)  # a checkpoint has those of the start that wrote it
+        state.compute_steps(args, state.max_steps)  # the checkpoint has those of the start that wrote it
         silent = {} if state.is_world_process_zero else {"disable": True}
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps", **silent)
 
@@ -136,5 +136,5 @@ class Progress(TrainerCallback):
             self._bar.set_postfix_str(f"loss {float(logs['loss']):.4f}")
 
     def close(self) -> None:
-        """Leave the bar as it is, and what is told next below it."""
+        """Leave the bar as it is; later output comes below it."""
         self._bar.close()

@@ -1,4 +1,4 @@
-"""What a training has found so far, its record beside the student, and what it is gone on with from."""
+"""The results of a training so far, the record in the student's folder, and how to resume from it."""
 
 import json
 import math
@@ -11,24 +11,33 @@ from typing import NamedTuple
 import filelock
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub import is_commit
 from chat_logits.storage.dataset import StoredDataset
 from chat_logits.storage.disk import write_text
 from chat_logits.training.config import CHECKPOINTS, LOCK, RECORD, TrainConfig, checkpoint_states
 from chat_logits.training.distance import Distance
 from chat_logits.words import count_text
 
-# Options by which the same conversations come in the same order, with the same targets, to the same weights.
+# Options that decide which conversations come in which order, with which targets, and which weights are trained.
 SAME = (
-    *("held_out", "max_length", "hard_weight", "end_of_turn", "allow_biased"),
-    *("batch_tokens", "accumulate", "lora_rank", "freeze_embeddings", "seed"),
+    "held_out",
+    "max_length",
+    "hard_weight",
+    "end_of_turn",
+    "allow_biased",
+    "batch_tokens",
+    "accumulate",
+    "lora_rank",
+    "freeze_embeddings",
+    "seed",
 )
 SHORT = 10  # characters of a hash in a message
 
 
 @dataclass(frozen=True)
 class TaughtRows:
-    """Which rows a training learns from: ``num_rows`` of the extraction with this ``fingerprint``, at the Hub's commit
-    ``revision`` (None of a folder), each position with ``num_sampled`` draws of the model ``teacher``."""
+    """The rows that a training learns from: ``num_rows`` of the extraction with this ``fingerprint``, at the Hub commit
+    ``revision`` (None for a folder), each position with ``num_sampled`` draws of the model ``teacher``."""
 
     teacher: str
     fingerprint: str
@@ -43,22 +52,36 @@ class TaughtRows:
 
     @property
     def measured_to(self) -> str:
-        """What the held-out KL is to, in words."""
+        """What the held-out KL is measured to, in words."""
         return "the teacher" if self.num_sampled else "the teacher's nucleus, renormalised"
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that a training began with; ``revision`` is the Hub commit, or for a folder ``hash_student``'s hash."""
+
+    model_id: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"{self.model_id} at {self.revision[:SHORT]}"
 
 
 @dataclass
 class TrainingResult:
-    """``points`` are steps and the student's distance from the teacher after them, the first before any: on held-out
-    conversations, at extracted tokens alone; ``losses`` are steps and the mean loss, nats, since the one before: of the
-    training target, in which ends of turns may be taught and the text have a share.
+    """A training's measurements so far.
 
-    ``tokens_per_second`` counts all tokens of this start's steps, prompts among them, in all processes, of which
-    ``rank`` is this one; ``is_finished`` says that the student is saved.
+    ``points`` are steps, the first one 0, each with the student's distance from the teacher after it, on held-out
+    conversations and at extracted tokens alone. ``losses`` are steps, each with the mean loss, nats, since the one
+    before; it is of the training target, which may include ends of turns and a share of the text.
+
+    ``tokens_per_second`` counts all tokens of the steps since this start, including prompts, in all processes; ``rank``
+    is this process' own; ``is_finished`` says that the student is saved.
     """
 
     config: TrainConfig
     rows: TaughtRows
+    student: Student
     rank: int = 0
     points: list[tuple[int, Distance]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -66,13 +89,14 @@ class TrainingResult:
     is_finished: bool = False
 
     def settings(self) -> dict:
-        """The options that were chosen, but for how the command was started."""
+        """The options that were chosen, except ``resume``."""
         return {name: value for name, value in self.config.chosen().items() if name != "resume"}
 
     def as_json(self) -> dict:
         return {
             "config": self.settings(),
             "rows": asdict(self.rows),
+            "student": asdict(self.student),
             "tokens_per_second": self.tokens_per_second,
             "is_finished": self.is_finished,
             "held_out": [{"step": step, **_point_as_json(point)} for step, point in self.points],
@@ -80,14 +104,14 @@ class TrainingResult:
         }
 
     def write(self) -> None:
-        """Into the student's folder, which is made where it is not there."""
+        """Write the record to the student's folder, which is made if it is missing."""
         folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps(self.as_json(), indent=2) + "\n")
 
 
 def _point_as_json(point: Distance) -> dict:
-    """JSON has no nan, which the error of a single conversation is."""
+    """Plain values; a nan error (of a single conversation) becomes None, as JSON has no nan."""
     return {**asdict(point), "error": None if math.isnan(point.error) else point.error}
 
 
@@ -97,7 +121,7 @@ def _point_of(entry: dict) -> Distance:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Within, no other training writes into the folder, which is made. Raises UsageError where one does.
+    """Make the folder and lock it against other trainings. Raises UsageError if another one has it locked.
 
     A folder that is still empty at the end is removed.
     """
@@ -116,52 +140,54 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # not every system removes a file that is open
+        with suppress(OSError):  # not every system can remove an open file
             (folder / LOCK).unlink()
         lock.release(force=True)
         with suppress(OSError):
             folder.rmdir()
 
 
-# --- gone on with ---
+# --- resuming ---
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that transformers has written whole, after ``step`` steps."""
+    """A complete checkpoint of transformers, after ``step`` steps."""
 
     path: Path
     step: int
 
 
 def last_checkpoint(folder: Path) -> Checkpoint:
-    """The last whole one in a student's folder. Raises ToolkitError where there is none."""
+    """The last complete checkpoint in a student's folder. Raises ToolkitError if there is none."""
     whole = [state.parent for state in checkpoint_states(folder)]
     found = [Checkpoint(path, int(path.name.rpartition("-")[2])) for path in whole]
     if not found:
-        raise ToolkitError(f"`resume`: no checkpoint in {folder / CHECKPOINTS}; leave it out to begin anew")
+        raise ToolkitError(f"`resume`: no checkpoint in {folder / CHECKPOINTS}; leave it out to start again")
     return max(found, key=lambda one: one.step)
 
 
 def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
-    """Add what was measured up to the checkpoint. Raises UsageError where options or rows are others than those that
-    were trained on."""
+    """Add what was measured up to the checkpoint. Raises UsageError if options, rows or student are not those that the
+    training began with."""
     before = _read_record(Path(result.config.output_dir) / RECORD)
     now = result.config.chosen()
     for name in SAME:
         if now.get(name) != before.options.get(name):
             raise UsageError(f"`{name}`: {_chosen(now, name)}, and the training has {_chosen(before.options, name)}; "
-                             "go on with the same, or begin anew in another folder")  # fmt: skip
+                             "resume with the same, or start again in another folder")  # fmt: skip
     _refuse_other_rows(result, before)
+    _refuse_another_student(result.student, before.student)
     result.points = [point for point in before.points if point[0] <= checkpoint.step]
 
 
 class _Record(NamedTuple):
-    """What ``TrainingResult.write`` has written: ``options`` are those that were chosen."""
+    """A record that ``TrainingResult.write`` wrote; ``options`` are those that were chosen."""
 
     options: dict
     dataset_id: str
     rows: TaughtRows
+    student: Student
     points: list[tuple[int, Distance]]
 
 
@@ -170,13 +196,14 @@ def _read_record(file: Path) -> _Record:
         record = json.loads(file.read_text(encoding="utf-8"))
         points = [(entry.pop("step"), _point_of(entry)) for entry in record["held_out"]]
         options = record["config"]
-        return _Record(options, options["logit_dataset_id"], TaughtRows(**record["rows"]), points)
+        rows, student = TaughtRows(**record["rows"]), Student(**record["student"])
+        return _Record(options, options["logit_dataset_id"], rows, student, points)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ToolkitError(f"{file}: no record of the training that `resume` goes on with: {error}") from error
+        raise ToolkitError(f"{file}: no record of a training that `resume` can continue: {error}") from error
 
 
 def _refuse_other_rows(result: TrainingResult, record: _Record) -> None:
-    """Raise UsageError unless the rows are the record's, wherever they are now."""
+    """Raise UsageError unless the rows are those of the record, wherever they are stored now."""
     before, now, place = record.rows, result.rows, result.config.logit_dataset_id
     found, again = [], "Resume with those"
     if before.fingerprint != now.fingerprint:
@@ -190,7 +217,18 @@ def _refuse_other_rows(result: TrainingResult, record: _Record) -> None:
     if found:
         raise UsageError(
             f"`logit_dataset_id` {place}: not the rows that this training began with: {'; '.join(found)}. {again}, or "
-            "begin anew in another folder."
+            "start again in another folder."
+        )
+
+
+def _refuse_another_student(now: Student, before: Student) -> None:
+    """Raise UsageError unless it is the same model, wherever it is now: checkpoints do not have an adapter's base."""
+    if now.revision != before.revision:
+        same_place = now.model_id == before.model_id and is_commit(before.revision)
+        again = f"`student_revision` {before.revision}" if same_place else "that one"
+        raise UsageError(
+            f"`student_id` {now.model_id}: not the student that this training began with: {before} before, {now} now. "
+            f"Resume with {again}, or start again in another folder."
         )
 
 

@@ -16,7 +16,7 @@ from chat_logits.training.collator import PackingCollator, PaddingCollator, refu
 from chat_logits.training.config import CHECKPOINTS, TrainConfig
 from chat_logits.training.dataset import training_dataset
 from chat_logits.training.examples import ExampleMaker
-from chat_logits.training.loading import compare_vocabularies, load_student, student_tokenizer
+from chat_logits.training.loading import compare_vocabularies, find_student, load_student, student_tokenizer
 from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
 from chat_logits.training.record import (
@@ -33,18 +33,19 @@ from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
 
-MEASUREMENTS, WARM_UP = 10, 0.03  # on the way; of all steps
-# Seconds that a process on a GPU waits for another, 7 days: the first one aligns all rows, an hour a billion tokens,
-# and after transformers' half an hour NCCL would end the others. One that dies is seen by torchrun, which ends all.
+MEASUREMENTS, WARM_UP = 10, 0.03  # measurements during training; share of all steps
+# Seconds that a process on a GPU waits for the others, 7 days: the first one aligns all rows, which takes an hour a
+# billion tokens, and after transformers' default of half an hour NCCL would end the others. If a process dies, torchrun
+# ends all of them.
 PATIENCE = 7 * 24 * 3600
 
 
 def train(config: TrainConfig) -> TrainingResult:
-    """Train a student, save it in its folder, and give how far it was from the teacher before, on the way and after.
+    """Train a student, save it in its folder, and return its distance from the teacher before, during and after.
 
-    Raises UsageError and ToolkitError as ``training_dataset`` and ``load_student``, and where memory or the disk is too
-    small; UsageError where one process has several GPUs; KeyboardInterrupt after a signal, with a checkpoint behind it.
-    Each process of ``torchrun`` calls it.
+    Raises UsageError and ToolkitError as ``training_dataset`` and ``load_student`` do, and ToolkitError if memory or
+    the disk is too small; UsageError if one process has several GPUs; KeyboardInterrupt after a signal, once a
+    checkpoint is written. Each process of ``torchrun`` calls it.
     """
     arguments = _arguments(config)
     refuse_several_gpus(arguments)
@@ -60,12 +61,12 @@ def _train(config: TrainConfig, arguments: TrainingArguments) -> TrainingResult:
     folder = Path(config.output_dir)
     checkpoint = last_checkpoint(folder) if config.resume else None
     stored = open_dataset(config.logit_dataset_id, config.revision)
-    result = TrainingResult(config, TaughtRows.of(stored), rank=arguments.process_index)
+    with stage("Reading the student's configuration and tokenizer"):
+        tokenizer, student = student_tokenizer(config), find_student(config)
+    result = TrainingResult(config, TaughtRows.of(stored), student, rank=arguments.process_index)
     if checkpoint:
         go_on(result, checkpoint)
     set_seed(config.seed)
-    with stage("Reading the student's configuration and tokenizer"):
-        tokenizer = student_tokenizer(config)
     taught, kept = _packs(config, tokenizer, arguments, stored)
     _count_steps(arguments, config, taught, checkpoint)
     with explained_failures(config):
@@ -79,8 +80,8 @@ def _train(config: TrainConfig, arguments: TrainingArguments) -> TrainingResult:
 
 
 def _take_steps(trainer: MeasuringTrainer, checkpoint: Checkpoint | None) -> None:
-    """Those that are left, between a measurement before all and one after."""
-    if checkpoint and checkpoint.step == trainer.args.max_steps:  # only the student was not saved yet
+    """Measure, take the remaining steps, and measure again."""
+    if checkpoint and checkpoint.step == trainer.args.max_steps:  # only saving the student is left
         trainer._load_from_checkpoint(str(checkpoint.path))
         trainer.measure(checkpoint.step)
         return
@@ -97,7 +98,7 @@ def _save(trainer: MeasuringTrainer, folder: Path, tokenizer: Any) -> None:
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # which is the checkpoint's
+        (folder / "training_args.bin").unlink(missing_ok=True)  # it belongs to the checkpoint
         trainer.result.is_finished = True
         trainer.result.write()
 
@@ -106,9 +107,9 @@ def _save(trainer: MeasuringTrainer, folder: Path, tokenizer: Any) -> None:
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
-    """What transformers' trainer is to do, but for the number of steps. Tells the processes of each other."""
+    """The arguments of transformers' trainer, except the number of steps. Connects the processes to each other."""
     uses_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    # Older ones emulate it, slower than float32.
+    # Older GPUs emulate it, slower than float32.
     has_bfloat16 = (
         not uses_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     )
@@ -134,7 +135,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 def _count_steps(
     arguments: TrainingArguments, config: TrainConfig, taught: Packs, checkpoint: Checkpoint | None
 ) -> None:
-    """Into the arguments. Raises UsageError where the checkpoint has taken more."""
+    """Set the numbers of steps in the arguments. Raises UsageError if the checkpoint has already taken more."""
     an_epoch = math.ceil(math.ceil(len(taught) / arguments.world_size) / config.accumulate)
     steps = config.max_steps or an_epoch * config.epochs
     if checkpoint and checkpoint.step > steps:
@@ -146,7 +147,7 @@ def _count_steps(
 
 
 def _leave_words_to_the_first(arguments: TrainingArguments) -> None:
-    """Only the first process says how it goes; another one, why it failed."""
+    """Only the first process reports progress; the others log only errors."""
     if arguments.process_index:
         import datasets
         import transformers
@@ -159,8 +160,8 @@ def _leave_words_to_the_first(arguments: TrainingArguments) -> None:
 def _packs(
     config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, stored: StoredDataset
 ) -> tuple[Packs, Packs]:
-    """The packs to train on, and the held-out ones, of rows that the first process aligns; the others take them from
-    the cache."""
+    """The packs to train on, and the held-out ones. The first process aligns the rows; the others read them from the
+    cache."""
     options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
     with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
         examples = training_dataset(config.logit_dataset_id, tokenizer, stored.revision, **options)
@@ -169,8 +170,8 @@ def _packs(
 
 
 def _split(examples: Any, config: TrainConfig) -> tuple[Packs, Packs]:
-    """The packs to train on, and the held-out ones, whose targets are the teacher's distributions alone: neither ends
-    of turns nor a share of the text. Raises UsageError where nothing is left to train on."""
+    """The packs to train on, and the held-out ones, with the teacher's distributions alone as targets: no ends of turns
+    that were not extracted, and no share of the text. Raises UsageError if nothing is left to train on."""
     number = config.held_out or max(1, min(256, len(examples) // 20))
     if number >= len(examples):
         count = count_text(len(examples), "conversation")
@@ -187,7 +188,7 @@ def _packed(examples: Any, config: TrainConfig) -> Packs:
 
 
 def _collator(student: torch.nn.Module, tokenizer: Any) -> OfOnePack:
-    """Packs conversations one behind another where the student keeps them apart, else pads them side by side."""
+    """Packs conversations one after another if the student keeps them apart, else pads them."""
     try:
         refuse_packing(student)
     except UsageError as error:

@@ -8,9 +8,9 @@ from chat_logits.training.student import StudentTrainer
 
 
 class StudentSFTTrainer(StudentTrainer, SFTTrainer):
-    """``trl.SFTTrainer``, with what it does about adapters, checkpoints and logs, by the loss of ``StudentTrainer``.
+    """``trl.SFTTrainer``, including its handling of adapters, checkpoints and logs, with ``StudentTrainer``'s loss.
 
-    Examples are those of a ``training_dataset``, which it must not prepare itself; ``args`` is an ``SFTConfig``.
+    Examples are those of a ``training_dataset``, which TRL must not prepare itself; ``args`` is an ``SFTConfig``.
     """
 
     def __init__(self, *args: Any, **options: Any):

@@ -1,4 +1,4 @@
-"""How a training ends before its time: by a signal, without memory, without room on the disk."""
+"""How a training ends early: by a signal, out of memory, or with a full disk."""
 
 import signal
 import threading
@@ -14,13 +14,13 @@ from chat_logits.model.out_of_memory import is_out_of_memory
 from chat_logits.storage.disk import FULL
 from chat_logits.training.config import TrainConfig
 
-NO_ROOM = ("no space left", "file too large", "quota exceeded")  # of safetensors and torch, whose errors have no number
+NO_ROOM = ("no space left", "file too large", "quota exceeded")  # errors of safetensors and torch, which have no errno
 
 
 @contextmanager
 def stopping(trainer: Trainer) -> Iterator[None]:
-    """Within, the first signal to stop ends the training after the step under way, with a checkpoint, in all
-    processes, whichever of them it came to; then what would have handled the signal does."""
+    """Within, the first stop signal to any process ends the training in all of them, after the current step and with a
+    checkpoint; then the signal is raised again for the handler that was there before."""
     received: list[int] = []
     stopped: list[bool] = []
 
@@ -34,7 +34,7 @@ def stopping(trainer: Trainer) -> Iterator[None]:
 
     def receive(number: int, _frame: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])  # the second one is not waited for
+        signal.signal(number, before[number])  # a second one stops at once
         ignore_if_repeated(number)
 
     trainer.add_callback(Stop())
@@ -53,7 +53,7 @@ def stopping(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def explained_failures(config: TrainConfig) -> Iterator[None]:
-    """Within, memory or room on the disk that runs out is a ToolkitError that says what to do."""
+    """Within, running out of memory or disk space raises a ToolkitError that says what to do."""
     try:
         yield
     except ToolkitError:
@@ -61,12 +61,12 @@ def explained_failures(config: TrainConfig) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise ToolkitError(
-                f"out of memory with `batch_tokens` {config.batch_tokens}; give fewer, and for the same step as many "
-                f"times more of `accumulate` {config.accumulate}"
+                f"out of memory with `batch_tokens` {config.batch_tokens}; give fewer, and to keep the size of a step "
+                f"raise `accumulate` {config.accumulate} by the same factor"
             ) from error
         if getattr(error, "errno", None) in FULL or any(words in str(error).lower() for words in NO_ROOM):
             raise ToolkitError(
-                f"the disk of {config.output_dir} is full. Make room; the same command goes on from the last whole "
-                "checkpoint with `resume`."
+                f"the disk of {config.output_dir} is full. Make room; the same command with `resume` continues "
+                "from the last complete checkpoint."
             ) from error
         raise

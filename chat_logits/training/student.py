@@ -1,4 +1,4 @@
-"""A student's forward pass that ends in the loss in place of logits, and the trainer that takes its steps by it."""
+"""A student's forward pass that computes the loss instead of logits, and the trainer that uses it."""
 
 import logging
 from collections.abc import Mapping
@@ -8,15 +8,20 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from chat_logits.errors import UsageError
-from chat_logits.training.head import logit_tail, weight_and_bias
+from chat_logits.training.head import logit_transform, weight_and_bias
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
 logger = logging.getLogger(__name__)
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the rest is the loss's
+SEQUENCE_INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch; the rest is for the loss
 TARGET_NAMES = (
-    *("logits_to_keep", "predicting", "target_ids", "target_weights"),
-    *("entropy", "tail_entropy", "num_sampled"),
+    "logits_to_keep",
+    "predicting",
+    "target_ids",
+    "target_weights",
+    "entropy",
+    "tail_entropy",
+    "num_sampled",
 )
 
 LOGGED = ("kl", "kl_tail", "agreement")
@@ -26,8 +31,8 @@ LAUNCHER = "torchrun --nproc_per_node"
 class BatchTarget(NamedTuple):
     """What a batch teaches at its N predicting positions.
 
-    ``rows`` (N,) int64 count the positions of input ids (B, T), flattened; ``ids`` and ``weights`` (N, M), ``entropy``
-    and ``tail_entropy`` (N,), nats, are ``Targets``'; the last ``num_sampled`` (N,) int64 ids are draws.
+    ``rows`` (N,) int64 index the flattened positions of input ids (B, T); ``ids`` and ``weights`` (N, M), ``entropy``
+    and ``tail_entropy`` (N,), nats, are as in ``Targets``; the last ``num_sampled`` (N,) int64 ids are draws.
     """
 
     rows: torch.Tensor
@@ -38,20 +43,20 @@ class BatchTarget(NamedTuple):
     num_sampled: torch.Tensor
 
     def within(self, vocab_size: int) -> "BatchTarget":
-        """The target without the weight of token ids from ``vocab_size`` on; what is left is not scaled up, and the
-        entropies stay."""
+        """The target without token ids of ``vocab_size`` or more; the remaining weights are not scaled up, and the
+        entropies stay the same."""
         ids = self.ids.clamp(max=vocab_size - 1)
         return self._replace(ids=ids, weights=self.weights.masked_fill(self.ids >= vocab_size, 0))
 
     def divergences(self, scores: PositionScores) -> torch.Tensor:
-        """Of each position, (N, 4) float32: 1, forward KL and the tail's part of it, nats, and whether the most
+        """For each position, (N, 4) float32: 1, forward KL and the tail's part of it, nats, and whether the most
         probable tokens agree."""
         kl, tail = scores.cross_entropy - self.entropy, scores.tail - self.tail_entropy
         return torch.stack([torch.ones_like(kl), kl, tail, scores.agrees.to(kl.dtype)], dim=1)
 
 
 def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], BatchTarget]:
-    """The model's own arguments, and the target. Raises UsageError where the batch has none."""
+    """The model's own arguments, and the target. Raises UsageError if the batch has no target."""
     missing = [name for name in TARGET_NAMES if name not in batch]
     if missing:
         raise UsageError(
@@ -59,21 +64,21 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Batc
         )
     kept, predicting, *target = (batch[name] for name in TARGET_NAMES)
     rows = predicting // len(kept) * batch["input_ids"].shape[1] + kept[predicting % len(kept)]
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}, BatchTarget(rows, *target)
+    return {name: batch[name] for name in SEQUENCE_INPUTS if name in batch}, BatchTarget(rows, *target)
 
 
 class StudentLoss:
-    """The loss where the student's lm_head would give logits: within its forward pass, which is all that DDP, FSDP and
-    mixed precision know of, and without the logits of a batch ever being there.
+    """Computes the loss where the student's lm_head would compute logits: inside the forward pass, so that it works
+    with DDP, FSDP and mixed precision, and without ever holding the logits of a whole batch.
 
-    ``student`` is a causal language model of transformers, with or without an adapter around. What a target gives to
-    ids beyond the student's is left out, with a warning the first time: larger models of a family may have more rows
-    that no token has. Raises ToolkitError and UsageError as ``logit_tail`` and ``fused_sparse_kd_loss``.
+    ``student`` is a causal language model of transformers, with or without an adapter. A target's weight on ids that
+    the student does not have is left out, with a warning the first time: larger models of a family may have more rows
+    without a token. Raises ToolkitError and UsageError as ``logit_transform`` and ``fused_sparse_kd_loss`` do.
     """
 
     def __init__(self, student: torch.nn.Module):
-        self._head, self._tail = student.get_output_embeddings(), logit_tail(student)
-        self._told = vars(student).setdefault("_unknown_ids_told", [])  # by whichever loss of this student
+        self._head, self._transform = student.get_output_embeddings(), logit_transform(student)
+        self._told = vars(student).setdefault("_unknown_ids_told", [])  # shared by all losses of this student
 
     def __call__(
         self,
@@ -84,16 +89,16 @@ class StudentLoss:
     ) -> torch.Tensor:
         """The sum of forward KL over the batch's positions, nats, float32, with its gradient.
 
-        ``model`` is the student, or what is wrapped around it to train on several devices; ``scores``, if any, are
-        filled with what it says at each position.
+        ``model`` is the student, or its wrapper for training on several devices; ``scores``, if given, are filled in
+        for each position.
         """
         found = []
-        options = {"entropy": target.entropy, "tail": self._tail, "scores": scores, "reduction": "sum"}
+        options = {"entropy": target.entropy, "transform": self._transform, "scores": scores, "reduction": "sum"}
 
         def compute(head: torch.nn.Module, args: tuple) -> tuple:
             hidden, known = args[0].flatten(0, -2)[target.rows], self._known(target, len(weight_and_bias(head)[0]))
             found.append(fused_sparse_kd_loss(hidden, head, known.ids, known.weights, **options))
-            return (args[0][..., -1:, :], *args[1:])  # the rest of the forward pass has one position to do
+            return (args[0][..., -1:, :], *args[1:])  # so the head itself computes one position
 
         handle = self._head.register_forward_pre_hook(compute)
         try:
@@ -103,7 +108,7 @@ class StudentLoss:
         return found[0]
 
     def _known(self, target: BatchTarget, vocab_size: int) -> BatchTarget:
-        """The target's part that is of the student's token ids."""
+        """The target without token ids that the student does not have."""
         if not target.ids.numel() or (most := int(target.ids.max())) < vocab_size:
             return target
         known = target.within(vocab_size)
@@ -112,12 +117,12 @@ class StudentLoss:
             lost = 1 - float(known.weights.sum() / target.weights.sum())
             logger.warning(
                 f"The student has {vocab_size:,} token ids, and the teacher's go up to {most:,}: those beyond are left "
-                f"out of what is taught and measured, here and further on. Of this batch's weight they have {lost:.2g}"
+                f"out of what is taught and measured, from now on. Their share of this batch's weight is {lost:.2g}"
             )
         return known
 
     def divergences(self, student: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        """``BatchTarget.divergences`` of a batch's positions, float64 (N, 4) on the CPU; the batch's tensors go to the
+        """``BatchTarget.divergences`` of a batch's positions, float64 (N, 4) on the CPU; the batch is moved to the
         student's device."""
         device = self._head.weight.device
         placed = {name: part.to(device) for name, part in batch.items() if torch.is_tensor(part)}
@@ -128,7 +133,7 @@ class StudentLoss:
 
 
 def refuse_several_gpus(arguments: TrainingArguments) -> None:
-    """Raise UsageError where one process has several GPUs, over which transformers would cut a packed batch."""
+    """Raise UsageError if one process has several GPUs: transformers would split a packed batch over them."""
     if arguments.n_gpu > 1:
         raise UsageError(
             f"one process has {arguments.n_gpu} GPUs: expected one GPU a process. Start it by `{LAUNCHER} "
@@ -137,18 +142,18 @@ def refuse_several_gpus(arguments: TrainingArguments) -> None:
 
 
 class StudentTrainer(Trainer):
-    """``transformers.Trainer`` on stored distributions: steps by the mean of forward KL over all positions, nats.
+    """``transformers.Trainer`` on stored distributions: the loss is the mean forward KL over all positions, nats.
 
-    Over all batches of a step that are accumulated, and over all processes. Batches are those of this package's
-    collators, whose ``labels`` are counted, and not used otherwise. Goes before other subclasses of ``Trainer``, too.
+    The mean is over all accumulated batches of a step, and over all processes. Batches are those of this package's
+    collators; their ``labels`` are only counted. To combine it with another subclass of ``Trainer``, list it first.
 
-    Beside ``loss``, logs have the means over all positions trained on since the last log, by all processes: ``kl``,
-    forward KL, nats; ``kl_tail``, the part of it that the draws from the tail add, Σ w·(log p − log q) over them; and
-    ``agreement``, the share of positions where the student's most probable token is the target's. All are of the
-    training target, not of the teacher's distribution alone: ends of turns that are taught as certain are counted,
-    with KL = NLL, and where ``hard_weight`` h mixes in the text, (1 − h)·KL + h·NLL is in the place of KL. Of a
-    student that is the teacher they are not 0. The held-out figures of ``run.train`` are of the teacher alone.
-    Raises UsageError where one process has several GPUs.
+    In addition to ``loss``, logs have the means over all positions trained on since the last log, by all processes:
+    ``kl``, forward KL, nats; ``kl_tail``, the part of it that the draws from the tail add, Σ w·(log p − log q) over
+    them; and ``agreement``, the share of positions where the student's most probable token is the target's. All are of
+    the training target, not of the teacher's distribution alone: ends of turns that are taught as certain are counted,
+    with KL = NLL, and if ``hard_weight`` h mixes in the text, KL is replaced by (1 − h)·KL + h·NLL. They are not 0 for
+    a student that equals the teacher. The held-out figures of ``run.train`` are of the teacher alone.
+    Raises UsageError if one process has several GPUs.
     """
 
     loss_is_scaled_for_ga = True  # divided by the step's positions here
@@ -157,7 +162,7 @@ class StudentTrainer(Trainer):
         super().__init__(*args, **options)
         refuse_several_gpus(self.args)
         self.args.remove_unused_columns = False
-        # Dispatching, the default for streams, cuts all tensors of a packed batch to its single row.
+        # Dispatching, the default for streams, would cut all tensors of a packed batch to its single row.
         self.accelerator.dataloader_config.dispatch_batches = False
         self.args.prediction_loss_only = True  # there are no logits
         self.model_accepts_loss_kwargs = True  # so that a step's positions are counted
@@ -171,7 +176,7 @@ class StudentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The batch's part of its step's mean forward KL, nats."""
+        """The batch's part of the step's mean forward KL, nats."""
         if self._student_loss is None:
             self._student_loss = StudentLoss(self.accelerator.unwrap_model(model))
         arguments, target = split_batch(inputs)
@@ -182,11 +187,11 @@ class StudentTrainer(Trainer):
             sums = target.divergences(scores).sum(dim=0)
             self._since_log = sums if self._since_log is None else self._since_log + sums
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+            loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """As ``Trainer``'s, which all processes call, with what was found since the last log of a training loss."""
+        """As ``Trainer``'s, with the means since the last log of a training loss. All processes call it."""
         if "loss" in logs and self._since_log is not None:
             positions, *sums = self.accelerator.reduce(self._since_log, "sum").tolist()
             logs |= zip(LOGGED, (value / max(1, positions) for value in sums), strict=True)

@@ -1,12 +1,12 @@
-"""A student over the rows of a stored dataset, a few conversations at a time."""
+"""Run a student over the rows of a stored dataset, a few conversations at a time."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from chat_logits.analysis.bars import bar
 from chat_logits.analysis.verification import spread
 from chat_logits.data.alignment import Alignment
 from chat_logits.data.row_alignment import RowAligner
@@ -17,7 +17,7 @@ from chat_logits.training.student import StudentLoss
 from chat_logits.training.student_report import StudentReport, StudentTally
 from chat_logits.training.targets import row_targets
 
-BATCH_TOKENS, READ_TOGETHER = 4096, 16  # of a forward pass, padding included; conversations
+BATCH_TOKENS, READ_TOGETHER = 4096, 16  # tokens of a forward pass, including padding; conversations
 
 
 class _Row(NamedTuple):
@@ -34,21 +34,21 @@ def measure_student(
     chat_template: str | None = None,
     student_id: str | None = None,
 ) -> StudentReport:
-    """How far a student is from the teacher over ``count`` rows, spread evenly over the dataset, or over all of them.
+    """A student's distance from the teacher over ``count`` rows, spread evenly over the dataset, or over all rows.
 
-    ``student`` is a causal language model of transformers whose tokens are the extraction's; ``tokenizer`` is the
+    ``student`` is a causal language model of transformers with the extraction's tokens; ``tokenizer`` is the
     extraction's; ``chat_template`` (a path or text) replaces the recorded one. Ends of turns that were not extracted
-    have no stored distribution, and are left out. ``student_id`` is what the report calls the student, by default the
-    place that it was loaded from. A progress bar is on stderr.
+    have no stored distribution, and are left out. ``student_id`` is the student's name in the report, by default the
+    place that it was loaded from. A progress bar is shown on stderr.
 
-    Raises UsageError for rows without draws, whose KL nobody knows, and for a student that ``StudentLoss`` refuses;
-    ToolkitError where there are no rows, and where a row is damaged or its tokens cannot be rebuilt, naming the row.
+    Raises UsageError for rows without draws, since their KL is unknown, and for a student that ``StudentLoss`` refuses;
+    ToolkitError if there are no rows, and if a row is damaged or its tokens cannot be rebuilt, naming the row.
     """
     dataset.refuse_empty()
     if not dataset.manifest.num_sampled:
         raise UsageError(
-            f"{dataset.dataset_id}: no draws from the tail (`num_sampled` 0), so what a student gives to the tail "
-            "cannot be held against anything. Extract with num_sampled 16."
+            f"{dataset.dataset_id}: no draws from the tail (`num_sampled` 0), so a student's tail "
+            "cannot be compared with anything. Extract with num_sampled 16."
         )
     tally, loss = StudentTally(tokenizer), StudentLoss(student)
     aligner = RowAligner(tokenizer, dataset.manifest, chat_template)
@@ -75,7 +75,7 @@ def _read(dataset: StoredDataset, aligner: RowAligner, count: int | None) -> Ite
     """The rows, aligned, with a progress bar."""
     indices = spread(dataset.num_rows, dataset.num_rows if count is None else count)
     rows = dataset.rows() if len(indices) == dataset.num_rows else map(dataset.read_row, indices)
-    for index, row in zip(tqdm(indices, dynamic_ncols=True, unit=" conversations"), rows, strict=True):
+    for index, row in zip(bar(indices, dynamic_ncols=True, unit=" conversations"), rows, strict=True):
         yield _Row(index, row, aligner.align(row, index))
 
 
@@ -89,7 +89,7 @@ def _measured(rows: Iterable[_Row], student: torch.nn.Module, loss: StudentLoss)
 
 
 def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
-    """Rows of like length together, as many as a forward pass may have."""
+    """Batches of rows of similar length, as many as fit into a forward pass."""
     batch: list[_Row] = []
     for one in _nearly_sorted(rows):
         length = len(one.alignment.input_ids)
@@ -102,7 +102,7 @@ def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
 
 
 def _nearly_sorted(rows: Iterable[_Row]) -> Iterator[_Row]:
-    """``READ_TOGETHER`` rows at a time, by length."""
+    """The rows, sorted by length within each ``READ_TOGETHER`` of them."""
     waiting: list[_Row] = []
     for one in rows:
         waiting.append(one)
@@ -117,11 +117,11 @@ def _length(one: _Row) -> int:
 
 
 def _example(one: _Row) -> dict:
-    """What a collator takes."""
+    """An example for a collator."""
     targets = row_targets(one.row, one.alignment, end_of_turn="skip")
     return {
         "input_ids": one.alignment.input_ids,
-        "labels": one.alignment.input_ids,  # which the loss does not look at
+        "labels": one.alignment.input_ids,  # the loss does not use them
         "positions": targets.positions,
         "target_ids": targets.token_ids,
         "target_weights": targets.weights,

@@ -1,8 +1,8 @@
-"""Where a student is far from its teacher: forward KL over stored rows, by kinds of position. Numbers alone; the
-student's own part is in ``student_pass``.
+"""Where a student is far from its teacher: forward KL over stored rows, by kinds of position. Only numbers;
+``student_pass`` runs the student.
 
-Positions are grouped by what does not depend on the draws, or a group's mean would be biased: those with an unlucky
-draw of the teacher's entropy would meet in one group.
+Groups of positions must not depend on the draws, as this would bias their means: if the entropy were estimated from the
+draws, for example, positions with unlucky draws would gather in one group.
 """
 
 import heapq
@@ -20,12 +20,12 @@ from chat_logits.words import count_text
 from logit_codec import CODE_LOG_PROBS, CODE_PROBS, row_entries
 
 WORST = 10  # conversations that are listed
-ENTROPIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, lower ends of bins; the last one has no end
+ENTROPIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats, lower ends of bins; the last bin is open
 
 
 @dataclass(frozen=True)
 class StudentGroup(Distance):
-    """Some of the positions, and of all positions' KL the ``share`` that is here."""
+    """A group of positions; ``share`` is its part of all positions' total KL."""
 
     name: str
     share: float
@@ -33,8 +33,8 @@ class StudentGroup(Distance):
 
 @dataclass(frozen=True)
 class StudentConversation:
-    """A conversation, its row and its source row; numbers as in ``StudentGroup``; ``question`` begins its first user
-    message, "" without one."""
+    """A conversation, its row and its source row; numbers are as in ``StudentGroup``; ``question`` is the beginning of
+    its first user message, "" without one."""
 
     sample_index: int
     source_index: int
@@ -49,11 +49,11 @@ class StudentConversation:
 class StudentReport:
     """A student over the stored rows of a dataset of ``num_rows`` conversations.
 
-    ``whole`` is all that was looked at. ``by_class`` goes by the target token's ``token_class``; ``by_turn`` by the
-    assistant's turns, which are the stretches of its tokens between prompts; ``by_position`` by the place among the
-    extracted tokens of a turn, from 1; ``by_entropy`` by the teacher's entropy, nats, with its tail as one entry, which
-    no draw changes. The ``worst`` conversations have the largest mean KL. ``ends_left_out`` are ends of turns that were
-    not extracted: no distribution is stored for them.
+    ``whole`` is over all positions. ``by_class`` groups them by the target token's ``token_class``; ``by_turn`` by the
+    assistant's turns, the stretches of its tokens between prompts; ``by_position`` by the place among the extracted
+    tokens of a turn, from 1; ``by_entropy`` by the teacher's entropy, nats, with its tail as one entry, so that it does
+    not depend on the draws. The ``worst`` conversations have the largest mean KL. ``ends_left_out`` counts ends of
+    turns that were not extracted: no distribution is stored for them.
     """
 
     dataset_id: str
@@ -95,8 +95,8 @@ class StudentTally:
         self._ends_left_out = 0
 
     def add(self, sample_index: int, row: dict, alignment: Alignment, values: np.ndarray) -> None:
-        """Count a row in, with ``values`` (n, 4) float64 of its extracted positions: 1, forward KL and the tail's part
-        of it, nats, and whether the most probable tokens agree."""
+        """Add a row, with ``values`` (n, 4) float64 of its extracted positions: 1, forward KL and the tail's part of
+        it, nats, and whether the most probable tokens agree."""
         turns, places = turns_and_places(alignment)
         keys = {
             "class": np.array(self._classes.of(alignment.input_ids, alignment.positions)),
@@ -121,7 +121,8 @@ class StudentTally:
         self._worst = heapq.nlargest(WORST, [*self._worst, (one.kl, -sample_index, one)], key=lambda each: each[:2])
 
     def groups(self) -> dict:
-        """What of a ``StudentReport`` is sums over the conversations, of which there is at least one."""
+        """The fields of a ``StudentReport`` that are sums over the conversations, of which there must be at least
+        one."""
         whole = float(self._whole.totals[1])
         return {
             "whole": _group("all", self._whole, whole),
@@ -144,8 +145,8 @@ def _group(name: str, sums: DistanceSums, whole: float) -> StudentGroup:
 
 
 def turns_and_places(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
-    """Of each extracted position, int64 (n,): the number of its turn among the assistant's, those that are left out
-    included, and its number among the extracted positions of that turn; both from 1."""
+    """For each extracted position, int64 (n,): the number of its turn among all the assistant's turns, including those
+    that are left out, and its number among the extracted positions of that turn; both from 1."""
     is_answer = np.array([reason != PROMPT for reason in alignment.reasons])
     begins = is_answer & ~np.concatenate([[False], is_answer[:-1]])
     turns = np.cumsum(begins)[alignment.positions]
@@ -154,8 +155,8 @@ def turns_and_places(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stored_entropies(row: dict) -> np.ndarray:
-    """The teacher's entropy at a row's positions with all outside the nucleus as one entry, nats, float64 (n,): at most
-    the entropy, and the same whatever was drawn."""
+    """The teacher's entropy at a row's positions with everything outside the nucleus as one entry, nats, float64 (n,):
+    a lower bound of the entropy that does not depend on the draws."""
     _, codes = row_entries(row, "top")
     probabilities = CODE_PROBS[codes]
     tail = np.maximum(0.0, 1.0 - probabilities.sum(axis=1))
@@ -164,7 +165,7 @@ def stored_entropies(row: dict) -> np.ndarray:
 
 
 def _doubling(numbers: np.ndarray) -> np.ndarray:
-    """Bins 1, 2, 3 – 4, 5 – 8 …: numbers up to 2 to the power of the bin, int64."""
+    """The bin of each number among 1, 2, 3 – 4, 5 – 8 …, int64 from 0: bin b ends at 2 to the power of b."""
     return np.ceil(np.log2(numbers)).astype(np.int64)
 
 

@@ -1,9 +1,9 @@
-"""Stored rows to what a student is trained on: for each position a few token ids and their weights.
+"""Stored rows to a student's targets: for each position a few token ids and their weights.
 
-The weights are those of FORMAT.md, "Reading a position": a nucleus entry weighs its probability, each draw an equal
-share of what the nucleus leaves. For any function f of a token id, Σ w·f(id) is then an unbiased estimate, over the
-draws, of its mean under the teacher's distribution, but for the rounding of the codes. A loss that is linear in the
-target, as forward KL is, has an unbiased gradient; a renormalised nucleus has not.
+The weights are those of FORMAT.md, "Reading a position": a nucleus entry's weight is its probability, and the draws
+share equally the probability outside the nucleus. For any function f of a token id, Σ w·f(id) is then an unbiased
+estimate, over the draws, of its mean under the teacher's distribution, except for the rounding of the codes. So a loss
+that is linear in the target, such as forward KL, has an unbiased gradient; with a renormalised nucleus it does not.
 """
 
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ _P_LOG_P = CODE_PROBS * _LOG_PROBS
 class Targets:
     """What is taught at n positions of a conversation, in order.
 
-    ``positions`` (n,) int64 of the target tokens themselves, each predicted by the logits one position earlier.
+    ``positions`` (n,) int64 are those of the target tokens, each predicted by the logits one position earlier.
     ``token_ids`` (n, M) int32 and ``weights`` (n, M) float32, with M = 1 + K + S columns: the target token, the
     nucleus, the draws. A position's weights total 1; ids may repeat, and their weights add up; absent entries have id 0
     and weight 0. ``entropy`` (n,) float32, nats: the constant that makes a cross-entropy a divergence; ``tail_entropy``
     (n,) float32 is the draws' part of it, Σ -w·log p over the draws alone.
 
     With hard_weight h, Σ -w·log q(id) is (1 - h) times the cross-entropy of the student's q to the teacher's p, plus h
-    times the target token's negative log-likelihood; less ``entropy``, (1 - h)·H(p), the first part is (1 - h)·KL(p‖q).
-    The tail's part of that is what the draws add to it: Σ w·(log p - log q) over the draws, ``tail_entropy`` and the
-    student's log q at the same ids. In the mean over the draws it is (1 - h)·Σ p·(log p - log q) over the ids outside
-    the nucleus; a part may be negative, the sum of both is not.
+    times the target token's negative log-likelihood; minus ``entropy``, (1 - h)·H(p), the first part is
+    (1 - h)·KL(p‖q). The tail's part of that is what the draws add to it: Σ w·(log p - log q) over the draws, computed
+    from ``tail_entropy`` and the student's log q at the same ids. On average over the draws it is
+    (1 - h)·Σ p·(log p - log q) over the ids outside the nucleus; a part may be negative, the sum of both is not.
     """
 
     positions: np.ndarray
@@ -64,14 +64,14 @@ def row_targets(
 ) -> Targets:
     """The targets of a stored row with its alignment.
 
-    Of the row, ``num_tokens`` and the six columns of ids and codes are read, as any reader returns them; quickest as
-    arrays over Arrow's buffers.
+    Only the row's ``num_tokens`` and its six columns of ids and codes are read, in whatever form a reader returns them;
+    arrays over Arrow's buffers are the fastest.
 
     ``hard_weight`` (0 to 1) is the target token's own share. Tokens that end a turn and were not extracted are taught
-    as they are ("hard": all weight on that token), or not at all ("skip"). Rows without draws are refused, unless
-    ``allow_biased``: their weights are the nucleus', renormalised.
+    as certain ("hard": all weight on that token), or not at all ("skip"). Rows without draws are refused, unless
+    ``allow_biased``: the weights are then the renormalised nucleus.
 
-    Raises UsageError for an argument out of range and for a row without draws, ToolkitError where the alignment is of
+    Raises UsageError for an argument out of range and for a row without draws, ToolkitError if the alignment is of
     another row.
     """
     if end_of_turn not in END_OF_TURN:
@@ -99,8 +99,8 @@ def weighted_ids(
 ) -> WeightedIds:
     """Ids and weights from codes uint8 and ids int32, (n, K) of the nucleus and (n, S) of the draws.
 
-    Weights are divided by their total, which differs from 1 where the codes of a nucleus add up to a little more, where
-    no draw was left to take the rest, and where none is stored. Raises as ``row_targets``.
+    Weights are divided by their total, which differs from 1 if the codes of a nucleus add up to a little more, if there
+    was nothing left to draw, and if no draws are stored. Raises as ``row_targets`` does.
     """
     if not 0 <= hard_weight <= 1:
         raise UsageError(f"hard_weight {hard_weight}: expected 0 to 1")
@@ -129,8 +129,8 @@ def weighted_ids(
 
 
 def with_ends(targets: Targets, ends: np.ndarray, end_ids: np.ndarray) -> Targets:
-    """The targets with, in their places, tokens that are taught as they are: ids ``end_ids`` (e,) at positions ``ends``
-    (e,), ascending."""
+    """The targets with additional tokens that are taught as certain, in order of position: ids ``end_ids`` (e,) at
+    ascending positions ``ends`` (e,)."""
     if not len(ends):
         return targets
     one_hot_ids = np.zeros((len(ends), targets.token_ids.shape[1]), np.int32)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from plain_decoder import decode_position
+from runs import flags_for
 
 import explore_logits
 import extract_logits
 from chat_logits.analysis.comparison import compare_analyses
 from chat_logits.analysis.dataset_comparison import compare_datasets
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
-from chat_logits.analysis.row import RowNumbers
+from chat_logits.analysis.row import TokenStatistics
 from chat_logits.data.row_alignment import AlignmentError, align_row
 from chat_logits.display.results import shown
 from chat_logits.errors import ToolkitError, UsageError
@@ -50,13 +51,15 @@ def compared(rows, alignments):
     return [compare_rows(*pair, aligned.input_ids[aligned.positions]) for pair, aligned in pairs]
 
 
-def unrounded(log_probs: torch.Tensor) -> RowNumbers:
+def unrounded(log_probs: torch.Tensor) -> TokenStatistics:
     """What would be stored of full distributions (n, V) if nothing were rounded."""
     values, ids = log_probs.topk(64)
     probs = values.exp()
     probs *= probs.cumsum(-1) - probs < 0.98
     probs, nothing = probs.numpy(), np.zeros(len(ids))
-    return RowNumbers(nothing, nothing, (probs > 0).sum(axis=1), 1 - probs.sum(axis=1), nothing, ids.numpy(), probs)
+    return TokenStatistics(
+        nothing, nothing, (probs > 0).sum(axis=1), 1 - probs.sum(axis=1), nothing, ids.numpy(), probs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +252,26 @@ def test_what_decides_the_tokens_and_differs_is_named(quick_run, flags, tmp_path
     compared = [str(quick_run), "--compare", str(tmp_path / "kept"), "--sample_index", "1"]
     assert explore_logits.main(compared) == 1
     assert capsys.readouterr().err.endswith(f"has other tokens there than in {quick_run}; {kept}")
+
+
+def test_rows_of_two_sources_are_compared_where_their_conversations_are_the_same(
+    quick_model, chat_file, tmp_path, capsys
+):
+    """By one model, so that what is compared is 0 apart; every other conversation of the second source is another."""
+    texts = [[f"{word} is {i}" if i % 2 else f"It is {i}" for i in range(6)] for word in ("One", "Another")]
+    for name, answers in zip(("first", "other"), texts, strict=True):
+        source = chat_file([{"question": "What?", "answer": answer} for answer in answers], f"{name}.jsonl")
+        assert extract_logits.main(flags_for(quick_model, source, tmp_path / name)) == 0
+    first, other = (str(tmp_path / name) for name in ("first", "other"))
+    found = explore_logits.execute_comparison(first, other, quiet=True)
+    assert (found.num_conversations, found.only_in_first, found.only_in_other, found.num_different) == (3, 0, 0, 3)
+    assert sorted(each.sample_index for each in found.conversations) == [0, 2, 4]
+    assert found.totals.mean_change < 1e-5
+    assert explore_logits.main([first, "--compare", other, "--sample_index", "1"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        f"error: {other}: source row 1 has other tokens there than in {first}; their runs differ in "
+    )
 
 
 def test_only_what_decides_the_tokens_is_named(both, rows, other_extraction, smollm2, tmp_path):

@@ -12,7 +12,7 @@ from conftest import MODEL, TEMPLATE, run_command
 import explore_logits
 import extract_logits
 import logit_codec
-from chat_logits.analysis.row import row_numbers
+from chat_logits.analysis.row import token_statistics
 from chat_logits.analysis.tokens import PROMPT
 from chat_logits.errors import UsageError
 from explore_logits import execute_analysis
@@ -56,12 +56,12 @@ def test_worked_numbers_of_a_position():
         token_log_probs=np.log([0.25]),
     )
     row = encode_rows(distribution, [1], np.array([3]))[0]
-    numbers = row_numbers(row, np.array([3]))
+    numbers = token_statistics(row, np.array([3]))
     assert numbers.ranks.tolist() == [2] and numbers.kept.tolist() == [2]
     assert numbers.tail_mass[0] == pytest.approx(0.25, abs=0.005)
     assert numbers.entropies[0] == pytest.approx(1.75 * math.log(2), abs=0.01)
-    assert row_numbers(row, np.array([1])).ranks.tolist() == [0]  # drawn from the tail is not in the nucleus
-    assert row_numbers(row, np.array([0])).ranks.tolist() == [0]  # an absent entry's id is no entry
+    assert token_statistics(row, np.array([1])).ranks.tolist() == [0]  # drawn from the tail is not in the nucleus
+    assert token_statistics(row, np.array([0])).ranks.tolist() == [0]  # an absent entry's id is no entry
 
 
 def test_totals_are_the_tokens(analyses):
@@ -172,7 +172,7 @@ def test_json_on_standard_output_is_that_alone(real_extraction, capsys, analyses
             ["--html", "/no/such/folder/page.html"],
             "page.html: the folder /no/such/folder is missing",
         ),
-        (["--json", "/tmp"], "--json /tmp: no name of a file, expected a file to write"),
+        (["--json", "/tmp"], "--json /tmp: not the name of a file, expected a file to write"),
         (["--surprising", "0"], "--surprising 0: expected 1 or more"),
     ],
 )

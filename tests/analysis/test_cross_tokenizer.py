@@ -435,14 +435,16 @@ def test_a_row_whose_tokens_are_others_is_named_with_its_dataset(tokenizers):
 
 
 def test_which_conversations_are_matched_and_which_are_not(tokenizers):
-    talks = [talk(f"The answer to {i} is {i * 7}, as {'very ' * i}everybody knows.") for i in range(8)]
+    talks = [talk(f"The answer to {i} is {i * 7}, as {'very ' * i}everybody knows.") for i in range(9)]
     others = [list(each) for each in talks]
+    calls = [[{"function": {"name": name}}] for name in ("add", "divide")]
+    talks[8], others[8] = ([*talks[8][:-1], {**talks[8][-1], "tool_calls": call}] for call in calls)
     talks[1] = others[5] = None
     others[6] = talk("Something else.")
     others[2] = [{"role": "system", "content": "Be brief."}, *others[2]]
     first, other = make_pair(tokenizers, talks, others)
     found = compare_bits(Side(first, first.tokenizer), Side(other, other.tokenizer))
-    assert (found.num_conversations, found.only_in_first, found.only_in_other, found.num_different) == (5, 1, 1, 1)
+    assert (found.num_conversations, found.only_in_first, found.only_in_other, found.num_different) == (5, 1, 1, 2)
     assert found.num_other_system == 1
     places = [(each.sample_index, each.other_sample_index, each.source_index) for each in found.conversations]
     assert places == [(0, 0, 0), (1, 2, 2), (2, 3, 3), (3, 4, 4), (6, 6, 7)]

@@ -3,9 +3,12 @@
 import builtins
 import copy
 import math
+from functools import partial
 
+import datasets
 import numpy as np
 import pytest
+from conftest import MODEL
 from runs import rows_in
 
 import chat_logits
@@ -13,8 +16,21 @@ import explore_logits
 from chat_logits import open_logits
 from chat_logits.errors import UsageError
 from chat_logits.storage.dataset import open_dataset
-from explore_logits import execute_analysis, execute_comparison, execute_summary
+from chat_logits.training.dataset import training_dataset
+from explore_logits import (
+    execute_analysis,
+    execute_budget,
+    execute_comparison,
+    execute_filtering,
+    execute_student,
+    execute_summary,
+    execute_thinning,
+    execute_verification,
+)
 from logit_codec import ROW_NUMBERS, dequantize_all_logits
+
+LOADED = datasets.DatasetDict(train=datasets.Dataset.from_dict({f"column {i}": [1] for i in range(40)}))
+LOADED_IS_REFUSED = "a DatasetDict: expected the folder or the Hub id of a logit dataset, such as user/logits; what "
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +225,19 @@ def test_it_prints_when_it_is_asked_to(logits, capsys):
     assert capsys.readouterr().out.startswith("Detailed Token Analysis:")
 
 
+@pytest.mark.parametrize("mode", ["summary", "verify", "student"])
+def test_quiet_functions_draw_no_bar_and_the_command_does(mode, quick_run, quick_model, capsys):
+    execute, words = {
+        "summary": (execute_summary, ["--summary"]),
+        "verify": (partial(execute_verification, verify=2), ["--verify", "2"]),
+        "student": (partial(execute_student, student=quick_model, student_rows=2), ["--student", str(quick_model)]),
+    }[mode]
+    execute(str(quick_run), quiet=True)
+    assert "conversations" not in capsys.readouterr().err
+    assert explore_logits.main([str(quick_run), *words]) == 0
+    assert " conversations/s]" in capsys.readouterr().err
+
+
 def test_a_conversation_is_found_in_its_dataset(logits, quick_run, other_run):
     again = open_logits(quick_run)
     assert logits[4] in again and again.index(logits[4]) == 4 and again.count(logits[-1]) == 1
@@ -254,7 +283,16 @@ def test_reprs_are_a_line(logits, quick_run):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda _: open_logits(3), TypeError, r"open_logits\(3\): expected a folder or a Hub id"),
+        (lambda _: open_logits(3), TypeError, "a int: expected the folder or the Hub id"),
+        (lambda _: open_logits(LOADED), TypeError, LOADED_IS_REFUSED),
+        (lambda _: training_dataset(LOADED), TypeError, LOADED_IS_REFUSED),
+        (lambda _: training_dataset(LOADED["train"], streaming=True), TypeError, "a Dataset: expected the folder"),
+        (lambda _: execute_verification(LOADED, 1), TypeError, LOADED_IS_REFUSED),
+        (lambda _: execute_student(LOADED, MODEL), TypeError, LOADED_IS_REFUSED),
+        (lambda _: execute_budget(LOADED), TypeError, LOADED_IS_REFUSED),
+        (lambda _: execute_filtering(LOADED, "row > 0"), TypeError, LOADED_IS_REFUSED),
+        (lambda _: execute_thinning(LOADED, (5, 5, 0.5, "x")), TypeError, LOADED_IS_REFUSED),
+        (lambda logits: logits.compare(LOADED), TypeError, "a DatasetDict: expected a logit dataset, opened, or"),
         (lambda logits: logits["x"], TypeError, "'x' of <Logits .*expected a whole number, a slice, or a list"),
         (lambda logits: logits[1.5], TypeError, "expected a whole number"),
         (lambda logits: logits[True], TypeError, "expected a whole number"),
@@ -263,11 +301,11 @@ def test_reprs_are_a_line(logits, quick_run):
         (lambda logits: logits[:0][0], IndexError, "0 of <Logits .*expected nothing"),
         (lambda logits: logits[0]["x"], TypeError, "'x' of <Conversation: row 0 .*expected a whole number or a slice"),
         (lambda logits: logits.rows("csv"), TypeError, "expected one of pandas, polars, duckdb, arrow"),
-        (lambda logits: logits.compare(3), TypeError, "3: expected a logit dataset"),
+        (lambda logits: logits.compare(3), TypeError, "a int: expected a logit dataset"),
         (lambda logits: logits.where(3), UsageError, "expected a condition as text"),
         (lambda logits: logits[:2].save(None), TypeError, r"save\(None\): expected FILE.jsonl, FILE.txt or a folder"),
         (lambda logits: logits[:2].save("~nouser/x"), UsageError, "`save` ~nouser/x: no such user; expected"),
-        (lambda logits: logits[:2].save("a\0b"), UsageError, "no name that a file can have"),
+        (lambda logits: logits[:2].save("a\0b"), UsageError, "not a valid file name"),
         (lambda logits: logits[:2].save("x" * 300), UsageError, "`save` x{80}: File name too long"),
         (lambda logits: logits[:0].summary(), UsageError, "nothing to make a summary of"),
         (lambda logits: logits[:0].compare(logits), UsageError, "nothing to make a comparison of"),

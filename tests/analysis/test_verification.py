@@ -324,16 +324,42 @@ def test_another_model_is_named_as_the_cause(rewritten, real_extraction, small_m
     recorded = f"{MODEL} at {hash_files(MODEL)[:12]}"
     assert cause.startswith("wrong throughout, 2 of 2 rows: the model is probably not the one extracted from")
     assert recorded in cause and cause.endswith(f"{small_model} are others ({hash_files(small_model)[:12]})")
-    with pytest.raises(ToolkitError, match=f"vocabulary of 262144, expected 49152; .* {re.escape(recorded)}"):
+    with pytest.raises(UsageError, match=f"of 262144, expected 49152; .* {re.escape(recorded)}. Name another"):
         verify(dataset, tokenizer, 2, str(tiny_model))
 
 
-def test_the_model_may_lie_elsewhere(rewritten, real_extraction, tmp_path, tokenizer):
+def test_the_model_may_lie_elsewhere(rewritten, real_extraction, quick_model, tmp_path, tokenizer, capsys):
+    """Which the command says, of the model, not of its tokenizer; one with another tokenizer is wrong use."""
     dataset = rewritten(real_extraction, model_id="not/here")
+    assert explore_logits.main([dataset.dataset_id, "--verify", "1"]) == 1
+    assert capsys.readouterr().err.endswith("which is not here. Say where it lies now: --model_id FOLDER\n")
+    assert explore_logits.main([dataset.dataset_id, "--verify", "1", "--model_id", str(quick_model)]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: tokenizer of {quick_model}: ") and told.endswith(" Name another with --model_id.")
     with pytest.raises(ToolkitError, match="the model was the local folder not/here, which is not here"):
         verify(dataset, tokenizer, 1)
     (tmp_path / "elsewhere").symlink_to(MODEL)
     assert verify(dataset, tokenizer, 1, str(tmp_path / "elsewhere")).holds
+
+
+def test_a_model_may_be_spread_or_on_a_device_of_ones_choice(quick_run, capsys):
+    """Spread, without room in memory for all of it, it gives what it gives on one device; so do both commands."""
+    plain = explore_logits.execute_verification(str(quick_run), 2, quiet=True)
+    spread_over = explore_logits.execute_verification(str(quick_run), 2, quiet=True, device_map="auto")
+    assert plain.holds and spread_over.holds
+    assert spread_over.figures == pytest.approx(plain.figures, abs=1e-6)
+    command = [str(quick_run), "--verify", "2"]
+    assert explore_logits.main([*command, "--device", "cpu"]) == 0
+    for wrong, said in (
+        (["--verify", "1", "--device", "cuda:7"], "--device cuda:7: "),
+        (
+            ["--verify", "1", "--device", "cpu", "--device_map", "auto"],
+            "--device cpu: --device_map chooses the devices",
+        ),
+        (["--device", "cpu"], "--device is for --verify and --student"),
+    ):
+        assert explore_logits.main([str(quick_run), *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 # --- what is printed ---
@@ -344,7 +370,7 @@ def test_the_tables_have_all_figures_and_end_with_the_verdict(undamaged):
     assert lines[0].startswith(f"Checked 16 rows, {undamaged.num_tokens} tokens against ")
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
     assert cells[0] == ["Measure, nats", "Measured", "Limit"] and cells[7] == [
-        "Mean error, least at 0",
+        "Mean error, nats, least at 0",
         "at -1",
         "at 0",
         "at +1",

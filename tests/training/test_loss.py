@@ -9,11 +9,16 @@ import torch
 from random_models import ARCHITECTURES, random_model
 
 from chat_logits.errors import ToolkitError, UsageError
-from chat_logits.training.head import LogitTail, chunk_rows, logit_tail
+from chat_logits.training.head import LogitTransform, chunk_rows, logit_transform
 from chat_logits.training.loss import fused_sparse_kd_loss, sparse_kd_loss
 
 N, H, V, M = 13, 8, 50, 9
-TAILS = {"none": LogitTail(), "scale": LogitTail(0.3), "cap": LogitTail(cap=3.0), "both": LogitTail(2.0, 4.0)}
+TRANSFORMS = {
+    "none": LogitTransform(),
+    "scale": LogitTransform(0.3),
+    "cap": LogitTransform(cap=3.0),
+    "both": LogitTransform(2.0, 4.0),
+}
 
 
 @pytest.fixture
@@ -53,14 +58,16 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert (one - other).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("chunk", [1, 5, N, 64])
-def test_the_fused_loss_is_the_dense_one(case, tail, chunk):
+def test_the_fused_loss_is_the_dense_one(case, transform, chunk):
     hidden, head, ids, weights = case
     inputs = (hidden, head.weight, head.bias)
-    expected = with_gradients(dense_loss(tail(head(hidden)), ids, weights), *inputs)
-    assert_close(with_gradients(fused_sparse_kd_loss(hidden, head, ids, weights, chunk, tail=tail), *inputs), expected)
-    assert_close(with_gradients(sparse_kd_loss(tail(head(hidden)), ids, weights), *inputs), expected)
+    expected = with_gradients(dense_loss(transform(head(hidden)), ids, weights), *inputs)
+    assert_close(
+        with_gradients(fused_sparse_kd_loss(hidden, head, ids, weights, chunk, transform=transform), *inputs), expected
+    )
+    assert_close(with_gradients(sparse_kd_loss(transform(head(hidden)), ids, weights), *inputs), expected)
 
 
 def test_the_gradient_for_logits_is_the_students_distribution_less_the_target(case):
@@ -110,12 +117,14 @@ def test_an_absent_entry_does_nothing_where_its_logit_is_infinite():
 ROUNDING = 2**-8  # of a number to bfloat16, relative
 
 
-def in_float64(hidden, weight, bias, ids, weights, tail=None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+def in_float64(
+    hidden, weight, bias, ids, weights, transform=None
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The loss, its gradients for hidden states, weight and bias, and, as large as the first two, the sums of the
     products' sizes that these are, all float64."""
     hidden, weight, bias = (each.detach().double() for each in (hidden, weight, bias))
     raw = (hidden @ weight.T + bias).requires_grad_()
-    loss = dense_loss((tail or LogitTail())(raw), ids, weights)
+    loss = dense_loss((transform or LogitTransform())(raw), ids, weights)
     (gradient,) = torch.autograd.grad(loss, raw)
     sizes = [gradient.abs() @ weight.abs(), gradient.abs().T @ hidden.abs()]
     return loss.detach(), [gradient @ weight, gradient.T @ hidden, gradient.sum(0)], [*sizes, torch.zeros_like(bias)]
@@ -138,17 +147,17 @@ def test_16_bit_inputs_are_summed_in_float32(case, dtype):
         assert excess.max() < 1e-6
 
 
-@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("chunk", [5, None])
-def test_under_autocast_factors_are_bfloat16_and_sums_float32(case, tail, chunk):
+def test_under_autocast_factors_are_bfloat16_and_sums_float32(case, transform, chunk):
     """The loss is that of rounded hidden states and weights in float64; gradients are float32, and of their products
     one factor each is rounded once more."""
     hidden, head, ids, weights = case
     inputs = (hidden, head.weight, head.bias)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = fused_sparse_kd_loss(hidden, head, ids, weights, chunk, tail=tail)
+        loss = fused_sparse_kd_loss(hidden, head, ids, weights, chunk, transform=transform)
     rounded = (hidden.bfloat16(), head.weight.bfloat16(), head.bias)
-    expected, gradients, sizes = in_float64(*rounded, ids, weights, tail)
+    expected, gradients, sizes = in_float64(*rounded, ids, weights, transform)
     assert (loss - expected).abs() < 2e-6
     for found, right, size in zip(torch.autograd.grad(loss, inputs), gradients, sizes, strict=True):
         assert found.dtype == torch.float32
@@ -235,30 +244,30 @@ def test_gradients_are_scaled_and_used_once(case):
         torch.autograd.grad(loss, hidden)
 
 
-# --- the student's own tail ---
+# --- what the student does to its logits ---
 
 
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llama", LogitTail()),
-        ("gemma2", LogitTail(cap=5.0)),
-        ("cohere", LogitTail(0.25)),
-        ("granite", LogitTail(1 / 8)),
+        ("llama", LogitTransform()),
+        ("gemma2", LogitTransform(cap=5.0)),
+        ("cohere", LogitTransform(0.25)),
+        ("granite", LogitTransform(1 / 8)),
     ],
 )
 def test_a_students_tail_is_measured_and_kept(family, expected):
     """The loss from the head's own inputs is the loss of the model's logits."""
     model = random_model(family)
-    tail = logit_tail(model)
-    assert tail == expected
+    transform = logit_transform(model)
+    assert transform == expected
     ids, head = torch.arange(20).reshape(1, 20) + 5, model.get_output_embeddings()
     kept = []
     handle = head.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
     model(input_ids=ids)
     handle.remove()
     targets = torch.randint(0, 1000, (20, M), generator=torch.Generator().manual_seed(0)), torch.full((20, M), 1 / M)
-    fused = fused_sparse_kd_loss(kept[0][0], head, *targets, 8, tail=tail)
+    fused = fused_sparse_kd_loss(kept[0][0], head, *targets, 8, transform=transform)
     expected = dense_loss(model(input_ids=ids).logits[0], *targets)
     assert_close(with_gradients(fused, head.weight), with_gradients(expected, head.weight))
 
@@ -267,14 +276,14 @@ def test_a_students_tail_is_measured_and_kept(family, expected):
 @pytest.mark.parametrize(
     ("family", "options", "expected"),
     [
-        ("llama", {}, LogitTail()),
-        ("llama", {"logit_scale": 0.995}, LogitTail()),  # which it does not look at
-        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}, LogitTail(cap=30.0)),
-        ("vaultgemma", {"head_dim": 8, "final_logit_softcapping": 50.0}, LogitTail(cap=50.0)),
-        ("nanochat", {}, LogitTail(cap=15.0)),
-        ("cohere", {"logit_scale": 0.8333}, LogitTail(0.8333)),
-        ("cohere", {"logit_scale": 0.995}, LogitTail(0.995)),
-        ("granite", {"logits_scaling": 3.7}, LogitTail(1 / 3.7)),
+        ("llama", {}, LogitTransform()),
+        ("llama", {"logit_scale": 0.995}, LogitTransform()),  # which it does not look at
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}, LogitTransform(cap=30.0)),
+        ("vaultgemma", {"head_dim": 8, "final_logit_softcapping": 50.0}, LogitTransform(cap=50.0)),
+        ("nanochat", {}, LogitTransform(cap=15.0)),
+        ("cohere", {"logit_scale": 0.8333}, LogitTransform(0.8333)),
+        ("cohere", {"logit_scale": 0.995}, LogitTransform(0.995)),
+        ("granite", {"logits_scaling": 3.7}, LogitTransform(1 / 3.7)),
     ],
 )
 def test_a_tail_is_measured_in_16_bits(monkeypatch, family, options, expected, by_autocast):
@@ -282,7 +291,7 @@ def test_a_tail_is_measured_in_16_bits(monkeypatch, family, options, expected, b
     monkeypatch.setitem(ARCHITECTURES, family, options)
     model = random_model(family)
     with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
-        assert logit_tail(model if by_autocast else model.bfloat16()) == expected
+        assert logit_transform(model if by_autocast else model.bfloat16()) == expected
 
 
 @pytest.mark.parametrize("entry, by", [(slice(None), 1), (0, -math.inf)])
@@ -301,11 +310,11 @@ def test_a_tail_that_is_not_known_is_refused_by_name(entry, by):
             return output
 
     model = random_model("llama")
-    with pytest.raises(ToolkitError, match="Shifted does something to its lm_head's output"):
-        logit_tail(Shifted(model))
+    with pytest.raises(ToolkitError, match="Shifted changes its lm_head's output"):
+        logit_transform(Shifted(model))
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     with pytest.raises(ToolkitError, match="the lm_head of LlamaForCausalLM gives 0 for everything"):
-        logit_tail(model)
+        logit_transform(model)
 
 
 # --- what is refused ---

@@ -123,7 +123,7 @@ def test_ids_that_only_the_teacher_has_are_left_out_and_told_once(caplog):
         assert found.item() == pytest.approx(torch.stack(losses).sum().item(), rel=1e-5)
     lost = 1 - sum(row["weights"].sum() for row in rows) / batch["target_weights"].sum()
     (told,) = caplog.messages
-    assert "has 900 token ids" in told and f"they have {lost:.2g}" in told and 0.05 < lost < 0.2
+    assert "has 900 token ids" in told and f"weight is {lost:.2g}" in told and 0.05 < lost < 0.2
 
 
 def test_a_batch_without_targets_is_refused():

@@ -259,5 +259,5 @@ def test_a_missing_student_and_another_tokenizer_are_told(quick_run, student, tm
 
 def test_rows_without_draws_are_refused(extracted, models):
     dataset, tokenizer = open_with_tokenizer(str(extracted("none", top_k=8, num_sampled=0)))
-    with pytest.raises(UsageError, match=r"no draws from the tail .*cannot be held against"):
+    with pytest.raises(UsageError, match=r"no draws from the tail .*cannot be compared with"):
         measure_student(dataset, models[1], tokenizer)

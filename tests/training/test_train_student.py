@@ -32,7 +32,7 @@ from chat_logits.training import run as training_run
 from chat_logits.training.config import TrainConfig
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
-from chat_logits.training.record import Checkpoint, TaughtRows, TrainingResult, go_on, locked_folder
+from chat_logits.training.record import Checkpoint, Student, TaughtRows, TrainingResult, go_on, locked_folder
 from chat_logits.training.run import train
 from chat_logits.training.student import StudentTrainer
 from chat_logits.training.targets import row_targets
@@ -161,7 +161,7 @@ def test_a_student_with_fewer_rows_than_its_teacher_learns_what_it_has_tokens_fo
     assert run(**options) == 0
     told = capsys.readouterr().err
     assert "The student has 4,096 of the teacher's 4,224 token ids; no conversation has the others" in told
-    assert re.search(r"The student has 4,096 token ids, and the teacher's go up to 4,[12]\d\d: .* they have 0.0", told)
+    assert re.search(r"The student has 4,096 token ids, and the teacher's go up to 4,[12]\d\d: .* weight is 0.0", told)
     points = record(tmp_path / "out")
     assert points[-1]["kl"] < points[0]["kl"]
 
@@ -222,26 +222,54 @@ def test_other_rows_than_before_are_not_gone_on_with(run, quick_run, other_run, 
     assert all(f"extraction {one} of " in told for one in prints) and "157 rows before, 53 now" in told
     assert run("out", "--resume", logit_dataset_id=quick_run, max_steps=2) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "began with: 157 rows before, 160 now. Resume with those, or begin anew in another folder." in told
+    assert "began with: 157 rows before, 160 now. Resume with those, or start again in another folder." in told
     assert (tmp_path / "out" / "training.json").read_text() == before
     shutil.move(begun, tmp_path / "moved")
     assert run("out", "--resume", logit_dataset_id=tmp_path / "moved", max_steps=2) == 0
     assert [point["step"] for point in record(tmp_path / "out")] == [0, 1, 2]
 
 
+def test_an_adapter_goes_on_with_the_student_that_it_began_with(run, student, quick_model, tmp_path, capsys):
+    """Not with another of its shape; the same in another place is accepted, whatever else lies there."""
+    assert run(lora_rank=2, max_steps=1) == 0
+    before = (tmp_path / "out" / "training.json").read_text()
+    assert run("out", "--resume", student_id=quick_model, lora_rank=2, max_steps=2) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        f"error: --student_id {quick_model}: not the student that this training began with: {student}"
+    )
+    assert f"before, {quick_model} at " in told and "Resume with that one, or start again in another folder." in told
+    assert (tmp_path / "out" / "training.json").read_text() == before
+    moved = shutil.copytree(student, tmp_path / "moved")
+    (moved / "README.md").write_text("A note.")
+    shutil.move(tmp_path / "out", moved / "out")
+    assert run("moved/out", "--resume", student_id=moved, lora_rank=2, max_steps=2) == 0
+    assert [point["step"] for point in record(moved / "out")] == [0, 1, 2]
+    (config,) = moved.glob("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.01}))
+    assert run("moved/out", "--resume", student_id=moved, lora_rank=2, max_steps=3) == 2
+
+
 def test_another_commit_of_the_same_repository_is_told_with_the_one_to_give(tmp_path):
     options = {"student_id": "any", "output_dir": str(tmp_path)}
     first = TaughtRows(teacher="user/teacher", fingerprint="a" * 64, num_rows=5, revision="b" * 40, num_sampled=16)
-    TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), first).write()
+    student = Student("any", "d" * 40)
+
+    def begun(rows, student=student, place="user/rows") -> TrainingResult:
+        return TrainingResult(TrainConfig(logit_dataset_id=place, **options), rows, student)
+
+    begun(first).write()
     checkpoint, later = Checkpoint(tmp_path, 1), replace(first, revision="c" * 40)
     with pytest.raises(
         UsageError, match=r"revision bbbbbbbbbb before, cccccccccc now. Resume with `revision` b{40}, or"
     ):
-        go_on(TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), later), checkpoint)
-    go_on(TrainingResult(TrainConfig(logit_dataset_id="user/copy", **options), later), checkpoint)
-    go_on(
-        TrainingResult(TrainConfig(logit_dataset_id="user/rows", **options), replace(first, revision=None)), checkpoint
-    )
+        go_on(begun(later), checkpoint)
+    with pytest.raises(
+        UsageError, match=r"any at dddddddddd before, any at eeeeeeeeee now. Resume with `student_revision` d{40}, or"
+    ):
+        go_on(begun(first, Student("any", "e" * 40)), checkpoint)
+    go_on(begun(later, place="user/copy"), checkpoint)
+    go_on(begun(replace(first, revision=None), Student("user/mirror", "d" * 40)), checkpoint)
 
 
 def test_a_student_that_was_trained_and_not_saved_is_saved_by_resuming(run, tmp_path):
@@ -294,7 +322,7 @@ def test_a_training_that_ended_before_its_first_checkpoint_begins_anew_by_the_sa
     capsys.readouterr()
     if switches:
         assert run("out", *switches) == 1
-        assert re.search(r"no checkpoint in .*; leave it out to begin anew", capsys.readouterr().err)
+        assert re.search(r"no checkpoint in .*; leave it out to start again", capsys.readouterr().err)
     assert run() == 0
     assert run("undisturbed") == 0
     for name, weights in weights_of(tmp_path / "undisturbed").items():
@@ -400,7 +428,7 @@ def test_several_cards_of_one_process_are_refused_before_any_row_is_read(tmp_pat
 def test_other_conversations_than_before_are_not_held_out(run, capsys):
     assert run(max_steps=1) == 0
     assert run("out", "--resume", max_steps=2, seed=1) == 2
-    assert "--seed: 1, and the training has the default; go on with the same" in capsys.readouterr().err
+    assert "--seed: 1, and the training has the default; resume with the same" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_without_a_checkpoint(run, tmp_path, monkeypatch, capsys):
@@ -492,7 +520,7 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_same_student(run, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(StudentTrainer, "training_step", stopped)
         assert run("stopped") == 143
-    assert "The same command goes on with --resume." in capsys.readouterr().err
+    assert "The same command with --resume continues." in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert run("stopped", "--resume") == 0
     assert record(tmp_path / "stopped") == record(tmp_path / "whole")
@@ -547,7 +575,7 @@ def test_a_folder_with_something_in_it_is_not_trained_into(run, tmp_path, capsys
     (tmp_path / "out" / "mine.txt").write_text("")
     assert run() == 2
     told = capsys.readouterr().err
-    assert "expected a new or an empty folder, or --resume to go on there" in told
+    assert "expected a new or an empty folder, or --resume to continue there" in told
     assert "Importing torch" not in told  # it is refused before anything that takes time
 
 
