@@ -1,4 +1,4 @@
-"""Run a chat model over a chat dataset and store what it says about every assistant token.
+"""Run a chat model over a chat dataset and store what it predicts at every assistant token.
 
     python extract_logits.py --model_id Qwen/Qwen2.5-0.5B-Instruct --dataset_id MegaScience/MegaScience \\
         --output_repo user/my-logits-dataset --chat_template template.jinja
@@ -31,7 +31,7 @@ logger = logging.getLogger("chat_logits.extract_logits")
 
 
 def _run(options: ExtractOptions, given: dict, command: list[str]) -> None:
-    """``command`` are the words that start this command, those of ``given`` among them."""
+    """``command`` is the command line that started this, including the options in ``given``."""
     if options.plan:
         from chat_logits.cli.extract_report import show_plan
 
@@ -43,7 +43,7 @@ def _run(options: ExtractOptions, given: dict, command: list[str]) -> None:
         return
     if command == sys.orig_argv and not (config.gguf_file or config.trust_remote_code):
         leave_torch_out()
-    # With transformers, which takes seconds to import: help and wrong options don't wait for it.
+    # It imports transformers, which takes seconds: --help and wrong options do not wait for it.
     from chat_logits.cli.extract_report import preview
 
     preview(config, options.preview)
@@ -70,8 +70,8 @@ def _extract(config: ExtractConfig, command: list[str]) -> None:
 
 
 def _program(command: list[str]) -> tuple[list[str], list[str]]:
-    """How this command is called, and its words behind that: the interpreter, its own options and the script, or the
-    name alone of a command that is installed and found by it, and its path where it is not."""
+    """How this command is called, and the arguments after that: the interpreter, its own options and the script; for
+    an installed command its name, or its path if it is not found by its name."""
     ends = [place for place, word in enumerate(command) if "extract_logits" in word or "extract-logits" in word]
     if not ends:
         return ["python", "extract_logits.py"], sys.argv[1:]
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What ``extract-logits`` runs where the package is installed: the process ends with the command's exit status."""
+    """Entry point of the installed ``extract-logits``: the process ends with the command's exit status."""
     leave(main())
 
 

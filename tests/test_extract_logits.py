@@ -178,7 +178,7 @@ def refused(capsys) -> str:
         ({"split": "a/b"}, 2, "--split a/b: expected a split's name"),
         ({"output_repo": "a/b/c"}, 2, "--output_repo a/b/c: expected USER/NAME"),
         ({"output_repo": "user/"}, 2, "--output_repo user/: expected USER/NAME"),
-        ({"output_dir": "/proc/version/x"}, 2, "/proc/version is no folder that can be written to"),
+        ({"output_dir": "/proc/version/x"}, 2, "/proc/version is not a folder that can be written to"),
         ({"model_revision": "main"}, 2, "--model_revision main: .* is local"),
         ({"dataset_revision": "main"}, 2, "--dataset_revision main: .* is local"),
         ({"top_k": 1_000_000}, 2, "--top_k 1000000: the model has 49152 tokens"),

@@ -60,7 +60,7 @@ def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, 
         (answered(errors.GatedRepoError, 403), "gated (403)", False),
         (answered(errors.RevisionNotFoundError, 404), "no such revision on the Hub (404)", False),
         (answered(errors.RemoteEntryNotFoundError, 404), "a file is missing on the Hub (404)", False),
-        (answered(errors.RepositoryNotFoundError, 401), "not found on the Hub, or not yours to see (401)", False),
+        (answered(errors.RepositoryNotFoundError, 401), "not found on the Hub, or not visible to you (401)", False),
         (answered(errors.HfHubHTTPError, 401), "the Hub rejected the token (401). Log in anew", False),
         (
             answered(errors.HfHubHTTPError, 403, **{"x-error-message": "You have exceeded your\tstorage limit."}),
@@ -94,7 +94,7 @@ def test_a_page_in_place_of_json_is_told_and_may_pass():
     with pytest.raises(ValueError, match="Expecting value") as raised:
         client.Response(200, content=b"\n<!doctype html><title>Log in</title>", request=request).json()
     explained = hub_errors.explain_hub_error(wrapped(raised.value), "model user/x")
-    assert str(explained).startswith("model user/x: HTML in place of the Hub's JSON.")
+    assert str(explained).startswith("model user/x: HTML instead of the Hub's JSON, ")
     assert isinstance(explained, hub_errors.HubUnreachable) and hub_errors.is_transient(wrapped(raised.value))
     broken = json.JSONDecodeError("Expecting value", "{", 1)  # some file's
     assert str(hub_errors.explain_hub_error(wrapped(broken), "model user/x")) == "model user/x: outer"
@@ -256,5 +256,5 @@ def test_a_commit_from_the_cache_in_place_of_the_hubs_newest_is_told(tmp_path):
     for away in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         offline = subprocess.run([sys.executable, "-c", CACHED], env={**env, **away}, **run)
         assert offline.stdout.split() == [cached] * 2
-        told = "dataset user/questions: the Hub cannot be reached. The commit that is in the cache here is used: "
+        told = "dataset user/questions: the Hub cannot be reached. The commit in the local cache is used: "
         assert offline.stderr == f"{told}{cached}\n"

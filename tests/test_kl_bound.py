@@ -10,17 +10,17 @@ from plain_decoder import code_probability, nearest_code
 
 import logit_codec
 from chat_logits.analysis.divergence import compare_rows, kl_lower_bound
-from chat_logits.analysis.row import RowNumbers
+from chat_logits.analysis.row import TokenStatistics
 
 
-def stored(*positions: dict[int, float]) -> RowNumbers:
+def stored(*positions: dict[int, float]) -> TokenStatistics:
     """Nuclei, each an id's probability by id in rank order."""
     width, n = max(map(len, positions)), len(positions)
     ids, probs = np.zeros((n, width), np.int32), np.zeros((n, width))
     for i, nucleus in enumerate(positions):
         ids[i, : len(nucleus)], probs[i, : len(nucleus)] = list(nucleus), list(nucleus.values())
     nothing, kept = np.zeros(n), np.array([len(nucleus) for nucleus in positions])
-    return RowNumbers(nothing, kept * 0, kept, np.maximum(0, 1 - probs.sum(axis=1)), nothing, ids, probs)
+    return TokenStatistics(nothing, kept * 0, kept, np.maximum(0, 1 - probs.sum(axis=1)), nothing, ids, probs)
 
 
 def term(p: float, q: float) -> float:
@@ -148,7 +148,9 @@ def test_fifty_thousand_positions_are_their_parts():
         ids = rng.permuted(np.tile(np.arange(200), (50_000, 1)), axis=1)[:, :width].astype(np.int32)
         probs = -np.sort(-rng.dirichlet(np.full(width, 0.3), 50_000), axis=1) * 0.97 + 1e-9
         nothing = np.zeros(50_000)
-        sides.append(RowNumbers(nothing, nothing, np.full(50_000, width), 1 - probs.sum(axis=1), nothing, ids, probs))
+        sides.append(
+            TokenStatistics(nothing, nothing, np.full(50_000, width), 1 - probs.sum(axis=1), nothing, ids, probs)
+        )
     whole = kl_lower_bound(*sides)
     for i in range(0, 50_000, 5_000):
         alone = [dict(zip(side.top_ids[i].tolist(), side.top_probs[i].tolist(), strict=True)) for side in sides]

@@ -82,7 +82,7 @@ def test_a_dataset_whose_template_takes_too_much_is_told_from_a_slow_one(dataset
     assert done.returncode == 1, done.stderr
     assert seconds - exploring < SECONDS
     assert re.fullmatch(
-        r"error: row 0: the conversation cannot be rebuilt: the chat template goes beyond what a template is given: it "
+        r"error: row 0: the conversation cannot be rebuilt: the chat template exceeds its limits: it "
         r"took more than (5 s of computing, or too much memory|1,024 MiB of memory)\n",
         done.stderr,
     )
@@ -111,7 +111,7 @@ def test_a_model_whose_template_takes_too_much_is_refused(flags, previewing, tmp
     assert done.returncode == 2, done.stderr
     assert seconds - previewing < SECONDS
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: the chat template goes beyond what a template is given"), done.stderr
+    assert error.startswith("error: the chat template exceeds its limits"), done.stderr
 
 
 # --- shards ---

@@ -1,1 +1,1 @@
-HOST = "127.0.0.1"  # of this machine alone
+HOST = "127.0.0.1"  # this machine only

@@ -1,4 +1,4 @@
-"""The addresses of the server and what each answers."""
+"""The addresses of the server and their answers."""
 
 import json
 import secrets
@@ -33,25 +33,25 @@ from chat_logits.words import count_text
 LINES_MOST = 64  # rows in a request
 DIGITS_MOST = 18  # of a number in an address
 BODY_MOST = 64 * 2**10  # bytes of a request's body
-AT_ONCE = 0.7  # seconds that a comparison of all rows is waited for before the page says how far it is
+AT_ONCE = 0.7  # seconds to wait for a comparison of all rows before its page shows the progress
 FRONT, FRAME = ("marking.js", "browse.js"), ("marking.js", "frame.js")
 
 
 class BadRequest(UsageError):
-    """A request that is not understood."""
+    """A malformed request."""
 
 
 class Site:
-    """What is browsed, ``other`` beside it if there is one, and the answers."""
+    """The browsed dataset, ``other`` to compare it with, if any, and the answers to requests."""
 
     def __init__(self, browsed: Browsed, other: StoredDataset | None = None, other_tokenizer=None):
-        """``other_tokenizer`` is that of ``other`` where it is not that of ``browsed``, None where it is."""
+        """``other_tokenizer`` is that of ``other``, None if it is the same as that of ``browsed``."""
         self.other_tokenizer = other_tokenizer
         self.browsed, self.other, self.token = browsed, other, secrets.token_urlsafe(24)
         self.comparison = Job(self._compare)
 
     def app(self, port: int):
-        """The ASGI application, which answers at ``port`` of this machine alone."""
+        """The ASGI application, which only answers at ``port`` of this machine."""
         get = {
             "/": self.front,
             "/view": self.view,
@@ -76,7 +76,7 @@ class Site:
     # --- the front page ---
 
     def prepare(self) -> None:
-        """Make the front page once: its templates are read, and the answers about all rows are kept."""
+        """Make the front page once, so that its templates are read and the answers about all rows are cached."""
         self._front(View(), None, Clock())
 
     def front(self, request: Request, clock: Clock) -> Response:
@@ -150,8 +150,8 @@ class Site:
         return self._compared(row)
 
     def _compared(self, row: int | None, **watched):
-        """All rows beside those of the other dataset, or one."""
-        assert self.other is not None  # asked by those who know
+        """The comparison of all rows with the other dataset's, or of one row."""
+        assert self.other is not None  # callers have checked
         browsed = self.browsed
         sides = (browsed.dataset, self.other, browsed.tokenizer, self.other_tokenizer)
         return compare_any(*sides, row, browsed.chat_template, **watched)
@@ -195,11 +195,11 @@ class Site:
     def summary(self, _request: Request, _clock: Clock) -> Response:
         job = self.browsed.summary
         if job.state != DONE:
-            raise UsageError("the summary is not known yet: it is begun on the front page, and takes all rows")
+            raise UsageError("the summary is not ready yet: start it on the front page; it reads all rows")
         return _display_page(shown(job.result).to_html({"home": "/", "row": "/row/{row}"}))
 
     def compared(self, request: Request, _clock: Clock) -> Response:
-        """The comparison of all rows, which the first request begins; until it is made, how far it is."""
+        """The comparison of all rows, which the first request starts; its progress until it is done."""
         if self.other is None:
             raise UsageError("no other dataset: start the server with `compare` OTHER")
         job = self.comparison
@@ -221,7 +221,7 @@ class Site:
         page = whole("waiting.html.jinja", title=title, told=told, done=job.done, total=total)
         return HTMLResponse(page, 202, {"content-security-policy": policy()})
 
-    # --- taking along ---
+    # --- downloading and saving ---
 
     def indices(self, request: Request, clock: Clock) -> Response:
         chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
@@ -233,7 +233,7 @@ class Site:
     def messages(self, request: Request, clock: Clock) -> Response:
         chosen = self.browsed.index.chosen(view_of(request.query_params), clock)
         found = messages_of(self.browsed.dataset, sorted(row for row, _ in chosen))
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)  # a damaged row ends them: unfinished
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)  # a damaged row aborts the download
         named = {"content-disposition": 'attachment; filename="messages.jsonl"'}
         return StreamingResponse(lines, media_type="application/jsonl", headers=named)
 
@@ -260,7 +260,7 @@ class Site:
 
 
 def _number(text: str) -> int | None:
-    """A number in an address, from 0 and below 10**18, None for all else."""
+    """A number in an address, from 0 and below 10**18, None for anything else."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= DIGITS_MOST else None
 
 
@@ -272,14 +272,14 @@ def _view_or_error(request: Request) -> tuple[View, str | None]:
 
 
 def _line(line) -> dict:
-    """As JSON, with null for what is infinite."""
+    """A line of the list for JSON, with None for infinite numbers."""
     content = {"row": line.row, "question": line_of(line.question), "bars": line.bars, "at": line.at}
     told = {"fault": line.fault and visible(line.fault), "surprisal": line.surprisal}
     return plain({**content, **told, "token": quoted(line.token)[1:-1], "before": line_of(line.before)})
 
 
 def _display_page(page: str) -> Response:
-    """A page of ``display`` alone; its own policy is in it."""
+    """A page of ``display`` as it is; it has its own policy."""
     return HTMLResponse(page, headers={"content-security-policy": "frame-ancestors 'none'"})
 
 
@@ -287,7 +287,7 @@ def _display_page(page: str) -> Response:
 
 
 def _told(answer: Callable) -> Callable:
-    """An endpoint that answers with how long DuckDB took and how long the rest, and errors in words."""
+    """An endpoint whose answers report the time of DuckDB and of the rest, and errors as text."""
 
     def endpoint(request: Request) -> Response:
         clock, start = Clock(), time.perf_counter()

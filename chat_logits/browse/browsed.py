@@ -1,4 +1,4 @@
-"""A dataset that is browsed: its index as it fills, its marks, and what is read of single rows."""
+"""A dataset that is browsed: its index while it is filled, its marks, and single rows."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -24,15 +24,15 @@ from chat_logits.storage.dataset import StoredDataset
 READERS = 4  # shards at once
 SPARK = 48  # bars of a sparkline
 OF_LINES = ("messages", "tools", "token_log_probs", "alignment_checksum", "num_tokens")
-DAMAGE = (ToolkitError, TypeError, ValueError, KeyError, AttributeError)  # what a column that is null, say, may raise
-AT_ONCE_BYTES = 256 * 2**20  # of a dataset's shards: its summary is begun by itself up to here, if they are local
+DAMAGE = (ToolkitError, TypeError, ValueError, KeyError, AttributeError)  # e.g. raised for a column that is null
+AT_ONCE_BYTES = 256 * 2**20  # of local shards: up to this size, the summary starts automatically
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the list shows of a row beside its numbers: ``bars`` are surprisals in nats, the largest of neighbours,
-    ``token`` the text of the most surprising token, ``before`` what comes before it, ``at`` its index among the row's
-    extracted tokens. Of a row that cannot be read, ``fault`` says why."""
+    """What the list shows of a row in addition to its numbers: ``bars`` are surprisals in nats, each the largest of
+    some neighbouring tokens; ``token`` is the text of the most surprising token, ``before`` the text before it, ``at``
+    its index among the row's extracted tokens. If the row cannot be read, ``fault`` says why."""
 
     row: int
     question: str = ""
@@ -40,7 +40,7 @@ class Line:
     token: str = ""
     before: str = ""
     at: int | None = None
-    surprisal: float | None = None  # of that token, infinite where the model gives it no probability
+    surprisal: float | None = None  # of that token, infinite if the model gives it probability 0
     fault: str | None = None
 
 
@@ -63,11 +63,11 @@ class Browsed:
 
     @property
     def num_bytes(self) -> int:
-        """Of all shards, by shards.json; 0 where it does not say."""
+        """The size of all shards according to shards.json; 0 if it does not say."""
         return sum(shard.num_bytes for shard in self.dataset.shards)
 
     def read_numbers(self, watch: Callable) -> None:
-        """Fill the index with the numbers of all rows; of shards that are damaged, with the reason."""
+        """Fill the index with the numbers of all rows, or with the reason for those of damaged shards."""
         for number, table in self._shards(NUMBERS, watch):
             first, count = self.reader.firsts[number], self.dataset.shards[number].num_rows
             if isinstance(table, ToolkitError):
@@ -76,7 +76,7 @@ class Browsed:
                 self.index.add_numbers(first, table)
 
     def begin(self) -> None:
-        """Begin what is done beside: a local dataset's texts, and the summary of one that is small."""
+        """Start the background jobs: reading a local dataset's texts, and the summary of a small one."""
         if self.is_local:
             self.texts.start()
             if self.num_bytes <= AT_ONCE_BYTES:
@@ -91,7 +91,7 @@ class Browsed:
         self.index.has_texts = True
 
     def _shards(self, names: Sequence[str], watch: Callable):
-        """Columns of all shards, or the error that reading one raised, as they come, in the shards' order."""
+        """The columns of all shards, or the error of reading one, in the shards' order."""
 
         def read(number: int):
             try:
@@ -101,7 +101,7 @@ class Browsed:
 
         count = len(self.dataset.shards)
         with ThreadPoolExecutor(READERS) as pool:
-            ahead = 2 * READERS  # what is read and not yet in the index has this bound
+            ahead = 2 * READERS  # shards that may be read ahead of the index
             waiting = [pool.submit(read, number) for number in range(min(ahead, count))]
             for number in watch(range(count), count):
                 result = waiting.pop(0).result()
@@ -111,13 +111,13 @@ class Browsed:
 
     def _summarize(self, watch: Callable) -> DatasetSummary:
         if self.is_local:
-            self.texts.finished.wait()  # the list is of more use, and cores may be few
+            self.texts.finished.wait()  # searching the list is more useful, and there may be few cores
         return summarize(self.dataset, self.tokenizer, self.chat_template, watch)
 
     # --- single rows ---
 
     def lines(self, rows: Sequence[int]) -> list[Line]:
-        """What the list shows of these rows, those that cannot be read with their reason."""
+        """The lines of these rows; for those that cannot be read, with the reason."""
         found = self.reader.rows(rows, OF_LINES)
         readable = [(number, row) for number, row in zip(rows, found, strict=True) if isinstance(row, dict)]
         alignments = self._aligned([row for _, row in readable], [number for number, _ in readable])
@@ -132,7 +132,7 @@ class Browsed:
             return analyze_row(self.dataset, self.dataset.read_row(row), row, self._aligner, self.tokenizer)
 
     def _aligned(self, rows: list[dict], numbers: list[int]):
-        """Each row's alignment, or the error."""
+        """Each row's alignment, or its error."""
         with self._aligning:
             try:
                 return iter(self._aligner.align_all(rows, numbers))
@@ -155,7 +155,7 @@ class Browsed:
             question = ""
         if isinstance(alignment, ToolkitError):
             return Line(number, question, fault=str(alignment))
-        if len(surprisals) != row["num_tokens"] or not (surprisals > -np.inf).all():  # NaN is not either
+        if len(surprisals) != row["num_tokens"] or not (surprisals > -np.inf).all():  # refuses NaN, too
             return Line(number, question, fault="column token_log_probs is not what the format asks for")
         if not len(surprisals):
             return Line(number, question, fault="no tokens")
@@ -168,7 +168,7 @@ class Browsed:
     # --- marks ---
 
     def mark(self, source_index: int, mark: Mark) -> None:
-        """Put a mark on a source row of the dataset. Raises UsageError where it has no such row."""
+        """Put a mark on a source row. Raises UsageError if the dataset does not have that row."""
         if not self.index.has_source(source_index, Clock()):
             raise UsageError(f"source row {source_index}: it is not in the dataset, expected one that is")
         self.marks.put(source_index, mark)

@@ -1,4 +1,4 @@
-"""The front page's parts as plain values for its templates: tiles, histograms, list, losses."""
+"""The parts of the front page as plain values for its templates: tiles, histograms, list, losses."""
 
 import math
 from bisect import bisect_left
@@ -15,21 +15,29 @@ from chat_logits.words import count_text
 
 HISTOGRAMS = {"mean_nll": "Perplexity", "mean_entropy": "Entropy, nats", "num_tokens": "Tokens"}
 TITLES = {
-    **{"mean_nll": "perplexity", "mean_entropy": "entropy", "num_tokens": "tokens", "top1_rate": "top-1 rate"},
-    **{"max_surprisal": "largest surprisal", "source_index": "source row"},
+    "mean_nll": "perplexity",
+    "mean_entropy": "entropy",
+    "num_tokens": "tokens",
+    "top1_rate": "top-1 rate",
+    "max_surprisal": "largest surprisal",
+    "source_index": "source row",
 }
 COLUMNS = (  # name, title, kind, whether the largest come first
-    *(("row", "Row", "row", False), ("question", "Question", "question", False)),
-    *(("num_tokens", "Tokens", "number", True), ("mean_nll", "Perplexity", "number", True)),
-    *(("mean_entropy", "Entropy", "number", True), ("top1_rate", "Top-1", "number", False)),
-    *((None, "Surprisal", "spark", False), ("max_surprisal", "Least expected", "worst", True)),
+    ("row", "Row", "row", False),
+    ("question", "Question", "question", False),
+    ("num_tokens", "Tokens", "number", True),
+    ("mean_nll", "Perplexity", "number", True),
+    ("mean_entropy", "Entropy", "number", True),
+    ("top1_rate", "Top-1", "number", False),
+    (None, "Surprisal", "spark", False),
+    ("max_surprisal", "Least expected", "worst", True),
     ("note", "Marks", "marks", True),
 )
 
 
 def parts(browsed: Browsed, view: View, clock: Clock, error: str | None = None, other: str | None = None) -> dict:
-    """What ``view.html.jinja`` shows. ``error`` says what of the address is not understood; ``other`` is the dataset
-    beside this one."""
+    """The content of ``view.html.jinja``. ``error`` says what is wrong in the address; ``other`` is the dataset to
+    compare with."""
     index, bound = browsed.index, browsed.dataset.manifest.num_sampled == 0
     if view.needs_texts:
         browsed.texts.start()
@@ -150,7 +158,7 @@ def _histogram(counted: Counted, view: View) -> dict:
 
 
 def _bars(counts: list[int], largest: int) -> str:
-    """The bars as one path, a unit wide each and up to 100 high, from the top; any row at all is seen."""
+    """The bars as one SVG path, each a unit wide and up to 100 high; even a single row is visible."""
     tops = ((i, round(100 - max(3, 96 * count / largest), 1)) for i, count in enumerate(counts) if count)
     return "".join(f"M{i}.06 100V{top:g}h.88V100z" for i, top in tops)
 
@@ -220,13 +228,13 @@ def _pages(view: View, count: int) -> list[tuple[str, str, str | None]]:
 
 
 def losses(job: Job, browsed: Browsed) -> dict:
-    """What ``losses.html.jinja`` shows."""
+    """The content of ``losses.html.jinja``."""
     if job.state == DONE:
         return {"state": DONE, **_found_losses(job.result)}
     size = f" ({browsed.num_bytes / 1e6:,.1f} MB)" * bool(browsed.num_bytes)
     told = {
         RUNNING: f"Reading all rows: {job.done:,} of {job.total or browsed.dataset.num_rows:,}",
-        FAILED: f"It cannot be said: {job.reason}",
+        FAILED: f"The losses could not be computed: {job.reason}",
     }
     fallback = f"Calibration, and the tokens with the largest loss, are known once all rows have been read{size}."
     return {"state": job.state, "done": job.done, "total": job.total, "told": told.get(job.state, fallback)}

@@ -1,7 +1,7 @@
-"""The numbers and texts of all rows in a table of DuckDB: what sorts, filters and searches them.
+"""The numbers and texts of all rows in DuckDB tables, to sort, filter and search them.
 
-The table is a file in a temporary folder, so that a million rows take disk and not memory. DuckDB reads and writes no
-other file, loads no extension, and its settings cannot be changed any more: whatever a query asks for.
+The tables are in a file in a temporary folder, so that a million rows take disk space instead of memory. Whatever a
+query says, DuckDB reads and writes no other file, loads no extension, and its settings cannot be changed.
 """
 
 import threading
@@ -20,12 +20,12 @@ from chat_logits.analysis.condition import Condition
 from chat_logits.browse.view import OF_TEXTS, PAGE_ROWS, View, condition_of
 from chat_logits.errors import UsageError
 
-MEMORY = "96MiB"  # of DuckDB's own; what is beyond goes to the temporary folder
+MEMORY = "96MiB"  # DuckDB's limit; more data goes to the temporary folder
 THREADS = 2
 NUMBERS = ("source_index", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "max_surprisal")
 BINS = 40
-KEPT = 32  # answers over all rows that are kept until the tables change: those of the first page
-EDGES = 0.002  # of the rows, at either end, that are beyond a histogram's first and last edge
+KEPT = 32  # cached answers over all rows, those of the first page, until the tables change
+EDGES = 0.002  # share of the rows beyond a histogram's first edge, and beyond its last
 QUESTION = 200  # characters of a conversation's question that the list shows
 TABLES = """
 CREATE TABLE numbers (row INTEGER, source_index BIGINT, num_tokens INTEGER, mean_nll FLOAT, mean_entropy FLOAT,
@@ -48,8 +48,8 @@ ALL = "numbers LEFT JOIN texts USING (row) LEFT JOIN marks USING (source_index)"
 
 @dataclass(frozen=True)
 class Counted:
-    """A histogram: its bins' ``edges``, of which the first and the last are open, how many rows of all are in each,
-    and how many of those that the other filters leave."""
+    """A histogram: its bins' ``edges`` (the first and last bins are open), and in each bin the number of all rows,
+    ``total``, and of those that pass the other filters, ``counts``."""
 
     name: str
     edges: list[float]
@@ -59,13 +59,13 @@ class Counted:
 
 @dataclass
 class Clock:
-    """Milliseconds that DuckDB has taken for a request."""
+    """Milliseconds that DuckDB took for a request."""
 
     duckdb: float = 0.0
 
 
 class Index:
-    """The table, in the folder ``folder``. Any thread may ask; one at a time adds."""
+    """The tables, in ``folder``. Any thread may query; only one adds rows at a time."""
 
     def __init__(self, folder: Path):
         import duckdb
@@ -81,24 +81,24 @@ class Index:
         self.has_texts = False
 
     def close(self) -> None:
-        """Close it, once what is being added is in it; what is added later fails."""
+        """Close it, after rows that are being added; adding later fails."""
         with self._adding, self._opening:
             self._connection.close()
 
-    # --- what is in it ---
+    # --- adding ---
 
     def add_numbers(self, first: int, table: pa.Table) -> None:
-        """Rows from ``first`` on, with the columns ``NUMBERS``."""
+        """Add rows from number ``first`` on, with the columns ``NUMBERS``."""
         rows = pa.array(np.arange(first, first + len(table), dtype=np.int32))
         self._insert(table.select(NUMBERS).append_column("row", rows), f"numbers (row, {', '.join(NUMBERS)})")
 
     def add_faults(self, first: int, count: int, reason: str) -> None:
-        """Rows whose numbers could not be read, and why."""
+        """Add rows whose numbers could not be read, with the reason."""
         rows = pa.array(np.arange(first, first + count, dtype=np.int32))
         self._insert(pa.table({"row": rows, "fault": pa.array([reason] * count, pa.string())}), "numbers (row, fault)")
 
     def add_texts(self, first: int, table: pa.Table) -> None:
-        """The messages of rows from ``first`` on, as FORMAT.md's column ``messages``."""
+        """Add the messages of rows from number ``first`` on, as in FORMAT.md's column ``messages``."""
         rows = pa.array(np.arange(first, first + len(table), dtype=np.int32))
         with self._adding, self._cursor() as cursor:
             cursor.register("batch", table.append_column("row", rows))
@@ -107,7 +107,7 @@ class Index:
             self._changes += 1
 
     def set_marks(self, marks: Sequence[tuple[int, str, list[str]]]) -> None:
-        """Source rows' notes and tags in the place of what was there for them; one without either is none."""
+        """Replace the notes and tags of source rows; a mark without either is removed."""
         with self._adding, self._cursor() as cursor:
             for source_index, note, tags in marks:
                 cursor.execute("DELETE FROM marks WHERE source_index = ?", [source_index])
@@ -123,10 +123,10 @@ class Index:
             cursor.unregister("batch")
             self._changes += 1
 
-    # --- what is asked ---
+    # --- queries ---
 
     def totals(self, view: View, clock: Clock) -> dict:
-        """The rows of a view: how many, their tokens, and means over the tokens."""
+        """A view's number of rows, their tokens, and means over the tokens."""
         where, values = self._condition(view)
         names = ("rows", "num_tokens", "mean_nll", "mean_entropy", "top1_rate", "faults")
         means = (f"sum({name} * num_tokens) / sum(num_tokens)" for name in names[2:5])
@@ -153,17 +153,17 @@ class Index:
         return self._rows(sql, values, clock)
 
     def source_index(self, row: int, clock: Clock) -> int | None:
-        """The source row of a stored row, None where its numbers could not be read."""
+        """The source row of a stored row, None if its numbers could not be read."""
         found = self._rows("SELECT source_index FROM numbers WHERE row = ?", [row], clock)
         return found[0][0] if found else None
 
     def has_source(self, source_index: int, clock: Clock) -> bool:
-        """Whether a stored row is of this source row, a number of 64 bits."""
+        """Whether there is a stored row of this source row, a 64-bit number."""
         return bool(self._rows("SELECT 1 FROM numbers WHERE source_index = ? LIMIT 1", [source_index], clock))
 
     def neighbours(self, view: View, row: int, clock: Clock) -> dict:
-        """A row's place in the view: ``previous`` and ``next`` row or None, its ``place`` from 1, or None where it is
-        not chosen, ``of`` how many rows."""
+        """A row's place in the view: the ``previous`` and ``next`` row or None, its ``place`` from 1 or None if it is
+        not in the view, and the view's number of rows, ``of``."""
         where, values = self._condition(view)
         chosen = f"(SELECT row, {self._key(view)} AS key FROM {self._tables(view)} WHERE {where})"
         before, after = ("<", ">") if not view.down else (">", "<")
@@ -179,7 +179,7 @@ class Index:
         return {"of": count, "place": place + 1 if is_chosen else None, "previous": previous, "next": following}
 
     def histogram(self, name: str, view: View, clock: Clock) -> Counted:
-        """How a column is distributed over all rows, and over those that the view's other filters leave."""
+        """A column's distribution over all rows, and over those that pass the view's other filters."""
         edges = self._edges_of(name, clock)
         bins = f"least({BINS - 1}, greatest(0, floor(({_scaled(name)} - ?) / ? * {BINS})::INTEGER))"
         low, width = edges[0], (edges[-1] - edges[0]) or 1.0
@@ -196,7 +196,7 @@ class Index:
         return Counted(name, [_unscaled(name, edge) for edge in edges], total, left)
 
     def roles(self, clock: Clock) -> list[str]:
-        """The roles that messages have, once the texts are known."""
+        """The roles of the messages in the texts read so far."""
         sql = "SELECT DISTINCT unnest(map_keys(roles)) AS role FROM texts ORDER BY role LIMIT 20"
         return [role for (role,) in self._rows(sql, [], clock, True)]
 
@@ -211,7 +211,7 @@ class Index:
         low, high = self._rows(sql, [], clock, True)[0][0] or (0.0, 1.0)
         return np.linspace(low, max(high, low + 1e-6), BINS + 1).tolist()
 
-    # --- how it is asked ---
+    # --- SQL ---
 
     def _condition(self, view: View) -> tuple[str, list]:
         """The view's filters as a condition with ``?`` for values."""
@@ -237,7 +237,7 @@ class Index:
         return " AND ".join(parts), values
 
     def _tables(self, view: View) -> str:
-        """The tables that a view's filters and order ask for: a join of a million rows with nothing takes time."""
+        """Join only the tables that a view needs: joining an empty table to a million rows is still slow."""
         texts = " LEFT JOIN texts USING (row)" * view.needs_texts
         marks = " LEFT JOIN marks USING (source_index)" * (view.marked or bool(view.tag) or view.sort == "note")
         return f"numbers{texts}{marks}"
@@ -253,7 +253,7 @@ class Index:
 
     @contextmanager
     def _cursor(self):
-        with self._opening:  # a connection that is busy with another thread's call refuses
+        with self._opening:  # a connection refuses while another thread's call is busy
             cursor = self._connection.cursor()
         try:
             yield cursor
@@ -261,7 +261,7 @@ class Index:
             cursor.close()
 
     def _rows(self, sql: str, values: Sequence, clock: Clock, is_kept: bool = False) -> list[tuple]:
-        """The answer of a query, which ``is_kept`` until something is added."""
+        """The answer to a query; with ``is_kept`` it is cached until something is added."""
         start = time.perf_counter()
         try:
             return self._kept(self._changes, sql, tuple(values)) if is_kept else self._found(sql, values)
@@ -269,7 +269,7 @@ class Index:
             clock.duckdb += 1000 * (time.perf_counter() - start)
 
     def _kept_rows(self, _changes: int, sql: str, values: tuple) -> list[tuple]:
-        """As ``_found``; ``_changes`` of before the query, so that no answer is kept that is older than its tables."""
+        """As ``_found``, cached with the ``_changes`` before the query, so that no outdated answer is used."""
         return self._found(sql, values)
 
     def _found(self, sql: str, values: Sequence) -> list[tuple]:
@@ -283,7 +283,7 @@ class Index:
 
 
 def _chosen_by(condition: Condition) -> str:
-    """A condition, which can be about its own columns alone, as one on ``row``."""
+    """A condition as one on ``row``, so that it can only use its own columns."""
     place = "seen_with_texts" if condition.columns & OF_TEXTS else "seen"
     return f"row IN (SELECT row FROM {place} WHERE (\n{condition.text}\n))"
 
@@ -296,7 +296,7 @@ def _add_range(parts: list[str], values: list, column: str, span) -> None:
 
 
 def _scaled(name: str) -> str:
-    """Lengths are shown on a logarithmic axis; perplexity is, as its logarithm is what is stored."""
+    """Lengths are shown on a logarithmic axis; so is perplexity, as its logarithm is stored."""
     return f"ln(greatest(1, {name}))" if name == "num_tokens" else name
 
 

@@ -1,4 +1,4 @@
-"""Work that is done beside the answers of the server, such as reading a whole dataset, and how far it is."""
+"""Background work of the server, such as reading a whole dataset, and its progress."""
 
 import logging
 import threading
@@ -12,8 +12,8 @@ IDLE, RUNNING, DONE, FAILED = "idle", "running", "done", "failed"
 
 
 class Job:
-    """Work in a thread of its own, begun once: ``work(watch)`` gives its ``result``, and ``watch(steps, total)`` goes
-    through its steps. ``reason`` says in words why it has failed."""
+    """Work in its own thread, started once: ``work(watch)`` returns its ``result``, and iterates over its steps with
+    ``watch(steps, total)``. ``reason`` says why it failed."""
 
     def __init__(self, work: Callable[[Callable], Any]):
         self._work, self._lock, self.finished = work, threading.Lock(), threading.Event()
@@ -22,7 +22,7 @@ class Job:
         self.reason = ""
 
     def start(self) -> None:
-        """Begin, unless that has been done; what has failed begins again."""
+        """Start it, unless it is running or done; a failed job starts again."""
         with self._lock:
             if self.state in (RUNNING, DONE):
                 return
@@ -36,7 +36,7 @@ class Job:
             self.state = DONE
         except ToolkitError as error:
             self.state, self.reason = FAILED, str(error)
-        except Exception as error:  # a thread that ends without a word would be waited for
+        except Exception as error:  # otherwise it would be waited for forever
             logger.debug("a job failed", exc_info=True)
             self.state, self.reason = FAILED, f"{type(error).__name__}: {error}"
         finally:

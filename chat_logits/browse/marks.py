@@ -1,6 +1,6 @@
-"""Notes and tags on conversations, in a small file of SQLite beside the dataset, or among the user's own data.
+"""Notes and tags on conversations, in a small SQLite file in the dataset's folder, or among the user's own data.
 
-A mark is a source row's of a run, by the run's fingerprint, so that it holds in a copy of the dataset too.
+A mark belongs to a source row and a run's fingerprint, so that it is also valid for a copy of the dataset.
 """
 
 import json
@@ -26,19 +26,19 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Mark:
-    """A note on a conversation, "" without one, and its tags, in order."""
+    """A note on a conversation, "" without one, and its sorted tags."""
 
     note: str
     tags: list[str]
 
     @classmethod
     def read(cls, note: object, tags: object) -> "Mark":
-        """A mark as a page gives it. Raises UsageError for what is none."""
+        """A mark from a page's values. Raises UsageError for invalid ones."""
         if not isinstance(note, str) or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise UsageError("expected a text as the note, and a list of texts as tags")
         names = sorted({" ".join(tag.split()) for tag in tags} - {""})
         if not all(map(is_whole, [note, *names])):
-            raise UsageError("a note or a tag has half a character, a surrogate alone; expected text")
+            raise UsageError("a note or a tag has half a character (a lone surrogate); expected text")
         if len(note) > LONGEST or len(names) > TAGS_MOST or any(len(name) > TAG_LONGEST for name in names):
             raise UsageError(
                 f"a note has {LONGEST:,} characters at most, a tag {TAG_LONGEST}, and a conversation {TAGS_MOST} tags"
@@ -47,12 +47,12 @@ class Mark:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text has a place in UTF-8: no surrogate is alone in it."""
+    """Whether a text can be encoded in UTF-8: it has no lone surrogate."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def marks_file(dataset: StoredDataset) -> Path:
-    """Where a dataset's marks are: in its folder, or, if that is the Hub's or cannot be written, among the user's own
+    """The file of a dataset's marks: in its folder or, if it is on the Hub or cannot be written, among the user's own
     data, where all such datasets share a file."""
     folder = Path(dataset.dataset_id)
     if dataset.revision is None and os.access(folder, os.W_OK):
@@ -63,7 +63,7 @@ def marks_file(dataset: StoredDataset) -> Path:
 def _user_data() -> Path:
     try:
         return _in_home()
-    except RuntimeError:  # nobody knows this user's home: marks are refused when one is written
+    except RuntimeError:  # the user's home is unknown: an error is raised once a mark is written
         return Path(os.devnull)
 
 
@@ -76,9 +76,9 @@ def _in_home() -> Path:
 
 
 class Marks:
-    """The marks of one run in ``file``, which is made with the first of them. Any thread may ask.
+    """The marks of one run in ``file``, which is made with the first mark. Any thread may use it.
 
-    Raises ToolkitError where the file is not one of marks, or cannot be read or written.
+    Raises ToolkitError if the file is not a marks file, or cannot be read or written.
     """
 
     def __init__(self, file: Path, fingerprint: str):
@@ -97,7 +97,7 @@ class Marks:
             raise ToolkitError(f"{self.file}: its marks are not what was written ({error}); move it away") from error
 
     def put(self, source_index: int, mark: Mark) -> None:
-        """A source row's mark in the place of the one that it had; an empty one is none."""
+        """Replace a source row's mark; an empty one removes it."""
         with self._opened() as connection:
             key = [self._fingerprint, source_index]
             connection.execute("DELETE FROM marks WHERE fingerprint = ? AND source_index = ?", key)
@@ -108,19 +108,19 @@ class Marks:
                 )
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Make the table, or find that it is all there is. The dataset may be somebody else's: a view, a trigger or a
-        column that is computed may go on for ever."""
+        """Make the table, or check that the file has nothing else. The dataset may come from others, and a view, a
+        trigger or a computed column might run forever."""
         connection.execute("PRAGMA trusted_schema = OFF")
         found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 2").fetchall()
         if not found:
-            connection.execute(TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))  # another browser may be as quick
+            connection.execute(TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))  # another server may be making it
         elif [" ".join(sql.split()) for (sql,) in found] != [TABLE]:
             raise ToolkitError(f"{self.file}: more or other than a table of marks is in it; move it away")
 
     @contextmanager
     def _opened(self):
         if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
-            raise ToolkitError(f"{self.file}: no file of its own, expected one of marks; move it away")
+            raise ToolkitError(f"{self.file}: not a regular file, expected a file of marks; move it away")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self._lock, closing(sqlite3.connect(self.file, timeout=10)) as connection, connection:

@@ -1,4 +1,4 @@
-"""The pages of the server, from ``pages/``: style and script are in each, and run by their hashes alone."""
+"""The pages of the server, from ``pages/``: each includes its style and script, which are allowed by their hashes."""
 
 import html
 import re
@@ -38,7 +38,7 @@ def policy(code: str = "") -> str:
 
 
 def render(template: str, **content) -> str:
-    """A page or a part of one, whatever is in its ``content`` escaped."""
+    """A page or a part of one; everything in its ``content`` is escaped."""
     return environment(PAGES).get_template(template).render(**plain(content))
 
 
@@ -49,10 +49,10 @@ def whole(template: str, code: str = "", **content) -> str:
 
 
 def in_frame(page: str, code: str, **content) -> tuple[str, str]:
-    """A page of ``display`` with the server's own parts at its beginning, and its security policy.
+    """A page of ``display`` with the server's own parts at the beginning, and its security policy.
 
-    The policy in the page is taken out, as it is the answer's then, with ``code`` beside the page's own script. Widths
-    of bars are in the page's ``style`` attributes, which a policy cannot name one by one.
+    The policy is removed from the page, as it becomes a header of the answer, which also allows ``code``. It allows all
+    inline styles, as the widths of bars are in ``style`` attributes, which a policy cannot list one by one.
     """
     found = META_POLICY.search(page)
     own = " ".join(SCRIPT_HASH.findall(html.unescape(found[1]))) if found else ""

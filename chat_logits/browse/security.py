@@ -1,4 +1,4 @@
-"""Who may ask the server: a browser of this machine, for its own pages. Another site's page gets nothing."""
+"""Who may use the server: a browser on this machine, from the server's own pages. Other sites' pages get nothing."""
 
 import secrets
 from collections.abc import Awaitable, Callable
@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from chat_logits.browse import HOST
 
 TOKEN_HEADER = "x-browse-token"
-OPEN = ("same-origin", "none")  # values of Sec-Fetch-Site: this server's own pages, and what the user has typed
+OPEN = ("same-origin", "none")  # values of Sec-Fetch-Site: this server's own pages, and addresses that the user typed
 READING = ("GET", "HEAD")
 ALWAYS = {
     "x-content-type-options": "nosniff",
@@ -28,10 +28,10 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Guard:
-    """Middleware that refuses what is not asked by this server's own pages, and gives each answer its headers.
+    """Middleware that refuses requests that do not come from this server's own pages, and adds security headers.
 
-    A name that leads to this machine (DNS rebinding) is refused by the Host header, another site's request by what the
-    browser says of it (Sec-Fetch-Site, Origin), and a change without the ``token`` that is in the pages alone.
+    It refuses another name that resolves to this machine (DNS rebinding) by the Host header, another site's request by
+    the browser's headers (Sec-Fetch-Site, Origin), and a change without the ``token``, which only the pages have.
     """
 
     def __init__(self, app: App, port: int, token: str):
@@ -61,25 +61,25 @@ class Guard:
             await _refused(refused)(scope, receive, sending)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
-        """Why a request is refused, None where it is not."""
+        """Why a request is refused, None if it is not."""
         if headers.get("host") not in self._hosts:
-            return "This server answers to its own address alone: a forwarded port must have the same number."
+            return "This server only answers at its own address: a forwarded port must have the same number."
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and origin not in {f"http://{host}" for host in self._hosts}:
-            return "This server answers its own pages alone."
+            return "This server only answers its own pages."
         if site is not None and site not in OPEN and not _is_followed_link(method, headers):
-            return "This server answers its own pages alone."
+            return "This server only answers its own pages."
         if method in READING:
             return None
         if method != "POST":
-            return "This server is asked by GET and POST."
+            return "This server only accepts GET, HEAD and POST."
         if not secrets.compare_digest(headers.get(TOKEN_HEADER, "").encode(), self._token.encode()):
-            return "This is changed from the server's own pages alone; reload the page."
+            return "This can only be changed from the server's own pages; reload the page."
         return None
 
 
 def _is_followed_link(method: str, headers: Headers) -> bool:
-    """Whether another site's page leads here, which shows it nothing: the page in its place is this server's."""
+    """Whether the user followed a link here from another site's page, which cannot see the page that it opens."""
     mode, kind = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
     return method == "GET" and mode == "navigate" and kind == "document"
 

@@ -1,4 +1,4 @@
-"""The server of the pages of a dataset, from its start to Ctrl-C."""
+"""The server of a dataset's pages, from its start to Ctrl-C."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from chat_logits.scratch import scratch_folder
 from chat_logits.storage.dataset import StoredDataset
 
 logger = logging.getLogger(__name__)
-PORT, TRIED = 8765, 20  # the port where none is given, and how many after it, should it be taken
+PORT, TRIED = 8765, 20  # the default port, and how many ports to try from there on
 INSTALL = "pip install 'duckdb>=1.4' 'starlette>=1' 'uvicorn>=0.40'"
 
 
@@ -29,11 +29,11 @@ def browse(
     port: int | None = None,
     opens: bool = True,
 ) -> None:
-    """Serve the pages of a dataset on this machine until SIGINT; ``opens`` the browser at them.
+    """Serve the pages of a dataset on this machine until SIGINT; with ``opens``, open the browser at them.
 
-    ``other`` is a dataset beside it, ``other_tokenizer`` its tokenizer where that is another one, ``chat_template`` as
-    for ``RowAligner``; without a ``port`` it is 8765, or the next one that is free. Raises ToolkitError where a package
-    is missing, UsageError where the port is taken.
+    ``other`` is a dataset to compare it with, ``other_tokenizer`` its tokenizer if that is a different one;
+    ``chat_template`` is as for ``RowAligner``; the default ``port`` is 8765, or the next one that is free. Raises
+    ToolkitError if a package is missing, UsageError if the port is taken.
     """
     refuse_missing()
     from chat_logits.browse.app import Site
@@ -59,7 +59,7 @@ def browse(
 
 
 def _serve(server, listener: socket.socket) -> None:
-    """Until SIGINT; where this thread has an event loop already, as in a notebook, in a thread with one of its own."""
+    """Serve until SIGINT; if this thread already has an event loop, as in a notebook, in a thread with its own loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -74,7 +74,7 @@ def _serve(server, listener: socket.socket) -> None:
 
 
 def refuse_missing() -> None:
-    """Raise ToolkitError where a package of the extra ``browse`` is missing."""
+    """Raise ToolkitError if a package of the extra ``browse`` is missing."""
     for name in ("duckdb", "starlette", "uvicorn"):
         try:
             __import__(name)
@@ -83,7 +83,7 @@ def refuse_missing() -> None:
 
 
 def listening(port: int | None) -> socket.socket:
-    """A socket that listens at this port of this machine. Raises UsageError where that cannot be."""
+    """A socket that listens at this port of this machine. Raises UsageError if that is not possible."""
     for number in [port] if port is not None else range(PORT, PORT + TRIED):
         listener = socket.socket()
         if os.name == "posix":
@@ -96,11 +96,11 @@ def listening(port: int | None) -> socket.socket:
             listener.close()
             reason = error.strerror or str(error)
     named = f"`port` {port}" if port is not None else f"ports {PORT} to {PORT + TRIED - 1}"
-    raise UsageError(f"{named}: {HOST} cannot be listened to there ({reason}); give another port, or 0 for any")
+    raise UsageError(f"{named}: cannot listen on {HOST} there ({reason}); give another port, or 0 for any")
 
 
 def server_of(app):
-    """A server that answers by ``app``: ``run(sockets=[…])`` ends with SIGINT or SIGTERM."""
+    """A server for ``app``: ``run(sockets=[…])`` ends with SIGINT or SIGTERM."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -121,7 +121,7 @@ def _bar(steps, total: int):
 
 
 def _open(address: str) -> None:
-    """Open the browser, in a thread, as some wait; none that would take the terminal."""
+    """Open the browser, in a thread, as some calls block; not one that runs in the terminal."""
     has_screen = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if has_screen:
         threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the list shows, and in which order: the query of its address, read, checked and written in one place."""
+"""What the list shows, and in which order: reads, checks and writes the query of its address."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from chat_logits.analysis.condition import Condition
 from chat_logits.errors import UsageError
 
 PAGE_ROWS = 50
-# What the list is sorted by: a column of the index each.
+# Columns of the index that the list can be sorted by.
 SORTS = (
     "row",
     "source_index",
@@ -29,13 +29,13 @@ LONGEST = 1000  # characters of a text in the address
 
 @lru_cache(64)
 def condition_of(text: str) -> Condition:
-    """The condition that a text is, which takes a moment to check. Raises UsageError where it is none."""
+    """A text as a condition, cached, as the check takes a moment. Raises UsageError if it is not a condition."""
     return Condition(text)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` up to ``high``, both among them; None where there is no such end."""
+    """Numbers from ``low`` to ``high``, both included; None for an open end."""
 
     low: float | None = None
     high: float | None = None
@@ -44,7 +44,7 @@ class Range:
     def read(cls, name: str, text: str) -> "Range":
         low, dots, high = text.partition("..")
         if not dots:
-            raise UsageError(f"{name}={text}: expected two numbers, as in {name}=1.5..3, of which one may be missing")
+            raise UsageError(f"{name}={text}: expected two numbers, as in {name}=1.5..3; one of them may be missing")
         return cls(_number(name, low), _number(name, high))
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ def _number(name: str, text: str) -> float | None:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"{name}: {text!r} is no number")
+        raise UsageError(f"{name}: {text!r} is not a number")
     return number
 
 
@@ -67,8 +67,9 @@ def _number(name: str, text: str) -> float | None:
 class View:
     """The rows that are chosen, their order, and the page of them that is shown, from 1.
 
-    ``text`` is looked for in the messages, ``where`` is a condition on the columns, ``ranges`` are of ``RANGES``,
-    ``roles`` how many messages there are of each role; ``marked`` rows have a note or a tag, ``tag`` is one of them.
+    ``text`` is searched in the messages, ``where`` is a condition on the columns, ``ranges`` are those of columns in
+    ``RANGES``, ``roles`` those of the number of messages by role; ``marked`` rows have a note or a tag, and ``tag`` is
+    a tag that they have.
     """
 
     text: str = ""
@@ -83,7 +84,7 @@ class View:
 
     @classmethod
     def read(cls, query: Iterable[tuple[str, str]]) -> "View":
-        """The view of an address. Raises UsageError for what is no part of one."""
+        """The view of an address. Raises UsageError for an unknown or invalid part."""
         given: dict = {"ranges": {}, "roles": {}}
         for name, value in query:
             if len(value) > LONGEST:
@@ -94,7 +95,7 @@ class View:
         return cls(**given)
 
     def query(self, **changes) -> str:
-        """The address' query of this view, or of one that differs by ``changes``; what is by default is left out."""
+        """The query of this view's address, or of one that differs by ``changes``; defaults are left out."""
         view = replace(self, **changes) if changes else self
         parts = [("q", view.text), ("where", view.where)]
         parts += [(name, str(view.ranges[name])) for name in RANGES if name in view.ranges]
@@ -111,12 +112,12 @@ class View:
 
     @property
     def is_where_alone(self) -> bool:
-        """Whether ``where`` says all of what is chosen."""
+        """Whether ``where`` is the only filter."""
         return bool(self.where) and replace(self, where="").is_whole
 
     @property
     def needs_texts(self) -> bool:
-        """Whether the messages have to be known. Raises UsageError where ``where`` is no condition."""
+        """Whether the messages are needed. Raises UsageError if ``where`` is not a condition."""
         columns = condition_of(self.where).columns if self.where else set()
         return bool(self.text or self.roles or self.sort == "question" or columns & OF_TEXTS)
 

@@ -1,4 +1,4 @@
-"""What fewer entries would take and cost, and what a thinned dataset takes, in the terminal."""
+"""The size and error of smaller settings, and the size of a thinned dataset, in the terminal."""
 
 from rich.console import Console
 
@@ -9,14 +9,14 @@ from chat_logits.display.text import line_of
 from chat_logits.words import count_text
 
 DEVIATING = (
-    "Deviation: root mean square of the target's error by the draws, beside the target's norm; added by thinning, and "
-    "in all. It averages out over tokens."
+    "Deviation: root mean square of the target's error from the draws, relative to the target's norm; added by "
+    "thinning, and in all. It averages out over tokens."
 )
-BIASED = "Bias: the error of the renormalised nucleus, beside the same norm. It does not average out."
+BIASED = "Bias: the error of the renormalised nucleus, relative to the same norm. It does not average out."
 
 
 def print_budget(budget: Budget, console: Console) -> None:
-    """Print the settings that no other is better than, after the stored one, and what the nucleus alone costs."""
+    """Print the stored setting and those that no other one beats, and the error of the nucleus alone."""
     print_line(f"Budget of {line_of(budget.dataset_id)}", console, "bold")
     rows, tokens = count_text(budget.num_conversations, "conversation"), count_text(budget.num_tokens, "token")
     print_parts([f"{rows}, {tokens}", f"{count_text(len(budget.lines), 'setting')} written"], console)
@@ -28,7 +28,7 @@ def print_budget(budget: Budget, console: Console) -> None:
         print_line(DEVIATING, console)
     alone = [line for line in budget.lines if not line.num_sampled]
     print_line("Without draws:", console)
-    spare = ("In nucleus", "KL to the model", "S")  # which is 0
+    spare = ("In nucleus", "KL to the model", "S")  # S is 0
     print_table(Table("Without draws", [*_settings(alone), *_biases(alone)], spare), console)
     print_line(BIASED, console)
 
@@ -62,7 +62,7 @@ def _share(value: float | None) -> str:
 
 
 def print_thinning(thinning: Thinning, console: Console) -> None:
-    """Print where a thinned dataset is, and its size beside the other's."""
+    """Print where a thinned dataset is, and its size compared with the original's."""
     rows, tokens = count_text(thinning.num_conversations, "conversation"), count_text(thinning.num_tokens, "token")
     print_line(f"Thinned {line_of(thinning.dataset_id)} to {line_of(thinning.folder)}", console, "bold")
     setting = f"K = {thinning.top_k}, S = {thinning.num_sampled}, P = {thinning.top_p:g}"

@@ -1,4 +1,4 @@
-"""A conversation as two models see it, as a page: how their runs differ, where they part, and every token."""
+"""A conversation as two models see it, as a page: how their runs differ, where they are furthest apart, every token."""
 
 import re
 
@@ -18,13 +18,13 @@ from chat_logits.display.token_page import (
     surprisal_measure,
 )
 
-SHOWN_VALUE, BEFORE = 60, 12  # characters of a long value, and of those the ones before where two differ
-HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of which the beginning says enough
-LEAST_KL, MOST_KL = 1e-6, 1e-2  # nats: between these is the least KL divergence that has a shade
+SHOWN_VALUE, BEFORE = 60, 12  # characters shown of a long value, and those of them before the first difference
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # its beginning is enough
+LEAST_KL, MOST_KL = 1e-6, 1e-2  # nats: the smallest KL divergence with a shade is between these
 
 
 def comparison_page(comparison: Comparison, frame: dict | None = None) -> str:
-    """The page of a conversation in two datasets, each token shaded by its KL divergence unless a reader chooses."""
+    """The page of a conversation in two datasets; at first, each token is shaded by its KL divergence."""
     pairs = {pair.first.position: pair for pair in comparison.tokens}
     extracted = [pair for pair in comparison if pair.is_extracted]
     furthest = sorted(extracted, key=lambda pair: -(pair.kl or 0))
@@ -63,7 +63,7 @@ def _measures(pairs: list[TokenComparison], names: tuple[str, str]) -> list[Meas
 
 
 def _distance(key: str, name: str, nats: list[float], note: str = "") -> Measure:
-    """How far models are apart, on a scale that shows it of close ones too."""
+    """A distance between the models, on a scale that also suits close models."""
     return Measure(key, name, "nats", nats, adaptive_floor(nats, LEAST_KL, MOST_KL), is_skewed(nats), note=note)
 
 
@@ -79,12 +79,12 @@ def comparison_tiles(totals: ComparisonTotals) -> list[tuple[str, str]]:
 
 
 def small_nats(nats: float) -> str:
-    """Nats with four decimals, or with three digits where they would be lost."""
+    """Nats with four decimals, or with three digits for small numbers."""
     return f"{nats:.4f} nats" if nats >= 0.001 else f"{short_number(nats)} nats"
 
 
 def names_of(first: Source, other: Source, differences: list[RunDifference]) -> tuple[str, str]:
-    """What a page calls the two models; of one and the same, with what tells the runs apart, or else the dataset."""
+    """A page's names for the two models; if both are the same, with what tells the runs apart, or else the dataset."""
     if first.model_id != other.model_id:
         return first.model_id, other.model_id
     apart = next((each for each in differences if each.key in ("model_revision", "dtype", "head_dtype")), None)
@@ -94,7 +94,7 @@ def names_of(first: Source, other: Source, differences: list[RunDifference]) -> 
 
 
 def difference_rows(differences: list[RunDifference]) -> list[tuple[str, str, str]]:
-    """Key and both values in a line each; long texts from shortly before the first character that differs."""
+    """The key and both values of each difference; long texts start shortly before the first character that differs."""
     return [(line_of(each.key), *_values(each)) for each in differences]
 
 

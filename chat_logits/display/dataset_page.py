@@ -1,4 +1,4 @@
-"""A whole dataset, or two beside each other, as a page of figures and tables; the tables are the terminal's."""
+"""A whole dataset, or two next to each other, as a page of figures and tables; the tables are the terminal's."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from chat_logits.display.tables import Table
 from chat_logits.display.text import line_of
 
 STYLES = ("runs.css",)
-LABELLED, TICKS = 12, 5  # up to so many bins are all labelled; of more, about so many
+LABELLED, TICKS = 12, 5  # up to 12 bins are all labelled; of more, about 5
 
 
 def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
@@ -38,7 +38,7 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
         styles=STYLES,
         frame=frame,
         title=f"Summary of {summary.dataset_id}",
-        subtitle=f"What {summary.model_id} predicted in the place of every extracted token",
+        subtitle=f"What {summary.model_id} predicted in place of every extracted token",
         tiles=_tiles(summary),
         record=_record(summary.run),
         figures=[
@@ -55,13 +55,13 @@ def summary_page(summary: DatasetSummary, frame: dict | None = None) -> str:
 
 
 def place_in(address: str, place: Any) -> str:
-    """The ``address``, which has ``{row}`` in it, of a conversation, or of one of its extracted tokens."""
+    """The address of a conversation, or of one of its extracted tokens, from an ``address`` with ``{row}`` in it."""
     token = f"#t={place.index}" if hasattr(place, "index") else ""
     return address.format(row=place.sample_index) + token
 
 
 def _record(run: RunRecord) -> list[tuple[str, str]]:
-    """Where the rows come from, and how, in a line each."""
+    """Where the rows come from and how they were made, as names and texts."""
     source = " · ".join(filter(None, (run.source_id, run.source_config, f"split {run.source_split}")))
     nucleus = f"top-k {run.top_k:,}, top-p {run.top_p:g}, {run.num_sampled} draws from the tail, seed {run.seed}"
     weights = f", weights {run.quantization}" if run.quantization else ""
@@ -100,7 +100,7 @@ def _tiles(summary) -> list[tuple[str, str]]:
 
 
 def histogram_figure(title: str, counted: Histogram, axis: str, note: str = "", span: int = 4) -> dict:
-    """A figure of a ``Histogram`` over an ``axis``; ``span`` is its width in twelfths of the page's."""
+    """A figure of a ``Histogram`` over an ``axis``; ``span`` is its width in twelfths of the page."""
     total, largest = max(1, sum(counted.counts)), max(1, *counted.counts)
     step = 1 if len(counted.counts) <= LABELLED else -(-len(counted.counts) // TICKS)
     return {
@@ -137,7 +137,7 @@ def _reliability(summary) -> dict:
         "kind": "reliability",
         "span": 4,
         "title": "Calibration",
-        "note": f"Below the diagonal the model is surer than right. Expected error {summary.calibration_error:.3f}.",
+        "note": f"Below the diagonal the model is overconfident. Expected error {summary.calibration_error:.3f}.",
         "bins": [
             {
                 "x": round(100 * each.low, 2),
@@ -154,7 +154,7 @@ def _reliability(summary) -> dict:
 
 
 def _bars(title: str, rows: Sequence[tuple[str, float, str]], note: str = "") -> dict:
-    """A figure of horizontal bars: label, value, and the value in words."""
+    """A figure of horizontal bars: label, value, and the value as text."""
     largest = max((value for _, value, _ in rows), default=0) or 1
     return {
         "kind": "bars",
@@ -183,7 +183,7 @@ def _sizes(summary) -> dict:
 
 
 def table_figure(table: Table, span: int = 12, links: Sequence[str] = ()) -> dict:
-    """A figure of a table; ``links`` are the addresses of its rows, where it has any."""
+    """A figure of a table; ``links`` are the addresses of its rows, if any."""
     columns = [column for i, column in enumerate(table.columns) if not _repeats(table, i)]
     return {
         "kind": "table",
@@ -197,7 +197,7 @@ def table_figure(table: Table, span: int = 12, links: Sequence[str] = ()) -> dic
 
 
 def _repeats(table: Table, i: int) -> bool:
-    """Whether a column, such as that of the source rows, says what the one before it has said."""
+    """Whether a column of source rows is the same as the column of rows before it."""
     column, before = table.columns[i], table.columns[i - 1]
     is_repeated = column.title == "Source row" and before.title == "Row"
     return is_repeated and list(column.cells_at(column.most)) == list(before.cells_at(before.most))
@@ -207,9 +207,9 @@ def _repeats(table: Table, i: int) -> bool:
 
 
 def datasets_page(comparison: DatasetComparison, frame: dict | None = None) -> str:
-    """The page of two datasets beside each other: how their runs differ, where they part, and how far they are apart.
+    """The page of two datasets: how their runs differ, where they are furthest apart, and how far they are apart.
 
-    A ``frame`` that has ``row``, an address with ``{row}`` in it, has each token and conversation linked to its place.
+    If the ``frame`` has ``row``, an address with ``{row}`` in it, each token and conversation is linked to its place.
     """
     left_out = comparison.only_in_first + comparison.only_in_other + comparison.num_different
     count = chosen_text(comparison.num_conversations, comparison.chosen_from)

@@ -44,9 +44,9 @@ from chat_logits.display.text import line_of, quoted, visible
 from chat_logits.display.token_tables import comparison_parts, print_sources
 from chat_logits.words import count_text
 
-ROOMY, NARROW = 110, 60  # cells from which a summary's tokens get more, and below which less
+ROOMY, NARROW = 110, 60  # cells from which a summary's tokens get more room, and below which they get less
 INDENT = 15  # cells before a summary's totals
-PLACE, LEAST_PLACE = 60, 16  # cells of where a token stands
+PLACE, LEAST_PLACE = 60, 16  # cells for a token's place
 PREDICTED = 12  # cells that a text and its probability need
 SHOWN_CAUSES = 5
 MEASURES = {
@@ -103,7 +103,7 @@ def _print_totals(summary: DatasetSummary, console: Console) -> None:
 
 
 def _left_out(summary: DatasetSummary) -> dict[str, str]:
-    """Turns that were not extracted, where there are any."""
+    """Turns that were not extracted, if any."""
     turns = count_text(summary.turns_left_out, "turn")
     return {"Left out": f"{turns} marked not to be trained on"} if summary.turns_left_out else {}
 
@@ -148,9 +148,9 @@ def _nats_table(summary: DatasetSummary) -> Table:
 
 
 def kept_groups(kept: Histogram) -> list[tuple[str, int]]:
-    """Nucleus entries kept by powers of two, such as "3 – 4", and the positions with so many of them.
+    """Groups of numbers of kept entries by powers of two, such as "3 – 4", with their counts of positions.
 
-    The last group is ``top_k`` alone, as that may have cut there.
+    The last group is ``top_k`` alone, since there the nucleus may have been cut by ``top_k``.
     """
     top_k = len(kept.counts) - 1
     ends = sorted({0, *(2**i for i in range(top_k.bit_length()) if 2**i < top_k), top_k - 1, top_k})
@@ -212,7 +212,7 @@ def _probability_first(prediction: Prediction | None) -> str:
 
 
 def vocabulary_table(losses: list[VocabularyLoss]) -> Table:
-    """The vocabulary's tokens with the largest loss in all."""
+    """The vocabulary's tokens with the largest total loss."""
     columns = [
         numbers("Id", [f"{each.token_id}" for each in losses]),
         Column("Token", [quoted(each.text) for each in losses], 8, 20),
@@ -270,7 +270,7 @@ def divergent_tokens_table(tokens: list[DivergentToken], width: float = math.inf
 
 
 def _predicted(prediction: Prediction | None, width: int) -> str:
-    """Text and probability; a long text is cut, the probability is not. Few cells have the text alone."""
+    """Text and probability; a long text is cut, the probability is not. In few cells, the text alone."""
     whole = prediction_text(prediction)
     if prediction is None or cell_len(whole) <= width:
         return whole
@@ -302,7 +302,7 @@ def divergent_conversations_table(conversations: list[DivergentConversation]) ->
 
 
 def print_verification(verification: Verification, console: Console) -> None:
-    """Print a line a measure with its limit, the shift test, then that it holds up, or the causes."""
+    """Print each measure with its limit, the shift test, and then that it holds up, or the causes."""
     rows, tokens = count_text(verification.num_rows, "row"), count_text(verification.num_tokens, "token")
     model = f"{verification.model_id} ({verification.dtype}, {verification.device})"
     print_line(visible(f"Checked {rows}, {tokens} against {model}"), console, "bold")
@@ -335,7 +335,7 @@ def _shifts_table(shifts: dict[str, list[float]]) -> Table:
         numbers(f"at {shift:+}" if shift else "at 0", map(_short_figure, errors))
         for shift, errors in zip(SHIFTS, zip(*shifts.values(), strict=True), strict=True)
     ]
-    return Table("Shifts", [Column("Mean error, least at 0", names, 10, 22), *means])
+    return Table("Shifts", [Column("Mean error, nats, least at 0", names, 10, 28), *means])
 
 
 def _short_figure(figure: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The rows of a dataset of which a condition is true, in the terminal."""
+"""The rows of a dataset for which a condition is true, in the terminal."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ LISTED = 100  # rows that a terminal shows; JSON has all
 
 
 def print_filtering(filtering: Filtering, console: Console) -> None:
-    """Print the rows with their numbers, the first ones of many, and where they were saved."""
+    """Print the first ``LISTED`` rows with their numbers, and where the rows were saved."""
     print_line(f"{'Rows' if filtering.condition is None else 'Where ' + line_of(filtering.condition)}", console, "bold")
     found = filtering.rows
     tokens = count_text(sum(row.num_tokens for row in found), "token")
@@ -29,16 +29,16 @@ def print_filtering(filtering: Filtering, console: Console) -> None:
 
 
 def found_table(rows: Sequence[FoundRow], entropy_is_bound: bool) -> Table:
-    """Each row's numbers, in nats and shares, and how its first user message begins."""
+    """Each row's numbers, including its largest surprisal, and the beginning of its first user message."""
     least = "≥ " if entropy_is_bound else ""
     columns = [
         numbers("Row", [f"{row.row}" for row in rows]),
         numbers("Source row", [f"{row.source_index}" for row in rows]),
         numbers("Tokens", [f"{row.num_tokens:,}" for row in rows]),
         numbers("Perplexity", [short_perplexity(row.perplexity) for row in rows]),
-        numbers("Entropy", [f"{least}{row.mean_entropy:.2f}" for row in rows]),
+        numbers("Entropy, nats", [f"{least}{row.mean_entropy:.2f}" for row in rows]),
         numbers("Top-1", [f"{row.top1_rate:.1%}" for row in rows]),
-        numbers("Largest", [short_nats(row.max_surprisal) for row in rows]),
+        numbers("Largest, nats", [short_nats(row.max_surprisal) for row in rows]),
         Column("Question", [quoted(row.question, space=" ") for row in rows], 8, 84),
     ]
-    return Table("Conversations", columns, ("Source row", "Entropy", "Largest", "Top-1"))
+    return Table("Conversations", columns, ("Source row", "Entropy, nats", "Largest, nats", "Top-1"))

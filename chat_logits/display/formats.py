@@ -1,9 +1,9 @@
-"""Numbers in words, the same in terminals and on pages."""
+"""Numbers as text, the same in terminals and on pages."""
 
 from chat_logits.analysis.tokens import Prediction, TokenAnalysis
 from chat_logits.display.text import quoted
 
-TAIL = "tail"  # in the place of a rank
+TAIL = "tail"  # instead of a rank
 
 
 def short_probability(probability: float) -> str:
@@ -16,7 +16,7 @@ def short_probability(probability: float) -> str:
 
 
 def chosen_text(count: int, chosen_from: int | None) -> str:
-    """How many conversations, and of how many they were chosen, where they were.
+    """How many conversations, and of how many they were chosen, if they were.
 
     >>> chosen_text(1200, None), chosen_text(12, 1200)
     ('1,200', '12 chosen of 1,200')
@@ -25,7 +25,7 @@ def chosen_text(count: int, chosen_from: int | None) -> str:
 
 
 def chosen_parts(chosen_from: int | None) -> list[str]:
-    """That the conversations of a comparison were chosen, where they were."""
+    """That the conversations of a comparison were chosen, if they were."""
     return [] if chosen_from is None else [f"chosen of the first's {chosen_from:,}"]
 
 
@@ -44,12 +44,12 @@ def short_nats(nats: float, sign: str = "") -> str:
 
 
 def entropy_text(nats: float, is_bound: bool) -> str:
-    """An entropy in nats, with ≥ where it is a lower bound."""
+    """An entropy in nats, with ≥ if it is a lower bound."""
     return f"{'≥ ' if is_bound else ''}{nats:.2f} nats"
 
 
 def rank_text(token: TokenAnalysis) -> str:
-    """The target token's rank, or "tail" where it is not among the stored most probable ones."""
+    """The target token's rank, or "tail" if it is not among the stored most probable ones."""
     return str(token.rank) if token.rank else TAIL
 
 

@@ -1,20 +1,20 @@
-"""A logit dataset as one object that shows what it gives: tables, JSON and pages."""
+"""A logit dataset as one object with results that show themselves: tables, JSON and pages."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from chat_logits.analysis.logits import Logits, WrongKind
+from chat_logits.analysis.logits import Logits
+from chat_logits.analysis.opening import open_given
 from chat_logits.display.results import shown
-from chat_logits.storage.dataset import open_dataset
 
 
 class ShownLogits(Logits):
     """A ``Logits`` whose results show themselves."""
 
     def print(self, console: Console | None = None) -> None:
-        """Print the conversations with their numbers, the first ones of many."""
+        """Print the first conversations with their numbers."""
         self.listed().print(console)
 
     def _shown(self, result: Any) -> Any:
@@ -31,9 +31,7 @@ def open_logits(
     """A logit dataset, a folder or a Hub id (at ``revision``), as a sequence of its conversations (``Logits``).
 
     ``chat_template`` (a path or text) replaces the recorded one and must give the same tokens; ``tokenizer_id`` says
-    where the recorded tokenizer lies now; with ``trust_remote_code`` it may run code of its own. Raises ToolkitError,
-    with what to do about it.
+    where the recorded tokenizer is now; with ``trust_remote_code`` it may run its own code. Raises ToolkitError, which
+    says what to do.
     """
-    if not isinstance(logit_dataset_id, str | Path):
-        raise WrongKind(f'open_logits({logit_dataset_id!r:.40}): expected a folder or a Hub id, such as "user/logits"')
-    return ShownLogits(open_dataset(str(logit_dataset_id), revision), chat_template, tokenizer_id, trust_remote_code)
+    return ShownLogits(open_given(logit_dataset_id, revision), chat_template, tokenizer_id, trust_remote_code)

@@ -1,7 +1,7 @@
-"""What shades a page's tokens: a number of each token, the scale of its seven shades, and the strip over the answer.
+"""Measures that shade a page's tokens: a number for each token, a scale of seven shades, and the strip over the answer.
 
-A scale is the row's own: its shades begin at quantiles of the row's numbers, finer towards the largest, so that they
-tell apart the tokens of a model that knows its text as well as of one that knows nothing of it.
+Each row has its own scale: its shades begin at quantiles of the row's numbers, finer towards the largest, so that they
+tell tokens apart whether or not the model knows the text.
 """
 
 import bisect
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-LEVELS = (0, 0.25, 0.45, 0.62, 0.76, 0.87, 0.95)  # shares of the shaded tokens that are below each of the shades
-START = 2  # the shade at which the threshold stands when a page opens
+LEVELS = (0, 0.25, 0.45, 0.62, 0.76, 0.87, 0.95)  # shares of the shaded tokens below each of the shades
+START = 2  # the shade of the threshold when a page opens
 STRIP_BARS, STOPS = 800, 60
 MANTISSAS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # of a logarithmic scale's stops
-LARGEST = 1e300  # stands for infinite numbers, which JSON has not
+LARGEST = 1e300  # instead of infinite numbers, which JSON does not have
 
 
 def short_number(number: float) -> str:
@@ -31,11 +31,11 @@ def short_number(number: float) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of each extracted token, by which pages shade it.
+    """A number for each extracted token, by which pages shade it.
 
-    ``numbers`` are the tokens', in order, at least 0; below ``floor`` they have no shade. One that ``is_logarithmic``
-    has its bars' heights and its stops so. ``unit`` is "" or such as "nats", ``note`` "" or such as "at least";
-    ``label`` writes a number for a legend.
+    ``numbers`` are the tokens', in order, at least 0; those below ``floor`` have no shade. With ``is_logarithmic`` the
+    heights of bars and the stops are logarithmic. ``unit`` is "" or for example "nats", ``note`` "" or for example
+    "at least"; ``label`` formats a number for the legend.
     """
 
     key: str
@@ -49,17 +49,17 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """What stands before the legend."""
+        """The text before the legend."""
         return ", ".join(filter(None, (self.name, self.note, self.unit)))
 
     @cached_property
     def values(self) -> list[float]:
-        """The numbers as pages compare them: six digits, none infinite."""
+        """The numbers as pages compare them: with six digits, and finite."""
         return [float(f"{min(number, LARGEST):.6g}") for number in self.numbers]
 
     @cached_property
     def bounds(self) -> list[float]:
-        """Where each of the seven shades begins: the floor, and quantiles of the numbers from there on."""
+        """Where each of the seven shades begins: the floor, and quantiles of the numbers above it."""
         shaded = sorted(value for value in self.values if value >= self.floor)
         if not shaded:
             return [self.floor] * len(LEVELS)
@@ -78,7 +78,7 @@ class Measure:
 
     @cached_property
     def top(self) -> float:
-        """The number of the highest bar: the largest, unless a few are far beyond all others."""
+        """The number at a full bar: the largest, unless a few are far above all others."""
         largest = max(self.values, default=0)
         return max(10 * self.floor, largest if self.is_logarithmic else min(largest, 3 * self.bounds[-1]))
 
@@ -99,15 +99,15 @@ class Measure:
 
     @cached_property
     def start(self) -> int:
-        """The number of the stop at which the threshold stands first."""
+        """The index of the stop where the threshold is at first."""
         return max(0, min(bisect.bisect_left(self.stops, self.bounds[START]), len(self.stops) - 1))
 
     def shade_above(self, value: float) -> int:
-        """The shade of a number where the threshold stands first, below which there is none."""
+        """The shade of a number with the threshold at its first stop; 0 below it."""
         return self.shade(value) if value >= self.stops[self.start] else 0
 
     def as_data(self) -> dict:
-        """What the page's script reads: per token the ``values`` and a digit of ``shades``, and the scale."""
+        """The data for the page's script: for each token its value and a digit of ``shades``, and the scale."""
         return {
             "name": self.name,
             "title": self.title,
@@ -122,7 +122,7 @@ class Measure:
 
     @cached_property
     def strip(self) -> dict:
-        """Bars over the answer by shade, the largest value of neighbouring tokens each where they are many."""
+        """Bars over the answer by shade; with many tokens, each bar is the largest of neighbouring tokens."""
         group = max(1, -(-len(self.values) // STRIP_BARS))
         paths: dict[int, str] = {}
         for start in range(0, len(self.values), group):
@@ -141,7 +141,7 @@ class Measure:
 
 
 def adaptive_floor(numbers: Iterable[float], least: float, most: float) -> float:
-    """A power of ten, from ``least`` to ``most``, that three of four of the positive numbers are not below."""
+    """A power of ten, from ``least`` to ``most``, that at most a quarter of the positive numbers are below."""
     positive = sorted(number for number in numbers if number > 0)
     if not positive:
         return most
@@ -150,7 +150,7 @@ def adaptive_floor(numbers: Iterable[float], least: float, most: float) -> float
 
 
 def is_skewed(numbers: Iterable[float]) -> bool:
-    """Whether most of the positive numbers would be bars of less than a tenth beside the largest."""
+    """Whether most of the positive numbers are less than a tenth of the largest."""
     positive = sorted(number for number in numbers if number > 0)
     return bool(positive) and positive[len(positive) // 2] < positive[-1] / 10
 
@@ -166,6 +166,6 @@ def _logarithmic(floor: float, most: float) -> list[float]:
 
 
 def _nice(step: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is no less than a step."""
+    """The smallest of 1, 2 and 5 times a power of ten that is at least ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(nice * power for nice in (1, 2, 5, 10) if nice * power >= step * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""Pages from ``pages/``: one file each, with style, script and data in it, that fetch nothing and run nothing else."""
+"""Pages from ``pages/``: each is one file with its style, script and data, and fetches and runs nothing else."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ PAGES = Path(__file__).resolve().parent / "pages"
 
 @cache
 def environment(folder: Path) -> jinja2.Environment:
-    """The templates of a folder: whatever they are given is escaped, and what they are not given is an error."""
+    """The templates of a folder: all values are escaped, and a missing value is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -36,11 +36,11 @@ def render_page(
     styles: Sequence[str] = (),
     **content,
 ) -> str:
-    """A page of ``pages/``, whatever is in its ``content`` escaped.
+    """A page of ``pages/``; everything in its ``content`` is escaped.
 
-    ``script`` names files of ``pages/``, which are parts of one function; its hash is in the page's security policy,
-    so that nothing else can run. ``data`` is what it reads, ``lazy_data`` what it reads when it needs it. ``styles``
-    are files that go after ``style.css``.
+    ``script`` names files of ``pages/``, which become one function; its hash is in the page's security policy, so that
+    nothing else can run. It reads ``data`` at once, ``lazy_data`` when needed. ``styles`` are files that are added
+    after ``style.css``.
     """
     code = as_function([PAGES / name for name in ([script] if isinstance(script, str) else script)])
     return (
@@ -63,12 +63,12 @@ def text_of(file: Path) -> str:
 
 
 def as_function(files: Sequence[Path]) -> str:
-    """The files of a script as one function, which runs at once, "" without any."""
+    """The files of a script as one function that runs at once, "" for no files."""
     return f'"use strict";\n(() => {{\n{"".join(map(text_of, files))}}})();\n' if files else ""
 
 
 def hash_source(code: str) -> str:
-    """A script or a style as a security policy allows it."""
+    """The source of a script or a style for a security policy, by its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
 
@@ -77,7 +77,7 @@ def _json(value: dict | None) -> Markup:
 
 
 def framed(page: str, height: int = 560) -> str:
-    """A page as a part of another one, such as a notebook: in a frame of its own, so that neither styles the other."""
+    """A page inside another one, such as a notebook: in its own frame, so that neither styles the other."""
     return (
         f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page)}" title="Token analysis" '
         f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:8px;resize:vertical"></iframe>'

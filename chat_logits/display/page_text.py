@@ -1,4 +1,4 @@
-"""Tokens as a page shows them: which characters stand at which token, and which tokens make up which turn."""
+"""Tokens as a page shows them: which characters belong to which token, and which tokens to which turn."""
 
 import bisect
 import codecs
@@ -11,32 +11,32 @@ import regex
 from chat_logits.analysis.tokens import PROMPT, TokenAnalysis
 from chat_logits.display.text import code_of, is_lone_byte, is_plain
 
-# Characters that make up one emoji with their neighbours; other clusters join across tokens by themselves.
+# Characters that form one emoji with their neighbours; other clusters join across tokens by themselves.
 EMOJI = regex.compile(r"(?=[\p{Extended_Pictographic}\p{Regional_Indicator}])\X")
 ASSISTANT, TEMPLATE = "assistant", "template"
 SHOWN_ROLES = ("system", "user", "assistant", "tool")
-# A line that opens or closes a block of code (CommonMark, "Fenced code blocks"), indented as it may be in lists
+# A line that opens or closes a block of code (CommonMark, "Fenced code blocks"), possibly indented as in lists
 FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one turn: ``role`` is the speaker's, None for what the template puts between turns."""
+    """Consecutive tokens of one turn: ``role`` is the speaker's, None for the template's text between turns."""
 
     role: str | None
     tokens: list[TokenAnalysis]
 
     @property
     def kind(self) -> str:
-        """One of the kinds that pages tell apart; other roles are shown as a user's."""
+        """The kind for the page's style; roles that it does not know are shown as a user's."""
         return TEMPLATE if self.role is None else self.role if self.role in SHOWN_ROLES else "user"
 
 
 def token_characters(tokens: list[TokenAnalysis]) -> list[str]:
-    """The characters that stand at each token, which joined are the whole text.
+    """The characters shown at each token; joined, they are the whole text.
 
-    A character or an emoji that is spread over several tokens stands at the last of them. Lone bytes stay surrogate
-    escapes.
+    A character or an emoji that is spread over several tokens is shown at the last of them. Bytes of partial characters
+    stay surrogate escapes.
     """
     pieces = _whole_at_last_byte([token.text.encode(errors="surrogateescape") for token in tokens])
     owners = [i for i, piece in enumerate(pieces) for _ in piece]
@@ -63,7 +63,7 @@ def _whole_at_last_byte(texts: list[bytes]) -> list[str]:
 
 
 def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> dict[int, str]:
-    """By position, for tokens that are bytes of a character alone: that character, as ``token_characters`` has it."""
+    """By position, for tokens that are only bytes of a character: that character, as ``token_characters`` has it."""
     parts, following = {}, ""
     for token, placed in zip(reversed(tokens), reversed(characters), strict=True):
         following = regex.match(r"\X", placed)[0] if placed else following
@@ -73,7 +73,7 @@ def characters_of_parts(tokens: list[TokenAnalysis], characters: list[str]) -> d
 
 
 def in_fences(turns: list[Segment], characters: list[str]) -> set[int]:
-    """Positions of the tokens that are in blocks of code, wholly or in part; ``characters`` are as in ``segments``."""
+    """Positions of the tokens that are wholly or partly in blocks of code; ``characters`` are as in ``segments``."""
     positions: set[int] = set()
     placed = iter(characters)
     for turn in turns:
@@ -86,7 +86,7 @@ def in_fences(turns: list[Segment], characters: list[str]) -> set[int]:
 
 
 def fenced_spans(text: str) -> list[tuple[int, int]]:
-    """Where the text has blocks of code, from the fence that opens each to the one that closes it, or to the end."""
+    """The spans of blocks of code in a text, each from its opening fence to its closing one, or to the end."""
     spans, opened = [], None
     for line in FENCE.finditer(text):
         fence, info = line["fence"], line["info"]
@@ -100,9 +100,9 @@ def fenced_spans(text: str) -> list[tuple[int, int]]:
 
 
 def with_their_characters(tokens: list[TokenAnalysis], characters: list[str]) -> list[tuple[str, bool]]:
-    """Each token's text with whole characters: those that it is a part of too; and whether there are any.
+    """Each token's text including any characters that it is only a part of, and whether there are such characters.
 
-    ``characters`` are as ``token_characters`` has them.
+    ``characters`` are those of ``token_characters``.
     """
     ends = itertools.accumulate(len(token.text.encode(errors="surrogateescape")) for token in tokens)
     placed = itertools.accumulate(len(text.encode(errors="surrogateescape")) for text in characters)
@@ -117,7 +117,7 @@ def with_their_characters(tokens: list[TokenAnalysis], characters: list[str]) ->
 def pieces_of(characters: str) -> list[tuple[str, str]]:
     """A token's characters as ("plain", text), ("line", end of line), ("code", codes of controls) or ("part", "").
 
-    "part" stands for a token that has no character of its own, as a character goes on in the next one.
+    "part" is for a token without characters of its own, whose character continues in the next one.
     """
     if not characters:
         return [("part", "")]
@@ -142,9 +142,9 @@ def _pieces(kind: str, run: str) -> list[tuple[str, str]]:
 
 
 def segments(tokens: list[TokenAnalysis], messages: list[dict]) -> list[Segment]:
-    """The conversation in turns. The mask gives the assistant's turns, their text the others.
+    """The conversation in turns. The assistant's turns come from the mask, the others are found by their text.
 
-    A prompt's message that is not found, as the template has changed it, stands with the template's own text.
+    A prompt's message that is not found, since the template has changed it, is shown as the template's own text.
     """
     speakers = [None if token.status == PROMPT else ASSISTANT for token in tokens]
     characters = token_characters(tokens)
@@ -163,16 +163,16 @@ def _answer_starts(speakers: list[str | None]) -> list[int]:
 
 
 def _messages_before(messages: list[dict], speakers: list[str | None]) -> list[list[dict]]:
-    """The messages in each stretch of prompt; none where the answers are not those that the mask shows."""
+    """The messages in each stretch of prompt; none if the answers are not those of the mask."""
     answers, spans = [i for i, m in enumerate(messages) if m["role"] == ASSISTANT], len(_answer_starts(speakers))
     ends = answers if len(answers) == spans else answers[-1:] if spans == 1 else []
     return [messages[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
 def _roles_in_prompt(characters: list[str], messages: list[dict]) -> list[str | None]:
-    """The role of the message that each token of a stretch of prompt is part of; None for the template's own.
+    """The role of the message that each token of a stretch of prompt is part of; None for the template's own tokens.
 
-    Messages are looked for from the end, as the template's words are mostly before them: its system prompt, headers.
+    Messages are searched from the end, as most of the template's words come before them: its system prompt, headers.
     """
     text = "".join(characters)
     roles: list[str | None] = [None] * len(characters)
@@ -188,7 +188,7 @@ def _roles_in_prompt(characters: list[str], messages: list[dict]) -> list[str | 
 
 
 def _last_place(text: str, content: str, end: int, owners: list[int], characters: list[str]) -> int | None:
-    """Where the content stands last before ``end``, unless that is a part of a single token such as a header's."""
+    """The last place of the content before ``end``, except inside a single token, such as a header's."""
     place = text.rfind(content, 0, end)
     while place >= 0:
         first, last = owners[place], owners[place + len(content) - 1]

@@ -1,4 +1,4 @@
-"""The plan of a run in the terminal: a figure a line, with what it was taken from."""
+"""The plan of a run in the terminal: one figure per line, with its source."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ PREFIXES = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k",
 
 
 def print_plan(plan: Plan, console: Console, typed: Callable[[str], str] = str) -> None:
-    """Print the figures under their headings; ``typed`` makes options in backquotes what a user types."""
+    """Print the figures under their headings; ``typed`` turns options in backquotes into what a user types."""
     over = f" over {line_of(plan.dataset_id)}" if plan.dataset_id else ""
     print_line(f"Plan of {line_of(plan.model_id)}{over}: no weights read, nothing written", console, "bold")
     for title, figures in plan.sections.items():

@@ -1,6 +1,6 @@
 """Results that show themselves: any result of ``analysis`` as a terminal's tables, as JSON, or as a page.
 
-``shown(result)`` is the same result with methods for that, as ``explore_logits.execute_analysis`` and the like give it.
+``shown(result)`` is the same result with methods for that; ``explore_logits.execute_analysis`` and the like return it.
 """
 
 import io
@@ -35,13 +35,13 @@ from chat_logits.display.token_page import analysis_page
 from chat_logits.display.token_tables import print_analysis, print_comparison
 from chat_logits.training.student_report import StudentReport
 
-TEXT_WIDTH = 160  # cells of what str() gives
+TEXT_WIDTH = 160  # cells of str()
 
 
 @singledispatch
 def print_result(result, console: Console) -> None:  # noqa: ARG001
     """Print a result of ``analysis``. Lines fit the terminal; a pipe gets ``PIPE_WIDTH`` cells."""
-    raise TypeError(f"{type(result).__name__} is no result of an analysis")
+    raise TypeError(f"{type(result).__name__} is not a result of an analysis")
 
 
 @singledispatch
@@ -72,12 +72,12 @@ page_of.register(StudentReport, student_page)
 
 
 class Shown:
-    """A result that prints itself, and gives itself as text and as JSON."""
+    """A result that can print itself, and convert itself to text and to JSON."""
 
     as_dict: Callable[[], dict]
 
     def print(self, console: Console | None = None) -> None:
-        """Print it, on standard output unless there is a ``console``."""
+        """Print it, to standard output unless a ``console`` is given."""
         print_result(self, console or default_console())
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Shown:
         return buffer.getvalue().rstrip("\n")
 
     def to_json(self) -> str:
-        """It as one JSON object; infinite numbers are null."""
+        """The result as one JSON object; infinite numbers are null."""
         return json_text(self.as_dict())
 
 
@@ -94,7 +94,7 @@ class ShownPage(Shown):
     """A result that also has a page, which a notebook shows."""
 
     def to_html(self, frame: dict | None = None) -> str:
-        """The page: one file that needs nothing else. ``frame`` is as in ``token_page``, for one of several pages."""
+        """The page: one file that needs nothing else. ``frame`` is as in ``token_page``, if it is one of several."""
         return page_of(self, frame)
 
     def _repr_html_(self) -> str:
@@ -107,8 +107,8 @@ class ShownTokens(ShownPage):
     to_dicts: Callable[[], list[dict]]
 
     def to_frame(self):
-        """A pandas DataFrame, a row per shown entry, which can be written as JSON and Parquet: bytes that are no whole
-        character are U+FFFD in its texts. Needs pandas."""
+        """A pandas DataFrame with a row per shown entry. It can be written as JSON and Parquet: bytes of partial
+        characters are U+FFFD in its texts. Needs pandas."""
         import pandas
 
         return pandas.DataFrame(whole_texts(self.to_dicts()))
@@ -159,9 +159,17 @@ class ShownFiltering(Shown, Filtering):
 
 
 KINDS = (
-    *(ShownAnalysis, ShownComparison, ShownDatasetComparison, ShownSummary, ShownVerification),
-    *(ShownSpanComparison, ShownCrossComparison),
-    *(ShownBudget, ShownThinning, ShownStudent, ShownFiltering),
+    ShownAnalysis,
+    ShownComparison,
+    ShownDatasetComparison,
+    ShownSummary,
+    ShownVerification,
+    ShownSpanComparison,
+    ShownCrossComparison,
+    ShownBudget,
+    ShownThinning,
+    ShownStudent,
+    ShownFiltering,
 )
 
 

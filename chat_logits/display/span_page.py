@@ -28,13 +28,13 @@ from chat_logits.display.text import quoted
 from chat_logits.display.token_numbers import conversation_text
 from chat_logits.display.token_page import LISTED, Bar, TokenPage
 
-LEAST_BITS, MOST_BITS = 1e-3, 1.0  # between these are the least bits that have a shade
-MOST_ROWS = 14  # of a panel's bars and titles, for which it keeps a place
+LEAST_BITS, MOST_BITS = 1e-3, 1.0  # the smallest number of bits with a shade is between these
+MOST_ROWS = 14  # bars and titles that a panel reserves room for
 CONVERSATIONS = 200
 
 
 def spans_page(comparison: SpanComparison, frame: dict | None = None) -> str:
-    """The page of a conversation in two datasets, each span shaded by the difference unless a reader chooses."""
+    """The page of a conversation in two datasets; at first, each span is shaded by its difference."""
     names = names_of(comparison.first, comparison.other, comparison.differences)
     tokens = _as_tokens(comparison)
     spans = dict(zip((token.position for token in tokens if token.status != PROMPT), comparison.spans, strict=True))
@@ -69,14 +69,14 @@ def spans_page(comparison: SpanComparison, frame: dict | None = None) -> str:
         listed_title="Furthest apart",
         second_means=f"{names[1]} was more surprised",
         absent_means=None,
-        skipped_means="left out, as one of the two has not extracted it",
+        skipped_means="left out: not extracted in one of the two",
         seen="each model's tokens there",
         bars="Bars are the probability of each token, exact.",
     )
 
 
 def _as_tokens(comparison: SpanComparison) -> list[TokenAnalysis]:
-    """What the page shows in place of tokens: the spans, and the other messages' lines."""
+    """What the page shows instead of tokens: the spans, and the lines of the other messages."""
     spans = {message: list(group) for message, group in itertools.groupby(comparison.spans, lambda span: span.message)}
     texts: list[tuple[str, str, str | None]] = []
     for number, message in enumerate(comparison.messages):
@@ -103,7 +103,7 @@ def _measures(spans: list[TextSpan], names: tuple[str, str]) -> list[Measure]:
 
 
 def _detail(span: TextSpan | None, names: tuple[str, str]) -> dict:
-    """What the panel shows of a span; of a line of a prompt what it is."""
+    """What the panel shows for a span; None stands for a line of a prompt."""
     if span is None:
         return {"place": "Part of the prompt"}
     place = f"Message {span.message}, bytes {span.start} to {span.end}"
@@ -145,7 +145,7 @@ def _left_out(comparison: SpanComparison | CrossComparison) -> str:
 
 
 def bits_page(comparison: CrossComparison, frame: dict | None = None) -> str:
-    """The page of two datasets with tokenizers of their own; a ``frame`` is as for ``datasets_page``."""
+    """The page of two datasets with different tokenizers; ``frame`` is as for ``datasets_page``."""
     names = names_of(comparison.first, comparison.other, comparison.differences)
     return render_page(
         "summary.html.jinja",
@@ -177,7 +177,7 @@ def _dataset_tiles(comparison: CrossComparison) -> list[tuple[str, str]]:
 
 
 def _figures(comparison: CrossComparison, address: str | None) -> list[dict]:
-    """The tables that have rows; spans and conversations lead to their place with an ``address`` that has ``{row}``."""
+    """The tables that have rows; with an ``address`` that has ``{row}``, spans and conversations are links."""
 
     def links(rows: Iterable[int]) -> list[str]:
         return [address.format(row=row) for row in rows] if address else []

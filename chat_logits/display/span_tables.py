@@ -35,15 +35,15 @@ from chat_logits.words import count_text
 FIRST, OTHER = "first", "other"
 LISTED_CONVERSATIONS = 20
 LEAST_TEXT, TEXT = 12, 30  # cells of a span's text, and of a dataset's tokens
-LEAST_PLACE, PLACE = 16, 60  # cells of where a span stands
-ROOMY = 110  # cells from which texts get more
+LEAST_PLACE, PLACE = 16, 60  # cells for a span's place
+ROOMY = 110  # cells from which texts get more room
 
 
 # --- one conversation ---
 
 
 def print_spans(comparison: SpanComparison, console: Console) -> None:
-    """Print a line a span with each dataset's tokens and bits, what is left out in grey, and the totals."""
+    """Print a line per span with each dataset's tokens and bits, what is left out in grey, and the totals."""
     print_sources("Detailed Span Comparison", comparison.first, comparison.other, console)
     print_table(spans_table(comparison.shown), console)
     if comparison.left_out:
@@ -69,20 +69,20 @@ def spans_table(spans: Sequence[TextSpan]) -> Table:
 
 
 def _style(span: TextSpan) -> str:
-    """Grey for what is left out, marked where the other model was more surprised."""
+    """Grey for spans that are left out, a colour where the other model was more surprised."""
     if span.difference is None:
         return GREY
     return UNEXPECTED if span.difference > 0 else ""
 
 
 def _other_tokens(span: TextSpan) -> Text:
-    """The other's tokens, and of a span that is left out the reason."""
+    """The other's tokens or, for a span that is left out, the reason."""
     tokens = tokens_text([token.text for token in span.other_tokens])
     return Text(tokens) if span.reason is None else Text(f"(left out; {span.reason})", style=GREY)
 
 
 def tokens_text(texts: Iterable[str]) -> str:
-    """Tokens' texts in quotes, apart."""
+    """Tokens' texts, each in quotes."""
     return " ".join(map(quoted, texts))
 
 
@@ -115,7 +115,7 @@ def rate_text(bits_per_byte: float, sign: str = "") -> str:
 
 
 def print_bits(comparison: CrossComparison, console: Console) -> None:
-    """Print counts, totals, who was more surprised and where, and the conversations furthest apart."""
+    """Print counts, totals, which model was more surprised and where, and the conversations furthest apart."""
     print_sources("Dataset Comparison Across Tokenizers", comparison.first, comparison.other, console)
     print_parts(counts_parts(comparison), console)
     for note in notes_of(comparison):
@@ -133,7 +133,7 @@ def print_bits(comparison: CrossComparison, console: Console) -> None:
 
 
 def counts_parts(comparison: CrossComparison) -> list[str]:
-    """Which conversations are compared, and how many of which are not."""
+    """How many conversations are compared, and how many are not and why."""
     system = comparison.num_other_system
     return [
         f"{count_text(comparison.num_conversations, 'conversation')} compared",
@@ -147,7 +147,7 @@ def counts_parts(comparison: CrossComparison) -> list[str]:
 
 
 def notes_of(comparison: SpanComparison | CrossComparison) -> list[str]:
-    """What a reader of the numbers is to know of the texts."""
+    """Notes about the texts that a reader of the numbers needs."""
     notes = [
         f"The {name}'s tokens write {count_text(count, 'answer')} with other characters (case or accents, say); what "
         "they leave away costs no bits."
@@ -160,7 +160,7 @@ def notes_of(comparison: SpanComparison | CrossComparison) -> list[str]:
 
 
 def totals_parts(totals: BitTotals) -> list[str]:
-    """A conversation's totals in words."""
+    """A conversation's totals as text."""
     return [
         count_text(totals.num_spans, "span"),
         count_text(totals.num_bytes, "byte"),
@@ -219,7 +219,7 @@ def left_out_table(left_out: Sequence[LeftOut]) -> Table:
 
 
 def spans_listed(comparison: CrossComparison, side: str, width: float = math.inf) -> Table:
-    """The spans in which one of the models, the first or the other, was the more surprised one, most so first."""
+    """The spans where the model of one ``side``, first or other, was more surprised, those with the most bits first."""
     spans: list[SurprisingSpan] = comparison.first_spans if side == FIRST else comparison.other_spans
     text = TEXT if width >= ROOMY else LEAST_TEXT
     columns = [

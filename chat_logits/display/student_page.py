@@ -1,4 +1,4 @@
-"""A student over stored rows as a page: figures of each breakdown; the tables are the terminal's."""
+"""A student's distance from its teacher as a page, with a figure for each breakdown; the tables are the terminal's."""
 
 from chat_logits.display.dataset_page import STYLES
 from chat_logits.display.page import render_page
@@ -10,7 +10,7 @@ from chat_logits.words import with_error
 def student_page(report: StudentReport, frame: dict | None = None) -> str:
     """The page of a student's distance from its teacher. ``frame`` is as in ``token_page``, for one of several."""
     whole, worst = report.whole, worst_table(report.worst)
-    row, source, *numbers, question = worst.columns  # the question stands in front, where a phone shows it
+    row, source, *numbers, question = worst.columns  # the question goes to the front, so that a phone shows it
     columns = [row, question, *numbers, source]
     return render_page(
         "student.html.jinja",
@@ -37,7 +37,7 @@ def student_page(report: StudentReport, frame: dict | None = None) -> str:
 
 
 def _figure(title: str, groups: list[StudentGroup]) -> dict:
-    """A breakdown: a bar as long as the KL, its darker part that of the nucleus, and the numbers beside it."""
+    """A breakdown: for each group a bar of its KL, the nucleus' part darker, with the numbers next to it."""
     largest = max((group.kl for group in groups), default=0.0)
     columns = group_columns(groups)
     return {
@@ -51,7 +51,7 @@ def _figure(title: str, groups: list[StudentGroup]) -> dict:
 
 
 def _bar(group: StudentGroup, largest: float) -> dict:
-    """Percent of the largest KL: the nucleus' part and, where both add to it, the tail's."""
+    """Percent of the largest KL: the nucleus' part and, if both are positive, the tail's."""
     whole = max(0.0, group.kl) / largest if largest > 0 else 0.0
     tail = min(whole, max(0.0, group.kl_tail) / largest) if largest > 0 else 0.0
     words = f"{with_error(group.kl, group.error)} nats, {group.kl_tail:.4f} of them by the tail's draws"

@@ -22,7 +22,7 @@ SPARE = ("", "Conversations", "Of the tail", "Share of KL", "Agreement")
 
 
 def print_student(report: StudentReport, console: Console) -> None:
-    """Print the whole, each breakdown, and the conversations where the student is worst, in lines that fit."""
+    """Print the totals, each breakdown, and the student's worst conversations, in lines that fit."""
     print_line(f"{line_of(report.student_id)} on {line_of(report.dataset_id)}", console, "bold")
     print_line(visible(f"Teacher {report.teacher_id}; student in {report.dtype} on {report.device}"), console)
     whole = report.whole
@@ -55,7 +55,7 @@ def breakdowns(report: StudentReport) -> dict[str, list[StudentGroup]]:
 
 
 def looked_at(report: StudentReport) -> str:
-    """How many conversations, and of how many where these are not all."""
+    """How many conversations, and of how many if these are not all."""
     count = report.whole.conversations
     of_all = f"{count:,} of " if count != report.num_rows else ""
     return f"{of_all}{count_text(report.num_rows, 'conversation')}"

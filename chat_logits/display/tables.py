@@ -1,4 +1,4 @@
-"""Tables, described once and drawn twice: by rich in the terminal, as wide as it is, and as rows of a page."""
+"""Tables, described once and drawn in two ways: by rich to fit the terminal, and as rows of a page."""
 
 import math
 import os
@@ -15,13 +15,13 @@ from rich.text import Text
 
 from chat_logits.display.text import line_of
 
-PIPE_WIDTH = 160  # cells, where there is no terminal to fit and the environment's COLUMNS says nothing
+PIPE_WIDTH = 160  # cells, without a terminal and without the environment variable COLUMNS
 NOTEBOOK_WIDTH, LEAST_WIDTH = 110, 20  # cells
 BAR, LEAST_BAR = 50, 9  # cells of a share and its bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
-WORDS_LEAST = 0.4  # of a place's cells that whole words have to fill; else the first one is cut
+WORDS_LEAST = 0.4  # share of a place's cells that whole words must fill; else the first word is cut
 GAP = 3  # cells between two columns
-LEAST_CONTEXT = 8  # cells of the text before a token that say where it stands; fewer are left out
+LEAST_CONTEXT = 8  # cells of the text before a token; in less room it is left out
 LINES = Box("    \n  | \n----\n  | \n    \n    \n  | \n    \n")  # as the README shows them
 
 
@@ -33,7 +33,7 @@ class PipeConsole(Console):
 
 
 def default_console() -> Console:
-    """Standard output. A notebook is taken for a terminal: it shows colours, and a table stays one text."""
+    """Standard output. A notebook is treated as a terminal: it shows colours, and a table stays one text."""
     if Console().is_jupyter:
         as_terminal: dict[str, Any] = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
         return PipeConsole(highlight=False, width=NOTEBOOK_WIDTH, **as_terminal)
@@ -47,11 +47,11 @@ Cells = Sequence[str | Text]
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column: ``least`` cells wide, or as many up to ``most`` as its place has.
+    """A table's column: at least ``least`` cells wide, and up to ``most`` if there is room.
 
-    ``cells`` are its texts, or a function that gives them for a width. Numbers stand at the right end. One that
-    ``is_joined`` shares a column with the one before it in the terminal, two spaces apart; one that ``is_wrapped``
-    takes several lines there for a text that is longer, where others are cut.
+    ``cells`` are its texts, or a function that gives them for a width. Numbers are right-aligned. In the terminal, a
+    column that ``is_joined`` shares a column with the one before it, two spaces apart, and one that ``is_wrapped``
+    breaks longer texts into several lines instead of cutting them.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table under its title. A narrow terminal shows it without the columns named ``spare``, in this order."""
+    """A table with a title. In a narrow terminal, the columns named ``spare`` are left out, in this order."""
 
     title: str
     columns: list[Column]
@@ -96,7 +96,7 @@ def labels(title: str, cells: Iterable[str]) -> Column:
 
 
 def shares(title: str, counts: Sequence[int]) -> Column:
-    """A column of each count's share of all, with a bar as long as the count is beside the largest one."""
+    """A column of each count's share of all, with a bar relative to the largest count."""
     total, largest = max(1, sum(counts)), max(1, *counts)
 
     def cells(width: int) -> list[str]:
@@ -124,7 +124,7 @@ def where(position: int, before: str, width: int) -> str:
 
 
 def text_end(text: str, width: int) -> str:
-    """As much of a text's end, escaped, as ``width`` cells hold, from the beginning of a word where one is near.
+    """As much of a text's end, escaped, as fits in ``width`` cells, from the beginning of a word if one is near.
 
     >>> text_end("leads to the start", 11)
     'the start'
@@ -143,7 +143,7 @@ def text_end(text: str, width: int) -> str:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print a table as wide as its place."""
+    """Print a table to fit its place."""
     width, columns = fitting_width(console), table.columns
     for title in table.spare:
         if _least(columns) > width:
@@ -179,7 +179,7 @@ def _padded(column: Column) -> list[str]:
 
 
 def draw(columns: Sequence[tuple[Column, int]], console: Console) -> None:
-    """Print columns at these widths in cells, each cell cut to its column's, without spaces at the ends of lines."""
+    """Print columns at these widths in cells; longer cells are cut, and lines do not end in spaces."""
     rule = sum(width for _, width in columns) + GAP * (len(columns) - 1)
     table = rich.table.Table(box=LINES, show_edge=False, pad_edge=False, header_style="", width=rule)
     for column, width in columns:
@@ -196,19 +196,19 @@ def draw(columns: Sequence[tuple[Column, int]], console: Console) -> None:
 
 
 def fit(text: str | Text, width: int) -> Text:
-    """The text in at most ``width`` cells, cut with an ellipsis where it is longer."""
+    """The text in at most ``width`` cells; a longer one is cut with an ellipsis."""
     fitted = Text(text) if isinstance(text, str) else text.copy()
     fitted.truncate(width, overflow="ellipsis")
     return fitted
 
 
 def line_width(console: Console) -> float:
-    """The cells that a line may take: the terminal's; a pipe has no end."""
+    """The cells that a line may take: the terminal's width; unlimited in a pipe."""
     return console.width if console.is_terminal else math.inf
 
 
 def fitting_width(console: Console) -> int:
-    """The cells that a table may take: the terminal's; in a pipe ``PIPE_WIDTH``, or as many as COLUMNS says."""
+    """The cells that a table may take: the terminal's width; in a pipe COLUMNS if set, else ``PIPE_WIDTH``."""
     if console.is_terminal:
         return console.width
     asked = os.environ.get("COLUMNS", "")
@@ -216,17 +216,17 @@ def fitting_width(console: Console) -> int:
 
 
 def print_title(title: str, console: Console) -> None:
-    """Print a table's title, whole."""
+    """Print a table's title, uncut."""
     console.print(title, markup=False, style="bold", soft_wrap=True)
 
 
 def print_line(text: str, console: Console, style: str = "") -> None:
-    """Print a line, or in a terminal the several that it needs there."""
+    """Print a line; a terminal wraps it."""
     console.print(Text(text, style), soft_wrap=not console.is_terminal)
 
 
 def print_parts(parts: list[str], console: Console) -> None:
-    """Print totals: a line, or several where the terminal is narrow."""
+    """Print totals in a line, or in several if the terminal is narrow."""
     lines = [parts[0]]
     for part in parts[1:]:
         joined = f"{lines[-1]} · {part}"

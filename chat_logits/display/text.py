@@ -1,4 +1,4 @@
-"""Text of tokens made fit for terminals, pages and JSON: nothing in it acts there, and escapes show what it was."""
+"""Make tokens' texts safe for terminals, pages and JSON: control characters are escaped, so they have no effect."""
 
 import json
 import math
@@ -11,9 +11,8 @@ import regex
 
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # than those of lone bytes
-JOINERS = "\u200c\u200d"  # what emoji and some scripts need between their characters
-# Where they shape what is on either side of them: between letters, and U+200D between emoji, whose skin tone or variant
-# may come before it.
+JOINERS = "\u200c\u200d"  # emoji and some scripts need them between their characters
+# Where they shape their neighbours: between letters, and U+200D between emoji, with a skin tone or variant before it.
 JOINING = regex.compile(
     rf"(?<=[\p{{L}}\p{{M}}])[{JOINERS}](?=[\p{{L}}\p{{M}}])"
     r"|(?<=\p{Extended_Pictographic}[\uFE0F\p{Emoji_Modifier}]?)\u200d(?=\p{Extended_Pictographic})"
@@ -21,9 +20,9 @@ JOINING = regex.compile(
 
 
 def quoted(text: str, space: str = "␣") -> str:
-    """The text in quotes, on one line, with spaces visible and anything a terminal would act on escaped.
+    """The text in quotes, on one line, with visible spaces and with everything escaped that a terminal would act on.
 
-    A joiner is left as it is between letters or emoji, which it shapes.
+    A joiner between letters or emoji, which it shapes, stays as it is.
 
     >>> quoted(" a\\n")
     '"␣a\\\\n"'
@@ -50,12 +49,12 @@ def _visible(character: str) -> str:
 
 
 def line_of(text: str) -> str:
-    """The text on one line without quotes, its spaces as they are; for names that come from a dataset."""
+    """The text on one line without quotes and with plain spaces; for names that come from a dataset."""
     return quoted(text, space=" ")[1:-1]
 
 
 def visible(text: str) -> str:
-    """The text with the codes of characters that would act in a terminal; quotes and backslashes as they are."""
+    """The text with codes for characters that would act in a terminal; quotes and backslashes stay as they are."""
     joining = _joining(text)
     return "".join(
         character if character.isprintable() or i in joining else code_of(character) for i, character in enumerate(text)
@@ -63,7 +62,7 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """As ``visible``, with its lines as they are; for messages, whatever a dataset, a model or the Hub says in them."""
+    """As ``visible``, but line ends stay; for messages, which may quote a dataset, a model or the Hub."""
     return "\n".join(map(visible, text.split("\n")))
 
 
@@ -76,12 +75,12 @@ def code_of(character: str) -> str:
 
 
 def is_lone_byte(character: str) -> bool:
-    """Whether this is a byte that is no whole character, as a surrogate escape."""
+    """Whether this is a byte of a partial character, as a surrogate escape."""
     return 0xDC80 <= ord(character) <= 0xDCFF
 
 
 def is_plain(character: str) -> bool:
-    """Whether a page may show the character as it is: spaces and joiners too, but no controls, and no lone bytes."""
+    """Whether a page may show the character as it is, such as spaces and joiners, but not controls and lone bytes."""
     return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
 
 
@@ -104,7 +103,7 @@ def plain(value):
 
 
 def whole_texts(value):
-    """The value with its texts, at any depth, as UTF-8 can have them: lone bytes as U+FFFD."""
+    """The value with all its texts, at any depth, made valid UTF-8: lone bytes become U+FFFD."""
     if isinstance(value, dict):
         return {key: whole_texts(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -117,6 +116,6 @@ def _whole(text: str) -> str:
 
 
 def json_text(value) -> str:
-    """JSON for people to read; characters that would act in a terminal are escaped, as JSON escapes them."""
+    """Indented JSON; characters that would act in a terminal are escaped as in JSON."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
     return "".join(c if c == "\n" or is_plain(c) else json.dumps(c)[1:-1] for c in text)

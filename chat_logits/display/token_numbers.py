@@ -1,6 +1,6 @@
-"""A conversation as a page copies it: its text, and every token's numbers in columns, each text once.
+"""A conversation for a page to copy: its text, and every token's numbers in columns, each text once.
 
-``share.js`` makes of the columns what ``as_dict`` of an ``Analysis`` or a ``Comparison`` has.
+``share.js`` turns the columns into the ``as_dict`` of an ``Analysis`` or a ``Comparison``.
 """
 
 import json
@@ -13,11 +13,11 @@ from chat_logits.analysis.tokens import TokenAnalysis
 TOKEN = ("position", "token_id", "status", "reason")
 NUMBERS = ("log_prob", "rank", "kept", "tail_mass", "entropy", "entropy_is_bound")
 PAIR = ("kl", "agrees", "log_prob_change")
-CODED = ("status", "reason", "kept", "entropy_is_bound")  # columns of few different values
+CODED = ("status", "reason", "kept", "entropy_is_bound")  # columns with few different values
 
 
 def conversation_text(messages: list[dict]) -> str:
-    """The messages for people to read: role, content, and as JSON whatever else a message has."""
+    """The messages as readable text: role, content, and anything else in a message as JSON."""
     return "\n\n".join(map(_message_text, messages)) + "\n"
 
 
@@ -29,7 +29,7 @@ def _message_text(message: dict) -> str:
 
 
 def analysis_numbers(analysis: Analysis) -> dict:
-    """An analysis' tokens, all that its page shows."""
+    """The numbers of all tokens on an analysis' page."""
     tokens = analysis.showing(only=None).shown
     texts: dict[int, str] = {}
     return {
@@ -41,7 +41,7 @@ def analysis_numbers(analysis: Analysis) -> dict:
 
 
 def comparison_numbers(comparison: Comparison) -> dict:
-    """A comparison's tokens, the models' numbers under ``first`` and ``other``."""
+    """The numbers of a comparison's tokens, each model's under ``first`` and ``other``."""
     texts: dict[int, str] = {}
     firsts = [pair.first for pair in comparison.tokens]
     others = [pair.other for pair in comparison.tokens]
@@ -60,14 +60,14 @@ def _columns(tokens: Iterable, names: Iterable[str]) -> dict:
 
 
 def _coded(column: list) -> dict[str, list]:
-    """A column as its different ``values`` and where ``at`` in these each entry is."""
+    """A column as its different ``values``, and the index ``at`` which each entry is in them."""
     values = {value: code for code, value in enumerate(dict.fromkeys(column))}
     return {"values": list(values), "at": [values[value] for value in column]}
 
 
 def _model(tokens: list[TokenAnalysis], texts: dict[int, str]) -> dict:
-    """A model's numbers per token; predictions as pairs of id and which of the ``probabilities``, whose ``texts`` are
-    added to those."""
+    """A model's numbers per token; predictions are pairs of an id and an index in ``probabilities``. Their texts are
+    added to ``texts``."""
     for token in tokens:
         texts[token.token_id] = token.text
         texts.update((each.token_id, each.text) for each in token.predictions)

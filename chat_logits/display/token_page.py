@@ -1,7 +1,7 @@
-"""A conversation token by token as a page: tokens shaded by a number, details beside them, and ways through them.
+"""A conversation token by token as a page: tokens shaded by a number, with details, and ways to move through them.
 
-A page can be one of many, in a ``frame`` of the server that shows it: a dict of ``home``, ``previous`` and ``next``
-(addresses, or None), ``place`` (such as "12 of 340") and ``downloads`` (addresses by name), all of them optional.
+A page can be one of many that a server shows, in a ``frame``: a dict of ``home``, ``previous`` and ``next`` (addresses,
+or None), ``place`` (such as "12 of 340") and ``downloads`` (addresses by name), all of them optional.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ from chat_logits.display.text import line_of, quoted
 from chat_logits.display.token_numbers import analysis_numbers
 
 LISTED = 12
-OTHER_BARS = 3  # beside the predictions: the target token's, other stored ones, the tail
-PART_PLACES = 7  # under a character, for the tokens before its last one; style.css has as many
+OTHER_BARS = 3  # in addition to the predictions: the target token's, other stored ones, the tail
+PART_PLACES = 7  # places under a character for the tokens before its last one; style.css has as many
 SCRIPTS = ("panel.js", "moves.js", "shades.js", "share.js")
 STYLES = ("runs.css", "tokens.css")
 
 
 class Bar(NamedTuple):
-    """A prediction's bar: ``share`` of 1 that is filled; ``kind`` is "", "target" for the target token, or "rest"."""
+    """A prediction's bar: ``share`` is the filled part of 1; ``kind`` is "", "target" (the target token) or "rest"."""
 
     label: str
     share: float
@@ -42,12 +42,11 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenPage:
-    """What a page shows of ``tokens``, of which the extracted ones have the numbers of the ``measures``, in order.
+    """A page of ``tokens``; the ``measures`` have a number for each extracted token, in order.
 
-    ``mark`` gives "second" or "absent" for tokens that are underlined, else "". ``detail`` gives what the panel shows
-    of one: ``place``, ``facts``, ``groups`` of bars, of which and of whose titles there are ``rows`` at most. The
-    ``listed`` tokens stand with the first measure's numbers. ``numbers`` are what the page copies. ``noun`` is what the
-    page calls its tokens.
+    ``mark`` returns "second" or "absent" for tokens that are underlined, else "". ``detail`` returns what the panel
+    shows for a token: ``place``, ``facts``, and ``groups`` of bars, with at most ``rows`` bars and titles. ``listed``
+    tokens are shown with the first measure's numbers. The page copies ``numbers``, and calls its tokens ``noun``.
     """
 
     tokens: list[TokenAnalysis]
@@ -61,7 +60,7 @@ class TokenPage:
     noun: str = "token"
 
     def render(self, frame: dict | None = None, **content) -> str:
-        """The page; ``content`` is what else ``tokens.html.jinja`` shows."""
+        """The page; ``content`` has the other values for ``tokens.html.jinja``."""
         characters = token_characters(self.tokens)
         parts = characters_of_parts(self.tokens, characters)
         first = self.measures[0]
@@ -83,7 +82,7 @@ class TokenPage:
         )
 
     def _data(self, parts: dict[int, str]) -> dict:
-        """What the page's script reads; names of facts stand once, and each token has the number of its own."""
+        """The data for the page's script; names of facts are stored once, and each token has the index of its names."""
         names: dict[tuple[str, ...], int] = {}
         details = {token.position: self._with_parts(token, parts, names) for token in self.tokens}
         return {
@@ -149,12 +148,12 @@ class TokenPage:
 
 
 def short_value(value: float) -> str:
-    """A number of a list: two decimals, or three digits of a small one."""
+    """A number of a list: with two decimals, or three digits if it is small or large."""
     return f"{value:.2f}" if 0.1 <= value < 1000 or not value else short_number(value)
 
 
 def _part_numbers(characters: list[str]) -> list[int]:
-    """Of tokens without a character of their own, which of a row of them each is; -1 for other tokens."""
+    """For each token without characters of its own, its number in a run of such tokens, from 0; -1 for others."""
     numbers, run = [], -1
     for placed in characters:
         run = -1 if placed else run + 1
@@ -166,7 +165,7 @@ def _part_numbers(characters: list[str]) -> list[int]:
 
 
 def analysis_page(analysis: Analysis, frame: dict | None = None) -> str:
-    """The page of a conversation, each token shaded by its surprisal unless its reader chooses another number."""
+    """The page of a conversation; at first, each token is shaded by its surprisal."""
     listed = analysis.shown if analysis.only is not None else analysis.showing(only=LISTED).shown
     tokens = [token for token in analysis.tokens if analysis.show_prompt is not False or token.status != PROMPT]
     page = TokenPage(
@@ -182,7 +181,7 @@ def analysis_page(analysis: Analysis, frame: dict | None = None) -> str:
     return page.render(
         frame,
         title=f"Row {analysis.sample_index} of {analysis.dataset_id}",
-        subtitle=f"What {analysis.model_id} predicted in the place of each token of the answer",
+        subtitle=f"What {analysis.model_id} predicted in place of each token of the answer",
         tiles=_total_tiles(analysis.totals),
         listed_title="Most surprising" if not callable(analysis.only) else "Chosen",
         second_means="the model expected another token",
@@ -191,7 +190,7 @@ def analysis_page(analysis: Analysis, frame: dict | None = None) -> str:
 
 
 def _measures(tokens: list[TokenAnalysis]) -> list[Measure]:
-    """The numbers by which a conversation can be shaded; a rank that is not stored counts as the next one."""
+    """The measures that can shade a conversation; a rank that is not stored counts as the next one."""
     most = max((token.kept for token in tokens), default=0)
     bound = "at least" * any(token.entropy_is_bound for token in tokens)
     unstored = "at least, where it is not stored" * any(not token.rank for token in tokens)
@@ -199,7 +198,12 @@ def _measures(tokens: list[TokenAnalysis]) -> list[Measure]:
         surprisal_measure("Surprisal", tokens),
         Measure("entropy", "Entropy", "nats", [token.entropy or 0.0 for token in tokens], 0.1, note=bound),
         Measure(
-            *("rank", "Rank", "", [token.rank or token.kept + 1 for token in tokens], 2, True),
+            "rank",
+            "Rank",
+            "",
+            [token.rank or token.kept + 1 for token in tokens],
+            2,
+            True,
             label=lambda rank: f"{rank:.0f}" if rank <= most else f">{most}",
             note=unstored,
         ),
@@ -208,7 +212,7 @@ def _measures(tokens: list[TokenAnalysis]) -> list[Measure]:
 
 
 def surprisal_measure(name: str, tokens: list[TokenAnalysis]) -> Measure:
-    """Surprisal in nats; a token of more than nine tenths of the probability has no shade."""
+    """Surprisal in nats; a token with more than nine tenths of the probability has no shade."""
     return Measure("surprisal", name, "nats", [token.surprisal or 0.0 for token in tokens], 0.1)
 
 
@@ -240,13 +244,13 @@ def _detail(token: TokenAnalysis) -> dict:
 
 
 def place_of(token: TokenAnalysis) -> str:
-    """Which token it is and, where it was not extracted, why not."""
+    """Which token it is and, if it was not extracted, why not."""
     why = {EXTRACTED: "", PROMPT: " · part of the prompt", SKIPPED: f" · skipped: {token.reason}"}[token.status]
     return f"Token {token.position}, id {token.token_id}{why}"
 
 
 def prediction_bars(token: TokenAnalysis) -> list[Bar]:
-    """The predictions, the target token among or below them, then the other stored ones together, and the tail."""
+    """The predictions, the target token among or below them, then the other stored entries as one bar, and the tail."""
     bars = [
         _bar(quoted(each.text), each.probability, _kind(rank, token))
         for rank, each in enumerate(token.predictions, start=1)

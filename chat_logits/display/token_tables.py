@@ -1,4 +1,4 @@
-"""A conversation token by token in the terminal, of one model or of two, and before it is extracted."""
+"""A conversation token by token in the terminal, for one model or two, and a preview before it is extracted."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -47,9 +47,9 @@ from chat_logits.words import count_text
 GREY, UNEXPECTED, NOT_STORED = "bright_black", "yellow", "bold red"
 OWN_NUMBERS, ALL_NUMBERS = "Own p   Rank", "Own p   Rank   Tail   Entropy"
 NARROW, WIDE = 60, 110  # cells: narrower terminals show no numbers, wider ones also tail and entropy
-CONTEXT, PLACE = 30, 6  # cells of a chosen token's place with the text before it, and without
-APART = "≠"  # where the two models' most probable tokens differ
-FULL, PLACED = 70, 80  # cells: of comparisons, terminals below show no Δ log p, and no text before chosen tokens
+CONTEXT, PLACE = 30, 6  # cells for a chosen token's place with the text before it, and without
+APART = "≠"  # marks that the two models' most probable tokens differ
+FULL, PLACED = 70, 80  # cells below which comparisons show no Δ log p, and no text before chosen tokens
 
 Cell = str | Text
 
@@ -60,7 +60,7 @@ Cell = str | Text
 def print_analysis(analysis: Analysis, console: Console) -> None:
     """Print "Detailed Token Analysis:" with row and model, a line per token, and the totals.
 
-    Lines fit their place; tokens chosen by ``only`` come with where they stand.
+    Lines fit their place; tokens chosen by ``only`` are shown with their place.
     """
     source = source_text(analysis.dataset_id, analysis.model_id)
     print_line(f"Detailed Token Analysis: row {analysis.sample_index} of {source}", console, "bold")
@@ -82,7 +82,7 @@ def _draw_tokens(
     reserved: int = 0,
     all_tokens: Sequence[TokenAnalysis] = (),
 ) -> None:
-    """The tokens' table; ``reserved`` cells of its ``width`` are for where they stand among ``all_tokens``."""
+    """Print the tokens' table; ``reserved`` cells of its ``width`` are for their places among ``all_tokens``."""
     token, predictions, title = _token_widths(tokens, width, reserved)
     columns = [
         _column("Real Token", token, (Text(quoted(each.text), style=_style(each)) for each in tokens)),
@@ -98,7 +98,7 @@ def _draw_tokens(
 
 
 def _token_widths(tokens: list[TokenAnalysis], width: float, reserved: int) -> tuple[int, int, str]:
-    """Cells of the tokens and of the predictions, and the title of the numbers, "" where there is no room for them."""
+    """Cells for the tokens and for the predictions, and the title of the numbers, "" if there is no room for them."""
     if width < NARROW + reserved:
         token = max(8, int(width) // 3)
         return token, max(8, int(width) - token - GAP - reserved), ""
@@ -116,7 +116,7 @@ def _column(title: str, width: int, cells: Iterable[Cell]) -> tuple[Column, int]
 def _places(
     tokens: list[TokenAnalysis], all_tokens: Sequence[TokenAnalysis], reserved: int
 ) -> list[tuple[Column, int]]:
-    """The column of where tokens stand, or none."""
+    """The column of the tokens' places, or none."""
     if not reserved:
         return []
     width = reserved - GAP
@@ -145,7 +145,7 @@ def predictions_cell(token: TokenAnalysis, width: int | None = None) -> Text:
 
 
 def _joined_predictions(token: TokenAnalysis, width: int | None) -> tuple[Text, int]:
-    """The predictions of an extracted token that fit, and how many they are; the first always does."""
+    """The predictions of an extracted token that fit, at least the first one, and their number."""
     cell = Text()
     for rank, prediction in enumerate(token.predictions, start=1):
         mark, style = ("*", "bold green") if rank == token.rank else ("", "")
@@ -161,7 +161,7 @@ def _joined_predictions(token: TokenAnalysis, width: int | None) -> tuple[Text, 
 def _top_title(name: str, tokens: list[TokenAnalysis], top_n: int, width: int) -> str:
     """The heading of predictions in ``width`` cells: how many of the ``top_n`` most probable ones are shown.
 
-    Where some are left out for want of room, the fewest and the most that a token has.
+    If some are left out for lack of room, it gives the fewest and the most shown for a token.
     """
     extracted = [token for token in tokens if token.status == EXTRACTED]
     counts = [(_joined_predictions(token, width)[1], len(token.predictions)) for token in extracted]
@@ -184,7 +184,7 @@ def _numbers(token: TokenAnalysis, is_wide: bool) -> str:
 
 
 def totals_parts(totals: Totals) -> list[str]:
-    """An answer's totals in words."""
+    """An answer's totals as text."""
     return [
         count_text(totals.num_tokens, "token"),
         f"perplexity {short_perplexity(totals.perplexity)}",
@@ -200,7 +200,7 @@ def totals_parts(totals: Totals) -> list[str]:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print a line per token with both models' predictions, the end of a prompt before each answer, and the totals.
 
-    Lines fit their place; tokens chosen by ``only`` come with where they stand.
+    Lines fit their place; tokens chosen by ``only`` are shown with their place.
     """
     rows = f"row {comparison.sample_index} of ", f"row {comparison.other_sample_index} of "
     print_sources("Detailed Token Comparison", comparison.first, comparison.other, console, rows)
@@ -218,7 +218,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def print_sources(title: str, first: Source, other: Source, console: Console, rows: tuple[str, str] = ("", "")) -> None:
-    """Print a title and which two datasets, of which models, are compared; ``rows`` are words before the datasets."""
+    """Print a title, and the two datasets with their models; ``rows`` are words before the datasets."""
     print_title(f"{title}:", console)
     for name, row, source in zip(("First", "Other"), rows, (first, other), strict=True):
         line = f"{name}: {row}{source_text(source.logit_dataset_id, source.model_id)}"
@@ -226,12 +226,12 @@ def print_sources(title: str, first: Source, other: Source, console: Console, ro
 
 
 def source_text(dataset_id: str, model_id: str) -> str:
-    """A dataset and its model in words."""
+    """A dataset and its model as text."""
     return f"{line_of(dataset_id)}, model {line_of(model_id)}"
 
 
 def comparison_parts(totals: ComparisonTotals) -> list[str]:
-    """A comparison's totals in words."""
+    """A comparison's totals as text."""
     return [
         count_text(totals.num_tokens, "token"),
         f"mean KL ≥ {totals.mean_kl:.4f} nats",
@@ -279,7 +279,7 @@ def _pair_numbers(pair: TokenComparison, is_full: bool) -> str:
 
 
 def print_preview(title: str, tokens: list[TokenAnalysis], console: Console | None = None) -> None:
-    """Print a conversation in runs of prompt, extracted and skipped tokens, told apart by word and by colour."""
+    """Print a conversation in runs of prompt, extracted and skipped tokens, marked by word and by colour."""
     console = console or default_console()
     extracted = sum(token.status == EXTRACTED for token in tokens)
     print_title(f"{title}: {count_text(len(tokens), 'token')}, {extracted:,} extracted", console)

@@ -14,7 +14,7 @@ from chat_logits.words import count_text, with_error
 WIDTH, HEIGHT = 420, 270  # units of a figure
 LEFT, TOP, RIGHT, BOTTOM = 46, 12, 16, 40  # units around its curves: room for labels
 TICKS = 5  # about so many on an axis
-STEPS = (1, 2, 2.5, 5, 10)  # from tick to tick, times a power of ten
+STEPS = (1, 2, 2.5, 5, 10)  # distances between ticks, times a power of ten
 
 
 def training_page(result: TrainingResult) -> str:
@@ -39,7 +39,7 @@ def training_page(result: TrainingResult) -> str:
 
 
 def _note(result: TrainingResult) -> str:
-    """By what the two curves differ, where they do."""
+    """How the two curves differ, if they do."""
     config = result.config
     of_text = ["ends of turns that were not extracted"] * (config.end_of_turn == "hard")
     of_text += ["the text's share (hard_weight)"] * (config.hard_weight > 0)
@@ -77,7 +77,7 @@ def _curve(
 ) -> dict:
     """A figure of curves over steps, each a kind and its points, with marks (step, value, standard error or nan).
 
-    Values below 0, as the estimate of a KL near 0 may be, are drawn at 0.
+    Values below 0, possible for the estimate of a KL near 0, are drawn at 0.
     """
     highest = max(value + (0 if math.isnan(error) else error) for _, value, error in marks)
     highest = max([0.0, highest, *(value for _, points in curves for _, value in points)]) or 1.0
@@ -98,7 +98,11 @@ def _curve(
         "title": title,
         "note": note,
         "summary": "; ".join(f"step {step:,}: {number.format(value)}" for step, value, _ in marks),
-        **{"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": right, "bottom": bottom},
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": right,
+        "bottom": bottom,
         "x_ticks": [(x(tick), f"{int(tick):,}") for tick in x_ticks],
         "y_ticks": [(y(tick), shown.format(tick)) for tick in y_ticks],
         "curves": [

@@ -24,7 +24,7 @@ def print_training(result: TrainingResult, console: Console) -> None:
 
 
 def measurements_table(result: TrainingResult) -> Table:
-    """The measurements, a row each."""
+    """The measurements, one per row."""
     points = [point for _, point in result.points]
     columns = [
         numbers("Step", [f"{step:,}" for step, _ in result.points]),

@@ -39,10 +39,10 @@ def test_numbers_of_any_length_are_refused_in_words(server, path):
         ("/marks", {"source_index": 10**9, "note": "n", "tags": []}, "source row 1000000000: it is not in the dataset"),
         ("/marks", {"source_index": 1, "note": "\ud800", "tags": []}, "half a character"),
         ("/marks", {"source_index": 1, "note": "n", "tags": ["\udfff"]}, "half a character"),
-        ("/save", {"folder": "a\0b", "query": ""}, "folder a\\x00b: no name that a file can have"),
+        ("/save", {"folder": "a\0b", "query": ""}, "folder a\\x00b: not a valid file name"),
         ("/save", {"folder": "~nouser/x", "query": ""}, "folder ~nouser/x: no such user"),
         ("/save", {"folder": "x" * 5000, "query": ""}, "File name too long"),
-        ("/save", {"folder": "\ud800", "query": ""}, "folder \\ud800: no name that a file can have"),
+        ("/save", {"folder": "\ud800", "query": ""}, "folder \\ud800: not a valid file name"),
         ("/save", {"folder": "new", "query": "q=\ud800"}, "expected the folder to write to"),
     ],
 )

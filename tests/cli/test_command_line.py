@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from chat_logits.cli.command_line import Stopped, check_places, stop_on_signals, write_result
+from chat_logits.cli.command_line import Stopped, check_output_files, stop_on_signals, write_result
 from chat_logits.errors import ToolkitError, UsageError
 
 
@@ -87,7 +87,7 @@ def test_a_file_keeps_its_mode_and_may_be_where_no_other_can_be(tmp_path):
     ("name", "fault"),
     [
         ("x" * 300, "File name too long"),
-        ("a\0b", "no name that a file can have"),
+        ("a\0b", "not a valid file name"),
         ("circle/x.html", "Too many levels of symbolic links"),
         ("missing/x.html", "the folder missing is missing"),
     ],
@@ -96,7 +96,7 @@ def test_what_the_system_refuses_is_named_by_its_option(tmp_path, monkeypatch, o
     monkeypatch.chdir(tmp_path)
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(UsageError) as refused:
-        check_places(**{option: name})
+        check_output_files(**{option: name})
     assert str(refused.value).startswith(f"`{option}` {name:.80}: {fault}")
 
 
@@ -105,6 +105,6 @@ def test_a_file_under_two_names_is_noticed(tmp_path, monkeypatch):
     (tmp_path / "link.html").symlink_to("x.html")
     for other in ("./x.html", str(tmp_path / "x.html"), "link.html", f"../{tmp_path.name}/x.html"):
         with pytest.raises(UsageError, match=r"`html` and `json`: both name x\.html, expected two files"):
-            check_places(html="x.html", json=other)
-    check_places(html="x.html", json="-")
-    check_places(html="x.html", json="y.html")
+            check_output_files(html="x.html", json=other)
+    check_output_files(html="x.html", json="-")
+    check_output_files(html="x.html", json="y.html")

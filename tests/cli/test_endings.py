@@ -76,7 +76,7 @@ def test_a_home_that_is_no_folder_is_named(flags, quick_run, tmp_path, monkeypat
     monkeypatch.setenv("HF_HOME", str(tmp_path / place))
     command = {"explore_logits.py": explore_logits, "extract_logits.py": extract_logits}[script]
     assert command.main([str(quick_run)] if command is explore_logits else flags("out")) == 2
-    told = "no folder, and none can be made there. Set it to one, or unset it."
+    told = "not a folder, and none can be made there. Set it to one, or unset it."
     assert capsys.readouterr().err == f"error: HF_HOME {tmp_path / place}: {told}\n"
 
 

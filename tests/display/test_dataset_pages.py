@@ -189,7 +189,7 @@ def test_the_command_gives_all_three_forms(real_extraction, other_extraction, tm
         (["--compare", "x", "--surprising", "3"], "--surprising with --compare is for one conversation"),
         (["--model_id", "x"], "--model_id is for --verify"),
         (["--compare_revision", "x"], "--compare_revision is for --compare"),
-        (["--html", "-"], "--html -: no name of a file"),
+        (["--html", "-"], "--html -: not the name of a file"),
         (["--html", "same", "--json", "same"], "--html and --json: both name same, expected two files"),
         (["--verify", "0"], "--verify 0: expected 1 or more"),
         (["--compare", "/no/such/folder"], "/no/such/folder: no such folder"),

@@ -14,7 +14,7 @@ from chat_logits.display.training_page import training_page
 from chat_logits.display.training_tables import print_training
 from chat_logits.training.config import TrainConfig
 from chat_logits.training.distance import Distance
-from chat_logits.training.record import TaughtRows, TrainingResult
+from chat_logits.training.record import Student, TaughtRows, TrainingResult
 from chat_logits.training.student_report import StudentGroup, StudentReport
 
 TEACHER = "user/teacher"
@@ -25,7 +25,8 @@ def result_of(*points: tuple[float, float], losses: tuple[float, ...] = (), **op
     rows = TaughtRows(teacher=TEACHER, fingerprint="f" * 64, num_rows=20, revision=None, num_sampled=16)
     config = TrainConfig(logit_dataset_id="rows", student_id="student", output_dir="out", **options)
     distances = [Distance(3, 100, kl, error, kl / 2, 0.5) for kl, error in points]
-    return TrainingResult(config, rows, points=[*enumerate(distances)], losses=[*enumerate(losses, 1)])
+    student = Student("student", "s" * 64)
+    return TrainingResult(config, rows, student, points=[*enumerate(distances)], losses=[*enumerate(losses, 1)])
 
 
 def heights(page: str) -> tuple[float, list[float]]:
