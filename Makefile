@@ -2,7 +2,7 @@
 # make demo-train: make a student of the model's first 8 layers, train it on what make demo has extracted (or extract it
 #   first), ask it a question, and write its page outputs/student/training.html; five minutes on two slow cores.
 # make check: lint, types and the fast tests, in two minutes; before each commit.
-# make test: everything that CI runs; a process a core and one more, as many tests wait; each with one thread.
+# make test: everything that CI runs; a process a core, each with one thread.
 # make bench: tables of what extraction and pages cost; half an hour on two cores. The pages need Chromium.
 PYTHON ?= python3
 IN := .venv/bin/python
@@ -26,8 +26,7 @@ demo-train: .venv/ready
 	$(IN) demo/ask.py $(STUDENT) "What is a building permit?"
 
 # Files stay whole, since their tests share what they start, in the order that tests/conftest.py gives them.
-PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST := OMP_NUM_THREADS=1 $(IN) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(IN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: lint types
 	$(IN) demo/fetch.py
