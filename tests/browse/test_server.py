@@ -66,7 +66,8 @@ def test_a_missing_package_is_told_with_what_installs_it(quick_run, capsys, monk
 def test_beside_an_event_loop_it_serves_until_it_is_interrupted(quick_run, tmp_path):
     """As in a notebook."""
     program = f"""
-import asyncio, explore_logits
+import asyncio, explore_logits, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
 async def cell(): explore_logits.browse_dataset({str(quick_run)!r}, port=0, no_open=True)
 asyncio.new_event_loop().run_until_complete(cell())
 """
