@@ -20,6 +20,7 @@ from chat_logits.data.hashing import hash_files
 from chat_logits.data.row_alignment import AlignmentError, RowAligner
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
+from chat_logits.model.config import refuse_device_with_map
 from chat_logits.scratch import scratch_folder
 from chat_logits.stages import stage
 from chat_logits.storage.dataset import DamagedRow, StoredDataset
@@ -128,8 +129,7 @@ def load_recorded_model(
     dtype = manifest.dtype
     if dtype not in KL_LIMITS:
         raise ToolkitError(f"extraction.json has dtype {dtype[:40]!r}, expected one of {', '.join(KL_LIMITS)}")
-    if device and device_map:
-        raise UsageError(f"`device` {device}: `device_map` chooses the devices; leave one of the two out")
+    refuse_device_with_map(device, device_map)
     found = choose_device(device)
     shown = "".join(character if character.isprintable() else "\ufffd" for character in source)
     base = manifest.base_revision if is_commit(manifest.base_revision or "") else None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from chat_logits.cli.command_line import called_as, check_output_files
 from chat_logits.cli.parser import CommandParser, RebuildOptions
 from chat_logits.errors import UsageError
+from chat_logits.model.config import DEVICE_MAPS
 from chat_logits.options import option, options_of
 
 # The options that each mode does not take, as they have no meaning for it.
@@ -110,7 +111,7 @@ class ExploreOptions(RebuildOptions):
         None,
         help="spread the model of --verify over all devices, including the CPU and the disk; needs accelerate",
         unset="one device",
-        choices=("auto", "balanced", "sequential"),
+        choices=DEVICE_MAPS,
     )
     student: str | None = option(
         None,

@@ -7,6 +7,14 @@ from chat_logits.errors import UsageError
 from chat_logits.model.quantization import CHOICES
 from chat_logits.options import COMPUTED, READ, SPREAD, Config, option
 
+DEVICE_MAPS = ("auto", "balanced", "sequential")  # accelerate's
+
+
+def refuse_device_with_map(device: str | None, device_map: str | None) -> None:
+    """Raise UsageError if both are given."""
+    if device and device_map:
+        raise UsageError(f"`device` {device}: `device_map` chooses the devices; leave one of the two out")
+
 
 def _refuse_gguf_path(model_id: str) -> None:
     if model_id.endswith(".gguf"):
@@ -81,7 +89,7 @@ class ModelConfig(Config):
         "needs accelerate",
         unset="one device",
         group=COMPUTED,
-        choices=("auto", "balanced", "sequential"),
+        choices=DEVICE_MAPS,
     )
     max_memory: dict | None = option(
         None,
@@ -108,8 +116,7 @@ class ModelConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.device and self.device_map:
-            raise UsageError(f"`device` {self.device}: `device_map` chooses the devices; leave one of the two out")
+        refuse_device_with_map(self.device, self.device_map)
         if self.quantization and self.gguf_file:
             raise UsageError(f"`quantization` {self.quantization}: a GGUF file has its own; leave it out")
         if self.max_memory is not None and not self.device_map:

@@ -215,7 +215,7 @@ _thread = _Thread()
 @contextmanager
 def _nothing_packed() -> Iterator[None]:
     """Within, in this thread, transformers does not look for rows with several texts: the host would wait for a GPU."""
-    _find_packed_only_if_there()
+    _patch_packed_search()
     _thread.packs = False
     try:
         yield
@@ -224,7 +224,7 @@ def _nothing_packed() -> Iterator[None]:
 
 
 @functools.cache
-def _find_packed_only_if_there() -> None:
+def _patch_packed_search() -> None:
     from transformers import masking_utils
 
     find = masking_utils.find_packed_sequence_indices
