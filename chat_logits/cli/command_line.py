@@ -1,4 +1,4 @@
-"""How the commands begin and end: log output, exit status, errors in a line or two, signals."""
+"""How the commands begin and end: log output, exit status, errors in a line or two."""
 
 import errno
 import logging
@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,13 +16,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from chat_logits.cli import SIGNALLED, leave_at_once
+from chat_logits.cli import SIGNALLED
 from chat_logits.cli.going_on import GoingOn
 from chat_logits.cli.parser import CommandParser, CommonOptions, as_typed, read_options, refuse_missing
+from chat_logits.cli.signals import stop_on_signals
 from chat_logits.cli.streams import named_failures, open_closed_streams, print_no_more, show_all_characters
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
-from chat_logits.machine import ignore_if_repeated, stopping_signals
 from chat_logits.options import Config
 from chat_logits.paths import refuse_unfit
 from chat_logits.stages import Stages
@@ -35,14 +34,6 @@ STDOUT = "-"  # standard output, as the name of a file to write
 IN_PLACE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 ITS_FUTURE = re.compile("deprecated|will be removed|in (a|the) future|future (version|release)")
 Options = TypeVar("Options", bound=CommonOptions)
-
-
-class Stopped(KeyboardInterrupt):
-    """Stopped by the signal with this ``number``."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
 
 
 def called_as(script: str) -> str:
@@ -175,31 +166,6 @@ def _printed_log(level: str, kinds: tuple[type[Config], ...]) -> Iterator[None]:
         package.level, package.propagate = before
         logging.setLogRecordFactory(make_record)
         warnings.formatwarning = format_warning
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Within, the first stopping signal raises Stopped, for an orderly end; the second ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-
-    def stop(number: int, _frame) -> None:
-        if received:
-            leave_at_once(number)
-        received.append(number)
-        ignore_if_repeated(number)
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in stopping_signals()}
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:  # from a library that waits in C and does not say which signal came
-        raise Stopped(received[0] if received else signal.SIGINT) from interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def leave_torch_out() -> None:

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from chat_logits.cli.command_line import Stopped, check_output_files, stop_on_signals, write_result
+from chat_logits.cli.command_line import check_output_files, write_result
+from chat_logits.cli.signals import Stopped, stop_on_signals
 from chat_logits.errors import ToolkitError, UsageError
 
 

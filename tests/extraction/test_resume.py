@@ -347,7 +347,7 @@ def test_a_signal_ends_the_run_in_order_and_prints_the_command_that_goes_on(
 
 def write_forever() -> None:
     """A disk on which a shard is never written; it is said when that begins, and when a signal has come."""
-    from chat_logits.cli.command_line import Stopped
+    from chat_logits.cli.signals import Stopped
     from chat_logits.extraction import shard_computer
 
     def slow(*_):
@@ -369,6 +369,33 @@ def test_a_second_signal_leaves_at_once(flags, tmp_path):
     assert life.is_alive()
     life.kill(signal.SIGINT)
     assert life.wait() == 130
+
+
+def wait_in_c() -> None:
+    """The first signal leads the main thread into C code that no signal ends, as a device that does not answer does."""
+    import ctypes
+
+    from chat_logits.cli.signals import Stopped
+
+    write_forever()
+
+    def init(*_):
+        print("SIGNAL", file=sys.stderr, flush=True)
+        lock, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+        library.pthread_mutex_lock(lock)
+        library.pthread_mutex_lock(lock)
+
+    Stopped.__init__ = init
+
+
+def test_a_second_signal_leaves_though_the_main_thread_hangs_in_c(flags, tmp_path):
+    life = Life(flags("hangs"), tmp_path / "hangs.log", wait_in_c)
+    wait_for(lambda: "WRITING" in life.said, life)
+    life.kill(signal.SIGTERM)
+    wait_for(lambda: "SIGNAL" in life.said, life)
+    life.kill(signal.SIGINT)
+    assert life.wait() == 130
+    assert life.said.endswith("Stopped.\n")
 
 
 # --- the disk ---
