@@ -82,7 +82,7 @@ def encoded(batches: list[Batch], encoding: Encoding, workers: int, folder: Path
     a_shard = ROWS_PER_SHARD // CONVERSATIONS_A_BATCH
 
     def finish(number: int, waited: list) -> None:
-        around = ShardAround(f"{number}.parquet", "of a benchmark", number * ROWS_PER_SHARD, [], 0)
+        around = ShardAround(f"{number}.parquet", "of a benchmark", number * ROWS_PER_SHARD, [], 0, [])
         encoding.rows([batch.result() for batch in waited]).write(folder / around.path, around)
 
     with closing(encoding), ReadWriteThreads(workers) as threads:

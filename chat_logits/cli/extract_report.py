@@ -54,6 +54,8 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
     if done.turns_left_out:
         turns = count_text(done.turns_left_out, "turn")
         print(f"Left out       {turns} marked not to be trained on (weight, train, loss)")
+    for i, (remark, count) in enumerate(done.remarks.items()):
+        print(f"{'' if i else 'Remarks':<15}{count_text(count, 'conversation')} with {visible(remark)}")
     print(f"Tokens         {done.tokens:,} extracted")
     here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
     where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"

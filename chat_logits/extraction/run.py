@@ -29,7 +29,7 @@ from chat_logits.storage.card import arguments_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
 from chat_logits.storage.repository import Repository
-from chat_logits.storage.shard_list import ShardEntry, mean_nll
+from chat_logits.storage.shard_list import ShardEntry, counted_remarks, mean_nll
 from chat_logits.words import count_text
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ class Extraction:
 
     ``skipped`` counts conversations by reason, ``tokens`` are those extracted, ``num_bytes`` those of all shards and
     ``bytes_in_folder`` those of the shards in the folder, ``turns_left_out`` the turns of the written conversations
-    that are marked not to be trained on; ``mean_nll`` is the target tokens' mean negative log-likelihood in nats, None
-    if the model gives one of them no probability at all. ``config`` repeats the run: it has the commits that were read
-    from Hub repositories. Three values are only about this start: ``seconds`` in total, and the seconds ``computing``
-    the ``new_tokens``.
+    that are marked not to be trained on, and ``remarks`` those conversations by what the model may not read as
+    intended; ``mean_nll`` is the target tokens' mean negative log-likelihood in nats, None if the model gives one of
+    them no probability at all. ``config`` repeats the run: it has the commits that were read from Hub repositories.
+    Three values are only about this start: ``seconds`` in total, and the seconds ``computing`` the ``new_tokens``.
     """
 
     config: ExtractConfig
@@ -55,6 +55,7 @@ class Extraction:
     conversations: int
     skipped: dict[str, int]
     turns_left_out: int
+    remarks: dict[str, int]
     tokens: int
     num_bytes: int
     bytes_in_folder: int
@@ -337,6 +338,7 @@ class Run:
             conversations=sum(entry.num_rows for entry in entries),
             skipped=dict(skipped.most_common()),
             turns_left_out=sum(entry.turns_left_out for entry in entries),
+            remarks=counted_remarks(entries),
             tokens=sum(entry.num_tokens for entry in entries),
             num_bytes=sum(entry.num_bytes for entry in entries),
             bytes_in_folder=sum(entry.num_bytes for entry in self.folder.entries.values()),

@@ -4,7 +4,8 @@ from huggingface_hub import DatasetCardData
 
 from chat_logits.hub import is_commit
 from chat_logits.storage.manifest import Manifest, quantization_text
-from chat_logits.storage.shard_list import ShardEntry, mean_nll
+from chat_logits.storage.shard_list import ShardEntry, counted_remarks, mean_nll
+from chat_logits.words import count_text
 
 THIS_FOLDER = "path/to/this/folder"  # the name in a card's snippets if the dataset is not in a repository
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -187,9 +188,11 @@ def _numbers(entries: list[ShardEntry]) -> str:
     if not tokens:
         return NO_NUMBERS
     mean = mean_nll(entries)
-    return NUMBERS.format(
+    numbers = NUMBERS.format(
         rows=sum(entry.num_rows for entry in entries),
         tokens=tokens,
         bytes_per_token=sum(entry.num_bytes for entry in entries) / tokens,
         mean_nll="" if mean is None else MEAN_NLL.format(mean),
     )
+    remarks = counted_remarks(entries).items()
+    return numbers + "".join(f"\n\n{count_text(count, 'conversation')} with {remark}." for remark, count in remarks)

@@ -24,7 +24,14 @@ from chat_logits.hub import resolve_commit
 from chat_logits.hub_errors import Failure, explain_hub_error
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard_list import SHARDS_FILE, ShardEntry, read_shard_list
-from chat_logits.storage.shard_reading import read_row_groups, read_shard_rows, refuse_special, shard_notes, shard_sizes
+from chat_logits.storage.shard_reading import (
+    ShardNotes,
+    read_row_groups,
+    read_shard_rows,
+    refuse_special,
+    shard_notes,
+    shard_sizes,
+)
 from chat_logits.words import count_text
 from logit_codec import ROW_NUMBERS, RowError, validate_row
 
@@ -111,7 +118,7 @@ class StoredDataset:
                 self._validate(row, row_number)
                 yield row
 
-    def shard_notes(self, number: int) -> tuple[list[dict], int]:
+    def shard_notes(self, number: int) -> ShardNotes:
         """What ``shards[number]`` records about source rows and turns not stored in it, as ``write_shard`` takes it."""
         path = self.shards[number].path
         with self.opened(path) as source:

@@ -36,8 +36,10 @@ def write_derived(
             for row in dataset.shard_rows(number):
                 rows.append(change(row))
                 bar.update()
-            skipped, left_out = dataset.shard_notes(number)
-            entries.append(write_shard(building, manifest, shard.shard, rows, skipped, turns_left_out=left_out))
+            skipped, left_out, remarks = dataset.shard_notes(number)
+            entries.append(
+                write_shard(building, manifest, shard.shard, rows, skipped, turns_left_out=left_out, remarks=remarks)
+            )
     return entries
 
 
@@ -55,10 +57,18 @@ def write_filtered(dataset: StoredDataset, rows: Rows, manifest: Manifest, folde
             for _, row in itertools.islice(chosen, wanted):
                 kept.append(row)
                 bar.update()
-            skipped = _skipped(dataset, number, {row["source_index"] for row in kept})
-            turns = sum(_turns_left_out(row, manifest) for row in kept)
-            shard = dataset.shards[number].shard
-            entries.append(write_shard(building, manifest, shard, kept, skipped, turns_left_out=turns))
+            indices, notes = {row["source_index"] for row in kept}, dataset.shard_notes(number)
+            entries.append(
+                write_shard(
+                    building,
+                    manifest,
+                    dataset.shards[number].shard,
+                    kept,
+                    _skipped(dataset, number, indices, notes.skipped),
+                    turns_left_out=sum(_turns_left_out(row, manifest) for row in kept),
+                    remarks=[entry for entry in notes.remarks if entry["row"] in indices],
+                )
+            )
     return entries
 
 
@@ -69,11 +79,11 @@ def _by_shard(dataset: StoredDataset, rows: Rows) -> Iterator[tuple[int, int]]:
     return zip(numbers.tolist(), counts.tolist(), strict=True)
 
 
-def _skipped(dataset: StoredDataset, number: int, kept: set[int]) -> list[dict]:
-    """The source rows of a shard that are not ``kept``, each with the reason."""
+def _skipped(dataset: StoredDataset, number: int, kept: set[int], skipped: list[dict]) -> list[dict]:
+    """The source rows of a shard that are not ``kept``, each with the reason; ``skipped`` are those of the origin."""
     stored = ColumnReader(dataset).shard(number, ["source_index"])["source_index"].to_pylist()
     left_out = [{"row": row, "reason": NOT_CHOSEN} for row in stored if row not in kept]
-    return sorted([*dataset.shard_notes(number)[0], *left_out], key=lambda entry: entry["row"])
+    return sorted([*skipped, *left_out], key=lambda entry: entry["row"])
 
 
 def _turns_left_out(row: dict, manifest: Manifest) -> int:

@@ -7,13 +7,12 @@ import itertools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from chat_logits.errors import ToolkitError
@@ -60,13 +59,15 @@ class DamagedShard(ToolkitError):
 
 class ShardAround(NamedTuple):
     """A shard without its rows. Each entry of ``skipped`` has "row" and "reason", and for a bad record also "place";
-    ``turns_left_out`` marked turns were not extracted. ``path`` is relative to the run's folder."""
+    ``turns_left_out`` marked turns were not extracted. ``remarks`` have "row" and "remark": what the model may not read
+    as intended in a source row that is stored. ``path`` is relative to the run's folder."""
 
     path: str
     fingerprint: str
     first_row: int
     skipped: list[dict]
     turns_left_out: int
+    remarks: list[dict]
 
 
 class ShardRows(Protocol):
@@ -104,10 +105,11 @@ def write_shard(
     skipped: list[dict],
     check_still_ours: Callable[[], None] = lambda: None,
     turns_left_out: int = 0,
+    remarks: Iterable[dict] = (),
 ) -> ShardEntry:
     """Write one finished shard of a run: its stored rows, in order, and which source rows were ``skipped``, and why.
 
-    ``skipped`` and ``turns_left_out`` are as in ``ShardAround``.
+    ``skipped``, ``turns_left_out`` and ``remarks`` are as in ``ShardAround``.
     ``check_still_ours`` raises if the folder is not the run's any more; it is called before anything is written, and
     again before the shard gets its name. Raises DiskFull if there is no space.
     """
@@ -117,6 +119,7 @@ def write_shard(
         shard * manifest.rows_per_shard,
         skipped,
         turns_left_out,
+        list(remarks),
     )
     given = ArrowRows(table_from(rows)) if isinstance(rows, list) else rows
     with (
@@ -154,10 +157,14 @@ def table_bytes(rows: list[dict]) -> np.ndarray:
 
 
 def table_of(batches: list[np.ndarray]) -> pa.Table:
-    """One table from several ``table_bytes``, in the order of their source rows."""
+    """One table from several ``table_bytes``, in the order of their source rows.
+
+    Slices are joined, which copies each row once; ``Table.take`` grows its lists as it goes and takes up to 25 times as
+    long for a shard of 1,024 rows.
+    """
     tables = [pa.ipc.open_stream(pa.py_buffer(batch)).read_all() for batch in batches]
-    together = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
-    return together.take(pc.sort_indices(together["source_index"]))
+    rows = {index: table.slice(i, 1) for table in tables for i, index in enumerate(table["source_index"].to_pylist())}
+    return pa.concat_tables([SCHEMA.empty_table(), *(rows[index] for index in sorted(rows))]).combine_chunks()
 
 
 def _column(values: list, kind: pa.DataType) -> pa.Array:
@@ -181,6 +188,7 @@ def _description(shard: ShardAround, table: pa.Table) -> dict:
         "skipped": shard.skipped,
         "num_rows": len(table),
         "turns_left_out": shard.turns_left_out,
+        "remarks": shard.remarks,
         "row_crc32": row_checksums(table),
     }
     return {**described, "crc32": zlib.crc32(canonical(described))}
@@ -244,4 +252,5 @@ def entry_of(path: str, table: pa.Table, described: dict, size: int) -> ShardEnt
         skipped=dict(Counter(entry["reason"] for entry in skipped)),
         bad=dict(Counter(entry["reason"] for entry in skipped if "place" in entry)),
         turns_left_out=described.get("turns_left_out", 0),
+        remarks=dict(Counter(entry["remark"] for entry in described.get("remarks", ()))),
     )

@@ -3,6 +3,7 @@
 import itertools
 import re
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from chat_logits.storage.json_files import SHOWN, canonical, json_text, read_jso
 
 SHARDS_FILE = "shards.json"
 SHARDS_A_FOLDER = 1000
+COUNTED = ("skipped", "bad", "remarks")  # keys of an entry that map a text to a number of source rows
 SHARD_PATH = re.compile(r"data/\d{5}/[\w.]+-(\d{5,})\.parquet")
 
 
@@ -22,8 +24,8 @@ class ShardEntry:
     None if it is infinite, which JSON cannot hold, or not given.
 
     ``skipped`` counts source rows by reason, ``bad`` those of them that are bad records. ``turns_left_out`` counts
-    turns of the stored conversations that are marked not to be trained on. Reading needs only the first two fields;
-    other writers may omit the rest.
+    turns of the stored conversations that are marked not to be trained on, ``remarks`` stored conversations by what the
+    model may not read as intended in them. Reading needs only the first two fields; other writers may omit the rest.
     """
 
     path: str
@@ -34,6 +36,7 @@ class ShardEntry:
     skipped: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     turns_left_out: int = 0
+    remarks: dict[str, int] = field(default_factory=dict)
 
     @property
     def shard(self) -> int:
@@ -67,6 +70,11 @@ class ShardList(NamedTuple):
 
     entries: list[ShardEntry]
     is_finished: bool
+
+
+def counted_remarks(entries: Iterable[ShardEntry]) -> dict[str, int]:
+    """Stored conversations in these shards by remark, the most frequent first."""
+    return dict(sum((Counter(entry.remarks) for entry in entries), Counter()).most_common())
 
 
 def mean_nll(entries: Collection[ShardEntry]) -> float | None:
@@ -110,6 +118,7 @@ def _is_entry(shard: object) -> bool:
         "skipped": dict,
         "bad": dict,
         "turns_left_out": int,
+        "remarks": dict,
     }
     return (
         isinstance(shard, dict)
@@ -117,5 +126,5 @@ def _is_entry(shard: object) -> bool:
         and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
         and shard_number(shard["path"]) is not None
         and shard["num_rows"] >= 0
-        and all(isinstance(count, int) for name in ("skipped", "bad") for count in shard.get(name, {}).values())
+        and all(isinstance(count, int) for name in COUNTED for count in shard.get(name, {}).values())
     )

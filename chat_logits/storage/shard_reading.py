@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -97,12 +98,19 @@ def _row_values(column: pa.Array) -> list:
     return [values[a:b] for a, b in itertools.pairwise(offsets.tolist())]
 
 
-def shard_notes(source, path: str, fingerprint: str) -> tuple[list[dict], int]:
-    """What a shard records about source rows not in it: ``skipped`` and ``turns_left_out`` as ``write_shard`` takes
-    them. ``source`` is a path or an open file, of which only the footer is read. Raises DamagedShard.
-    """
+class ShardNotes(NamedTuple):
+    """What a shard records about its source rows, as in ``ShardAround``."""
+
+    skipped: list[dict]
+    turns_left_out: int
+    remarks: list[dict]
+
+
+def shard_notes(source, path: str, fingerprint: str) -> ShardNotes:
+    """The notes of a shard. ``source`` is a path or an open file, of which only the footer is read. Raises
+    DamagedShard."""
     with opened_shard(source, path, fingerprint) as (_, described, _):
-        return described["skipped"], described.get("turns_left_out", 0)
+        return ShardNotes(described["skipped"], described.get("turns_left_out", 0), described.get("remarks", []))
 
 
 def shard_sizes(source, path: str, fingerprint: str) -> dict[str, int]:
@@ -249,7 +257,16 @@ def _is_described(metadata) -> bool:
         and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
         and isinstance(metadata.get("row_crc32", []), list)
         and isinstance(metadata.get("turns_left_out", 0), int)
-        and all(isinstance(entry, dict) and {"row", "reason"} <= entry.keys() for entry in metadata["skipped"])
+        and _is_list_of_rows(metadata["skipped"], "reason")
+        and _is_list_of_rows(metadata.get("remarks", []), "remark")
+    )
+
+
+def _is_list_of_rows(entries, text: str) -> bool:
+    """Whether these are objects with a source row's number, and with a string under the key ``text``."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("row"), int) and isinstance(entry.get(text), str)
+        for entry in entries
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import extract_logits
 from chat_logits.analysis.condition import Condition
 from chat_logits.analysis.filtering import save_rows
 from chat_logits.analysis.verification import check_rows
+from chat_logits.data.remarks import SPECIAL, UNASKED
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import DamagedRow, StoredDataset, open_dataset
@@ -321,6 +323,28 @@ def test_turns_left_out_are_those_of_its_rows(quick_model, chat_file, tmp_path):
         folder = tmp_path / f"rows {chosen}"
         save_rows(dataset, chosen, str(folder))
         assert [entry.turns_left_out for entry in open_dataset(str(folder)).shards] == [turns]
+
+
+def test_remarks_are_those_of_its_rows(quick_model, chat_file, tmp_path, capsys):
+    """Of four conversations one begins with an answer, two name a special token, and one of those has both."""
+    texts = [("What?", "That."), ("What is <|im_end|>?", "That."), ("<|im_end|>?", "That."), ("What?", "Nothing.")]
+    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in texts]
+    talks[2:] = [[talks[0][1], *talk] for talk in talks[2:]]
+    source = chat_file([{"messages": talk} for talk in talks])
+    words = ["--model_id", quick_model, "--dataset_id", source, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    words = [*map(str, words), "--top_k", "4", "--rows_per_shard", "3"]
+    for _ in ("computed", "resumed"):
+        assert extract_logits.main(words) == 0
+        counted = re.findall(r"(\d) conversations with (.+)", capsys.readouterr().out)
+        assert sorted(counted) == sorted([("2", SPECIAL), ("2", UNASKED)])
+    assert f"2 conversations with {UNASKED}." in (tmp_path / "out" / "README.md").read_text()
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert [entry.remarks for entry in dataset.shards] == [{SPECIAL: 2, UNASKED: 1}, {UNASKED: 1}]
+    save_rows(dataset, [1, 3], str(tmp_path / "some"))
+    assert [entry.remarks for entry in open_dataset(str(tmp_path / "some")).shards] == [{SPECIAL: 1}, {UNASKED: 1}]
+    execute_thinning(str(tmp_path / "out"), (2, 1, 0.9, str(tmp_path / "thin")), quiet=True)
+    thinned = open_dataset(str(tmp_path / "thin"))
+    assert [entry.remarks for entry in thinned.shards] == [entry.remarks for entry in dataset.shards]
 
 
 def test_messages_and_source_indices(quick_run, rows, tmp_path):

@@ -178,7 +178,7 @@ def extraction(**options) -> Extraction:
     config = ExtractConfig(model_id="m", dataset_id="d", **options)
     numbers = dict.fromkeys(("conversations", "turns_left_out", "tokens", "num_bytes", "new_tokens"), 1)
     here = int(bool(config.output_dir))
-    more = {"skipped": {}, "mean_nll": 1.0, "seconds": 1.0, "computing": 1.0, "bytes_in_folder": here}
+    more = {"skipped": {}, "remarks": {}, "mean_nll": 1.0, "seconds": 1.0, "computing": 1.0, "bytes_in_folder": here}
     return Extraction(config=config, folder=config.folder, url=None, **numbers, **more)
 
 

@@ -220,6 +220,7 @@ def test_metadata_says_what_the_shard_covers(real_extraction):
         "num_rows": 32,
         "skipped": [],
         "turns_left_out": 0,
+        "remarks": [],
     }
 
 
