@@ -20,8 +20,11 @@ import triton.language as tl
 from logit_codec import ABSENT, MAX_TOKEN_ID
 
 BLOCK = 128  # vocabulary entries whose exponentials are summed in float32; sums of blocks are float64
-BLOCKS_A_PROGRAM = 16
+BLOCKS_A_PROGRAM = 8
 BLOCKS_A_WARP = 512  # blocks of a row for each warp, in the second kernel
+# Kernels are compiled once for these however their memory is aligned, which depends on the number of rows: not in the
+# middle of a run.
+ANY_ALIGNMENT = ("maxima", "sums", "tokens", "uniforms")
 
 
 def select(
@@ -31,7 +34,7 @@ def select(
     num_rows, vocabulary = logits.shape
     top_k, num_sampled = settings.top_k, settings.num_sampled
     num_blocks = triton.cdiv(vocabulary, BLOCK)
-    maxima, sums = logits.new_empty(2, num_rows, num_blocks, dtype=torch.float32)
+    maxima, sums = (logits.new_empty(num_rows, num_blocks, dtype=torch.float32) for _ in range(2))
     selected = _empty_results(logits, top_k, num_sampled)
     grid = (num_rows, triton.cdiv(num_blocks, BLOCKS_A_PROGRAM))
     padded = triton.next_power_of_2(num_blocks)
@@ -78,7 +81,7 @@ def _empty_results(logits: torch.Tensor, top_k: int, num_sampled: int) -> dict[s
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT[:2])
 def _block_sums(
     logits, maxima, sums, vocabulary, num_blocks, stride, blocks_a_program: tl.constexpr, block_size: tl.constexpr
 ):
@@ -94,7 +97,7 @@ def _block_sums(
     tl.store(sums + row * num_blocks + block, total, mask=block < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def _select_row(
     logits,
     maxima,

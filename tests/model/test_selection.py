@@ -168,3 +168,33 @@ def test_the_kernel_is_used_where_it_runs(caplog):
     assert alone.stdout == "False\n"
     (told,) = alone.stderr.splitlines()
     assert told.startswith("Selection is in plain torch, which is slower: Triton's kernel does not run on cpu (")
+
+
+FOR_CARDS = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from chat_logits.model import selection_kernel
+from chat_logits.model.selection_kernel import BLOCK, BLOCKS_A_PROGRAM
+
+numbers = {"tokens": "*i64", "top_ids": "*i64", "sampled_ids": "*i64", "maxima": "*fp32", "sums": "*fp32"}
+floats = ("uniforms", "top_probs", "sampled_probs", "logsumexp", "token_log_probs")
+settings = {"top_p": 0.98, "top_k": 64, "num_sampled": 16, "padded_blocks": 2048, "block_size": BLOCK}
+settings["blocks_a_program"] = BLOCKS_A_PROGRAM
+for kernel in (selection_kernel._block_sums, selection_kernel._select_row):
+    kinds = numbers | dict.fromkeys(floats, "*fp64") | {"logits": sys.argv[2]}
+    signature = {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in kernel.params}
+    constants = {(kernel.arg_names.index(p.name),): settings[p.name] for p in kernel.params if p.is_constexpr}
+    source = ASTSource(kernel, signature, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4})
+    print(made.name, len(made.asm["cubin"]) > 1000)
+"""
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "*fp16"), (80, "*bf16"), (90, "*fp32"), (120, "*fp32")])
+def test_the_kernels_can_be_built_for_cards(tmp_path, capability, dtype):
+    """For a T4, an A100, an H100 and a GeForce of the 50 series, by Triton's compiler and NVIDIA's assembler."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPO), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FOR_CARDS, str(capability), dtype]
+    built = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert built.stdout == "_block_sums True\n_select_row True\n", built.stderr
