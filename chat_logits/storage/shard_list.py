@@ -101,7 +101,8 @@ def read_shard_list(path: Path, dataset: str) -> ShardList:
     expected = zlib.crc32(canonical(shards))
     if listing.get("crc32", expected) != expected:
         raise ToolkitError(f"{name} is damaged (checksum {listing['crc32']!s:.{SHOWN}}, expected {expected})")
-    entries = [ShardEntry(**shard) for shard in shards]
+    known = ShardEntry.__dataclass_fields__.keys()
+    entries = [ShardEntry(**{key: value for key, value in shard.items() if key in known}) for shard in shards]
     for one, following in itertools.pairwise(entries):
         if one.shard >= following.shard:
             raise ToolkitError(f"{name} lists {following.path} after {one.path}, expected each once, in order")
@@ -122,8 +123,8 @@ def _is_entry(shard: object) -> bool:
     }
     return (
         isinstance(shard, dict)
-        and {"path", "num_rows"} <= shard.keys() <= kinds.keys()
-        and all(isinstance(value, kinds[key]) and not isinstance(value, bool) for key, value in shard.items())
+        and {"path", "num_rows"} <= shard.keys()
+        and all(isinstance(shard[key], kinds[key]) and not isinstance(shard[key], bool) for key in kinds.keys() & shard.keys())
         and shard_number(shard["path"]) is not None
         and shard["num_rows"] >= 0
         and all(isinstance(count, int) for name in COUNTED for count in shard.get(name, {}).values())

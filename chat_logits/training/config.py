@@ -81,7 +81,7 @@ class TrainConfig(TaughtOptions):
     resume: bool = option(
         False,
         help="continue from the last checkpoint in the folder",
-        unset="start again",
+        unset="a new training, in a new or an empty folder",
         group=WRITTEN,
         example="",
     )

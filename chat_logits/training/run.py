@@ -34,8 +34,8 @@ from chat_logits.words import count_text
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS, WARM_UP = 10, 0.03  # measurements during training; share of all steps
-# Seconds that a process on a GPU waits for the others, 7 days: the first one aligns all rows, which takes an hour a
-# billion tokens, and after transformers' default of half an hour NCCL would end the others. If a process dies, torchrun
+# Seconds that a process on a GPU waits for the others, 7 days: the first one aligns all rows, about four hours per
+# billion extracted tokens, and after transformers' default of half an hour NCCL would end the others. If a process dies, torchrun
 # ends all of them.
 PATIENCE = 7 * 24 * 3600
 
