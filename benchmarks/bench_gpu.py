@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
+from torch.nn.attention import sdpa_kernel  # noqa: E402
 
 from chat_logits.analysis import verification  # noqa: E402
 from chat_logits.extraction import run as extraction_run  # noqa: E402
@@ -38,12 +40,13 @@ from chat_logits.extraction import run_description, shard_computer  # noqa: E402
 from chat_logits.extraction.config import ExtractConfig  # noqa: E402
 from chat_logits.extraction.folder import RunFolder  # noqa: E402
 from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
-from chat_logits.model import loading, selection  # noqa: E402
+from chat_logits.model import loading, selection, selection_kernel  # noqa: E402
 from chat_logits.model.batch_plan import Budget, plan_batches  # noqa: E402
 from chat_logits.model.batching import Batches, Sharing  # noqa: E402
 from chat_logits.model.head import use_head_dtype  # noqa: E402
 from chat_logits.model.memory import choose_budget, peak_memory  # noqa: E402
 from chat_logits.model.probe import probe_model  # noqa: E402
+from chat_logits.model.teacher import ATTENTION, nothing_packed  # noqa: E402
 from chat_logits.storage.dataset import open_dataset  # noqa: E402
 from chat_logits.storage.disk import DiskWatch  # noqa: E402
 
@@ -58,6 +61,7 @@ SHAPES = {  # of Qwen2.5-0.5B, Llama-3.1-8B, and of nothing, for a CPU
 }
 WORDS = """the of and to in is that for it was on are as with they be at one have this from or had by hot but some what
 there we can out other were all your when up use word how said an each she""".split()  # noqa: SIM905
+KERNELS = [(128, 4), (256, 4), (256, 2), (512, 2), (512, 1)]  # sizes of selection's kernels; the first is in use
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 START = time.monotonic()
 
@@ -128,8 +132,8 @@ class Bench:
         }
         return run_description.open_run(ExtractConfig(**named, max_samples=conversations, **options))
 
-    def extract(self, opened, folder: Path) -> float:
-        """The command's run, loading aside, into the folder; seconds."""
+    def extract(self, opened, folder: Path) -> "Clock":
+        """The command's run, loading aside, into the folder."""
         with RunFolder(folder) as run_folder:
             watch = DiskWatch(run_folder.path, opened.reader.num_rows)
             here = ShardComputer(opened, DEVICE, folder, model=self.model, sharing=self.sharing)
@@ -137,17 +141,26 @@ class Bench:
             run.begin_or_resume(None)
             with mock.patch.object(shard_computer, "run_shards", Clock()) as clock:
                 run.compute_missing()
-            return clock.seconds
+            return clock
 
 
 class Clock:
-    """Of the shards: from the first batch to the last file."""
+    """Of the shards: from the first batch to the last results on the host, and to the last file, in seconds."""
 
     def __init__(self):
-        self._run_shards = shard_computer.run_shards
+        self._run_shards, self._encode = shard_computer.run_shards, shard_computer.encode
+        self.results = self.files = 0.0
 
     def __call__(self, *arguments):
-        self.seconds = seconds(lambda: self._run_shards(*arguments))
+        started = time.perf_counter()
+
+        def encode(encoding, members, pending):
+            pending.wait()
+            self.results = time.perf_counter() - started
+            return self._encode(encoding, members, pending)
+
+        with mock.patch.object(shard_computer, "encode", encode):
+            self.files = seconds(lambda: self._run_shards(*arguments))
 
 
 def seconds(way: Callable[[], object]) -> float:
@@ -185,8 +198,8 @@ def median(way: Callable[[], object], times: int = 10) -> float:
 
 
 @torch.inference_mode()
-def measure_parts(bench: Bench, bandwidth: float) -> None:
-    """lm_head and selection alone, for random and for peaked logits."""
+def measure_parts(bench: Bench, bandwidth: float, kernels: list[tuple[int, int]]) -> None:
+    """lm_head and selection alone, for random and for peaked logits; ``kernels`` are block sizes and warps a row."""
     head = bench.model.get_output_embeddings()
     rows = 4096 if CUDA else 64
     vocabulary, hidden = head.weight.shape
@@ -196,31 +209,55 @@ def measure_parts(bench: Bench, bandwidth: float) -> None:
     settings = selection.SelectionSettings(64, 0.98, 16)
     own = median(lambda: torch.nn.functional.linear(states, head.weight))
     tell("head", f"{rows} rows: {1e3 * own:.2f} ms in bfloat16, {1e3 * median(lambda: head(states)):.2f} ms as it is")
-    for name, scale in (("flat", 1.0), ("peaked", 4.0)):
+    for name, scale in (("flat", 1.0), ("peaked", 8.0)):  # all 64 entries of the nucleus are kept, and about 15
         logits = torch.randn(rows, vocabulary, device=DEVICE) * scale
         for given in (logits, logits.bfloat16()):
             needed = given.nbytes / bandwidth
-            took = median(partial(selection.select, given, tokens, uniforms, settings))
             kind = str(given.dtype).removeprefix("torch.")
-            tell("selection", f"{rows} rows, {name}, {kind}: {1e3 * took:.2f} ms; one reading {1e3 * needed:.2f} ms")
+            for block, warps in kernels:
+                with mock.patch.multiple(selection_kernel, BLOCK=block, warps_for=lambda _, warps=warps: warps):
+                    took = median(partial(selection.select, given, tokens, uniforms, settings))
+                told = f"{rows} rows, {name}, {kind}, blocks of {block}, {warps} warps: {1e3 * took:.2f} ms"
+                tell("selection", f"{told}; one reading {1e3 * needed:.2f} ms")
+
+
+def bare_batches(ready: list, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Padded token ids of batches of like length, and the row and place of each hidden state that the lm_head gets."""
+    lengths = [len(aligned.input_ids) for aligned in ready]
+    batches = []
+    for batch in plan_batches(lengths, [0] * len(ready), Budget(tokens, 1)):
+        ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids[row, : lengths[index]] = torch.from_numpy(ready[index].input_ids)
+        rows = np.repeat(np.arange(len(batch)), [len(ready[index].positions) for index in batch])
+        places = np.concatenate([ready[index].positions - 1 for index in batch])
+        made = (ids, torch.from_numpy(rows), torch.from_numpy(places))
+        batches.append(tuple(part.pin_memory() if CUDA else part for part in made))
+    return batches
 
 
 @torch.inference_mode()
-def bare_forward(model, ready: list, tokens: int) -> None:
-    """Decoder over all tokens, lm_head on the answers' rows, in batches of like length; nothing kept."""
-    lengths = [len(aligned.input_ids) for aligned in ready]
-    for batch in plan_batches(lengths, [0] * len(ready), Budget(tokens, 1)):
-        ids = np.zeros((len(batch), lengths[batch[0]]), np.int64)
-        at: list[list[int]] = [[], []]
-        for row, index in enumerate(batch):
-            ids[row, : lengths[index]] = ready[index].input_ids
-            at[0] += [row] * len(ready[index].positions)
-            at[1] += (ready[index].positions - 1).tolist()
-        hidden = model.model(input_ids=torch.from_numpy(ids).to(DEVICE), use_cache=False).last_hidden_state[
-            at[0], at[1]
-        ]
+def bare_forward(model, batches: list) -> None:
+    """Decoder over all tokens, lm_head on the answers' rows; nothing kept, and the host never waits."""
+    for batch in batches:
+        ids, rows, places = (part.to(DEVICE, non_blocking=True) for part in batch)
+        with nothing_packed():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[rows, places]
         for piece in hidden.split(4096):
             model.lm_head(piece)
+
+
+def measure_bare(bench: Bench, name: str, ready: list, tokens: int) -> float:
+    """Median seconds of three passes, by the attention kernels that PyTorch chooses and by those of the extraction."""
+    batches = bare_batches(ready, tokens)
+    read = sum(len(aligned.input_ids) for aligned in ready)
+    found = {}
+    for kernels, context in {"PyTorch's choice": nullcontext, "as extracted": lambda: sdpa_kernel(ATTENTION)}.items():
+        with context():
+            bare_forward(bench.model, batches[:4])
+            found[kernels] = statistics.median(seconds(lambda: bare_forward(bench.model, batches)) for _ in range(3))
+        tell(name, f"bare forward, attention: {kernels}", f"{read / found[kernels]:,.0f} tokens/s")
+    return min(found.values())
 
 
 # --- a shape ---
@@ -233,10 +270,10 @@ def bench_shape(bench: Bench, name: str, place: Path, conversations: int, flops:
     tell(name, f"{conversations} conversations, {read:,} tokens, {extracted:,} of them extracted")
     budget = choose_budget(bench.model, None, None)
     tell(name, f"batches of {budget.tokens:,} tokens, {budget.logit_rows:,} logit rows")
-    bare = min(seconds(lambda: bare_forward(bench.model, ready, budget.tokens)) for _ in range(2))
+    bare = measure_bare(bench, name, ready, budget.tokens)
     decoder, head = bench.model.model.layers, bench.model.lm_head
     work = 2 * read * sum(weights.numel() for weights in decoder.parameters()) + 2 * extracted * head.weight.numel()
-    tell(name, "bare forward", f"{read / bare:,.0f} tokens/s", f"{work / bare / flops:.2f} of the card's products")
+    tell(name, "bare forward, the faster", f"{work / bare / flops:.2f} of the card's products")
     ways: dict[str, dict] = {"extraction": {}}
     if CUDA:
         ways["extraction, 256 rows a shard"] = {"rows_per_shard": 256}
@@ -247,8 +284,9 @@ def bench_shape(bench: Bench, name: str, place: Path, conversations: int, flops:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if CUDA else 0
-        took = bench.extract(bench.open(conversations, **options), place / f"{name}-{way}")
-        tell(name, way, f"{read / took:,.0f} tokens/s", f"{bare / took:.2f} of the bare forward")
+        clock = bench.extract(bench.open(conversations, **options), place / f"{name}-{way}")
+        for end, took in (("last results", clock.results), ("last file", clock.files)):
+            tell(name, f"{way}, to the {end}", f"{read / took:,.0f} tokens/s", f"{bare / took:.2f} of the bare forward")
         if CUDA:
             peak, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_reserved()
             longest = max(len(aligned.input_ids) for aligned in ready)
@@ -281,7 +319,8 @@ def bench_compiled(bench: Bench, name: str, conversations: int) -> None:
     opened = bench.open(conversations)
     ready, _ = opened.reader.align(0, conversations)
     read = sum(len(aligned.input_ids) for aligned in ready)
-    bare = seconds(lambda: bare_forward(bench.model, ready, choose_budget(bench.model, None, None).tokens))
+    batches = bare_batches(ready, choose_budget(bench.model, None, None).tokens)
+    bare = seconds(lambda: bare_forward(bench.model, batches))
     for layer in bench.model.model.layers:
         layer.compile(dynamic=True)
     for _ in range(3):
@@ -361,7 +400,8 @@ def main() -> None:
     parser.add_argument(
         "--shapes", default="0.5B,8B" if CUDA else "small", help="which (default: both; small on a CPU)"
     )
-    parser.add_argument("--conversations", type=int, default=10_000 if CUDA else 24, help="of the first shape")
+    parser.add_argument("--conversations", type=int, default=12_000 if CUDA else 24, help="of the first shape")
+    parser.add_argument("--kernels", action="store_true", help="selection with other sizes of its kernels, too (GPU)")
     options = parser.parse_args()
     card = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"{card}, torch {torch.__version__}\n\n| s | what | | |\n| --- | --- | --- | --- |")
@@ -374,7 +414,7 @@ def main() -> None:
             bench = Bench(place / name, data, model, probe_model(model))
             first = first or bench
             tell(name, "model loaded", bench.sharing)
-            measure_parts(bench, bandwidth)
+            measure_parts(bench, bandwidth, KERNELS if options.kernels and CUDA else KERNELS[:1])
             bench_shape(bench, name, place, options.conversations // (10 if number else 1), flops)
             verify(bench, name, place / f"{name}-extraction")
             del bench, model
@@ -387,7 +427,7 @@ def main() -> None:
         stopped_and_resumed(first, name, place / "stopped", min(512, options.conversations))
         if CUDA:
             short_of_memory(first, name, place / "short")
-        bench_compiled(first, name, options.conversations)
+        bench_compiled(first, name, max(1, options.conversations // 3))
 
 
 if __name__ == "__main__":

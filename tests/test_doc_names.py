@@ -20,7 +20,7 @@ def test_tables_of_options_are_the_options(name):
 
 
 def test_options_that_are_named_exist():
-    known = {"--head", "--port", "--address", "--nproc_per_node"}  # of ray start and torchrun
+    known = {"--head", "--port", "--address", "--nproc_per_node", "--array", "--gpus"}  # of ray start, torchrun, sbatch
     for options in (extract_options, explore_options, export_options, train_options):
         known |= {option for action in options.build_parser()._actions for option in action.option_strings}
     for page in PAGES:

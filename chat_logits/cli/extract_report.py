@@ -67,6 +67,8 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
         recorded = f"the recorded --max_samples {done.config.max_samples}, which was left out here"
         print(f"Ends           at {recorded}. For all rows give another --output_dir,")
         print("               or --overwrite to replace this run")
+    if done.config.part:
+        print(f"Part           {done.config.part}; when all are finished, the same command without --part joins them")
     print(f"Time           {_time_text(done)}")
 
 

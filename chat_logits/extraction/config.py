@@ -24,6 +24,12 @@ def _check_bad_rows(limit: float) -> None:
         raise UsageError(f"`max_bad_rows` {limit}: expected a share below 1, or a whole number")
 
 
+def _check_part(part: str) -> None:
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if not match or int(match[1]) > int(match[2]):
+        raise UsageError(f"`part` {part}: expected I/N, part I of N, such as 1/8 to 8/8")
+
+
 def _check_address(address: str) -> None:
     if address.startswith("ray://"):
         raise UsageError(f"`ray_address` {address}: expected HOST:PORT as `ray start` prints it, without ray://")
@@ -152,8 +158,21 @@ class ExtractConfig(SourceConfig, ModelConfig):
         least=1,
     )
 
+    part: str | None = option(
+        None,
+        help="compute only part I of N, in a folder within the run's own; when all are finished, the same command "
+        "without this joins them",
+        unset="the whole run",
+        group=SPREAD,
+        metavar="I/N",
+        check_value=_check_part,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.part and (self.uses_ray or self.overwrite):
+            other = "overwrite" if self.overwrite else "num_workers" if self.num_workers > 1 else "ray_address"
+            raise UsageError(f"`part` {self.part}: it does not go with `{other}`")
         if self.uses_ray and self.device not in (None, "cpu"):
             raise UsageError(f"`device` {self.device}: each worker gets its own accelerator; leave it out, or give cpu")
         if self.gpus_per_worker > 1 and not (self.uses_ray and self.device_map):

@@ -59,7 +59,7 @@ class RunFolder:
         self.is_finished = False
         self._is_described, self._due = True, 0.0
         self._lock = FolderLock(path)
-        _refuse_unfit_place(path)
+        refuse_unfit_place(path)
         if path.is_dir():
             self._acquire()
         try:
@@ -337,7 +337,8 @@ def is_being_replaced(folder: Path) -> bool:
     return (folder / REPLACED).exists() and (folder / EXTRACTION_FILE).exists()
 
 
-def _refuse_unfit_place(folder: Path) -> None:
+def refuse_unfit_place(folder: Path) -> None:
+    """Raise UsageError if a folder cannot be written, or holds other files than a run's."""
     refuse_unwritable(folder, "output_dir")
     present = [path for path in folder.glob("*") if not path.name.startswith(".")]
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()

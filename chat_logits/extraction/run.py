@@ -20,6 +20,7 @@ from chat_logits.extraction.bad_rows import BadRows, explain_reasons
 from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
+from chat_logits.extraction.joining import Part, place_of
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
 from chat_logits.extraction.source_checks import refuse_changed_source, refuse_within_source
 from chat_logits.extraction.upload import HubSync
@@ -73,7 +74,7 @@ def extract(config: ExtractConfig) -> Extraction:
     """
     refuse_within_source(config)
     arguments = arguments_in_code(config.output_repo, config.output_revision)
-    with RunFolder(config.folder, config.overwrite, arguments) as folder:
+    with RunFolder(place_of(config), config.overwrite, arguments) as folder:
         try:
             return _extract_into(folder, config)
         except KeyboardInterrupt:
@@ -109,7 +110,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             run.compute_missing()
         refuse_changed_source(opened)
         run.refuse_nothing()  # before anything is replaced
-        folder.check_finished(run.finished.keys() == folder.entries.keys())
+        folder.check_finished(run.finished.keys() == folder.entries.keys() and not config.part)
         if sync:
             sync.finish(is_all=True)
         folder.finish()
@@ -138,7 +139,7 @@ def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], Ab
 @contextmanager
 def _connected(config: ExtractConfig, folder: RunFolder) -> Iterator[HubSync | None]:
     """Within, the object that pushes the run, with the Hub's client configured for it; None if nothing is pushed."""
-    if config.output_repo is None:
+    if config.output_repo is None or config.part:
         yield None
         return
     put_back = configure_client()
@@ -262,6 +263,10 @@ class Run:
     def _compute(self, covered: dict[int, int]) -> None:
         num_rows, manifest = self.opened.reader.num_rows, self.folder.manifest
         missing = missing_shards(covered, manifest.rows_per_shard, num_rows)
+        if self.opened.config.part:
+            part = Part.read(self.opened.config.part)
+            missing = part.of_these(missing)
+            num_rows = num_rows and part.num_rows(num_rows, manifest.rows_per_shard)
         progress = functools.partial(
             self._progress,
             total=num_rows,

@@ -93,16 +93,9 @@ class ShardComputer:
             skipped = [*shard.skipped, *(self.opened.reader.bad_row(*row) for row in sorted(bad.items()))]
             skipped.sort(key=lambda entry: entry["row"])
             stored = [one for one in shard.ready if one.source_index not in bad]
-            entry = write_shard(
-                folder,
-                manifest,
-                shard.number,
-                rows,
-                skipped,
-                self.check_still_ours,
-                turns_left_out=sum(one.alignment.turns_left_out for one in stored),
-                remarks=({"row": one.source_index, "remark": remark} for one in stored for remark in one.remarks),
-            )
+            left_out = sum(one.alignment.turns_left_out for one in stored)
+            remarks = [{"row": one.source_index, "remark": remark} for one in stored for remark in one.remarks]
+            entry = write_shard(folder, manifest, shard.number, rows, skipped, self.check_still_ours, left_out, remarks)
             with one_at_a_time:
                 finished(entry)
 

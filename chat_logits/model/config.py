@@ -50,8 +50,8 @@ class ModelConfig(Config):
     logit_memory: int | None = option(
         None,
         help="memory for logits at once; more logit rows are computed in pieces",
-        unset="1/8 of the device's total memory less the weights (not of its free memory), 8192 at most; on a CPU 1/16, "
-        "256 at most",
+        unset="1/8 of the device's total memory less the weights (not of its free memory), 8192 at most; on a CPU "
+        "1/16, 256 at most",
         group=COMPUTED,
         metavar="MIB",
         least=1,

@@ -56,9 +56,14 @@ def select(
             num_sampled,
             padded,
             BLOCK,
-            num_warps=max(4, min(16, padded // BLOCKS_A_WARP)),
+            num_warps=warps_for(padded),
         )
     return selected
+
+
+def warps_for(blocks: int) -> int:
+    """Warps for each row of so many blocks, in the second kernel."""
+    return max(4, min(16, blocks // BLOCKS_A_WARP))
 
 
 def _empty_results(logits: torch.Tensor, top_k: int, num_sampled: int) -> dict[str, torch.Tensor]:

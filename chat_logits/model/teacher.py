@@ -190,12 +190,12 @@ class Teacher:
         if shared:
             inputs[self._cache_name] = copy.deepcopy(self._prefix_cache)
             inputs[self._cache_name].batch_repeat_interleave(len(requests))
-        with self._head_inputs(pick), _nothing_packed():
+        with self._head_inputs(pick), nothing_packed():
             return self.model(**inputs).logits
 
     @torch.inference_mode()
     def _dummy_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)), _nothing_packed():
+        with self._head_inputs(lambda _hidden: rows.unsqueeze(0)), nothing_packed():
             return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits
 
     @contextmanager
@@ -213,7 +213,7 @@ _thread = _Thread()
 
 
 @contextmanager
-def _nothing_packed() -> Iterator[None]:
+def nothing_packed() -> Iterator[None]:
     """Within, in this thread, transformers does not look for rows with several texts: the host would wait for a GPU."""
     _patch_packed_search()
     _thread.packs = False

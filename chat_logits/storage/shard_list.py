@@ -124,7 +124,8 @@ def _is_entry(shard: object) -> bool:
     return (
         isinstance(shard, dict)
         and {"path", "num_rows"} <= shard.keys()
-        and all(isinstance(shard[key], kinds[key]) and not isinstance(shard[key], bool) for key in kinds.keys() & shard.keys())
+        and all(isinstance(shard[key], kind) for key, kind in kinds.items() if key in shard)
+        and not any(isinstance(shard[key], bool) for key in kinds if key in shard)
         and shard_number(shard["path"]) is not None
         and shard["num_rows"] >= 0
         and all(isinstance(count, int) for name in COUNTED for count in shard.get(name, {}).values())

@@ -86,7 +86,7 @@ def test_rows_of_several_texts_are_found_in_other_threads_and_afterwards():
     from transformers import masking_utils
 
     packed = torch.tensor([[0, 1, 2, 0, 1]])
-    with teacher_model._nothing_packed(), ThreadPoolExecutor(1) as other:
+    with teacher_model.nothing_packed(), ThreadPoolExecutor(1) as other:
         assert masking_utils.find_packed_sequence_indices(packed) is None
         found = other.submit(lambda: masking_utils.find_packed_sequence_indices(packed)).result()
     assert found.tolist() == [[0, 0, 0, 1, 1]] == masking_utils.find_packed_sequence_indices(packed).tolist()
