@@ -27,7 +27,7 @@ DEFAULTS = {
     **dict.fromkeys(("overwrite", "check_shards"), False),
     **{"prefix_cache": True, "dtype": "auto", "split": "train", "template_kwargs": {}, "skip_tokens": ()},
     **{"keep_tokens": (), "top_k": 64, "top_p": 0.98, "num_sampled": 16, "seed": 0, "push_every": 300.0},
-    **{"max_bad_rows": 0.01, "tensor_parallel": 1, "num_workers": 1, "gpus_per_worker": 1},
+    **{"max_bad_rows": 0.01, "tensor_parallel": 1, "num_workers": 1, "gpus_per_worker": 1, "part": None},
 }
 # An option, a value that is no longer in its range, the nearest that is, and the range in words.
 EDGES = [
@@ -55,6 +55,7 @@ EDGES = [
     ("output_repo", "user/", "user/name", "expected USER/NAME"),
     ("ray_address", "ray://here:1", "here:1", "without ray://"),
     ("ray_address", "here:65536", "auto", "expected HOST:PORT or auto"),
+    ("part", "4/3", "3/3", "expected I/N, part I of N"),
     ("template_kwargs", {"messages": []}, {"tools": []}, "expected a JSON object without"),
 ]
 
