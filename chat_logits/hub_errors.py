@@ -25,11 +25,15 @@ SAID, SHOWN = 200, 500  # characters shown of the Hub's error message, and of a 
 FOR_EVER = 10.0**8  # seconds: three years, which a lock can still wait for
 # Environment variables that move one cache each, while HF_HOME moves all
 CACHES = ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PASSING = {408, 409, 412, 425, 429}  # and all of 5xx: the same request may succeed later
 Answer = TypeVar("Answer")
-# Access tokens, in lower case (HF_HOME is not one), and the query that lets a signed address be written to.
-SECRETS = re.compile(r"(?-i:hf_)\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+", re.IGNORECASE)
+# Access tokens, in lower case (HF_HOME is not one), the query that lets a signed address be written to, and the user
+# and password of an address.
+SECRETS = re.compile(
+    r"(?-i:hf_)\w{8,}|(?<=\?)(?=[^\s'\"]*(?:Signature|sig|token)=)[^\s'\"]+|(?<=://)[^\s'\"/@]+(?=@)", re.IGNORECASE
+)
 
 
 class HubUnreachable(ToolkitError):
@@ -53,8 +57,11 @@ def explain_hub_error(error: BaseException, name: str, otherwise: type[ToolkitEr
     failure = Failure(error)
     if failure.status is not None:
         return ToolkitError(f"{name}: {_advice(failure)}")
+    if failure.is_offline:
+        return UsageError(f"{name}: offline mode is on (HF_HUB_OFFLINE), so the Hub is not asked")
     if failure.is_unreachable:
-        return HubUnreachable(f"{name}: the Hub cannot be reached")
+        endpoint = os.environ.get("HF_ENDPOINT")
+        return HubUnreachable(f"{name}: the Hub cannot be reached{f' at HF_ENDPOINT {endpoint}' if endpoint else ''}")
     if failure.is_html:
         return HubUnreachable(
             f"{name}: HTML instead of the Hub's JSON, perhaps from a proxy or from a network's login page"
@@ -77,13 +84,20 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _refused_cache(error: BaseException) -> UsageError | None:
-    """The error for a cache of the libraries that the system does not let us write to; None for any other error."""
+    """The error for a cache of the libraries that the system does not let us write to or lock; None for any other
+    error."""
     from huggingface_hub import constants
 
-    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+    if not isinstance(error, OSError):
+        return None
+    caches = {name: os.environ[name] for name in CACHES if os.environ.get(name)} | {"HF_HOME": constants.HF_HOME}
+    if error.errno in NO_LOCKS:  # without the name of a file
+        places = " or ".join(f"{name} {folder}" for name, folder in caches.items())
+        fault = f"{places}: the file system of this cache does not lock files ({error.strerror})"
+        return UsageError(f"{fault}. Set it to a folder on a local disk.")
+    if not isinstance(error.filename, str):
         return None
     refused = Path(error.filename).resolve()
-    caches = {name: os.environ[name] for name in CACHES if os.environ.get(name)} | {"HF_HOME": constants.HF_HOME}
     for name, folder in caches.items():
         cache = Path(folder).resolve()
         is_denied = refused.is_relative_to(cache) and error.errno in DENIED
@@ -130,7 +144,7 @@ def failure_kind(error: BaseException) -> str:
     from huggingface_hub.errors import HFValidationError
 
     failure = Failure(error)
-    if failure.has(HFValidationError):
+    if failure.has(HFValidationError) or failure.is_offline:
         return "final"
     if failure.status is not None:
         return "passing" if failure.status in PASSING or failure.status >= 500 else "refused"
@@ -248,10 +262,15 @@ class Failure:
 
     @property
     def is_unreachable(self) -> bool:
-        """Whether no connection could be made."""
+        """Whether no connection could be made, or none was to be made."""
+        return self.is_offline or self.has(_client().ConnectError, _client().ConnectTimeout)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether no connection was to be made: offline mode."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
-        return self.has(_client().ConnectError, _client().ConnectTimeout, OfflineModeIsEnabled)
+        return self.has(OfflineModeIsEnabled)
 
     @property
     def is_broken(self) -> bool:

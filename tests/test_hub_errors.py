@@ -37,7 +37,6 @@ def answered(kind: type[Exception], status: int, **headers: str) -> Exception:
     [
         (client.ConnectError("refused"), "the Hub cannot be reached"),
         (client.ConnectTimeout("late"), "the Hub cannot be reached"),
-        (errors.OfflineModeIsEnabled("offline"), "the Hub cannot be reached"),
         (client.ReadError("cut"), "the connection to the Hub broke (outer)"),
         (client.WriteError("cut"), "the connection to the Hub broke (outer)"),
         (client.CloseError("cut"), "the connection to the Hub broke (outer)"),
@@ -48,10 +47,22 @@ def answered(kind: type[Exception], status: int, **headers: str) -> Exception:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(error, words):
+def test_without_an_answer_the_hub_is_unreachable_and_may_be_asked_again(monkeypatch, error, words):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     explained = hub_errors.explain_hub_error(wrapped(error), "model user/x")
     assert isinstance(explained, hub_errors.HubUnreachable) and str(explained) == f"model user/x: {words}"
     assert hub_errors.is_transient(wrapped(error)) and hub_errors.retry_after(wrapped(error)) is None
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:word@mirror/hf")
+    told = hub_errors.redact(str(hub_errors.explain_hub_error(wrapped(error), "model user/x")))
+    place = " at HF_ENDPOINT https://…@mirror/hf" if "reached" in words else ""
+    assert told == f"model user/x: {words}{place}"
+
+
+def test_a_hub_that_is_not_to_be_asked_is_not_asked_again():
+    error = wrapped(errors.OfflineModeIsEnabled("offline"))
+    explained = hub_errors.explain_hub_error(error, "model user/x")
+    assert isinstance(explained, UsageError) and not hub_errors.is_transient(error)
+    assert str(explained) == "model user/x: offline mode is on (HF_HUB_OFFLINE), so the Hub is not asked"
 
 
 @pytest.mark.parametrize(
@@ -253,8 +264,12 @@ def test_a_commit_from_the_cache_in_place_of_the_hubs_newest_is_told(tmp_path):
         run = {"capture_output": True, "text": True, "check": True}
         online = subprocess.run([sys.executable, "-c", CACHED], env=env, **run)
         assert online.stdout.split() == [cached] * 2 and online.stderr == ""
-    for away in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+    unreachable = "the Hub cannot be reached at HF_ENDPOINT http://127.0.0.1:9"
+    for away, why in (
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, unreachable),
+        ({"HF_HUB_OFFLINE": "1"}, "offline mode is on (HF_HUB_OFFLINE), so the Hub is not asked"),
+    ):
         offline = subprocess.run([sys.executable, "-c", CACHED], env={**env, **away}, **run)
         assert offline.stdout.split() == [cached] * 2
-        told = "dataset user/questions: the Hub cannot be reached. The commit in the local cache is used: "
+        told = f"dataset user/questions: {why}. The commit in the local cache is used: "
         assert offline.stderr == f"{told}{cached}\n"

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from chat_logits.cli.streams import named_failures, open_closed_streams, print_n
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import redact
 from chat_logits.options import Config
-from chat_logits.paths import refuse_unfit
+from chat_logits.paths import is_there, refuse_unfit
 from chat_logits.stages import Stages
 from chat_logits.storage.disk import nearest_existing, written_whole
 
@@ -86,11 +87,21 @@ def _read(kind: type[Config], parser: CommandParser, argv: list[str]) -> tuple[A
 
 
 def _check_environment() -> None:
-    """Raise UsageError if the cache folders of the Hub's client cannot exist on this machine."""
+    """Raise UsageError if a cache folder, the address or the certificates of the Hub's client cannot be what they are
+    set to, or if there is no place for temporary files."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         place = os.environ.get(name)
         if place and not nearest_existing(Path(place).expanduser()).is_dir():
             raise UsageError(f"{name} {place}: not a folder, and none can be made there. Set it to one, or unset it.")
+    endpoint, certificates = os.environ.get("HF_ENDPOINT"), os.environ.get("SSL_CERT_FILE")
+    if endpoint is not None and not re.match("https?://.", endpoint, re.IGNORECASE):
+        raise UsageError(f"HF_ENDPOINT {endpoint}: expected an address with https:// or http://. Set one, or unset it.")
+    if certificates and not is_there(Path(certificates)):
+        raise UsageError(f"SSL_CERT_FILE {certificates}: no such file. Set it to one, or unset it.")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UsageError("no folder for temporary files can be written to. Set TMPDIR to one that can.") from error
 
 
 def _explained(error: Exception, debug: bool) -> str:

@@ -1,15 +1,14 @@
 """The lock on a run's folder: no second process writes there, and the run notices if the folder is replaced."""
 
-import errno
 import os
 from pathlib import Path
 
 import filelock
 
-from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.errors import ToolkitError
+from chat_logits.storage.disk import lock_or_refuse
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
 class FolderLost(ToolkitError):
@@ -24,7 +23,7 @@ class FolderLock:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = filelock.FileLock(path / LOCK)
+        self._lock = filelock.FileLock(path / LOCK, fallback_to_soft=False)
         self._locked: tuple[int, int] | None = None
 
     @property
@@ -32,21 +31,8 @@ class FolderLock:
         return self._lock.is_locked
 
     def acquire(self) -> None:
-        """Lock the folder, which must exist. Raises UsageError if another process holds the lock."""
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UsageError(
-                f"`output_dir` {self.path}: another process is extracting into this folder. Wait for it, stop it, or "
-                "choose another folder."
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise
-            raise ToolkitError(
-                f"`output_dir` {self.path}: its file system does not lock files ({error}), so two runs could write "
-                "here at once. Mount it with locks (flock), or choose another folder."
-            ) from error
+        """Lock the folder, which must exist. Raises as ``lock_or_refuse``."""
+        lock_or_refuse(self._lock, self.path, "extracting")
         self._locked = self._seen()
 
     def release(self) -> None:

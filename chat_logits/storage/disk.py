@@ -17,13 +17,15 @@ import filelock
 import numpy as np
 
 from chat_logits.errors import ToolkitError, UsageError
+from chat_logits.hub_errors import NO_LOCKS
 from chat_logits.paths import refuse_unfit_folder
 from chat_logits.storage.shard_list import ShardEntry
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TOO_LARGE = "a file reached the limit on file sizes (ulimit -f). Raise it"  # in place of a full disk, for EFBIG
 BUILDING = re.compile(r"\..*\.[0-9a-f]{8}\.(tmp|lock)", re.DOTALL)  # names of folders being written, and of their locks
 NAMED = 50  # characters of the final folder's name in these, as a file name has at most 255 bytes
 SPARE = 4 * MIB  # in addition to the next shard: for the other files, and for what other processes write meanwhile
@@ -129,6 +131,8 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
             if folder.is_dir():
                 folder.rmdir()  # fails if files were put into it meanwhile
             building.rename(folder)
+    except FileTooLarge:
+        raise
     except DiskFull as error:
         raise ToolkitError(f"{folder}: no space for it. Free some, or name a folder on another disk.") from error
     except OSError as error:
@@ -197,6 +201,29 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(lines)
 
 
+def lock_or_refuse(lock: filelock.BaseFileLock, folder: Path, doing: str) -> None:
+    """Acquire the lock on an ``output_dir`` without waiting for it.
+
+    ``lock`` is one that does not fall back to a lock by mere existence of its file, which a killed process would leave
+    held. Raises UsageError if another process holds it, which is ``doing`` the same, such as "training"; ToolkitError
+    if the file system has no locks.
+    """
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UsageError(
+            f"`output_dir` {folder}: another process is {doing} into this folder. Wait for it, stop it, or choose "
+            "another folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise ToolkitError(
+            f"`output_dir` {folder}: its file system does not lock files ({error}), so two runs could write here at "
+            "once. Mount it with locks (flock), or choose another folder."
+        ) from error
+
+
 # --- free space ---
 
 
@@ -217,6 +244,10 @@ def _uncompressed(entries: int) -> float:
 
 class DiskFull(ToolkitError):
     """No space for the next shard."""
+
+
+class FileTooLarge(DiskFull):
+    """A file has reached the limit on the size of files."""
 
 
 class DiskWatch:
@@ -261,6 +292,8 @@ def room_or_stop(folder: Path, shard_bytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise FileTooLarge(f"{TOO_LARGE}, and give the same command again.") from error
         if error.errno in FULL:
             raise _full(folder, str(error.strerror)) from error
         raise

@@ -62,7 +62,12 @@ class TrainConfig(TaughtOptions):
         None, help="branch, tag or commit of a Hub model", unset="its main branch", group=READ, metavar="REV"
     )
     max_length: int | None = option(
-        None, help="skip conversations of more tokens", unset="skip none", group=READ, metavar="TOKENS", least=2
+        None,
+        help="skip conversations of more tokens",
+        unset="the most that the student reads",
+        group=READ,
+        metavar="TOKENS",
+        least=2,
     )
     held_out: int | None = option(
         None,
@@ -90,13 +95,14 @@ class TrainConfig(TaughtOptions):
     )
     batch_tokens: int = option(
         4096,
-        help="tokens in a batch, including prompts: conversations are packed one after another up to this many",
+        help="tokens in a batch, including prompts and padding: as many conversations as fit; a longer one is a batch "
+        "of its own",
         group=COMPUTED,
         metavar="TOKENS",
         least=1,
         example="8192",
     )
-    accumulate: int = option(1, help="batches in a step", group=COMPUTED, metavar="N", least=1)
+    accumulate: int = option(1, help="batches in a step, in each process", group=COMPUTED, metavar="N", least=1)
     epochs: int = option(
         1,
         help="how many times each conversation is read",
@@ -157,6 +163,15 @@ class TrainConfig(TaughtOptions):
     )
     device: str | None = option(
         None, help="cpu, or the accelerator", unset="an accelerator, else cpu", group=COMPUTED, choices=("cpu",)
+    )
+    attn_implementation: str | None = option(
+        None, help="eager, sdpa, …", unset="transformers' choice", group=COMPUTED, metavar="NAME"
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        help="compute a layer's activations again in the backward pass: less memory, more time",
+        unset="keep them",
+        group=COMPUTED,
     )
     seed: int = option(0, help="of the held-out choice and of the order", group=COMPUTED, metavar="N", least=0)
 

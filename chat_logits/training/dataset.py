@@ -1,5 +1,6 @@
 """A stored logit dataset as a `datasets.Dataset` to train a student on; targets are computed when it is read."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub_errors import explain_hub_error
 from chat_logits.storage.dataset import StoredDataset
+from chat_logits.storage.disk import FULL, TOO_LARGE, free_bytes, size_text
 from chat_logits.storage.json_files import canonical
 from chat_logits.storage.shard_list import ShardEntry
 from chat_logits.training.examples import INTEGERS, STORED, TOKENS, AlignedRows, ExampleMaker
@@ -63,7 +65,7 @@ def training_dataset(
 
     Raises UsageError for an argument of the wrong type or out of range, for rows without draws, and for a tokenizer
     with other tokens; ToolkitError if a row is damaged or its tokens cannot be rebuilt, naming the row (when streaming,
-    as soon as the row is read).
+    as soon as the row is read), and if the disk of the cache has no room for the aligned rows.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
     maker = ExampleMaker(hard_weight, end_of_turn, allow_biased)
@@ -85,6 +87,10 @@ def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: i
     """The aligned rows as a memory-mapped dataset, made unless the cache has one of this identity."""
     import datasets
 
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    is_made = any(folder.glob(f"generator/*{identity}/*/dataset_info.json"))
+    if not is_made and free_bytes(folder) < _least_bytes(rows.dataset):
+        raise _no_room(rows.dataset, folder, cache_dir)
     integers = dict.fromkeys(INTEGERS, datasets.Value("int64"))
     features = datasets.Features(integers | dict.fromkeys((*TOKENS, *STORED), datasets.Value("binary")))
     shards = [shard for shard in rows.dataset.shards if shard.num_rows]
@@ -97,12 +103,50 @@ def _cached(rows: AlignedRows, identity: str, cache_dir: str | None, num_proc: i
             cache_dir=cache_dir,
             num_proc=min(num_proc, len(shards)) if num_proc else None,
         )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
         if isinstance(error.__cause__, ToolkitError):
             raise error.__cause__ from None
+        if explained := _explained(error, rows.dataset, folder, cache_dir):
+            raise explained from error
         raise
-    except OSError as error:
-        raise explain_hub_error(error, "the aligned rows") from error
+
+
+def _explained(error: Exception, stored: StoredDataset, folder: Path, cache_dir: str | None) -> ToolkitError | None:
+    """What to tell of an error while the cache in ``folder`` is written; None if it was not expected."""
+    kind, said = _last_line(error if isinstance(error, OSError) else error.__cause__)
+    if os.strerror(errno.EFBIG) in said:
+        return ToolkitError(
+            f"the aligned rows need {size_text(_least_bytes(stored))} in the cache {folder}: {TOO_LARGE}."
+        )
+    if any(os.strerror(number) in said for number in FULL):
+        return _no_room(stored, folder, cache_dir)
+    if kind.startswith("chat_logits."):
+        return ToolkitError(said)
+    return explain_hub_error(error, "the aligned rows") if isinstance(error, OSError) else None
+
+
+def _last_line(error: BaseException | None) -> tuple[str, str]:
+    """An error's last line, and before it the error's type, if it comes from another process: of such a one there is
+    only the traceback as text, which ends in that of the `datasets` error that it caused."""
+    last = str(error).split("\n\nThe above exception was")[-2:][0].rpartition("\n")[2]
+    kind, _, said = last.partition(": ")
+    return (kind, said) if said else ("", last)
+
+
+def _least_bytes(stored: StoredDataset) -> int:
+    """Bytes of the aligned rows, at least: an entry's code and id, and a token's id and position. With 80 entries that
+    is 268 for each extracted token; 270 were measured, where prompts are short."""
+    entries = stored.manifest.top_k + stored.manifest.num_sampled
+    return int(sum(shard.num_tokens for shard in stored.shards) * (3.25 * entries + 8))
+
+
+def _no_room(stored: StoredDataset, folder: Path, cache_dir: str | None) -> ToolkitError:
+    elsewhere = "give another `cache_dir`" if cache_dir else "set HF_DATASETS_CACHE to a folder on another disk"
+    needed, free = size_text(_least_bytes(stored)), size_text(free_bytes(folder))
+    return ToolkitError(
+        f"the disk of the cache {folder} has no room for the aligned rows of {stored.dataset_id}: they need at least "
+        f"{needed}, more with long prompts; {free} are free. Make room, or {elsewhere}."
+    )
 
 
 def _identity(stored: StoredDataset, chat_template: str | None) -> str:

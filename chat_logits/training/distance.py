@@ -24,7 +24,7 @@ class Distance:
 
 
 class DistanceSums:
-    """Sums over conversations, each with at least one position."""
+    """Sums over conversations; one without positions is not counted."""
 
     def __init__(self) -> None:
         self.conversations = 0
@@ -34,7 +34,7 @@ class DistanceSums:
     def add(self, sums: np.ndarray) -> None:
         """Add a conversation: the sums (4,) float64 of ``BatchTarget.divergences`` over its positions."""
         positions, kl = sums[:2]
-        self.conversations += 1
+        self.conversations += int(positions > 0)
         self.totals += sums
         self.squares += (kl * kl, kl * positions, positions * positions)
 

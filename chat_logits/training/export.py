@@ -1,11 +1,13 @@
 """Export a logit dataset as Parquet files that other trainers read; ``export_formats`` has their columns."""
 
 import os
+import pickle
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -77,10 +79,11 @@ def export_targets(
     limits = _Limits(student_vocab_size, sequence_length, needs_plain_messages=format == "trl")
     source = _Examples(dataset, RowAligner(tokenizer, dataset.manifest, chat_template), options, limits, exported)
     size = Size(sequence_length or 0, dataset.manifest.top_k + dataset.manifest.num_sampled + (hard_weight > 0))
-    if kind.has_one_shape and sequence_length is None:
-        size = size._replace(tokens=source.longest())
     with folder_written_whole(folder) as hidden:
-        write_files(hidden, kind.schema, (encoded(kind, example, size) for example in source))
+        with tempfile.TemporaryFile(dir=hidden) as kept:
+            if kind.has_one_shape and sequence_length is None:
+                size = size._replace(tokens=source.longest(kept))
+            write_files(hidden, kind.schema, (encoded(kind, example, size) for example in source))
         if not exported.num_rows:
             raise ToolkitError(f"{dataset.dataset_id}: all conversations are left out: {_counted(exported.left_out)}")
         exported.files = sorted(folder / path.name for path in hidden.iterdir())
@@ -95,7 +98,8 @@ def _refuse_unfit(
     allow_biased: bool,
     temperature: float,
 ) -> None:
-    """Raise UsageError for options that this dataset or this format does not allow."""
+    """Raise UsageError for options that this dataset or this format does not allow, ToolkitError without rows."""
+    dataset.refuse_empty()
     if temperature != 1:
         raise UsageError(
             f"`temperature` {temperature:g}: expected 1. p^(1/T) is not linear in the weights, so no draws give an "
@@ -135,19 +139,25 @@ class _Examples:
     def __init__(self, dataset: StoredDataset, aligner: RowAligner, options: dict, limits: _Limits, exported: Exported):
         self._dataset, self._aligner, self._options = dataset, aligner, options
         self._limits, self._exported = limits, exported
+        self._kept: BinaryIO | None = None  # pickled alignments, a row group's at a time
 
-    def longest(self) -> int:
-        """The number of tokens of the longest conversation that is written; 1 if there is none."""
-        fitting = (
-            len(alignment.input_ids)
-            for row, alignment in self._aligned("Measuring")
-            if self._limits.reason_against(row, alignment) is None
-        )
-        return max(fitting, default=1)
+    def longest(self, kept: BinaryIO) -> int:
+        """The number of tokens of the longest conversation that is written; 1 if there is none. The alignments are kept
+        in the file ``kept``, about 18 bytes a token, for when the conversations are written."""
+        longest = 1
+        for first, rows in self._groups("Measuring"):
+            alignments = self._align(first, rows)
+            pickle.dump(alignments, kept)
+            for row, alignment in zip(rows, alignments, strict=True):
+                if self._limits.reason_against(row, alignment) is None:
+                    longest = max(longest, len(alignment.input_ids))
+        kept.seek(0)
+        self._kept = kept
+        return longest
 
     def __iter__(self) -> Iterator[Example]:
         exported = self._exported
-        for row, alignment in self._aligned("Exporting"):
+        for row, alignment in self._aligned():
             reason = self._limits.reason_against(row, alignment)
             if reason is None:
                 targets = self._within_vocabulary(row_targets(row, alignment, **self._options))
@@ -159,16 +169,21 @@ class _Examples:
             exported.num_positions += len(targets.positions)
             yield Example(alignment.input_ids, targets, row["messages"])
 
-    def _aligned(self, task: str) -> Iterator[tuple[dict, Alignment]]:
-        rows = tqdm(
-            self._dataset.rows(),
-            desc=task,
-            total=self._dataset.num_rows,
-            unit=" conversations",
-            dynamic_ncols=True,
-            leave=False,
-        )
-        return ((row, self._aligner.align(row, number)) for number, row in enumerate(rows))
+    def _aligned(self) -> Iterator[tuple[dict, Alignment]]:
+        for first, rows in self._groups("Exporting"):
+            alignments = pickle.load(self._kept) if self._kept else self._align(first, rows)
+            yield from zip(rows, alignments, strict=True)
+
+    def _align(self, first: int, rows: list[dict]) -> list[Alignment]:
+        return self._aligner.align_all(rows, range(first, first + len(rows)))
+
+    def _groups(self, task: str) -> Iterator[tuple[int, list[dict]]]:
+        """The row groups, with a progress bar, each with the number of its first row."""
+        options = {"unit": " conversations", "dynamic_ncols": True, "leave": False}
+        with tqdm(desc=task, total=self._dataset.num_rows, **options) as progress:
+            for first, rows in self._dataset.row_groups(self._dataset.shards):
+                yield first, rows
+                progress.update(len(rows))
 
     def _within_vocabulary(self, targets: Targets) -> Targets:
         """The targets without the ids that the student does not have; the remaining weights are not scaled up."""

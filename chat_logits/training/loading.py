@@ -1,4 +1,4 @@
-"""Load the student to train: its tokenizer and its float32 weights."""
+"""Load the student to train, its tokenizer and its float32 weights, and add what it has been taught with."""
 
 import hashlib
 import logging
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from chat_logits.data.hashing import hash_files
+from chat_logits.data.template_choice import choose_template
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import resolve_commit
@@ -16,6 +17,7 @@ from chat_logits.model.adapters import find_base
 from chat_logits.model.limits import input_limits, load_config
 from chat_logits.model.loading import load_model
 from chat_logits.storage.json_files import canonical
+from chat_logits.storage.manifest import Manifest
 from chat_logits.training.config import TrainConfig
 from chat_logits.training.record import Student
 
@@ -46,6 +48,15 @@ def student_tokenizer(config: TrainConfig) -> Any:
     _refuse_quantized(name, found)
     _refuse_other_kinds(name, found)
     return load_tokenizer(name, revision)
+
+
+def longest_taught(config: TrainConfig) -> int | None:
+    """The most tokens of a conversation: ``max_length``, or the student's own limit if that is less; None for none."""
+    positions = input_limits(load_config(config.student_id, config.student_revision)).positions
+    longest = min((limit for limit in (config.max_length, positions) if limit), default=None)
+    if longest != config.max_length:
+        logger.info("Conversations of more than %d tokens, the most that the student reads, are skipped", longest)
+    return longest
 
 
 def find_student(config: TrainConfig) -> Student:
@@ -84,9 +95,13 @@ def compare_vocabularies(config: TrainConfig, examples: Any, teacher_ids: int) -
 def load_student(config: TrainConfig) -> torch.nn.Module:
     """The student in float32 on the CPU, with an adapter if ``lora_rank`` is set.
 
-    Raises UsageError if it is not causal or peft is missing, ToolkitError if its checkpoint is incomplete.
+    Raises UsageError if it is not causal, peft is missing or it cannot compute activations again, ToolkitError if its
+    checkpoint is incomplete.
     """
-    student = load_model(config.student_id, config.student_revision, dtype="float32")
+    name, attention = config.student_id, config.attn_implementation
+    student = load_model(name, config.student_revision, dtype="float32", attn_implementation=attention)
+    if config.gradient_checkpointing and not student.supports_gradient_checkpointing:
+        raise UsageError(f"`gradient_checkpointing`: transformers has none for a {type(student).__name__}")
     _refuse_looking_ahead(config.student_id, student)
     if config.freeze_embeddings:
         for embeddings in (student.get_input_embeddings(), student.get_output_embeddings()):
@@ -133,3 +148,51 @@ def _adapted(student: torch.nn.Module, rank: int) -> torch.nn.Module:
     except ImportError as error:
         raise UsageError("`lora_rank` needs peft, which is not installed: pip install peft") from error
     return peft.get_peft_model(student, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+# --- what the student has been taught with ---
+
+
+def use_recorded_template(tokenizer: Any, recorded: Manifest) -> None:
+    """Give the tokenizer the template of the extraction, unless its own renders the same."""
+    try:
+        own = choose_template(None, tokenizer, recorded.template_kwargs, recorded.template_date, []).template
+    except UsageError:  # it has none, or one that does not run
+        own = None
+    if own and (own.text, own.tools_text) == (recorded.chat_template, recorded.tools_template):
+        return
+    text, with_tools = recorded.chat_template, recorded.tools_template
+    tokenizer.chat_template = {"default": text, "tool_use": with_tools} if with_tools else text
+    found = "another" if own else "none"
+    logger.info("The student is saved with the chat template that the rows were rendered by; it has %s", found)
+
+
+def taught_ends(examples: Any, end_of_turn: str, skipped_ids: list[int]) -> set[int]:
+    """The ids of the tokens that end turns and are taught, of aligned rows: those that were extracted, as
+    ``skipped_ids`` are nowhere else, and unless ``end_of_turn`` is "skip" those that were not."""
+    found: set[int] = set()
+    columns = ["length", "input_ids", "positions", "turn_ends"]
+    for rows in examples.with_format("arrow").select_columns(columns).iter(READ_TOGETHER):
+        found |= _ids_at(rows, "positions") & set(skipped_ids)
+        found |= _ids_at(rows, "turn_ends") if end_of_turn != "skip" else set()
+    return found
+
+
+def _ids_at(rows: Any, name: str) -> set[int]:
+    """The ids of the tokens at the positions in a column of aligned rows."""
+    lengths, places = rows["length"].to_numpy(), rows[name].to_pylist()
+    starts = np.repeat(np.cumsum(lengths) - lengths, [len(each) // 4 for each in places])
+    ids = np.frombuffer(b"".join(rows["input_ids"].to_pylist()), "<i4")
+    return set(ids[np.frombuffer(b"".join(places), "<i4") + starts].tolist())
+
+
+def stop_at(student: torch.nn.Module, ends: set[int], tokenizer: Any) -> None:
+    """Have ``generate`` stop at these token ids as well."""
+    settings = student.generation_config
+    if settings is None:  # transformers cannot generate with it
+        return
+    known = [] if settings.eos_token_id is None else np.atleast_1d(settings.eos_token_id).tolist()
+    missing = sorted(ends.difference(known))
+    if missing:
+        settings.eos_token_id = [*known, *missing]
+        logger.info("generation_config.json stops at %s, too", ", ".join(tokenizer.convert_ids_to_tokens(missing)))

@@ -6,24 +6,30 @@ from typing import Any
 import numpy as np
 
 
-def plan_packs(lengths: Sequence[int], most: int, seed: int) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int], most: int, seed: int, is_padded: bool = False) -> list[list[int]]:
     """Each conversation's number once, in packs of at most ``most`` tokens; a longer one is a pack of its own.
 
-    In random order, each goes into the first of the last ``OPEN`` packs that has room for it.
+    With ``is_padded``, each conversation counts as many tokens as the longest in its pack. In random order, each goes
+    into the first of the last ``OPEN`` packs that has room for it.
     """
-    open_packs: list[tuple[list[int], int]] = []
+
+    def size(count: int, used: int, longest: int) -> int:
+        return count * longest if is_padded else used
+
+    open_packs: list[tuple[list[int], int, int]] = []  # numbers, sum of the lengths, longest
     done: list[list[int]] = []
     for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         length = lengths[number]
-        place = next((i for i, (_, used) in enumerate(open_packs) if used + length <= most), None)
-        if place is None:
-            open_packs.append(([number], length))
+        for i, (pack, used, longest) in enumerate(open_packs):
+            grown = [*pack, number], used + length, max(longest, length)
+            if size(len(grown[0]), *grown[1:]) <= most:
+                open_packs[i] = grown
+                break
         else:
-            pack, used = open_packs[place]
-            open_packs[place] = ([*pack, number], used + length)
+            open_packs.append(([number], length, length))
         if len(open_packs) > OPEN:
             done.append(open_packs.pop(0)[0])
-    return done + [pack for pack, _ in open_packs]
+    return done + [pack for pack, *_ in open_packs]
 
 
 OPEN = 16  # packs that are filled at the same time

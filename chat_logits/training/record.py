@@ -13,7 +13,7 @@ import filelock
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.hub import is_commit
 from chat_logits.storage.dataset import StoredDataset
-from chat_logits.storage.disk import write_text
+from chat_logits.storage.disk import lock_or_refuse, write_text
 from chat_logits.training.config import CHECKPOINTS, LOCK, RECORD, TrainConfig, checkpoint_states
 from chat_logits.training.distance import Distance
 from chat_logits.words import count_text
@@ -26,7 +26,6 @@ SAME = (
     "end_of_turn",
     "allow_biased",
     "batch_tokens",
-    "accumulate",
     "lora_rank",
     "freeze_embeddings",
     "seed",
@@ -75,6 +74,7 @@ class TrainingResult:
     conversations and at extracted tokens alone. ``losses`` are steps, each with the mean loss, nats, since the one
     before; it is of the training target, which may include ends of turns and a share of the text.
 
+    ``processes`` train together, and each reads ``accumulate`` batches a step.
     ``tokens_per_second`` counts all tokens of the steps since this start, including prompts, in all processes; ``rank``
     is this process' own; ``is_finished`` says that the student is saved.
     """
@@ -83,6 +83,7 @@ class TrainingResult:
     rows: TaughtRows
     student: Student
     rank: int = 0
+    processes: int = 1
     points: list[tuple[int, Distance]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     tokens_per_second: float | None = None
@@ -92,11 +93,18 @@ class TrainingResult:
         """The options that were chosen, except ``resume``."""
         return {name: value for name, value in self.config.chosen().items() if name != "resume"}
 
+    @property
+    def batches_a_step(self) -> int:
+        """By all processes. Whatever their number, these are the next ones in the same order: accelerate gives the
+        batches to the processes in turn."""
+        return self.processes * self.config.accumulate
+
     def as_json(self) -> dict:
         return {
             "config": self.settings(),
             "rows": asdict(self.rows),
             "student": asdict(self.student),
+            "batches_a_step": self.batches_a_step,
             "tokens_per_second": self.tokens_per_second,
             "is_finished": self.is_finished,
             "held_out": [{"step": step, **_point_as_json(point)} for step, point in self.points],
@@ -121,7 +129,7 @@ def _point_of(entry: dict) -> Distance:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it against other trainings. Raises UsageError if another one has it locked.
+    """Make the folder and lock it against other trainings. Raises as ``lock_or_refuse``.
 
     A folder that is still empty at the end is removed.
     """
@@ -129,14 +137,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"`output_dir` {folder}: it cannot be made: {error.strerror}") from error
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise UsageError(
-            f"`output_dir` {folder}: another process is training into this folder. Wait for it, stop it, or choose "
-            "another folder."
-        ) from error
+    lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False)
+    lock_or_refuse(lock, folder, "training")
     try:
         yield
     finally:
@@ -176,6 +178,7 @@ def go_on(result: TrainingResult, checkpoint: Checkpoint) -> None:
         if now.get(name) != before.options.get(name):
             raise UsageError(f"`{name}`: {_chosen(now, name)}, and the training has {_chosen(before.options, name)}; "
                              "resume with the same, or start again in another folder")  # fmt: skip
+    _refuse_other_steps(result, before.batches_a_step)
     _refuse_other_rows(result, before)
     _refuse_another_student(result.student, before.student)
     result.points = [point for point in before.points if point[0] <= checkpoint.step]
@@ -188,6 +191,7 @@ class _Record(NamedTuple):
     dataset_id: str
     rows: TaughtRows
     student: Student
+    batches_a_step: int
     points: list[tuple[int, Distance]]
 
 
@@ -197,9 +201,22 @@ def _read_record(file: Path) -> _Record:
         points = [(entry.pop("step"), _point_of(entry)) for entry in record["held_out"]]
         options = record["config"]
         rows, student = TaughtRows(**record["rows"]), Student(**record["student"])
-        return _Record(options, options["logit_dataset_id"], rows, student, points)
+        return _Record(options, options["logit_dataset_id"], rows, student, record["batches_a_step"], points)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ToolkitError(f"{file}: no record of a training that `resume` can continue: {error}") from error
+
+
+def _refuse_other_steps(result: TrainingResult, before: int) -> None:
+    """Raise UsageError unless a step has as many batches as ``before``: a checkpoint has only the number of steps."""
+    if result.batches_a_step == before:
+        return
+    each, left = divmod(before, result.processes)
+    again = f"a number of processes that divides {before}" if left else f"`accumulate` {each}"
+    raise UsageError(
+        f"`accumulate` {result.config.accumulate}: times the number of processes, {result.processes}, it makes steps "
+        f"of {result.batches_a_step:,}, and the training has steps of {before:,} batches; resume with {again}, or "
+        "start again in another folder"
+    )
 
 
 def _refuse_other_rows(result: TrainingResult, record: _Record) -> None:

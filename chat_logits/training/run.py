@@ -2,11 +2,14 @@
 
 import logging
 import math
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import distributed_c10d
 from transformers import TrainingArguments, set_seed
 
 from chat_logits.errors import UsageError
@@ -16,7 +19,16 @@ from chat_logits.training.collator import PackingCollator, PaddingCollator, refu
 from chat_logits.training.config import CHECKPOINTS, TrainConfig
 from chat_logits.training.dataset import training_dataset
 from chat_logits.training.examples import ExampleMaker
-from chat_logits.training.loading import compare_vocabularies, find_student, load_student, student_tokenizer
+from chat_logits.training.loading import (
+    compare_vocabularies,
+    find_student,
+    load_student,
+    longest_taught,
+    stop_at,
+    student_tokenizer,
+    taught_ends,
+    use_recorded_template,
+)
 from chat_logits.training.packs import OfOnePack, Packs, plan_packs
 from chat_logits.training.progress import MeasuringTrainer
 from chat_logits.training.record import (
@@ -34,10 +46,10 @@ from chat_logits.words import count_text
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS, WARM_UP = 10, 0.03  # measurements during training; share of all steps
-# Seconds that a process on a GPU waits for the others, 7 days: the first one aligns all rows, about four hours per
-# billion extracted tokens, and after transformers' default of half an hour NCCL would end the others. If a process dies, torchrun
-# ends all of them.
+# Seconds that a process on a GPU waits for the others before the first step, 7 days: the first one aligns all rows,
+# about four hours per billion extracted tokens. If a process dies, torchrun ends all of them.
 PATIENCE = 7 * 24 * 3600
+LATER = timedelta(minutes=30)  # transformers' default: then NCCL ends a training whose processes do not meet
 
 
 def train(config: TrainConfig) -> TrainingResult:
@@ -63,17 +75,18 @@ def _train(config: TrainConfig, arguments: TrainingArguments) -> TrainingResult:
     stored = open_dataset(config.logit_dataset_id, config.revision)
     with stage("Reading the student's configuration and tokenizer"):
         tokenizer, student = student_tokenizer(config), find_student(config)
-    result = TrainingResult(config, TaughtRows.of(stored), student, rank=arguments.process_index)
+        use_recorded_template(tokenizer, stored.manifest)
+    processes = {"rank": arguments.process_index, "processes": arguments.world_size}
+    result = TrainingResult(config, TaughtRows.of(stored), student, **processes)
     if checkpoint:
         go_on(result, checkpoint)
     set_seed(config.seed)
-    taught, kept = _packs(config, tokenizer, arguments, stored)
-    _count_steps(arguments, config, taught, checkpoint)
-    with explained_failures(config):
-        with stage("Loading the student %s", config.student_id):
-            student = load_student(config)
-        data = {"train_dataset": taught, "eval_dataset": kept, "data_collator": _collator(student, tokenizer)}
-        trainer = MeasuringTrainer(student, arguments, **data, result=result)
+    examples = _aligned(config, tokenizer, arguments, stored)
+    with explained_failures(config, _longest(examples, config.batch_tokens)):
+        model, data = _student_and_data(config, tokenizer, stored, examples)
+        _count_steps(arguments, config, data["train_dataset"], checkpoint)
+        trainer = MeasuringTrainer(model, arguments, **data, result=result)
+        _lose_patience()
         _take_steps(trainer, checkpoint)
         _save(trainer, folder, tokenizer)
     return result
@@ -119,6 +132,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         bf16=config.dtype == "bfloat16" or (config.dtype == "auto" and has_bfloat16),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulate,
+        gradient_checkpointing=config.gradient_checkpointing or None,  # None: transformers' newer name has its default
         learning_rate=config.rate,
         seed=config.seed,
         eval_strategy="steps",
@@ -157,21 +171,26 @@ def _leave_words_to_the_first(arguments: TrainingArguments) -> None:
         transformers.logging.disable_progress_bar()
 
 
-def _packs(
-    config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, stored: StoredDataset
-) -> tuple[Packs, Packs]:
-    """The packs to train on, and the held-out ones. The first process aligns the rows; the others read them from the
-    cache."""
-    options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased", "max_length")}
+def _lose_patience() -> None:
+    """Once all processes are here, they wait for each other for at most ``LATER``."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        distributed_c10d._set_pg_timeout(LATER)
+
+
+def _aligned(config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, stored: StoredDataset) -> Any:
+    """The examples. The first process aligns the rows; the others read them from the cache."""
+    options = {name: getattr(config, name) for name in ("hard_weight", "end_of_turn", "allow_biased")}
+    options["max_length"] = longest_taught(config)
     with stage("Aligning the rows of %s", config.logit_dataset_id), arguments.main_process_first(desc="aligning rows"):
         examples = training_dataset(config.logit_dataset_id, tokenizer, stored.revision, **options)
     compare_vocabularies(config, examples, stored.manifest.vocab_size)
-    return _split(examples, config)
+    return examples
 
 
-def _split(examples: Any, config: TrainConfig) -> tuple[Packs, Packs]:
-    """The packs to train on, and the held-out ones, with the teacher's distributions alone as targets: no ends of turns
-    that were not extracted, and no share of the text. Raises UsageError if nothing is left to train on."""
+def _split(examples: Any, config: TrainConfig) -> tuple[Any, Any]:
+    """The examples to train on, and the held-out ones, with the teacher's distributions alone as targets: no ends of
+    turns that were not extracted, and no share of the text. Raises UsageError if nothing is left to train on."""
     number = config.held_out or max(1, min(256, len(examples) // 20))
     if number >= len(examples):
         count = count_text(len(examples), "conversation")
@@ -179,19 +198,52 @@ def _split(examples: Any, config: TrainConfig) -> tuple[Packs, Packs]:
     order = np.random.default_rng(config.seed).permutation(len(examples))
     taught, kept = (examples.select(np.sort(part)) for part in (order[number:], order[:number]))
     measured = kept.with_transform(ExampleMaker(end_of_turn="skip", allow_biased=config.allow_biased))
-    return _packed(taught, config), _packed(measured, config)
+    return taught, measured
 
 
-def _packed(examples: Any, config: TrainConfig) -> Packs:
-    lengths = examples.with_format("arrow")["length"].to_pylist()
-    return Packs(examples, plan_packs(lengths, config.batch_tokens, config.seed))
+def _lengths(examples: Any) -> list[int]:
+    return examples.with_format("arrow")["length"].to_pylist()
 
 
-def _collator(student: torch.nn.Module, tokenizer: Any) -> OfOnePack:
+def _longest(examples: Any, batch_tokens: int) -> int:
+    """The tokens of the longest conversation. Logs how many do not fit into a batch."""
+    lengths = _lengths(examples)
+    longest, longer = max(lengths), sum(length > batch_tokens for length in lengths)
+    if longer:
+        logger.warning(
+            f"{count_text(longer, 'conversation')} have more than `batch_tokens` {batch_tokens} tokens, the longest "
+            f"{longest:,}: each is a batch of its own; `max_length` skips such"
+        )
+    return longest
+
+
+def _student_and_data(
+    config: TrainConfig, tokenizer: Any, stored: StoredDataset, examples: Any
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The student to train, and the trainer's data for it."""
+    taught, kept = _split(examples, config)
+    with stage("Loading the student %s", config.student_id):
+        student = load_student(config)
+    if config.lora_rank is None:
+        stop_at(student, taught_ends(taught, config.end_of_turn, stored.manifest.skipped_token_ids), tokenizer)
+    return student, _packs(config, student, tokenizer, taught, kept)
+
+
+def _packs(config: TrainConfig, student: torch.nn.Module, tokenizer: Any, taught: Any, kept: Any) -> dict[str, Any]:
+    """The trainer's packs to train on, held-out packs and collator, by whether the student keeps packed ones apart."""
+    collator = _collator(student, tokenizer)
+    of_lengths = partial(
+        plan_packs, most=config.batch_tokens, seed=config.seed, is_padded=isinstance(collator, PaddingCollator)
+    )
+    taught, kept = (Packs(part, of_lengths(_lengths(part))) for part in (taught, kept))
+    return {"train_dataset": taught, "eval_dataset": kept, "data_collator": OfOnePack(collator)}
+
+
+def _collator(student: torch.nn.Module, tokenizer: Any) -> PackingCollator | PaddingCollator:
     """Packs conversations one after another if the student keeps them apart, else pads them."""
     try:
         refuse_packing(student)
     except UsageError as error:
         logger.info("%s", error)
-        return OfOnePack(PaddingCollator(tokenizer.pad_token_id or 0))
-    return OfOnePack(PackingCollator())
+        return PaddingCollator(tokenizer.pad_token_id or 0)
+    return PackingCollator()

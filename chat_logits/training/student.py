@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from chat_logits.errors import UsageError
+from chat_logits.training.distance import DistanceSums
 from chat_logits.training.head import logit_transform, weight_and_bias
 from chat_logits.training.loss import PositionScores, fused_sparse_kd_loss
 
@@ -65,6 +68,23 @@ def split_batch(batch: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Batc
     kept, predicting, *target = (batch[name] for name in TARGET_NAMES)
     rows = predicting // len(kept) * batch["input_ids"].shape[1] + kept[predicting % len(kept)]
     return {name: batch[name] for name in SEQUENCE_INPUTS if name in batch}, BatchTarget(rows, *target)
+
+
+def conversation_sums(batch: Mapping[str, torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """The sums of ``values`` (N, 4), as of ``BatchTarget.divergences``, for each of a batch's C conversations, (C, 4);
+    zeros for one without positions."""
+    numbers = _conversations(batch)
+    _, target = split_batch(batch)
+    return values.new_zeros(int(numbers[-1]) + 1, 4).index_add_(0, numbers[target.rows], values)
+
+
+def _conversations(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The conversation, from 0, that each place of a batch belongs to, int64 (B·T,): its row or, if packed, the last
+    one that begins there or before."""
+    ids = batch["input_ids"]
+    if "position_ids" in batch:
+        return (batch["position_ids"] == 0).flatten().cumsum(0) - 1
+    return torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
 
 
 class StudentLoss:
@@ -153,6 +173,11 @@ class StudentTrainer(Trainer):
     the training target, not of the teacher's distribution alone: ends of turns that are taught as certain are counted,
     with KL = NLL, and if ``hard_weight`` h mixes in the text, KL is replaced by (1 − h)·KL + h·NLL. They are not 0 for
     a student that equals the teacher. The held-out figures of ``run.train`` are of the teacher alone.
+
+    ``evaluate`` gives ``eval_kl`` and its standard error ``eval_error``, ``eval_kl_tail`` and ``eval_agreement`` of the
+    evaluation's own targets, as in ``Distance``, and ``eval_loss``, which is the KL again: over all positions, in
+    whatever batches and processes. In several processes the dataset needs a length (no stream), as accelerate repeats
+    conversations to fill the last batches, and only then are they known and left out.
     Raises UsageError if one process has several GPUs.
     """
 
@@ -168,6 +193,7 @@ class StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that a step's positions are counted
         self._student_loss: StudentLoss | None = None
         self._since_log: torch.Tensor | None = None  # sums of ``divergences``
+        self._evaluated = DistanceSums()
 
     def compute_loss(
         self,
@@ -177,18 +203,44 @@ class StudentTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The batch's part of the step's mean forward KL, nats."""
-        if self._student_loss is None:
-            self._student_loss = StudentLoss(self.accelerator.unwrap_model(model))
-        arguments, target = split_batch(inputs)
-        positions = len(target.rows) if num_items_in_batch is None else num_items_in_batch
-        scores = PositionScores.empty(target.num_sampled)
-        loss = self._student_loss(model, arguments, target, scores) / positions
+        total, divergences = self._measured(model, inputs)
+        loss = total / (len(divergences) if num_items_in_batch is None else num_items_in_batch)
         if model.training:
-            sums = target.divergences(scores).sum(dim=0)
+            sums = divergences.sum(dim=0)
             self._since_log = sums if self._since_log is None else self._since_log + sums
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _measured(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the loss over a batch's positions, and ``BatchTarget.divergences`` of each."""
+        if self._student_loss is None:
+            self._student_loss = StudentLoss(self.accelerator.unwrap_model(model))
+        arguments, target = split_batch(inputs)
+        scores = PositionScores.empty(target.num_sampled)
+        total = self._student_loss(model, arguments, target, scores)
+        return total, target.divergences(scores)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """As ``Trainer``'s, with the figures of ``Distance`` over all conversations that it runs the student on."""
+        self._evaluated = DistanceSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if output.metrics is not None and self._evaluated.conversations:
+            point = asdict(self._evaluated.distance())
+            figures = {"loss": point["kl"]} | {name: point[name] for name in ("kl", "error", "kl_tail", "agreement")}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple:
+        """Add the conversations of all processes' batches to those evaluated. Returns nothing, since ``Trainer`` would
+        average it over batches."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, divergences = self._measured(model, inputs)
+        sums = conversation_sums(inputs, divergences)
+        for one in self.accelerator.gather_for_metrics(sums).cpu().double().numpy():  # without what fills a last batch
+            self._evaluated.add(one)
+        return None, None, None
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """As ``Trainer``'s, with the means since the last log of a training loss. All processes call it."""

@@ -1,5 +1,6 @@
 """Commands end with a line and never with a traceback, whatever there is of output, environment and patience."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pandas
 import pytest
 from conftest import REPO
 from hostile import analysed
+from huggingface_hub import constants
 
 import explore_logits
 import extract_logits
@@ -78,6 +80,35 @@ def test_a_home_that_is_no_folder_is_named(flags, quick_run, tmp_path, monkeypat
     assert command.main([str(quick_run)] if command is explore_logits else flags("out")) == 2
     told = "not a folder, and none can be made there. Set it to one, or unset it."
     assert capsys.readouterr().err == f"error: HF_HOME {tmp_path / place}: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("HF_ENDPOINT", "hub.local:80", "expected an address with https:// or http://. Set one, or unset it."),
+        ("HF_ENDPOINT", "", "expected an address with https:// or http://. Set one, or unset it."),
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "no such file. Set it to one, or unset it."),
+    ],
+)
+def test_a_variable_that_the_hubs_client_cannot_use_is_named(quick_run, monkeypatch, capsys, name, value, told):
+    monkeypatch.setenv(name, value)
+    assert explore_logits.main([str(quick_run)]) == 2
+    assert capsys.readouterr().err == f"error: {name} {value}: {told}\n"
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_told(quick_run):
+    """Nothing can be written, as on a read-only disk: files may have 0 bytes."""
+    done = run("explore_logits.py", quick_run, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 2
+    assert done.stderr == "error: no folder for temporary files can be written to. Set TMPDIR to one that can.\n"
+
+
+def test_a_push_without_the_hub_is_refused_before_anything_is_loaded(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert extract_logits.main(flags("out", "--output_repo", "user/x")) == 2
+    said = capsys.readouterr().err
+    told = "error: --output_repo user/x: offline mode is on (HF_HUB_OFFLINE), so the Hub is not asked"
+    assert said.splitlines()[-1] == told and "Opening" not in said and not (tmp_path / "out").exists()
 
 
 # --- signals ---

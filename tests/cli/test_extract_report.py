@@ -10,7 +10,7 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.run import Extraction
 
 CONFIG = ExtractConfig(model_id="m", dataset_id="d.jsonl", output_dir="out")
-DONE = Extraction(CONFIG, Path("out"), None, 3, {}, 0, 40, 4000, 4000, 2.0, 1.0, 0.5, 40)
+DONE = Extraction(CONFIG, Path("out"), None, 3, {}, 0, {}, 40, 4000, 4000, 2.0, 1.0, 0.5, 40)
 
 
 @pytest.mark.parametrize(

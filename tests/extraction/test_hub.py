@@ -209,7 +209,7 @@ def test_a_hub_that_is_not_there_stops_nothing_but_the_push(small_model, chat_fi
     assert done.returncode == 1, done.stderr
     assert "Rows go to outputs/later, and from there to the Hub as soon as it answers." in done.stderr
     assert done.stderr.splitlines()[-2:] == [
-        "error: --output_repo user/later: the Hub cannot be reached",
+        "error: --output_repo user/later: the Hub cannot be reached at HF_ENDPOINT http://127.0.0.1:9",
         "1 of 1 shards are not on the Hub yet; all are in outputs/later. The same command pushes what is missing, and "
         "computes nothing again.",
     ]

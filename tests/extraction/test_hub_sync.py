@@ -263,7 +263,7 @@ def test_a_dead_hub_ends_in_a_message_and_the_same_command_pushes_without_the_mo
     assert status == 1
     assert files_in(tmp_path / "out") == files_in(quick_run)
     assert said.splitlines()[-2:] == [
-        "error: --output_repo user/dead: the Hub cannot be reached",
+        f"error: --output_repo user/dead: the Hub cannot be reached at HF_ENDPOINT {hub.url}",
         f"{SHARDS} of {SHARDS} shards are not on the Hub yet; all are in {tmp_path / 'out'}. "
         "The same command pushes what is missing, and computes nothing again.",
     ]

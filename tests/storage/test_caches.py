@@ -1,14 +1,17 @@
 """A cache of the Hub's libraries that nothing can be written to is told, and not blamed on what was to be read."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from chat_logits.data.source import open_source
 from chat_logits.errors import UsageError
-from chat_logits.hub_errors import explain_hub_error, redact
+from chat_logits.hub_errors import CACHES, explain_hub_error, redact
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,27 @@ def test_a_source_is_not_blamed_for_a_cache_that_cannot_be_made(tmp_path, monkey
     wanted = f"{tmp_path / folder}: a cache cannot be written there (Not a directory). Set {variable} to a folder that"
     assert str(told.value) == f"{wanted} can be written."
     assert redact(str(told.value)) == str(told.value)  # the variable's name is no token
+
+
+def test_a_source_is_not_blamed_for_a_cache_that_cannot_be_locked(tmp_path, monkeypatch):
+    """As NFS without its lock daemon."""
+    import datasets
+    from huggingface_hub import constants
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["Hi"]}), tmp_path / "text.parquet")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/nfs/cache")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UsageError) as told:
+        open_source(str(tmp_path / "text.parquet"))
+    fault = "the file system of this cache does not lock files (No locks available). Set it to a folder on a local"
+    assert str(told.value) == f"HF_DATASETS_CACHE /nfs/cache or HF_HOME {tmp_path}: {fault} disk."
 
 
 @pytest.mark.parametrize(

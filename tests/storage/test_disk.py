@@ -2,6 +2,7 @@
 places that are none for them."""
 
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import REPO
 
 from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.folder import RunFolder
-from chat_logits.storage.disk import folder_written_whole, refuse_filled, write_lines
+from chat_logits.storage.disk import DiskFull, folder_written_whole, refuse_filled, room_or_stop, write_lines
 
 BUILDER = """
 import sys
@@ -151,6 +152,28 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ToolkitError, match="file/out: it cannot be written: "):
         write(tmp_path / "file" / "out")
+
+
+def test_a_limit_on_file_sizes_is_no_full_disk(tmp_path):
+    """Files may have 1,000 bytes here, and 1,001 are written, also into a folder that is to be there whole."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(place: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with room_or_stop(place):
+                (place / "file").write_bytes(bytes(1001))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    told = r"a file reached the limit on file sizes \(ulimit -f\)\. Raise it, and give the same command again\."
+    with pytest.raises(DiskFull, match=told):
+        write(tmp_path)
+    with pytest.raises(ToolkitError, match=told), folder_written_whole(tmp_path / "out") as building:
+        write(building)
+    with pytest.raises(DiskFull, match=r"the disk of .* is full \(No space left on device\)"), room_or_stop(tmp_path):
+        Path("/dev/full").write_text("more")
+    assert names_in(tmp_path) == ["file"]
 
 
 def test_lines_are_written_as_they_are_made(tmp_path):

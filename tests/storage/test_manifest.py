@@ -181,7 +181,9 @@ def test_a_listing_that_is_read_is_written_with_the_same_bytes(quick_run):
 
 
 def test_other_writers_may_list_path_and_rows_alone(tmp_path):
-    (tmp_path / "shards.json").write_text('{"shards": [{"path": "data/00001/a.b-01234.parquet", "num_rows": 5, "ours": {}}]}')
+    (tmp_path / "shards.json").write_text(
+        '{"shards": [{"path": "data/00001/a.b-01234.parquet", "num_rows": 5, "ours": {}}]}'
+    )
     (entry,) = read_shard_list(tmp_path / "shards.json", "here").entries
     assert entry == ShardEntry("data/00001/a.b-01234.parquet", 5) and entry.shard == 1234
 

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import resource
 import shutil
 import zlib
 from collections.abc import Callable
@@ -316,9 +317,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_proc": 2}, {"streaming": True}], ids=str)
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_row_is_named(damage, streaming, quick_run, opened, tmp_path):
+def test_a_damaged_row_is_named(damage, options, quick_run, opened, tmp_path):
     keep_checksums, changes, error, message = damage
     copy = shutil.copytree(quick_run, tmp_path / "copy")
     rewrite(shards_in(copy)[1], keep_checksums, **changes)
@@ -326,8 +327,37 @@ def test_a_damaged_row_is_named(damage, streaming, quick_run, opened, tmp_path):
     listing["shards"][1]["num_bytes"] = 1 + len(changes)  # another dataset than the one whose rows are in the cache
     del listing["crc32"]
     (copy / "shards.json").write_text(json.dumps(listing))
-    with pytest.raises(error, match=message):
-        list(opened(copy, streaming=streaming))
+    with pytest.raises(ToolkitError if "num_proc" in options else error, match=message):
+        list(opened(copy, **options))
+
+
+@pytest.mark.parametrize(("limit", "num_proc"), [(60_000, None), (60_000, 2), (0, None)])  # bytes of a file
+def test_a_limit_on_files_is_told_with_the_cache_and_the_room_needed(quick_run, tmp_path, limit, num_proc):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(ToolkitError) as refused:
+            training_dataset(quick_run, cache_dir=str(tmp_path), num_proc=num_proc)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = f"the aligned rows need 7.2 MB in the cache {tmp_path}: a file reached the limit on file sizes (ulimit -f). "
+    assert str(refused.value) == told + "Raise it."
+
+
+def test_without_room_nothing_is_aligned_unless_it_is_already(quick_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(dataset, "free_bytes", lambda folder: 7_000_000 * (folder == tmp_path))
+    with pytest.raises(
+        ToolkitError, match=r"at least 7\.2 MB, .*; 7\.0 MB are free\. .*set HF_DATASETS_CACHE to a fol"
+    ):
+        training_dataset(quick_run)
+    training_dataset(quick_run, streaming=True)
+    with monkeypatch.context() as room:
+        room.setattr(dataset, "free_bytes", lambda _: 8_000_000)
+        training_dataset(quick_run)
+    (size,) = (path.stat().st_size for path in tmp_path.rglob("*.arrow"))
+    assert 7_150_000 < size < 7_250_000
+    training_dataset(quick_run)
 
 
 @pytest.fixture

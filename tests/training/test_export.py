@@ -310,6 +310,25 @@ def test_what_is_left_out_is_printed(small_run, tmp_path, capsys):
     assert {len(ids) for ids in loaded(out)["input_ids"]} == {length}
 
 
+@pytest.mark.parametrize("name", ["axolotl", "distillkit"])
+def test_each_conversation_is_aligned_once(small_run, tmp_path, monkeypatch, name):
+    """One with the largest id is left out, so it does not count for the length of all either."""
+    sizes = [(int(alignment.input_ids.max()), len(alignment.input_ids)) for _, alignment in aligned_rows(small_run(1))]
+    limit, seen = max(sizes)[0], []
+    align_all = RowAligner.align_all
+    monkeypatch.setattr(
+        RowAligner, "align_all", lambda own, rows, *rest: seen.extend(rows) or align_all(own, rows, *rest)
+    )
+    export_targets.export_targets(str(small_run(1)), tmp_path / "out", name, student_vocab_size=limit)
+    assert len(seen) == len(sizes)
+    lengths = [length for largest, length in sizes if largest < limit]
+    if name == "distillkit":
+        lengths = [max(lengths)] * len(lengths)
+    assert [len(ids) for ids in loaded(tmp_path / "out")["input_ids"]] == lengths
+    assert max(lengths) < max(length for _, length in sizes)  # or this test says less
+    assert names_in(tmp_path / "out") == ["train-00000.parquet"]
+
+
 # --- files ---
 
 

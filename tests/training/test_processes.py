@@ -1,6 +1,7 @@
 """Two processes of torchrun on CPUs: the command in them, and weights that are sharded over them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_two_processes_train_the_student_of_one(two, run, tmp_path):  # noqa: F8
     for one, other in zip(alone, together, strict=True):
         assert other["kl"] == pytest.approx(one["kl"], rel=1e-5)
         assert other["positions"] == one["positions"]
+
+
+def test_one_process_goes_on_where_two_ended_with_as_many_batches_a_step(two, run, tmp_path, capsys):  # noqa: F811
+    """The held-out KL of one process that did all steps; with half as many, it would read other batches."""
+    shutil.copytree(two / "whole", tmp_path / "of_two")
+    assert run("of_two", "--resume", max_steps=5) == 2
+    told = "error: --accumulate 1: times the number of processes, 1, it makes steps of 1, and the training has steps "
+    assert told + "of 2 batches; resume with --accumulate 2, or start again" in capsys.readouterr().err
+    assert run("of_two", "--resume", max_steps=5, accumulate=2) == 0
+    assert run("alone", max_steps=3, accumulate=2) == 0
+    assert run("alone", "--resume", max_steps=5, accumulate=2) == 0
+    found, expected = ([point["kl"] for point in record(tmp_path / name)] for name in ("of_two", "alone"))
+    assert len(found) == 6 and found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(two):

@@ -13,10 +13,13 @@ from transformers import TrainingArguments
 
 from chat_logits.data.tokenizer import load_tokenizer
 from chat_logits.errors import UsageError
+from chat_logits.training.collator import PackingCollator
 from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.student import StudentLoss, StudentTrainer, split_batch
 
 WIDTH, VOCABULARY = 5, 1000
+EVALUATED = 7  # of the 8 examples: of two processes' last batches of two, one place is filled with the first example
+FIGURES = ("loss", "kl", "kl_tail", "agreement", "eval_loss", "eval_kl", "eval_error", "eval_kl_tail", "eval_agreement")
 
 
 def examples(count: int = 8) -> list[dict]:
@@ -143,7 +146,7 @@ def trained(
     model_type: str = "llama",
     bf16: bool = False,  # which TRL takes otherwise
 ) -> dict[str, torch.Tensor]:
-    """The weights after one step of plain gradient descent, and what the step logged."""
+    """The weights after one step of plain gradient descent, what the step logged, and these weights' evaluation."""
     model = random_model(model_type).train()
     options = arguments_class(
         output_dir=str(folder),
@@ -151,6 +154,7 @@ def trained(
         bf16=bf16,
         max_steps=1,
         per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         optim="sgd",
         learning_rate=1.0,
@@ -163,10 +167,11 @@ def trained(
     )
     known = {} if trainer_class is StudentTrainer else {"processing_class": load_tokenizer(str(MODEL))}
     rows = examples() if trainer_class is StudentTrainer else Dataset.from_list(examples()).with_format("torch")
-    trainer = trainer_class(model, options, train_dataset=rows, data_collator=collate, **known)
+    data = {"train_dataset": rows, "eval_dataset": [rows[i] for i in range(EVALUATED)], "data_collator": collate}
+    trainer = trainer_class(model, options, **data, **known)
     trainer.train()
-    logged = ("loss", "kl", "kl_tail", "agreement")
-    return {name: torch.tensor(trainer.state.log_history[0][name]) for name in logged} | model.state_dict()
+    figures = trainer.state.log_history[0] | trainer.evaluate()
+    return {name: torch.tensor(figures[name]) for name in FIGURES} | model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +215,27 @@ def test_a_student_with_a_tail_takes_its_step_in_bfloat16(monkeypatch, tmp_path,
     head, before = "lm_head.weight", random_model(model_type).lm_head.weight.detach()
     step = wide[head] - before
     assert (narrow[head] - wide[head]).norm() < 0.05 * step.norm()
+
+
+def packed(rows: list[dict]) -> dict[str, torch.Tensor]:
+    names = {"labels": "input_ids", "target_ids": "ids", "target_weights": "weights"}
+    return PackingCollator()([row | {name: row[known] for name, known in names.items()} for row in rows])
+
+
+@pytest.mark.parametrize(("batch_size", "made"), [(2, collate), (4, packed)])
+def test_an_evaluation_is_the_mean_over_all_positions(tmp_path, batch_size, made):
+    """Of nine conversations, so that the last batch is smaller; nothing is predicted in the first one."""
+    model, rows = random_model("llama"), examples()
+    parts = ("positions", "ids", "weights", "entropy", "tail_entropy")
+    rows.insert(0, rows[5] | {name: rows[5][name][:0] for name in parts})
+    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=batch_size)
+    found = StudentTrainer(model, options, eval_dataset=rows, data_collator=made).evaluate(metric_key_prefix="own")
+    one_by_one = divergences_one_at_a_time(model)
+    expected = torch.cat(one_by_one).mean(0)
+    kl = [found[f"own_{name}"] for name in ("loss", "kl", "kl_tail", "agreement")]
+    assert kl == pytest.approx([expected[0].item(), *expected.tolist()], rel=1e-6)
+    spread = sum((each[:, 0] - expected[0]).sum() ** 2 for each in one_by_one) * 8 / 7
+    assert found["own_error"] == pytest.approx(spread.sqrt().item() / len(torch.cat(one_by_one)), rel=1e-4)
 
 
 @pytest.mark.parametrize("cards", [2, 8])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tomllib
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,7 +26,7 @@ import extract_logits
 import train_student
 from chat_logits.analysis.opening import open_with_tokenizer
 from chat_logits.data.row_alignment import RowAligner
-from chat_logits.errors import UsageError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.storage.dataset import open_dataset
 from chat_logits.storage.shard_list import read_shard_list, shards_text
 from chat_logits.training import run as training_run
@@ -34,6 +35,7 @@ from chat_logits.training.loss import sparse_kd_loss
 from chat_logits.training.packs import plan_packs
 from chat_logits.training.record import Checkpoint, Student, TaughtRows, TrainingResult, go_on, locked_folder
 from chat_logits.training.run import train
+from chat_logits.training.stopping import explained_failures
 from chat_logits.training.student import StudentTrainer
 from chat_logits.training.targets import row_targets
 from logit_codec import decode_row
@@ -272,6 +274,24 @@ def test_another_commit_of_the_same_repository_is_told_with_the_one_to_give(tmp_
     go_on(begun(replace(first, revision=None), Student("user/mirror", "d" * 40)), checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "again"),
+    [(2, 3, None), (1, 6, None), (2, 1, "`accumulate` 3,"), (4, 1, "a number of processes that divides 6,")],
+)
+def test_steps_of_other_batches_are_not_gone_on_with(tmp_path, processes, accumulate, again):
+    """A training in three processes, each with two batches a step."""
+    rows = TaughtRows(teacher="user/teacher", fingerprint="a" * 64, num_rows=5, revision=None, num_sampled=16)
+    options = {"logit_dataset_id": "user/rows", "student_id": "any", "output_dir": str(tmp_path)}
+    before, now = (
+        TrainingResult(TrainConfig(**options, accumulate=batches), rows, Student("any", "d" * 40), processes=count)
+        for count, batches in ((3, 2), (processes, accumulate))
+    )
+    before.write()
+    expected = nullcontext() if again is None else pytest.raises(UsageError, match=f"of 6 batches; resume with {again}")
+    with expected:
+        go_on(now, Checkpoint(tmp_path, 1))
+
+
 def test_a_student_that_was_trained_and_not_saved_is_saved_by_resuming(run, tmp_path):
     assert run(max_steps=3) == 0
     expected, points = weights_of(tmp_path / "out"), record(tmp_path / "out")
@@ -404,10 +424,20 @@ def test_all_measurements_are_of_the_same_arithmetic(run, tmp_path):
     assert before["kl"] != wide and before["kl"] == pytest.approx(wide, rel=0.02)
 
 
-def test_processes_on_gpus_wait_days_for_the_first_to_align(tmp_path):
+def test_processes_on_gpus_wait_days_for_the_first_to_align_and_not_for_steps(tmp_path):
     """Where transformers' limit is half an hour; on CPUs it sets none, and gloo's own is left."""
     config = TrainConfig(logit_dataset_id="any", student_id="any", output_dir=str(tmp_path / "out"), device="cpu")
-    assert training_run._arguments(config).ddp_timeout_delta >= timedelta(days=2)
+    patience = training_run._arguments(config).ddp_timeout_delta
+    assert patience >= timedelta(days=2)
+    alone = {"init_method": f"file://{tmp_path / 'group'}", "rank": 0, "world_size": 1, "timeout": patience}
+    torch.distributed.init_process_group("gloo", **alone)
+    try:
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert group.options._timeout == patience
+        training_run._lose_patience()
+        assert group.options._timeout == timedelta(minutes=30)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_several_cards_of_one_process_are_refused_before_any_row_is_read(tmp_path, monkeypatch):
@@ -455,6 +485,8 @@ def test_a_loss_that_is_not_finite_ends_the_training_without_a_checkpoint(run, t
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "error: the disk of "),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "error: the disk of "),
+        (OSError(errno.EFBIG, "File too large"), "error: a file reached the limit on file sizes (ulimit -f)"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "error: a file reached the limit on file sizes"),
     ],
 )
 def test_what_runs_out_is_told(run, monkeypatch, capsys, failure, told):
@@ -463,7 +495,18 @@ def test_what_runs_out_is_told(run, monkeypatch, capsys, failure, told):
 
     monkeypatch.setattr(StudentTrainer, "training_step", fail)
     assert run() == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(told) and "last complete checkpoint" not in said
+
+
+def test_of_a_full_disk_a_training_goes_on_from_its_last_complete_checkpoint(tmp_path):
+    config = TrainConfig(logit_dataset_id="rows", student_id="student", output_dir=str(tmp_path))
+    for step, file, told in ((2, "model.safetensors", "starts again"), (1, "trainer_state.json", "continues from the")):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"checkpoint-{step}" / file).touch()
+        expected = pytest.raises(ToolkitError, match=f"is full. Make room; the same command .*{told}")
+        with expected, explained_failures(config, longest=600):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -596,3 +639,6 @@ def test_packs_have_each_conversation_once_and_no_more_tokens_than_allowed():
     assert all(sum(lengths[i] for i in pack) <= 1000 or pack == [500] for pack in packs)
     assert sum(lengths) / 1000 / len(packs) > 0.9
     assert plan_packs(lengths, 1000, seed=3) == packs != plan_packs(lengths, 1000, seed=4)
+    padded = plan_packs(lengths, 1000, seed=3, is_padded=True)
+    assert sorted(number for pack in padded for number in pack) == list(range(501))
+    assert all(len(pack) * max(lengths[i] for i in pack) <= 1000 or pack == [500] for pack in padded)
