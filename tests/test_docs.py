@@ -112,7 +112,8 @@ def run_block(block: Block, session: DocSession, folder: Path) -> None:
 
 
 def run_or_check(words: list[str], session: DocSession, folder: Path) -> None:
-    """Run a command, or check it in another way, as ``NOT_RUN`` and ``NOT_HERE`` say."""
+    """Run a command, or check it in another way, as ``NOT_RUN`` and ``NOT_HERE`` say; of an array, the first task's."""
+    words = [word.replace("$SLURM_ARRAY_TASK_ID", "1") for word in words]
     if words[:2] == ["pip", "install"]:
         return
     if words[0] == "make":
