@@ -17,7 +17,7 @@ from tqdm import tqdm
 from chat_logits.errors import ToolkitError, UsageError, first_names
 from chat_logits.extraction.lock import FolderLock, FolderLost
 from chat_logits.storage.card import arguments_in_code, render_card
-from chat_logits.storage.disk import refuse_unwritable, room_or_stop, write_text
+from chat_logits.storage.disk import OF_FILE_SYSTEM, refuse_unwritable, room_or_stop, write_text
 from chat_logits.storage.manifest import CARD_FILE, EXTRACTION_FILE, Manifest
 from chat_logits.storage.record import RECORD, ShardRecord
 from chat_logits.storage.shard import DamagedShard
@@ -340,7 +340,7 @@ def is_being_replaced(folder: Path) -> bool:
 def refuse_unfit_place(folder: Path) -> None:
     """Raise UsageError if a folder cannot be written, or holds other files than a run's."""
     refuse_unwritable(folder, "output_dir")
-    present = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    present = [path for path in folder.glob("*") if not path.name.startswith(".") and path.name != OF_FILE_SYSTEM]
     is_run = (folder / EXTRACTION_FILE).is_file() or (folder / REPLACED).is_dir()
     if present and not is_run:
         raise UsageError(f"`output_dir` {folder}: the folder holds other files, such as {present[0].name}")

@@ -27,6 +27,7 @@ MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TOO_LARGE = "a file reached the limit on file sizes (ulimit -f). Raise it"  # in place of a full disk, for EFBIG
 BUILDING = re.compile(r"\..*\.[0-9a-f]{8}\.(tmp|lock)", re.DOTALL)  # names of folders being written, and of their locks
+OF_FILE_SYSTEM = "lost+found"  # in a freshly made ext4's top folder
 NAMED = 50  # characters of the final folder's name in these, as a file name has at most 255 bytes
 SPARE = 4 * MIB  # in addition to the next shard: for the other files, and for what other processes write meanwhile
 # Bytes of whole files, including conversations, per position, by entries per position: measured with SmolLM2 on real
@@ -108,8 +109,9 @@ def refuse_unwritable(folder: Path, option: str) -> None:
 
 
 def _others(folder: Path) -> Iterator[Path]:
-    """What is in a folder, except folders that processes are writing or have left behind, and their locks."""
-    return (path for path in folder.iterdir() if not BUILDING.fullmatch(path.name))
+    """What is in a folder, except folders that processes are writing or have left behind, their locks, and what a file
+    system has."""
+    return (path for path in folder.iterdir() if not (BUILDING.fullmatch(path.name) or path.name == OF_FILE_SYSTEM))
 
 
 @contextmanager

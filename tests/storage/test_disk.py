@@ -91,9 +91,12 @@ def test_of_two_processes_the_first_that_is_done_gives_the_folder(build, tmp_pat
 
 
 def test_an_empty_folder_stays_where_it_is(build, tmp_path, monkeypatch):
-    """As a mount point has to, and the user's own place. What a killed process has left there counts for nothing."""
+    """As a mount point has to, and the user's own place. What a killed process has left there counts for nothing, and
+    neither does a new file system's own folder."""
     place = tmp_path / "out"
-    place.mkdir()
+    (place / "lost+found").mkdir(parents=True)
+    RunFolder(place).close()
+    (place / ".lock").unlink()
     (tmp_path / "link").symlink_to(place)
     before = place.stat()
     monkeypatch.chdir(place)
@@ -104,7 +107,7 @@ def test_an_empty_folder_stays_where_it_is(build, tmp_path, monkeypatch):
         assert [path.name for path in place.glob(".*.tmp/*")] == ["its"]
         refuse_filled(folder, "save")
         write(folder)
-        assert names_in(place) == ["file"] and Path.cwd().samefile(place)
+        assert names_in(place) == ["file", "lost+found"] and Path.cwd().samefile(place)
         with pytest.raises(UsageError, match=r"`save` .*: holds files, such as file"):
             refuse_filled(folder, "save")
         (place / "file").unlink()
