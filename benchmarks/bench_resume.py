@@ -91,7 +91,7 @@ def plan(place: Path, rows: int, *more: str) -> dict:
 
     from chat_logits.extraction import run as extraction_run
     from chat_logits.extraction.folder import RunFolder
-    from chat_logits.extraction.run import missing_shards
+    from chat_logits.extraction.shard_plan import missing_shards
     from chat_logits.storage.disk import DiskWatch
 
     imported, memory = time.perf_counter(), resident("VmHWM")

@@ -22,6 +22,7 @@ from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
 from chat_logits.extraction.joining import Part, place_of
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
+from chat_logits.extraction.shard_plan import missing_shards
 from chat_logits.extraction.source_checks import refuse_changed_source, refuse_within_source
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
@@ -184,23 +185,6 @@ def open_or_resume(
 def _to_resume(config: ExtractConfig, folder: RunFolder) -> Manifest | None:
     """The record of the run in the folder, or None if that run is to be replaced and the new one has not begun."""
     return folder.recorded if folder.is_replacing or not config.overwrite else None
-
-
-def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:
-    """Numbers of the shards still to compute, in order. ``finished`` maps finished shards to their source rows' count.
-
-    ``num_rows`` is the length of the source, None if only reading it shows that: then a shard that is not full is last.
-
-    >>> list(missing_shards({0: 4, 2: 4}, rows_per_shard=4, num_rows=17))
-    [1, 3, 4]
-    """
-    shard = 0
-    while num_rows is None or shard * rows_per_shard < num_rows:
-        if shard not in finished:
-            yield shard
-        elif finished[shard] < rows_per_shard:
-            return
-        shard += 1
 
 
 class Workers(Protocol):

@@ -1,4 +1,4 @@
-"""Which shard a worker gets next, what happens to shards of failed workers, and which are given up; plain Python."""
+"""Which shards are missing, which one a worker gets next, what happens to shards of failed workers, and which are given up; plain Python."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
@@ -10,6 +10,23 @@ AHEAD = 2  # shards that a worker holds: the one it computes, and the next, whic
 TRIED = 3  # a worker with up to this many failures in a row is preferred to one that has failed with the shard
 NOTHING_GOES = 1000  # failures in a row of all workers together, or four for each: then no single shard is the cause
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 3600.0  # seconds; each failure in a row makes the pause four times as long
+
+
+def missing_shards(finished: dict[int, int], rows_per_shard: int, num_rows: int | None) -> Iterator[int]:
+    """Numbers of the shards still to compute, in order. ``finished`` maps finished shards to their source rows' count.
+
+    ``num_rows`` is the length of the source, None if only reading it shows that: then a shard that is not full is last.
+
+    >>> list(missing_shards({0: 4, 2: 4}, rows_per_shard=4, num_rows=17))
+    [1, 3, 4]
+    """
+    shard = 0
+    while num_rows is None or shard * rows_per_shard < num_rows:
+        if shard not in finished:
+            yield shard
+        elif finished[shard] < rows_per_shard:
+            return
+        shard += 1
 
 
 def pause_after(failures: int) -> float:
