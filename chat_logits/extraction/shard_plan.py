@@ -1,4 +1,4 @@
-"""Which shards are missing, which one a worker gets next, what happens to shards of failed workers, and which are given up; plain Python."""
+"""Which shards are missing, who computes which next, what happens to those of failed workers, which are given up."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
