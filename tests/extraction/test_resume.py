@@ -371,31 +371,67 @@ def test_a_second_signal_leaves_at_once(flags, tmp_path):
     assert life.wait() == 130
 
 
-def wait_in_c() -> None:
-    """The first signal leads the main thread into C code that no signal ends, as a device that does not answer does."""
+def wait_in_c(when: str) -> None:
+    """The main thread waits in C code that no signal ends, as for a device that does not answer: from the first signal
+    on, or before. Other signals that are handled meanwhile count for nothing."""
     import ctypes
 
     from chat_logits.cli.signals import Stopped
+    from chat_logits.extraction import shard_computer
 
-    write_forever()
-
-    def init(*_):
-        print("SIGNAL", file=sys.stderr, flush=True)
+    def wait(*_) -> None:
+        signal.signal(signal.SIGWINCH, lambda *_: None)
+        print("WAITING", file=sys.stderr, flush=True)
         lock, library = ctypes.create_string_buffer(128), ctypes.CDLL(None)
         library.pthread_mutex_lock(lock)
         library.pthread_mutex_lock(lock)
 
-    Stopped.__init__ = init
+    write_forever()
+    if when == "before":
+        shard_computer.run_shards = wait
+    else:
+        Stopped.__init__ = wait
 
 
-def test_a_second_signal_leaves_though_the_main_thread_hangs_in_c(flags, tmp_path):
-    life = Life(flags("hangs"), tmp_path / "hangs.log", wait_in_c)
-    wait_for(lambda: "WRITING" in life.said, life)
-    life.kill(signal.SIGTERM)
-    wait_for(lambda: "SIGNAL" in life.said, life)
-    life.kill(signal.SIGINT)
+@pytest.mark.parametrize(("when", "begins"), [("after", "WRITING"), ("before", "WAITING")])
+def test_signals_end_a_process_whose_main_thread_waits_in_c(flags, tmp_path, when, begins):
+    life = Life(flags("hangs"), tmp_path / "hangs.log", functools.partial(wait_in_c, when))
+    wait_for(lambda: begins in life.said, life)
+    if when == "after":
+        life.kill(signal.SIGTERM)
+        wait_for(lambda: "WAITING" in life.said, life)
+    for _ in range(5):
+        life.kill(signal.SIGWINCH)
+        assert life.is_alive()
+    while life.is_alive():
+        life.kill(signal.SIGINT)
+        time.sleep(0.05)  # signals of one number that have not been seen yet are one signal
     assert life.wait() == 130
     assert life.said.endswith("Stopped.\n")
+
+
+def test_a_forks_signals_are_its_own():
+    """A child's second signal ends the child alone."""
+    code = """
+import os, signal
+from chat_logits.cli.signals import Stopped, stop_on_signals
+with stop_on_signals():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writing, b"1")
+            signal.pause()
+        except Stopped:
+            os.write(writing, b"2")
+            signal.pause()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.read(reading, 1)
+        os.kill(child, number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "130\n"), done.stderr
 
 
 # --- the disk ---
