@@ -16,7 +16,7 @@ from chat_logits.cli.parser import read_options, refuse_missing
 from chat_logits.cli.train_options import KINDS, TrainOptions, build_parser
 from chat_logits.errors import ACCELERATE, refuse_without
 from chat_logits.stages import stage
-from chat_logits.training.config import TrainConfig
+from chat_logits.training.config import TrainConfig, checkpoint_states
 
 logger = logging.getLogger("chat_logits.train_student")
 
@@ -40,7 +40,8 @@ def _run(_options: TrainOptions, given: dict) -> None:
     try:
         result = train(config)
     except KeyboardInterrupt:
-        logger.info("Stopped. The same command with --resume continues.")
+        can_resume = checkpoint_states(Path(config.output_dir))
+        logger.info("Stopped. The same command %s.", "with --resume continues" if can_resume else "starts again")
         raise
     if result.rank == 0:  # only the first process prints
         print_training(result, default_console())

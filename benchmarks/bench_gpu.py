@@ -1,6 +1,6 @@
 """What extraction costs on a GPU, beside what the card could do at best: a table for RESULTS.md, within eight minutes.
 
-    python benchmarks/bench_gpu.py TOKENIZER_FOLDER [--shapes 0.5B,8B] [--conversations 6000]
+    python benchmarks/bench_gpu.py TOKENIZER_FOLDER [--shapes 0.5B,8B] [--conversations 10000]
 
 Random weights in real shapes and random words as conversations: speed and agreement need no trained model, and nothing
 is downloaded. TOKENIZER_FOLDER has tokenizer.json, tokenizer_config.json and chat_template.jinja. Without a GPU a small
@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from chat_logits.extraction import run_description, shard_computer  # noqa: E402
 from chat_logits.extraction.config import ExtractConfig  # noqa: E402
 from chat_logits.extraction.folder import RunFolder  # noqa: E402
 from chat_logits.extraction.shard_computer import ShardComputer  # noqa: E402
-from chat_logits.model import loading, selection, selection_kernel  # noqa: E402
+from chat_logits.model import loading, selection  # noqa: E402
 from chat_logits.model.batch_plan import Budget, plan_batches  # noqa: E402
 from chat_logits.model.batching import Batches, Sharing  # noqa: E402
 from chat_logits.model.head import use_head_dtype  # noqa: E402
@@ -61,7 +61,7 @@ SHAPES = {  # of Qwen2.5-0.5B, Llama-3.1-8B, and of nothing, for a CPU
 }
 WORDS = """the of and to in is that for it was on are as with they be at one have this from or had by hot but some what
 there we can out other were all your when up use word how said an each she""".split()  # noqa: SIM905
-KERNELS = [(128, 4), (256, 4), (256, 2), (512, 2), (512, 1)]  # sizes of selection's kernels; the first is in use
+KERNELS = [(256, 4), (256, 2), (512, 2), (512, 1)]  # other sizes of selection's kernels: entries a block, warps a row
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 START = time.monotonic()
 
@@ -197,9 +197,22 @@ def median(way: Callable[[], object], times: int = 10) -> float:
     return statistics.median(seconds(way) for _ in range(times))
 
 
+@contextmanager
+def using(kernel: tuple[int, int] | None) -> Iterator[None]:
+    """Selection's kernels with another block size and number of warps a row; as they are for None."""
+    if kernel is None:
+        yield
+        return
+    from chat_logits.model import selection_kernel  # Triton has no build for some platforms
+
+    block, warps = kernel
+    with mock.patch.multiple(selection_kernel, BLOCK=block, warps_for=lambda _: warps):
+        yield
+
+
 @torch.inference_mode()
-def measure_parts(bench: Bench, bandwidth: float, kernels: list[tuple[int, int]]) -> None:
-    """lm_head and selection alone, for random and for peaked logits; ``kernels`` are block sizes and warps a row."""
+def measure_parts(bench: Bench, bandwidth: float, kernels: Sequence[tuple[int, int] | None]) -> None:
+    """lm_head and selection alone, for random and for peaked logits, with these sizes of its kernels."""
     head = bench.model.get_output_embeddings()
     rows = 4096 if CUDA else 64
     vocabulary, hidden = head.weight.shape
@@ -214,11 +227,12 @@ def measure_parts(bench: Bench, bandwidth: float, kernels: list[tuple[int, int]]
         for given in (logits, logits.bfloat16()):
             needed = given.nbytes / bandwidth
             kind = str(given.dtype).removeprefix("torch.")
-            for block, warps in kernels:
-                with mock.patch.multiple(selection_kernel, BLOCK=block, warps_for=lambda _, warps=warps: warps):
+            for kernel in kernels:
+                with using(kernel):
                     took = median(partial(selection.select, given, tokens, uniforms, settings))
-                told = f"{rows} rows, {name}, {kind}, blocks of {block}, {warps} warps: {1e3 * took:.2f} ms"
-                tell("selection", f"{told}; one reading {1e3 * needed:.2f} ms")
+                blocks = f", blocks of {kernel[0]}, {kernel[1]} warps" if kernel else ""
+                tell("selection", f"{rows} rows, {name}, {kind}{blocks}: {1e3 * took:.2f} ms")
+            tell("selection", f"one reading: {1e3 * needed:.2f} ms")
 
 
 def bare_batches(ready: list, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -248,14 +262,14 @@ def bare_forward(model, batches: list) -> None:
 
 
 def measure_bare(bench: Bench, name: str, ready: list, tokens: int) -> float:
-    """Median seconds of three passes, by the attention kernels that PyTorch chooses and by those of the extraction."""
+    """Seconds of the fastest pass: two with the attention kernels that PyTorch chooses, two with the extraction's."""
     batches = bare_batches(ready, tokens)
     read = sum(len(aligned.input_ids) for aligned in ready)
     found = {}
     for kernels, context in {"PyTorch's choice": nullcontext, "as extracted": lambda: sdpa_kernel(ATTENTION)}.items():
         with context():
             bare_forward(bench.model, batches[:4])
-            found[kernels] = statistics.median(seconds(lambda: bare_forward(bench.model, batches)) for _ in range(3))
+            found[kernels] = min(seconds(lambda: bare_forward(bench.model, batches)) for _ in range(2))
         tell(name, f"bare forward, attention: {kernels}", f"{read / found[kernels]:,.0f} tokens/s")
     return min(found.values())
 
@@ -320,7 +334,8 @@ def bench_compiled(bench: Bench, name: str, conversations: int) -> None:
     ready, _ = opened.reader.align(0, conversations)
     read = sum(len(aligned.input_ids) for aligned in ready)
     batches = bare_batches(ready, choose_budget(bench.model, None, None).tokens)
-    bare = seconds(lambda: bare_forward(bench.model, batches))
+    with sdpa_kernel(ATTENTION):
+        bare = min(seconds(lambda: bare_forward(bench.model, batches)) for _ in range(2))
     for layer in bench.model.model.layers:
         layer.compile(dynamic=True)
     for _ in range(3):
@@ -400,7 +415,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", default="0.5B,8B" if CUDA else "small", help="which (default: both; small on a CPU)"
     )
-    parser.add_argument("--conversations", type=int, default=12_000 if CUDA else 24, help="of the first shape")
+    parser.add_argument("--conversations", type=int, default=10_000 if CUDA else 24, help="of the first shape")
     parser.add_argument("--kernels", action="store_true", help="selection with other sizes of its kernels, too (GPU)")
     options = parser.parse_args()
     card = torch.cuda.get_device_name() if CUDA else "CPU"
@@ -414,7 +429,7 @@ def main() -> None:
             bench = Bench(place / name, data, model, probe_model(model))
             first = first or bench
             tell(name, "model loaded", bench.sharing)
-            measure_parts(bench, bandwidth, KERNELS if options.kernels and CUDA else KERNELS[:1])
+            measure_parts(bench, bandwidth, [None, *KERNELS] if options.kernels and CUDA else [None])
             bench_shape(bench, name, place, options.conversations // (10 if number else 1), flops)
             verify(bench, name, place / f"{name}-extraction")
             del bench, model

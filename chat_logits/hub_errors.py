@@ -91,7 +91,7 @@ def _refused_cache(error: BaseException) -> UsageError | None:
     if not isinstance(error, OSError):
         return None
     caches = {name: os.environ[name] for name in CACHES if os.environ.get(name)} | {"HF_HOME": constants.HF_HOME}
-    if error.errno in NO_LOCKS:  # without the name of a file
+    if error.errno == errno.ENOLCK:  # without the name of a file
         places = " or ".join(f"{name} {folder}" for name, folder in caches.items())
         fault = f"{places}: the file system of this cache does not lock files ({error.strerror})"
         return UsageError(f"{fault}. Set it to a folder on a local disk.")

@@ -57,10 +57,8 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
     for i, (remark, count) in enumerate(done.remarks.items()):
         print(f"{'' if i else 'Remarks':<15}{count_text(count, 'conversation')} with {visible(remark)}")
     print(f"Tokens         {done.tokens:,} extracted")
-    here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
-    where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"
-    print(f"Disk           {done.num_bytes / done.tokens:.1f} bytes a token, {where}")
-    print(f"Target tokens  {_likelihood_text(done.mean_nll)}")
+    if done.tokens:
+        _print_size(done)
     if done.url:
         print(f"Pushed         {done.url}")
     if done.config.max_samples is not None and "max_samples" not in asked.given:
@@ -70,6 +68,13 @@ def print_extraction(done: Extraction, asked: ExtractConfig) -> None:
     if done.config.part:
         print(f"Part           {done.config.part}; when all are finished, the same command without --part joins them")
     print(f"Time           {_time_text(done)}")
+
+
+def _print_size(done: Extraction) -> None:
+    here = f"{done.bytes_in_folder:,} bytes in {done.folder}"
+    where = here if done.bytes_in_folder else f"{done.num_bytes:,} bytes on the Hub"
+    print(f"Disk           {done.num_bytes / done.tokens:.1f} bytes a token, {where}")
+    print(f"Target tokens  {_likelihood_text(done.mean_nll)}")
 
 
 def _likelihood_text(mean_nll: float | None) -> str:

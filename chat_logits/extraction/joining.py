@@ -4,11 +4,13 @@ Part I of N computes the shards I - 1, I - 1 + N, … in a folder within the run
 moves them to their places, and computes what is missing.
 """
 
+import filecmp
 import itertools
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -16,12 +18,12 @@ from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import refuse_unfit_place
 from chat_logits.extraction.lock import FolderLock
-from chat_logits.storage.disk import write_text
+from chat_logits.storage.disk import room_or_stop, write_text
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
 from chat_logits.storage.shard_list import shard_number
 from chat_logits.words import count_text
 
-PARTS = ".parts"  # in a run's folder: one folder for each part
+PARTS_FOLDER = ".parts"  # in a run's folder: one folder for each part
 
 logger = logging.getLogger(__name__)
 
@@ -75,22 +77,41 @@ def place_of(config: ExtractConfig) -> Path:
     return _begin_part(folder, Part.read(config.part))
 
 
-def _begin_part(folder: Path, part: Part) -> Path:
-    """The folder of a part of the run in ``folder``. A new one is to continue the same run as the parts that are there.
+def missing_in_part(config: ExtractConfig, shards: Iterable[int]) -> Iterator[int]:
+    """Of the run's shards that a part does not have itself, those that it is to compute: no earlier join has them."""
+    assert config.part
+    joined = {shard_number(path.relative_to(config.folder).as_posix()) for path in _shards_in(config.folder)}
+    return (shard for shard in Part.read(config.part).of_these(shards) if shard not in joined)
 
-    Raises UsageError if the parts have been joined.
-    """
-    if (folder / EXTRACTION_FILE).exists():
+
+def refuse_another_run(place: Path) -> None:
+    """Raise UsageError if another part has begun a different run since this one looked; its record is removed then."""
+    try:
+        _agreed(place, *_parts_of(place.parent.parent))
+    except UsageError as error:
+        (place / EXTRACTION_FILE).unlink()
         raise UsageError(
-            f"`part` {part}: the run in {folder} is joined, or was begun without parts; the same command without "
-            "`part` computes what is missing."
+            f"{error}\nBoth were begun at one time. The same command follows the other one's run."
+        ) from error
+
+
+def _begin_part(folder: Path, part: Part) -> Path:
+    """The folder of a part of the run in ``folder``. A new one is to continue the same run as what is there.
+
+    Raises UsageError if the run is there in another number of parts.
+    """
+    place = folder / PARTS_FOLDER / f"{part.number}-of-{part.of}"
+    others = _parts_of(folder)
+    if other := next((other for other in others if not other.name.endswith(f"-of-{part.of}")), None):
+        raise UsageError(
+            f"`part` {part}: {other} is there, a part of another number of parts. Give that number, or join them first."
         )
-    place = folder / PARTS / f"{part.number}-of-{part.of}"
-    recorded = [other / EXTRACTION_FILE for other in _parts_of(folder)]
+    recorded = (other / EXTRACTION_FILE for other in (folder, *others))
     first = next((path for path in recorded if path.is_file()), None)
     if first and not (place / EXTRACTION_FILE).exists():
         place.mkdir(parents=True, exist_ok=True)
-        write_text(place / EXTRACTION_FILE, first.read_text(encoding="utf-8"))
+        with room_or_stop(place):
+            write_text(place / EXTRACTION_FILE, first.read_text(encoding="utf-8"))
     return place
 
 
@@ -99,47 +120,71 @@ def _join_parts(folder: Path, overwrite: bool) -> None:
 
     Raises UsageError if a part is still being computed, if parts are of different runs, or with ``overwrite``.
     """
-    parts = _parts_of(folder)
-    if not parts:
+    if not _parts_of(folder):
         return
     if overwrite:
-        raise UsageError(f"`overwrite`: {folder / PARTS} has parts to join; remove them, or leave it out to join them.")
+        raise UsageError(
+            f"`overwrite`: {folder / PARTS_FOLDER} has parts to join; remove them, or leave it out to join them."
+        )
     with ExitStack() as stack:
-        for place in (folder, *parts):
-            lock = FolderLock(place)
-            lock.acquire()
-            stack.callback(lock.release)
-        _take_record(folder, parts)
-        moved = sum(_move_shards(place, folder) for place in parts)
-        shutil.rmtree(folder / PARTS)
+        _lock(folder, stack)
+        parts = _parts_of(folder)
+        with ExitStack() as of_parts:
+            for place in parts:
+                _lock(place, of_parts)
+            if record := _agreed(folder, *parts):
+                with room_or_stop(folder):
+                    write_text(folder / EXTRACTION_FILE, record)
+            moved = sum(_move_shards(place, folder) for place in parts)
+        for place in parts:  # their locks are closed: on NFS an open file keeps its folder
+            if not _shards_in(place):
+                shutil.rmtree(place)
+        with suppress(OSError):  # something is left in it
+            (folder / PARTS_FOLDER).rmdir()
     logger.info("Joined: %s of %s", count_text(moved, "shard"), count_text(len(parts), "part"))
 
 
+def _lock(folder: Path, stack: ExitStack) -> None:
+    lock = FolderLock(folder)
+    lock.acquire()
+    stack.callback(lock.release)
+
+
 def _parts_of(folder: Path) -> list[Path]:
-    return sorted((folder / PARTS).glob("*-of-*"))
+    found = sorted((folder / PARTS_FOLDER).glob("*-of-*"))
+    return [path for path in found if path.is_dir() and re.fullmatch(r"\d+-of-\d+", path.name)]
 
 
-def _take_record(folder: Path, parts: list[Path]) -> None:
-    """Write the parts' extraction.json into the run's folder. Raises UsageError if there are different ones."""
-    places = [place for place in (folder, *parts) if (place / EXTRACTION_FILE).is_file()]
-    manifests = [Manifest.read(place / EXTRACTION_FILE, str(place)) for place in places]
-    for (place, manifest), (other, another) in itertools.pairwise(zip(places, manifests, strict=True)):
+def _shards_in(place: Path) -> list[Path]:
+    found = sorted(place.glob("data/*/[!.]*.parquet"))
+    return [path for path in found if shard_number(path.relative_to(place).as_posix()) is not None]
+
+
+def _agreed(*places: Path) -> str:
+    """The text of extraction.json in these folders, "" if they have neither that nor shards. Raises UsageError if their
+    runs differ, or if all have lost it."""
+    recorded = {place: place / EXTRACTION_FILE for place in places if (place / EXTRACTION_FILE).is_file()}
+    manifests = [Manifest.read(path, str(place)) for place, path in recorded.items()]
+    for (place, manifest), (other, another) in itertools.pairwise(zip(recorded, manifests, strict=True)):
         if manifest.fingerprint != another.fingerprint:
             reasons = "; ".join(manifest.differences(another))
-            raise UsageError(
-                f"{place} and {other} are parts of different runs ({reasons}). Remove one, or compute it anew."
-            )
-    if manifests and places[0] != folder:
-        write_text(folder / EXTRACTION_FILE, manifests[0].text)
+            raise UsageError(f"{place} and {other} are of different runs ({reasons}). Remove one, or compute it anew.")
+    if not manifests and any(map(_shards_in, places)):
+        raise UsageError(f"{places[-1]}: the shards of parts, but no {EXTRACTION_FILE} in any part. Put it back there.")
+    return manifests[0].text if manifests else ""
 
 
 def _move_shards(place: Path, folder: Path) -> int:
-    """Move a part's shards, unless the run has them; how many."""
+    """Move a part's shards, and how many. One that the run has already is removed, or left alone if it is different."""
     moved = 0
-    for path in sorted(place.glob("data/*/[!.]*.parquet")):
+    for path in _shards_in(place):
         to = folder / path.relative_to(place)
-        if shard_number(path.relative_to(place).as_posix()) is not None and not to.exists():
-            to.parent.mkdir(parents=True, exist_ok=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if not to.exists():
             path.rename(to)
             moved += 1
+        elif filecmp.cmp(path, to, shallow=False):
+            path.unlink()
+        else:
+            logger.warning("%s is not moved: %s is there already, and different", path, to)
     return moved

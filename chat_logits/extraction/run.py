@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from chat_logits.errors import ToolkitError
+from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.bad_rows import BadRows, explain_reasons
 from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
 from chat_logits.extraction.folder import RunFolder
-from chat_logits.extraction.joining import Part, place_of
+from chat_logits.extraction.joining import Part, missing_in_part, place_of, refuse_another_run
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
 from chat_logits.extraction.shard_plan import missing_shards
 from chat_logits.extraction.source_checks import refuse_changed_source, refuse_within_source
@@ -106,7 +106,7 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
         with workers_of(opened, folder) as workers:
             if sync:
                 sync.make(overwrite=_replaces(config, folder, recorded, sync.repository.at))
-            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, opened.reader.num_rows), started)
+            run = Run(opened, folder, workers, sync, DiskWatch(folder.path, _rows_here(opened)), started)
             run.begin_or_resume(recorded)
             run.compute_missing()
         refuse_changed_source(opened)
@@ -116,6 +116,12 @@ def _extract_into(folder: RunFolder, config: ExtractConfig) -> Extraction:
             sync.finish(is_all=True)
         folder.finish()
         return run.summarize()
+
+
+def _rows_here(opened: OpenedRun) -> int | None:
+    """About how many source rows this command reads, None if that is not known."""
+    rows, part = opened.reader.num_rows, opened.config.part
+    return rows if rows is None or part is None else -(-rows // Part.read(part).of)
 
 
 def choose_workers(config: ExtractConfig) -> Callable[[OpenedRun, RunFolder], AbstractContextManager]:
@@ -228,6 +234,8 @@ class Run:
             if not config.uploads_without_folder:
                 self.watch.check_start(config.top_k + config.num_sampled, self.opened.reader.tokens_a_row)
             self.folder.begin(self.workers.describe(), config.overwrite, self.sync.repository.at if self.sync else "")
+            if config.part:
+                refuse_another_run(self.folder.path)
 
     def compute_missing(self) -> None:
         """Compute the shards that are missing; loads the model only if there are any."""
@@ -245,12 +253,12 @@ class Run:
             raise
 
     def _compute(self, covered: dict[int, int]) -> None:
-        num_rows, manifest = self.opened.reader.num_rows, self.folder.manifest
+        config, num_rows, manifest = self.opened.config, self.opened.reader.num_rows, self.folder.manifest
         missing = missing_shards(covered, manifest.rows_per_shard, num_rows)
-        if self.opened.config.part:
-            part = Part.read(self.opened.config.part)
-            missing = part.of_these(missing)
-            num_rows = num_rows and part.num_rows(num_rows, manifest.rows_per_shard)
+        if config.part:
+            missing = missing_in_part(config, missing)
+            if num_rows is not None:
+                num_rows = Part.read(config.part).num_rows(num_rows, manifest.rows_per_shard)
         progress = functools.partial(
             self._progress,
             total=num_rows,
@@ -309,6 +317,11 @@ class Run:
         entries = self.finished.values()
         if any(entry.num_rows for entry in entries):
             return
+        part, folder = self.opened.config.part, self.opened.config.folder
+        if part and entries:  # other parts may have what this one lacks
+            return
+        if part:
+            raise UsageError(f"`part` {part}: it has no shards, or all of them were joined in {folder}")
         skipped = sum((Counter(entry.skipped) for entry in entries), Counter())
         old = self.folder.replaced_run
         raise ToolkitError(

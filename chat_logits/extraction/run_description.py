@@ -13,6 +13,7 @@ from chat_logits.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chat_logits.errors import UsageError
 from chat_logits.extraction.as_recorded import as_recorded, opened_as_recorded, read_as_recorded, recorded_columns
 from chat_logits.extraction.config import MANY_ROWS, USUAL_ROWS, ExtractConfig
+from chat_logits.extraction.joining import Part
 from chat_logits.hub import find_license, is_commit, is_hub_id, resolve_commit
 from chat_logits.model.adapters import find_base
 from chat_logits.model.config import ModelConfig
@@ -186,7 +187,7 @@ def describe_with_model(opened: OpenedRun, model, **budget: Any) -> Manifest:
             input_device(model).type,
             opened.reader.tokens_a_row * (config.top_k + config.num_sampled),
             opened.reader.num_rows,
-            config.num_workers,
+            Part.read(config.part).of if config.part else config.num_workers,
         ),
         licenses={
             "model": find_license(config.model_id, "model", opened.model_commit),

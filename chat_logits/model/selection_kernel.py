@@ -22,9 +22,9 @@ from logit_codec import ABSENT, MAX_TOKEN_ID
 BLOCK = 128  # vocabulary entries whose exponentials are summed in float32; sums of blocks are float64
 BLOCKS_A_PROGRAM = 8
 BLOCKS_A_WARP = 512  # blocks of a row for each warp, in the second kernel
-# Kernels are compiled once for these however their memory is aligned, which depends on the number of rows: not in the
-# middle of a run.
-ANY_ALIGNMENT = ("maxima", "sums", "tokens", "uniforms")
+# Where a batch's logits are computed in pieces, these are slices, aligned in any way: the kernel is built once for all,
+# and not again in the middle of a run.
+SLICES = ("tokens", "uniforms")
 
 
 def select(
@@ -86,7 +86,7 @@ def _empty_results(logits: torch.Tensor, top_k: int, num_sampled: int) -> dict[s
     }
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT[:2])
+@triton.jit
 def _block_sums(
     logits, maxima, sums, vocabulary, num_blocks, stride, blocks_a_program: tl.constexpr, block_size: tl.constexpr
 ):
@@ -102,7 +102,7 @@ def _block_sums(
     tl.store(sums + row * num_blocks + block, total, mask=block < num_blocks)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@triton.jit(do_not_specialize_on_alignment=SLICES)
 def _select_row(
     logits,
     maxima,

@@ -5,6 +5,7 @@ FORMAT.md, "Files", is the specification; ``shard_reading`` reads shards.
 
 import itertools
 import math
+import operator
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -163,8 +164,9 @@ def table_of(batches: list[np.ndarray]) -> pa.Table:
     long for a shard of 1,024 rows.
     """
     tables = [pa.ipc.open_stream(pa.py_buffer(batch)).read_all() for batch in batches]
-    rows = {index: table.slice(i, 1) for table in tables for i, index in enumerate(table["source_index"].to_pylist())}
-    return pa.concat_tables([SCHEMA.empty_table(), *(rows[index] for index in sorted(rows))]).combine_chunks()
+    rows = [(row.as_py(), table.slice(i, 1)) for table in tables for i, row in enumerate(table["source_index"])]
+    rows.sort(key=operator.itemgetter(0))
+    return pa.concat_tables([SCHEMA.empty_table(), *(row for _, row in rows)]).combine_chunks()
 
 
 def _column(values: list, kind: pa.DataType) -> pa.Array:

@@ -51,7 +51,8 @@ class ShardEntry:
 
     def as_json(self) -> dict:
         content = asdict(self)
-        return {key: value for key, value in content.items() if key != "nll" or value is not None}
+        left_out = {key for key, empty in (("nll", None), ("remarks", {})) if content[key] == empty}
+        return {key: value for key, value in content.items() if key not in left_out}
 
 
 def shard_path(split: str, shard: int) -> str:

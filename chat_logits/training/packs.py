@@ -1,35 +1,48 @@
 """Pack conversations of any length into batches of about the same number of tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
+@dataclass
+class _Pack:
+    numbers: list[int]
+    tokens: int
+    longest: int
+
+    def size_with(self, length: int, is_padded: bool) -> int:
+        """Its tokens, with padding or without, if a conversation of this length were in it."""
+        return (len(self.numbers) + 1) * max(self.longest, length) if is_padded else self.tokens + length
+
+    def add(self, number: int, length: int) -> None:
+        self.numbers.append(number)
+        self.tokens, self.longest = self.tokens + length, max(self.longest, length)
+
+
 def plan_packs(lengths: Sequence[int], most: int, seed: int, is_padded: bool = False) -> list[list[int]]:
     """Each conversation's number once, in packs of at most ``most`` tokens; a longer one is a pack of its own.
 
-    With ``is_padded``, each conversation counts as many tokens as the longest in its pack. In random order, each goes
-    into the first of the last ``OPEN`` packs that has room for it.
+    In random order, each goes into the first of the last ``OPEN`` packs that has room for it. With ``is_padded``, each
+    counts as many tokens as the longest in its pack, and goes to the one where that is nearest to its own.
     """
-
-    def size(count: int, used: int, longest: int) -> int:
-        return count * longest if is_padded else used
-
-    open_packs: list[tuple[list[int], int, int]] = []  # numbers, sum of the lengths, longest
+    packs: list[_Pack] = []
     done: list[list[int]] = []
     for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         length = lengths[number]
-        for i, (pack, used, longest) in enumerate(open_packs):
-            grown = [*pack, number], used + length, max(longest, length)
-            if size(len(grown[0]), *grown[1:]) <= most:
-                open_packs[i] = grown
-                break
+        with_room = [pack for pack in packs if pack.size_with(length, is_padded) <= most]
+        if not with_room:
+            packs.append(_Pack([number], length, length))
+        elif is_padded:
+            gaps = [abs(pack.longest - length) for pack in with_room]
+            with_room[gaps.index(min(gaps))].add(number, length)
         else:
-            open_packs.append(([number], length, length))
-        if len(open_packs) > OPEN:
-            done.append(open_packs.pop(0)[0])
-    return done + [pack for pack, *_ in open_packs]
+            with_room[0].add(number, length)
+        if len(packs) > OPEN:
+            done.append(packs.pop(0).numbers)
+    return done + [pack.numbers for pack in packs]
 
 
 OPEN = 16  # packs that are filled at the same time

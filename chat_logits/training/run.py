@@ -175,7 +175,8 @@ def _lose_patience() -> None:
     """Once all processes are here, they wait for each other for at most ``LATER``."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        distributed_c10d._set_pg_timeout(LATER)
+        if set_timeout := getattr(distributed_c10d, "_set_pg_timeout", None):  # private, so it may be gone one day
+            set_timeout(LATER)
 
 
 def _aligned(config: TrainConfig, tokenizer: Any, arguments: TrainingArguments, stored: StoredDataset) -> Any:
@@ -211,8 +212,8 @@ def _longest(examples: Any, batch_tokens: int) -> int:
     longest, longer = max(lengths), sum(length > batch_tokens for length in lengths)
     if longer:
         logger.warning(
-            f"{count_text(longer, 'conversation')} have more than `batch_tokens` {batch_tokens} tokens, the longest "
-            f"{longest:,}: each is a batch of its own; `max_length` skips such"
+            f"{count_text(longer, 'conversation')} {'has' if longer == 1 else 'have'} more than `batch_tokens` "
+            f"{batch_tokens} tokens, the longest {longest:,}: each is a batch of its own; `max_length` skips such"
         )
     return longest
 

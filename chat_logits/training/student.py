@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from chat_logits.errors import UsageError
 from chat_logits.training.distance import DistanceSums
@@ -176,9 +176,9 @@ class StudentTrainer(Trainer):
 
     ``evaluate`` gives ``eval_kl`` and its standard error ``eval_error``, ``eval_kl_tail`` and ``eval_agreement`` of the
     evaluation's own targets, as in ``Distance``, and ``eval_loss``, which is the KL again: over all positions, in
-    whatever batches and processes. In several processes the dataset needs a length (no stream), as accelerate repeats
-    conversations to fill the last batches, and only then are they known and left out.
-    Raises UsageError if one process has several GPUs.
+    whatever batches and processes. ``compute_metrics`` is not called, as there are no logits. In several processes the
+    dataset needs a length (no stream), as accelerate repeats conversations to fill the last batches, and only then are
+    they known and left out. Raises UsageError for such a stream, and if one process has several GPUs.
     """
 
     loss_is_scaled_for_ga = True  # divided by the step's positions here
@@ -187,6 +187,8 @@ class StudentTrainer(Trainer):
         super().__init__(*args, **options)
         refuse_several_gpus(self.args)
         self.args.remove_unused_columns = False
+        if (self.args.metric_for_best_model or "").endswith(("kl", "kl_tail", "error")):
+            self.args.greater_is_better = False  # transformers knows that of losses alone
         # Dispatching, the default for streams, would cut all tensors of a packed batch to its single row.
         self.accelerator.dataloader_config.dispatch_batches = False
         self.args.prediction_loss_only = True  # there are no logits
@@ -221,10 +223,14 @@ class StudentTrainer(Trainer):
         total = self._student_loss(model, arguments, target, scores)
         return total, target.divergences(scores)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> EvalLoopOutput:
         """As ``Trainer``'s, with the figures of ``Distance`` over all conversations that it runs the student on."""
         self._evaluated = DistanceSums()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self.accelerator.num_processes > 1 and not has_length(dataloader.dataset):
+            raise UsageError("evaluation in several processes: the dataset is a stream; expected one with a length")
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **options)
         if output.metrics is not None and self._evaluated.conversations:
             point = asdict(self._evaluated.distance())
             figures = {"loss": point["kl"]} | {name: point[name] for name in ("kl", "error", "kl_tail", "agreement")}

@@ -2,13 +2,22 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from lives import Life, stopping
-from runs import ROWS, SHARDS, files_in, shards_in
+from runs import SHARDS, files_in, shards_in
 
 import extract_logits
+from chat_logits.errors import UsageError
+from chat_logits.extraction.joining import _join_parts, refuse_another_run
 from chat_logits.storage.dataset import open_dataset
+
+
+def wait_for(condition, life: Life) -> None:
+    while not condition():
+        assert life.is_alive(), life.said
+        time.sleep(0.01)
 
 
 def run(flags: list[str]) -> int:
@@ -19,8 +28,7 @@ def test_parts_are_joined_to_the_same_files(flags, quick_run, tmp_path, capsys):
     """Three parts, one of which is killed and resumed; the joining run computes nothing."""
     out = tmp_path / "out"
     life = Life(flags("out", "--part", "2/3"), tmp_path / "killed.log", stopping(5))
-    while not shards_in(out / ".parts/2-of-3"):
-        assert life.is_alive(), life.said
+    wait_for(lambda: shards_in(out / ".parts/2-of-3"), life)
     life.kill()
     life.wait()
     for part in ("1/3", "2/3", "3/3"):
@@ -68,7 +76,7 @@ def test_parts_of_different_runs_are_not_joined(flags, tmp_path, capsys):
     shutil.copytree(tmp_path / "of 1/.parts/2-of-30", tmp_path / "of 0/.parts/2-of-30")
     capsys.readouterr()
     assert run(flags("of 0")) == 2
-    assert "are parts of different runs (seed: 0 there, 1 here)" in capsys.readouterr().err
+    assert "are of different runs (seed: 0 there, 1 here)" in capsys.readouterr().err
     assert len(shards_in(tmp_path / "of 0/.parts/1-of-30")) == 2
 
 
@@ -87,18 +95,64 @@ def test_parts_that_cannot_be_are_refused(flags, capsys, part, more, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_part_that_runs_is_not_joined_and_a_joined_one_not_begun_again(flags, tmp_path, capsys):
+def test_a_part_that_runs_is_not_joined(flags, tmp_path, capsys):
     life = Life(flags("out", "--part", "1/2"), tmp_path / "runs.log", stopping(2))
-    while len(shards_in(tmp_path / "out/.parts/1-of-2")) < 2:
-        assert life.is_alive(), life.said
+    wait_for(lambda: len(shards_in(tmp_path / "out/.parts/1-of-2")) == 2, life)
     assert run(flags("out")) == 2
     assert "another process is extracting into this folder" in capsys.readouterr().err
     life.kill()
     life.wait()
     assert run(flags("out", "--overwrite")) == 2
     assert "has parts to join" in capsys.readouterr().err
+    assert run(flags("out", "--part", "1/3")) == 2
+    assert "1-of-2 is there, a part of another number of parts" in capsys.readouterr().err
+    assert len(shards_in(tmp_path / "out/.parts/1-of-2")) == 2
+
+
+def test_a_part_can_be_given_again_after_joining(flags, quick_run, tmp_path, capsys):
+    """The joining command was given too early, with a wrong option: what it left to do is done by the parts."""
+    out = tmp_path / "out"
+    life = Life(flags("out", "--part", "1/2"), tmp_path / "runs.log", stopping(5))
+    wait_for(lambda: len(shards_in(out / ".parts/1-of-2")) == 5, life)
+    life.kill()
+    life.wait()
     assert run(flags("out", "--max_samples", 9)) == 2
-    assert "max_samples" in capsys.readouterr().err
+    assert "max_samples: null there, 9 here" in capsys.readouterr().err
+    assert len(shards_in(out)) == 5 and not (out / ".parts").exists()
+    for part in ("1/2", "2/2"):
+        assert run(flags("out", "--part", part)) == 0
+    assert [len(shards_in(out / ".parts" / name)) for name in ("1-of-2", "2-of-2")] == [SHARDS // 2 - 5, SHARDS // 2]
+    capsys.readouterr()
+    assert run(flags("out")) == 0
+    assert "Loading" not in capsys.readouterr().err
+    assert files_in(out) == files_in(quick_run)
     assert run(flags("out", "--part", "2/2")) == 2
-    assert "is joined, or was begun without parts" in capsys.readouterr().err
-    assert len(shards_in(tmp_path / "out")) == 2 and len(ROWS) == 3 * SHARDS
+    assert f"--part 2/2: it has no shards, or all of them were joined in {out}" in capsys.readouterr().err
+
+
+def test_a_shard_that_the_run_has_is_not_replaced(flags, tmp_path, caplog):
+    """The same file is removed from the part; a different one stays there and is named."""
+    out, part = tmp_path / "out", tmp_path / "out/.parts/1-of-30"
+    assert run(flags("out", "--part", "1/30")) == 0
+    first, second = shards_in(part)
+    for path, change in ((first, b""), (second, b"!")):
+        to = out / path.relative_to(part)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes() + change)
+    (out / "extraction.json").write_bytes((part / "extraction.json").read_bytes())
+    _join_parts(out, overwrite=False)
+    assert shards_in(part) == [second] and f"{second} is not moved" in caplog.text
+    assert len(shards_in(out)) == 2
+
+
+def test_parts_begun_at_one_time_agree_or_give_up(flags, tmp_path):
+    """As both look for the other's record before either has written its own."""
+    assert run(flags("out", "--part", "1/30")) == 0
+    place = tmp_path / "out/.parts/2-of-30"
+    shutil.copytree(tmp_path / "out/.parts/1-of-30", place)
+    refuse_another_run(place)
+    record = json.loads((place / "extraction.json").read_text())
+    (place / "extraction.json").write_text(json.dumps(record | {"template_date": "2026-11-29"}))
+    with pytest.raises(UsageError, match=r"(?s)are of different runs \(template_date.*The same command follows"):
+        refuse_another_run(place)
+    assert not (place / "extraction.json").exists()
