@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+OPEN = 16  # packs that are filled at the same time
+SORTED = 1024  # conversations among which those of like length are padded together
+
 
 @dataclass
 class _Pack:
@@ -26,26 +29,24 @@ def plan_packs(lengths: Sequence[int], most: int, seed: int, is_padded: bool = F
     """Each conversation's number once, in packs of at most ``most`` tokens; a longer one is a pack of its own.
 
     In random order, each goes into the first of the last ``OPEN`` packs that has room for it. With ``is_padded``, each
-    counts as many tokens as the longest in its pack, and goes to the one where that is nearest to its own.
+    counts as many tokens as the longest in its pack, and of each ``SORTED`` conversations the shorter ones come first.
     """
+    sizes, order = np.array(lengths, np.int64), np.random.default_rng(seed).permutation(len(lengths))
+    if is_padded:
+        parts = [order[start : start + SORTED] for start in range(0, len(order), SORTED)]
+        order = np.concatenate([order[:0], *(part[np.argsort(sizes[part])] for part in parts)])
     packs: list[_Pack] = []
     done: list[list[int]] = []
-    for number in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+    for number in order.tolist():
         length = lengths[number]
-        with_room = [pack for pack in packs if pack.size_with(length, is_padded) <= most]
-        if not with_room:
-            packs.append(_Pack([number], length, length))
-        elif is_padded:
-            gaps = [abs(pack.longest - length) for pack in with_room]
-            with_room[gaps.index(min(gaps))].add(number, length)
+        pack = next((pack for pack in packs if pack.size_with(length, is_padded) <= most), None)
+        if pack:
+            pack.add(number, length)
         else:
-            with_room[0].add(number, length)
+            packs.append(_Pack([number], length, length))
         if len(packs) > OPEN:
             done.append(packs.pop(0).numbers)
     return done + [pack.numbers for pack in packs]
-
-
-OPEN = 16  # packs that are filled at the same time
 
 
 class Packs:

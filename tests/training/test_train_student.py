@@ -642,3 +642,4 @@ def test_packs_have_each_conversation_once_and_no_more_tokens_than_allowed():
     padded = plan_packs(lengths, 1000, seed=3, is_padded=True)
     assert sorted(number for pack in padded for number in pack) == list(range(501))
     assert all(len(pack) * max(lengths[i] for i in pack) <= 1000 or pack == [500] for pack in padded)
+    assert sum(lengths) > 0.9 * sum(len(pack) * max(lengths[i] for i in pack) for pack in padded)
