@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -184,11 +185,12 @@ def serve() -> None:
 
     def note_ended(*_: object) -> None:
         for pid in list(places):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                place = places.pop(pid)
-                (place / "part").write_text(str(os.waitstatus_to_exitcode(status)))
-                (place / "part").rename(place / "status")
+            with suppress(ChildProcessError):  # another process has ended meanwhile, and this was called within itself
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    place = places.pop(pid)
+                    (place / "part").write_text(str(os.waitstatus_to_exitcode(status)))
+                    (place / "part").rename(place / "status")
 
     signal.signal(signal.SIGCHLD, note_ended)
     for line in iter(sys.stdin.readline, ""):
