@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -46,3 +47,9 @@ def every(seconds: float, do: Callable[[], object]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def refresh(bar: Any) -> None:
+    """Draw a bar of tqdm again. Its own method keeps the lock of all bars if it cannot write, and they wait for it."""
+    with bar.get_lock():
+        bar.refresh(nolock=True)

@@ -1,13 +1,20 @@
 """``chat_logits.extract`` from Python and in a notebook: what the command does."""
 
+import errno
+import io
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
 from conftest import REPO
 from nbclient import NotebookClient
 from runs import files_in, options_for
+from tqdm import tqdm
+
+from chat_logits.stages import refresh
 
 CALL = "import chat_logits\ndone = chat_logits.extract(chat_logits.ExtractConfig(**{options!r}))\n"
 
@@ -16,6 +23,30 @@ def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, chat_logits\nchat_logits.ExtractConfig\nprint({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+class File(io.StringIO):
+    is_full = False
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+def test_a_bar_that_cannot_be_written_keeps_no_lock():
+    """The thread that draws it would have it for ever, and the run wait for it at its next batch."""
+    file = File()
+    bar = tqdm(total=2, file=file)
+    file.is_full = True
+    with ThreadPoolExecutor(1) as thread, pytest.raises(OSError, match="No space"):
+        thread.submit(refresh, bar).result()
+    locks = bar.get_lock().locks
+    assert [lock.acquire(True, 10) for lock in locks] == [True, True]
+    for lock in locks:
+        lock.release()
+    file.is_full = False
+    bar.close()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from chat_logits.extraction.shard_plan import missing_shards
 from chat_logits.extraction.source_checks import refuse_changed_source, refuse_within_source
 from chat_logits.extraction.upload import HubSync
 from chat_logits.hub import configure_client
-from chat_logits.stages import every, stage
+from chat_logits.stages import every, refresh, stage
 from chat_logits.storage.card import arguments_in_code
 from chat_logits.storage.disk import DiskWatch
 from chat_logits.storage.manifest import Manifest, another_run
@@ -272,7 +272,7 @@ class Run:
     @contextmanager
     def _progress(self, **options: Any) -> Iterator[tqdm]:
         """A progress bar, also refreshed while a batch takes long; when it ends, the computing time is set."""
-        with tqdm(**options) as bar, every(SIGN, bar.refresh):
+        with tqdm(**options) as bar, every(SIGN, functools.partial(refresh, bar)):
             began = time.monotonic()
             yield bar
             self.computing = time.monotonic() - began

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -334,12 +335,14 @@ def test_a_damaged_row_is_named(damage, options, quick_run, opened, tmp_path):
 @pytest.mark.parametrize(("limit", "num_proc"), [(60_000, None), (60_000, 2), (0, None)])  # bytes of a file
 def test_a_limit_on_files_is_told_with_the_cache_and_the_room_needed(quick_run, tmp_path, limit, num_proc):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    datasets.disable_progress_bars()  # one that cannot be written keeps the lock of all bars
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         with pytest.raises(ToolkitError) as refused:
             training_dataset(quick_run, cache_dir=str(tmp_path), num_proc=num_proc)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        datasets.enable_progress_bars()
     told = f"the aligned rows need 7.2 MB in the cache {tmp_path}: a file reached the limit on file sizes (ulimit -f). "
     assert str(refused.value) == told + "Raise it."
 
