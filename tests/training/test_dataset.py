@@ -5,6 +5,7 @@ import math
 import pickle
 import resource
 import shutil
+import signal
 import zlib
 from collections.abc import Callable
 from itertools import chain
@@ -49,6 +50,14 @@ TALKS = [
     [("user", "Bye"), ("assistant", "Goodbye, and come again.")],
 ]
 ROWS = 160  # of the run of runs.py: 180 less the 20 that have nothing to say
+
+
+@pytest.fixture(autouse=True)
+def workers_end():
+    """Ray, used earlier in this process, has a handler of SIGTERM, by which datasets' forked workers may not end."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
