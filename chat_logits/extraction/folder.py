@@ -133,11 +133,6 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         write_text(self.path / name, text, self.check_still_ours)
 
-    def count_shards(self) -> int:
-        """The number of shards in the folder, checked or not."""
-        paths = (path.relative_to(self.path).as_posix() for path in self.path.glob("data/*/[!.]*.parquet"))
-        return sum(shard_number(path) is not None for path in paths)
-
     def begin(self, manifest: Manifest, overwrite: bool = False, repo: str = "") -> None:
         """Start a new run; with ``overwrite``, what is in the folder is moved to its hidden folder ``.replaced``.
 
@@ -330,6 +325,12 @@ class RunFolder:
             path.rename(aside)
             logger.warning("%s\nSet aside as %s; its source rows are computed again.", error, aside)
             return None
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The files in a run's folder that have the name of a shard, in order; not checked."""
+    found = sorted(folder.glob("data/*/[!.]*.parquet"))
+    return [path for path in found if shard_number(path.relative_to(folder).as_posix()) is not None]
 
 
 def is_being_replaced(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 from chat_logits.errors import UsageError
 from chat_logits.extraction.config import ExtractConfig
-from chat_logits.extraction.folder import refuse_unfit_place
+from chat_logits.extraction.folder import refuse_unfit_place, shards_in
 from chat_logits.extraction.lock import FolderLock
 from chat_logits.storage.disk import room_or_stop, write_text
 from chat_logits.storage.manifest import EXTRACTION_FILE, Manifest
@@ -80,14 +80,14 @@ def place_of(config: ExtractConfig) -> Path:
 def missing_in_part(config: ExtractConfig, shards: Iterable[int]) -> Iterator[int]:
     """Of the run's shards that a part does not have itself, those that it is to compute: no earlier join has them."""
     assert config.part
-    joined = {shard_number(path.relative_to(config.folder).as_posix()) for path in _shards_in(config.folder)}
+    joined = {shard_number(path.relative_to(config.folder).as_posix()) for path in shards_in(config.folder)}
     return (shard for shard in Part.read(config.part).of_these(shards) if shard not in joined)
 
 
 def refuse_another_run(place: Path) -> None:
     """Raise UsageError if another part has begun a different run since this one looked; its record is removed then."""
     try:
-        _agreed(place, *_parts_of(place.parent.parent))
+        _agreed(*_parts_of(place.parent.parent))
     except UsageError as error:
         (place / EXTRACTION_FILE).unlink()
         raise UsageError(
@@ -137,7 +137,7 @@ def _join_parts(folder: Path, overwrite: bool) -> None:
                     write_text(folder / EXTRACTION_FILE, record)
             moved = sum(_move_shards(place, folder) for place in parts)
         for place in parts:  # their locks are closed: on NFS an open file keeps its folder
-            if not _shards_in(place):
+            if not shards_in(place):
                 shutil.rmtree(place)
         with suppress(OSError):  # something is left in it
             (folder / PARTS_FOLDER).rmdir()
@@ -155,11 +155,6 @@ def _parts_of(folder: Path) -> list[Path]:
     return [path for path in found if path.is_dir() and re.fullmatch(r"\d+-of-\d+", path.name)]
 
 
-def _shards_in(place: Path) -> list[Path]:
-    found = sorted(place.glob("data/*/[!.]*.parquet"))
-    return [path for path in found if shard_number(path.relative_to(place).as_posix()) is not None]
-
-
 def _agreed(*places: Path) -> str:
     """The text of extraction.json in these folders, "" if they have neither that nor shards. Raises UsageError if their
     runs differ, or if all have lost it."""
@@ -169,15 +164,15 @@ def _agreed(*places: Path) -> str:
         if manifest.fingerprint != another.fingerprint:
             reasons = "; ".join(manifest.differences(another))
             raise UsageError(f"{place} and {other} are of different runs ({reasons}). Remove one, or compute it anew.")
-    if not manifests and any(map(_shards_in, places)):
+    if not manifests and any(map(shards_in, places)):
         raise UsageError(f"{places[-1]}: the shards of parts, but no {EXTRACTION_FILE} in any part. Put it back there.")
     return manifests[0].text if manifests else ""
 
 
 def _move_shards(place: Path, folder: Path) -> int:
-    """Move a part's shards, and how many. One that the run has already is removed, or left alone if it is different."""
+    """Move a part's shards; returns how many. One that the run has already is removed, or left alone if different."""
     moved = 0
-    for path in _shards_in(place):
+    for path in shards_in(place):
         to = folder / path.relative_to(place)
         to.parent.mkdir(parents=True, exist_ok=True)
         if not to.exists():

@@ -19,7 +19,7 @@ from chat_logits.errors import ToolkitError, UsageError
 from chat_logits.extraction.bad_rows import BadRows, explain_reasons
 from chat_logits.extraction.cluster import find_ray
 from chat_logits.extraction.config import ExtractConfig
-from chat_logits.extraction.folder import RunFolder
+from chat_logits.extraction.folder import RunFolder, shards_in
 from chat_logits.extraction.joining import Part, missing_in_part, place_of, refuse_another_run
 from chat_logits.extraction.run_description import OpenedRun, differences, locate, open_run
 from chat_logits.extraction.shard_plan import missing_shards
@@ -84,7 +84,7 @@ def extract(config: ExtractConfig) -> Extraction:
 
 
 def _log_stopped(config: ExtractConfig, folder: RunFolder) -> None:
-    count = folder.count_shards()
+    count = len(shards_in(folder.path))
     verb = "is" if count == 1 else "are"
     here = f"{count_text(count, 'finished shard')} {verb} in {folder.path}." if count else "No shard is finished yet."
     replaced = f" The run that it is to replace is kept in {folder.replaced_run}." if folder.replaced_run else ""
